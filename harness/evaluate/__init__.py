@@ -1,0 +1,1 @@
+"""Predictions, official scores and the image-use evidence. Never imports train."""

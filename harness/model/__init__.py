@@ -1,0 +1,1 @@
+"""The model: frozen vision tower, bridge, language model."""

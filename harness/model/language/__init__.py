@@ -1,0 +1,1 @@
+"""Language models behind one seam: loss and generation given image tokens."""
