@@ -1,0 +1,130 @@
+"""Tiny random models saved in the hub's own format, so that a test takes the code path of a real model id.
+
+A folder in; the same folder out, holding config.json, model.safetensors and the processor's or tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+SENTENCES = (
+    "Question: what shape is in the image? Answer: a circle, a triangle, a rectangle",
+    "Question: is there a red shape in the picture? Answer: yes, no",
+    "Based on the image, answer the question. Question: Where is he looking? Answer: down, at the table",
+    "Describe the image. a photo of a child in a pink dress climbing up a set of stairs",
+    "a black dog and a white dog with brown spots are staring at each other in the street .",
+    "two girls paint a rainbow with blue, green, yellow, teal, brown, gray and black colours",
+    "a man in a hat lays on the grass with his dogs while a boy jumps over a wall with a skateboard",
+)
+
+
+def tiny_clip(
+    folder: Path, *, image_size: int = 32, patch: int = 8, width: int = 32, layers: int = 2, full: bool = True
+) -> Path:
+    """Saves a random CLIP. `full`: both towers in one checkpoint, as openai/clip-vit-base-patch32 comes; else vision.
+
+    Its vision tower gives (image_size / patch)^2 + 1 tokens of `width`.
+    """
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch,
+        "projection_dim": 16,
+    }
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 8,
+        "projection_dim": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if full:
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    else:
+        model = CLIPVisionModel(CLIPVisionConfig(**vision))
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    ).save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_tokenizer(sentences: Iterable[str] = SENTENCES, vocabulary: int = 200) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer laid out like T5's: pad 0, </s> 1, <unk> 2, every text closed by </s>."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz?.,:"),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(list(sentences), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_t5(
+    folder: Path, sentences: Iterable[str] = SENTENCES, *, width: int = 64, layers: int = 2, vocabulary: int = 200
+) -> Path:
+    """Saves a random T5 built as Flan-T5 is (gated GELU, an `lm_head` of its own) with its tokenizer.
+
+    Widths are multiples of 64, which bitsandbytes' 4-bit layers need.
+    """
+    tokenizer = tiny_tokenizer(sentences, vocabulary)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=layers,
+            num_decoder_layers=layers,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+    # transformers >= 5.20 ties `lm_head` in every new T5; Flan-T5's file holds two matrices, and so must this one.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * width**-0.5)
+    model.save_pretrained(folder)
+    config = Path(folder, "config.json")
+    fields = json.loads(config.read_text()) | {"tie_word_embeddings": False}
+    fields.pop("scale_decoder_outputs", None)  # the hub's config does not know it; transformers derives it
+    config.write_text(json.dumps(fields, indent=2))
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
