@@ -6,17 +6,26 @@ answered with the closest right one. Imports no torch, so that `harness --help` 
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads yes and on as true, and pydantic would take that for 1
+        raise ValueError(f"found {str(value).lower()}, expected a number")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_number), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
 
 
 class ConfigError(ValueError):
@@ -24,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataSet(_Section):
@@ -172,3 +181,187 @@ class Config(_Section):
     @property
     def out_dir(self) -> Path:
         return Path(self.out or f"runs/{self.name}")
+
+
+def shipped(kind: Literal["configs", "launch"]) -> Path:
+    """The folder of the experiments or launchers that come with harness, in a wheel or in a source checkout."""
+    here = Path(__file__).resolve().parent
+    inside = here / kind  # where the wheel puts it
+    return inside if inside.is_dir() else here.parent / kind
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, changed by overrides such as `train.epochs=2`.
+
+    `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where that is not a file).
+    Raises ConfigError naming the file, the dotted key, the value found and what is expected.
+    """
+    file = _find(path)
+    try:
+        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model")
+    changed = apply_overrides(document, overrides)
+    try:
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        message, key = _explain(error)
+        given = next((o for o in overrides if key == (name := o.partition("=")[0]) or key.startswith(name + ".")), None)
+        where = f"override {given!r}" if given else str(file)
+        raise ConfigError(f"{where}: {message}") from error
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """`train.epochs=2` -> (["train", "epochs"], 2); the value is read as YAML. Raises ConfigError."""
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=2")
+    try:
+        return parts, yaml.load(value, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+
+
+def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the document with each `key=value` put in place; `data.train.0.path=DIR` reaches into a list."""
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        parts, value = parse_override(override)
+        at: Any = changed
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            if isinstance(at, list):
+                if not part.isdecimal() or int(part) >= len(at):
+                    raise ConfigError(
+                        f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(at)}, "
+                        f"found {part!r}, expected a position in it"
+                    )
+                part = int(part)
+            elif not isinstance(at, dict):
+                raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is {_short(at)}, it holds no keys")
+            if last:
+                at[part] = value
+            else:
+                if isinstance(at, dict) and at.get(part) is None:
+                    at[part] = {}
+                at = at[part]
+    return changed
+
+
+def dump(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, in the order of the fields; every key can be used as an override."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for position, inner in enumerate(value):
+                yield from walk(f"{prefix}.{position}", inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """yaml.safe_load, but a key written twice in one section is an error: YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _find(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder, expected a YAML file")
+    ours = {f.stem: f for f in sorted(shipped("configs").glob("*.yaml"))}
+    if str(file.parent) in (".", "configs") and file.suffix in ("", ".yaml") and file.stem in ours:
+        return ours[file.stem]
+    near = difflib.get_close_matches(file.stem, ours, n=1)
+    hint = f"did you mean configs/{near[0]}.yaml?" if near else f"the shipped ones are {', '.join(ours)}"
+    raise ConfigError(f"{file}: no such config file; {hint}")
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often why another lacks."""
+    errors = error.errors()
+    unknown = [problem for problem in errors if problem["type"] in ("extra_forbidden", "invalid_key")]
+    first = (unknown or errors)[0]
+    path = _field_path(first["loc"])
+    key = ".".join(map(str, path))
+    if unknown:
+        return f"no key {key}; {_closest(path)}", key
+    if first["type"] == "missing" and isinstance(path[-1], str):
+        return f"{key} is missing: the config needs it", key
+    if first["type"] == "value_error":
+        return f"{key or 'the config'}: {first['ctx']['error']}", key
+    here = [problem for problem in errors if _field_path(problem["loc"]) == path]
+    expected = " or ".join(dict.fromkeys(_expected(problem) for problem in here))
+    return f"{key}: found {_short(first['input'])}, expected {expected}", key
+
+
+def _expected(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "model_type":
+        return f"a section with keys such as {', '.join(list(_section_at(problem['loc']).model_fields)[:3])}"
+    if problem["type"] == "missing":  # of a list with a fixed length
+        return "one value more"
+    text = problem["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    return text.replace("a valid integer", "an integer").replace("valid tuple", "list").replace("valid ", "")
+
+
+def _inner_section(annotation: Any) -> type[_Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _inner_section(inner))), None)
+
+
+def _section_at(location: Sequence[str | int]) -> type[_Section]:
+    """The deepest section on the way to a location: its keys are the valid ones there."""
+    section: type[_Section] = Config
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        section = (field and _inner_section(field.annotation)) or section
+    return section
+
+
+def _field_path(location: Sequence[str | int]) -> list[str | int]:
+    """A location up to where pydantic names the member of a union, such as `literal['all_linear']`."""
+    return list(itertools.takewhile(lambda part: "[" not in str(part), location))
+
+
+def _closest(location: Sequence[str | int]) -> str:
+    section, *above, wrong = _section_at(location[:-1]), *location
+    near = difflib.get_close_matches(str(wrong), section.model_fields, n=1)
+    if near:
+        return f"did you mean {'.'.join(map(str, [*above, near[0]]))}?"
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in flatten(Config(name="-"))}
+    elsewhere = difflib.get_close_matches(str(wrong), everywhere, n=1)
+    if elsewhere:
+        return f"did you mean {everywhere[elsewhere[0]]}?"
+    return f"the keys there are {', '.join(section.model_fields)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, format check and the whole test suite: bash launch/test.sh. Arguments go to pytest, for instance -k config.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+make_environment demo,dev
+"$venv_python" -m ruff check --quiet .
+"$venv_python" -m ruff format --check --quiet . || stop "some files are not formatted; run: $venv_python -m ruff format ."
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # threads that spin beside another process are 100 times slower
+exec "$venv_python" -m pytest -n 2 --dist loadfile "$@"
