@@ -1,0 +1,318 @@
+"""What a set of shards holds: `index.json` (the shards, their sizes and hashes) and its sidecar `index.bin`.
+
+A folder or fsspec URL -> Manifest. The sidecar is memory-mapped, one row a sample in shard order, so that a set of any
+size is opened in little memory: offset and size (bytes of the sample in its tar, first header to last byte), texts,
+targets, characters, crc (zlib.crc32 over the contents of its members in tar order) and key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import fsspec
+import numpy as np
+
+if TYPE_CHECKING:
+    from shards.read import Cache
+
+Kind = Literal["images", "features"]
+FORMAT = 1
+INDEX = "index.json"
+SIDECAR = "index.bin"
+SKIPPED = "skipped.jsonl"
+MAX_KEY_BYTES = 255
+_FIELDS = [("offset", "<u8"), ("size", "<u8")] + [(name, "<u4") for name in ("texts", "targets", "characters", "crc")]
+
+
+class ShardError(ValueError):
+    """A set of shards that is missing, damaged or does not match its index; the message names the place."""
+
+
+def sidecar_dtype(key_bytes: int) -> np.dtype:
+    return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
+
+
+def sha256_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location and not location.startswith("file://")
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: `bytes` is its size, `samples` and `texts` what it holds."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    texts: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A further file of the set: the sidecar, or the controls of a feature set."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar anew."""
+
+    folder: str  # where the index lies: a path or an fsspec URL
+    kind: Kind
+    dataset: str
+    split: str
+    shards: tuple[ShardInfo, ...]
+    sidecar_file: FileInfo
+    key_bytes: int  # width of the sidecar's key field
+    encoder: dict[str, Any] | None = None  # of a feature set: what made it
+    files: tuple[FileInfo, ...] = ()
+    base: str | None = None  # where the shards lie if not beside the index
+    skipped: int = 0  # samples in the tars that are left out, each named in skipped.jsonl
+    cache: Cache | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
+        """Reads the index and checks the sidecar's hash and the size of every local file it names.
+
+        The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises ShardError for a folder
+        that is missing, has no index, or does not match it. The shards' own hashes are verify's business.
+        """
+        manifest = cls.read_index(path_or_url, cache)
+        manifest.check_files()
+        _ = manifest.sidecar
+        return manifest
+
+    @classmethod
+    def read_index(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
+        """Reads `index.json` alone. Raises ShardError if it is missing, malformed or was changed by hand."""
+        folder = os.fspath(path_or_url).removeprefix("file://")
+        where = join(folder, INDEX)
+        try:
+            document = json.loads(_fetch(where))
+        except FileNotFoundError as error:
+            raise ShardError(_no_index(folder)) from error
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{where} cannot be read as JSON: {error}") from error
+        found = document.get("format") if isinstance(document, dict) else None
+        if found != FORMAT:
+            raise ShardError(f"{where} has format {found!r}, expected {FORMAT}: build the set again")
+        try:
+            manifest = cls(
+                folder=folder,
+                shards=tuple(_info(ShardInfo, shard) for shard in document["shards"]),
+                sidecar_file=_info(FileInfo, document["sidecar"]),
+                files=tuple(_info(FileInfo, file) for file in document["files"]),
+                cache=cache,
+                **{name: document[name] for name in _PLAIN},
+            )
+            digest = document["digest"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{where} is not a complete index: {error!r}; build or index the set again") from error
+        if digest != manifest.digest:
+            raise ShardError(
+                f"{where} says digest {digest}, its content gives {manifest.digest}: it was changed by hand"
+            )
+        return manifest
+
+    def check_files(self) -> None:
+        """Raises ShardError for a local file that is missing or has another size than the index says."""
+        for place, infos in ((self.base or self.folder, self.shards), (self.folder, (self.sidecar_file, *self.files))):
+            if is_remote(place):
+                continue
+            for info in infos:
+                path = Path(place, info.name)
+                if not path.is_file():
+                    raise ShardError(f"{path} is missing: {join(self.folder, INDEX)} names it")
+                if (found := path.stat().st_size) != info.bytes:
+                    raise ShardError(f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file")
+
+    def document(self) -> dict[str, Any]:
+        """The content of `index.json`."""
+        lists = {"shards": [asdict(s) for s in self.shards], "files": [asdict(f) for f in self.files]}
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {"format": FORMAT, **plain, **lists, "sidecar": asdict(self.sidecar_file), "digest": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples in equal order."""
+        content = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "dataset": self.dataset,
+            "split": self.split,
+            "encoder": self.encoder,
+            "shards": [asdict(shard) for shard in self.shards],
+            "files": [asdict(file) for file in self.files],
+            "sidecar": asdict(self.sidecar_file),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def texts(self) -> int:
+        return sum(shard.texts for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64, one more than shards: the first sample of each shard, and the number of samples."""
+        return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
+
+    def location(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        return join(self.base or self.folder, self.shards[shard].name)
+
+    @cached_property
+    def sidecar(self) -> np.ndarray:
+        """Structured array with a row for each sample (see the module). Raises ShardError if it is another one's."""
+        info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes)
+        where = join(self.folder, info.name)
+        if info.bytes != self.samples * dtype.itemsize:
+            raise ShardError(f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}")
+        if is_remote(self.folder) and self.cache is None:
+            return np.frombuffer(self.read_file(info.name), dtype)
+        if is_remote(self.folder):  # the cache checks the hash
+            with os.fdopen(self.cache.open(where, info.bytes, info.sha256), "rb") as file:
+                return np.memmap(file, dtype, mode="r")
+        with open(where, "rb") as file:
+            if (found := sha256_of(file)) != info.sha256:
+                raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it belongs to another index")
+            return np.memmap(file, dtype, mode="r")
+
+    def key(self, index: int) -> str:
+        return self.sidecar["key"][index].decode()
+
+    def read_file(self, name: str) -> bytes:
+        """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is missing or damaged."""
+        where = join(self.folder, name)
+        info = next((file for file in (*self.files, self.sidecar_file) if file.name == name), None)
+        if info is None:
+            raise ShardError(f"{join(self.folder, INDEX)} names no file {name}")
+        try:
+            data = _fetch(where)
+        except OSError as error:
+            raise ShardError(f"{where} cannot be read: {error}") from error
+        if (found := hashlib.sha256(data).hexdigest()) != info.sha256:
+            raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it is damaged or another one's")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memmap would be a copy of the whole file.
+        mapped = isinstance(self.__dict__.get("sidecar"), np.memmap)
+        return {name: value for name, value in self.__dict__.items() if not (mapped and name == "sidecar")}
+
+
+_PLAIN = ("kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
+
+
+def _fetch(location: str) -> bytes:
+    with fsspec.open(location, "rb") as file:
+        return file.read()
+
+
+def _info(cls: type, entry: Mapping[str, Any]) -> Any:
+    info = cls(**entry)
+    for item in fields(cls):
+        value, expected = getattr(info, item.name), int if item.type == "int" else str
+        if type(value) is not expected or (expected is int and value < 0):
+            raise ValueError(f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}")
+    if "/" in info.name or info.name in ("", ".", ".."):
+        raise ValueError(f"the file name {info.name!r} leads out of the folder")
+    return info
+
+
+def _no_index(folder: str) -> str:
+    """Why a folder without an index cannot be opened, and what to do."""
+    if is_remote(folder):
+        return f"{join(folder, INDEX)} does not exist: index the shards there with `harness shards index`"
+    path = Path(folder)
+    if not path.is_dir():
+        return f"there is no folder of shards at {folder}: build one with `harness shards build`"
+    splits = sorted(child.parent.name for child in path.glob(f"*/{INDEX}"))
+    if splits:
+        return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {join(folder, splits[0])}"
+    if any(path.glob("*.tar")):
+        return f"{folder} holds tars and no {INDEX}: make one with `harness shards index {folder}`"
+    return f"{folder} holds no shards (no {INDEX}): build them with `harness shards build`"
+
+
+class SidecarWriter:
+    """Rows -> `index.bin`. The rows wait in a wide file beside it, since the longest key is known only at the end."""
+
+    def __init__(self, path: Path):
+        self._path, self._wide = path, path.with_name(f".{path.name}.{os.getpid()}.rows")
+        self._file = open(self._wide, "wb")  # noqa: SIM115 - closed by finish or discard
+        self._dtype = sidecar_dtype(MAX_KEY_BYTES)
+        self._longest = 1
+
+    def append(self, offset: int, size: int, texts: int, targets: int, characters: int, crc: int, key: str) -> None:
+        name = key.encode()
+        if len(name) > MAX_KEY_BYTES:
+            raise ShardError(f"the key {key!r} has {len(name)} bytes, at most {MAX_KEY_BYTES} are possible")
+        self._longest = max(self._longest, len(name))
+        self._file.write(np.array((offset, size, texts, targets, characters, crc, name), self._dtype).tobytes())
+
+    def finish(self) -> tuple[FileInfo, int]:
+        """Writes the sidecar whole; gives its entry for the index and the width of its key field."""
+        self._file.close()
+        dtype = sidecar_dtype(self._longest)
+        info = write_whole(self._path, (rows.astype(dtype).tobytes() for rows in self._chunks()))
+        self.discard()
+        return info, self._longest
+
+    def _chunks(self, rows: int = 16_384) -> Iterator[np.ndarray]:
+        with open(self._wide, "rb") as file:
+            while data := file.read(rows * self._dtype.itemsize):
+                yield np.frombuffer(data, self._dtype)
+
+    def discard(self) -> None:
+        self._file.close()
+        self._wide.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> FileInfo:
+    """Writes beside, syncs, renames: the file is whole or absent."""
+    beside, sha256, size = path.with_name(f".{path.name}.{os.getpid()}.writing"), hashlib.sha256(), 0
+    try:
+        with open(beside, "wb") as file:
+            for chunk in chunks:
+                size += file.write(chunk)
+                sha256.update(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return FileInfo(path.name, size, sha256.hexdigest())
+
+
+def write_index(manifest: Manifest, folder: Path) -> None:
+    text = json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / INDEX, [text.encode()])
