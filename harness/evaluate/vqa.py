@@ -1,0 +1,179 @@
+"""VQA accuracy to the last digit of the official evaluation program, and its results format.
+
+Answers by question id, and the annotators' answers -> overall, per answer type, per question type, in percent.
+The rules are those of github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, oddities included:
+a better rule would give scores that compare with no published figure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# The official table maps each of these words with any one of its apostrophes left out to the word itself.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the wrong way round in the official table too
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+_COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
+# Officially `(?!<=\d)(\.)(?!\d)`: "<=" in place of "<" makes the first part always true, so "3." loses its period too.
+_PERIOD = re.compile(r"\.(?!\d)")
+_PERIODS_STRIPPED = 32  # officially `sub("", text, re.UNICODE)`: the flag, 32, is taken for the count
+
+
+class ScoreError(ValueError):
+    """Predictions that cannot be scored against these questions; the message names the question ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class VQATruth:
+    """One question: the annotators' answers in their order, and its two official classes."""
+
+    question_id: str
+    answers: tuple[str, ...]
+    answer_type: str | None = None
+    question_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VQAScores:
+    """Percent, rounded to 2 decimals as the official program does; `n` questions."""
+
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    n: int
+
+
+def _clean(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise(text: str) -> str:
+    """The official text normalisation: punctuation, then lower case, number words, articles, contractions."""
+    joined = _COMMA_BETWEEN_DIGITS.search(text) is not None
+    out = text
+    for mark in PUNCTUATION:
+        # Looked up in the text as it came; a mark next to a space vanishes everywhere, else it becomes a space.
+        out = out.replace(mark, "" if joined or mark + " " in text or " " + mark in text else " ")
+    out = _PERIOD.sub("", out, count=_PERIODS_STRIPPED)
+    words = (NUMBER_WORDS.get(word, word) for word in out.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def accuracy(answer: str, answers: Sequence[str]) -> float:
+    """In [0, 1]: the mean over annotators of min(1, matches among the others / 3).
+
+    As officially, texts are normalised only where the annotators' answers are not all the same. With one answer alone
+    (easy-VQA and the like, which the official rule does not cover: there is no other annotator) it is 1 for an exact
+    match after normalisation, else 0.
+    """
+    if not answers:
+        raise ScoreError("a question without answers cannot be scored; give at least one")
+    answer, answers = _clean(answer), [_clean(a) for a in answers]
+    if len(answers) == 1:
+        return float(normalise(answer) == normalise(answers[0]))
+    if len(set(answers)) > 1:
+        answer, answers = normalise(answer), [normalise(a) for a in answers]
+    matches = sum(a == answer for a in answers)
+    return sum(min(1.0, (matches - (a == answer)) / 3) for a in answers) / len(answers)
+
+
+def most_common(answers: Iterable[str]) -> str:
+    """The answer given most often after normalisation; of equals, the one given first."""
+    return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]
+
+
+def score(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> VQAScores:
+    """Scores one answer per question; ScoreError names ids that are missing, extra or there twice."""
+    overall: list[float] = []
+    by_answer, by_question = defaultdict(list), defaultdict(list)
+    seen: set[str] = set()
+    missing, twice = [], []
+    for truth in truths:
+        if truth.question_id in seen:
+            twice.append(truth.question_id)
+            continue
+        seen.add(truth.question_id)
+        if truth.question_id not in predictions:
+            missing.append(truth.question_id)
+            continue
+        value = accuracy(predictions[truth.question_id], truth.answers)
+        overall.append(value)
+        if truth.answer_type is not None:
+            by_answer[truth.answer_type].append(value)
+        if truth.question_type is not None:
+            by_question[truth.question_type].append(value)
+    _refuse("the annotations hold", twice, "twice; each question may occur once")
+    _refuse("the predictions lack", missing, "which the annotations ask; every question needs one answer")
+    _refuse("the predictions answer", [i for i in predictions if i not in seen], "which the annotations do not hold")
+    if not overall:
+        raise ScoreError("there is no question to score; give at least one")
+    return VQAScores(
+        overall=percent(overall),
+        per_answer_type={name: percent(values) for name, values in by_answer.items()},
+        per_question_type={name: percent(values) for name, values in by_question.items()},
+        n=len(overall),
+    )
+
+
+def percent(values: Sequence[float]) -> float:
+    """The mean in percent with the official rounding."""
+    return round(100 * float(sum(values)) / len(values), 2)
+
+
+def _refuse(found: str, ids: Sequence[str], wrong: str) -> None:
+    if ids:
+        named = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+        raise ScoreError(f"{found} question id {named}, {wrong}")
+
+
+def read_results(path: Path) -> dict[str, str]:
+    """The official results file `[{"question_id": ..., "answer": ...}]` -> answers by question id, as text."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        pairs = [(str(entry["question_id"]), str(entry["answer"])) for entry in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ScoreError(f'{path} is not a list of {{"question_id": ..., "answer": ...}}: {error!r}') from error
+    counts = Counter(question_id for question_id, _ in pairs)
+    _refuse(f"{path} answers", [i for i, n in counts.items() if n > 1], "more than once; each needs one answer")
+    return dict(pairs)
+
+
+def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """(question id, answer) -> the official results format; ids that are whole numbers are written as such."""
+    return [{"question_id": number_if_official(i), "answer": answer} for i, answer in answers]
+
+
+def caption_results(captions: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """(image id, caption) -> the COCO results format."""
+    return [{"image_id": number_if_official(i), "caption": caption} for i, caption in captions]
+
+
+def number_if_official(identifier: str) -> int | str:
+    """COCO's and VQA's ids are integers; an id like '007' or 'a.jpg' would not survive that and stays a string."""
+    return (
+        int(identifier)
+        if identifier.isascii() and identifier.isdigit() and str(int(identifier)) == identifier
+        else identifier
+    )
