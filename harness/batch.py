@@ -9,10 +9,19 @@ Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixel
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from harness.config import Data as DataConfig
+from harness.config import Prompts
+from harness.prompts import prompt
+from shards.read import Sample
 from shards.record import Record, Text
 
 
@@ -59,3 +68,112 @@ class Batch:
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **moved)
+
+
+def drawn(seed: int, epoch: int, *names: str) -> int:
+    """A random 64-bit number that depends on nothing but its arguments: no generator's state to save or to lose."""
+    key = "\x1f".join((str(seed), str(epoch), *names))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is a hash.
+
+    In training `texts_per_image` texts are drawn of each image and epoch: a question is one, each caption is one. In
+    evaluation every question is a context with its most common answer as target, and all captions are targets.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+    prompts: Prompts
+    seed: int = 0
+    eos_weight: float = 1.0
+    training: bool = True
+
+    def __call__(self, samples: Sequence[Sample], epoch: int = 0) -> Batch | None:
+        """None where no sample carries anything to learn (all could not be read, or are fillers)."""
+        images, contexts, image_of_C, targets, context_of_T = [], [], [], [], []
+        for sample in samples:
+            if sample.record is None or sample.payload is None or sample.weight == 0:
+                continue
+            for text, chosen in self._texts(sample.record, epoch):
+                context_of_T += [len(contexts)] * len(chosen)
+                contexts.append(Context(sample.record, text, prompt(text.task, self._template(text), text.prompt)))
+                image_of_C.append(len(images))
+                targets += chosen
+            images.append(sample.payload)
+        if not targets:
+            return None
+        pixels = np.stack(images)
+        return self._batch(pixels, contexts, image_of_C, targets, context_of_T)
+
+    def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
+        """A batch of weight 0 for a rank that has nothing left: it takes part in every collective and teaches nothing."""
+        record = Record("filler", "", "", "", (Text("filler", "caption", ("",)),))
+        payload = np.zeros((1, *payload_shape), np.float16 if is_features else np.uint8)
+        batch = self._batch(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
+        return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
+
+    def _template(self, text: Text) -> str:
+        return getattr(self.prompts, text.task)
+
+    def _texts(self, record: Record, epoch: int) -> list[tuple[Text, list[str]]]:
+        units = [
+            (text, index)
+            for text in record.texts
+            for index in (range(len(text.targets)) if text.task == "caption" else (None,))
+        ]
+        if self.training and self.data.texts_per_image is not None:
+            units.sort(key=lambda u: drawn(self.seed, epoch, record.dataset, u[0].id, f"text {u[1]}"))
+            units = units[: self.data.texts_per_image]
+            order = {id(text): i for i, text in enumerate(record.texts)}
+            units.sort(key=lambda u: (order[id(u[0])], u[1] or 0))
+        chosen: dict[str, tuple[Text, list[str]]] = {}
+        for text, index in units:
+            target = text.targets[index] if index is not None else self._answer(record, text, epoch)
+            chosen.setdefault(text.id, (text, []))[1].append(target)
+        return list(chosen.values())
+
+    def _answer(self, record: Record, text: Text, epoch: int) -> str:
+        answers = [answer for answer in text.targets if answer.strip()]
+        if self.training and self.data.answer == "drawn":
+            return answers[drawn(self.seed, epoch, record.dataset, text.id, "answer") % len(answers)]
+        return Counter(answers).most_common(1)[0][0]  # of equals the first given, as annotators' order has it
+
+    def _batch(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
+        prompts = self._ids([c.prompt for c in contexts], self.data.max_prompt_tokens)
+        prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
+        labels = self._ids(targets, self.data.max_target_tokens)
+        prompt_ids_CL, lengths_C = _padded(prompts, self.tokenizer.pad_token_id)
+        labels_TL, lengths_T = _padded(labels, self.tokenizer.pad_token_id)
+        weight_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]).float()
+        if self.eos_weight != 1.0:
+            weight_TL[labels_TL == self.tokenizer.eos_token_id] *= self.eos_weight
+        tensor = torch.from_numpy(np.asarray(images))
+        return Batch(
+            prompt_ids_CL=prompt_ids_CL,
+            prompt_mask_CL=torch.arange(prompt_ids_CL.shape[1]) < lengths_C[:, None],
+            image_of_C=torch.tensor(image_of_C),
+            labels_TL=labels_TL,
+            weight_TL=weight_TL,
+            context_of_T=torch.tensor(context_of_T),
+            pixels_IHW3=tensor if tensor.dtype == torch.uint8 else None,
+            features_IPD=tensor if tensor.dtype != torch.uint8 else None,
+            contexts=tuple(contexts),
+            text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
+        )
+
+    def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
+        """Token ids that end in EOS also where a text is cut."""
+        rows = self.tokenizer([text.strip() for text in texts], add_special_tokens=False)["input_ids"]
+        return [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows]
+
+
+def _padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    # At least one column: a model with neither image tokens nor prompt still needs a position to attend to.
+    out = torch.full((len(rows), max(1, int(lengths.max()))), pad)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return out, lengths

@@ -1,0 +1,117 @@
+"""Loading a language model in 4 bits (NF4 with double quantisation, QLoRA: Dettmers et al. 2023) and adding LoRA.
+
+A hub id or a local folder in; a model whose trainable parts are exactly those of `tuning`, and its tokenizer, out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from harness.config import ConfigError
+from harness.config import LanguageModel as LanguageModelConfig
+
+
+def load(
+    config: LanguageModelConfig, architecture: type[PreTrainedModel], *, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id."""
+    quantisation = None
+    if config.tuning == "qlora":
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
+        lm = architecture.from_pretrained(
+            config.id,
+            revision=config.revision,
+            quantization_config=quantisation,
+            dtype=dtype,
+            # Dropout is 0 unless somebody asks for it in LoRA or the bridge: equal losses across world sizes need it.
+            dropout_rate=0.0,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.lm.id: {config.id!r} could not be loaded ({str(error).splitlines()[0]}); "
+            "give a local folder in the hub's format, or an id that is on the hub or in its local cache"
+        ) from error
+    if len(tokenizer) < 4:
+        # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
+        raise ConfigError(f"model.lm.id: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken")
+    keep_autograd(lm)
+    lm.requires_grad_(False)
+    return lm, tokenizer
+
+
+def weights_hash(config: LanguageModelConfig) -> str:
+    """sha256 over the weight files of the base as they lie on disk: the same whatever the device or quantisation."""
+    digest = hashlib.sha256()
+    for file in _weight_files(config):
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _weight_files(config: LanguageModelConfig) -> list[Path]:
+    def find(name: str) -> str | None:
+        return cached_file(config.id, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if found := find(single):
+            return [Path(found)]
+        if found := find(index):
+            names = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
+            return [Path(find(name)) for name in names]
+    raise ConfigError(f"model.lm.id: {config.id!r} holds no model.safetensors and no pytorch_model.bin")
+
+
+def keep_autograd(lm: nn.Module) -> None:
+    """Bars bitsandbytes' CPU kernel for avx512_bf16, which repacks weights in eval mode and has no backward.
+
+    Without this, training after an evaluation goes on with every LoRA gradient None and only a warning.
+    """
+    for module in quantised_layers(lm):
+        module.support_avx512bf16_for_cpu = False
+
+
+def quantised_layers(module: nn.Module) -> list[nn.Module]:
+    """The 4-bit linear layers of a module; [] where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        return []
+    return [m for m in module.modules() if isinstance(m, Linear4bit)]
+
+
+def tune(lm: PreTrainedModel, config: LanguageModelConfig) -> nn.Module:
+    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing."""
+    if config.tuning == "full":
+        return lm.requires_grad_(True)
+    if config.tuning == "frozen":
+        return lm
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if config.lora.targets == "all_linear" else list(config.lora.targets)
+    try:
+        return get_peft_model(
+            lm,
+            LoraConfig(
+                r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.lm.lora.targets: {error}") from error

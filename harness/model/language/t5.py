@@ -1,0 +1,162 @@
+"""Flan-T5 behind the seam of language models: loss and generation over a grouped batch.
+
+Encoder input is [image tokens][prompt tokens], once per context; the decoder runs once per target.
+Legend: C contexts, T targets, S encoder positions, L target tokens, K kept (weighted) tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from harness.batch import Batch
+from harness.config import Decoding
+from harness.config import LanguageModel as LanguageModelConfig
+from harness.model.bridge import BridgeOutput
+from harness.model.language import quantise
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Weighted cross entropy in nats. `sum` / `weight` is the loss; both are sums, so micro-batches and ranks add up."""
+
+    sum: torch.Tensor
+    weight: torch.Tensor
+    sum_T: torch.Tensor  # per target, detached
+    weight_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer per context, and the probability the model gave to ending at once."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    p_eos_first_C: torch.Tensor
+
+
+class T5Language(nn.Module):
+    """Any T5ForConditionalGeneration by hub id or folder, in 4 bits or not, with LoRA or not."""
+
+    def __init__(self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32):
+        super().__init__()
+        base, self.tokenizer = quantise.load(
+            config, T5ForConditionalGeneration, dtype=dtype, compute_dtype=compute_dtype
+        )
+        self.lm = quantise.tune(base, config)
+
+    @property
+    def t5(self) -> T5ForConditionalGeneration:
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    @property
+    def width(self) -> int:
+        return self.t5.config.d_model
+
+    @property
+    def embedding_rms(self) -> float:
+        """Root mean square of the word embeddings, the scale that the encoder is used to."""
+        return self.t5.shared.weight.detach().float().pow(2).mean().sqrt().item()
+
+    def encode(self, image: BridgeOutput, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """states_CSD and mask_CS of [image tokens][prompt tokens]."""
+        words_CLD = self.t5.shared(batch.prompt_ids_CL)
+        tokens_CQD = image.tokens_NQD[image.token_row_of_C].to(words_CLD.dtype)
+        embeds_CSD = torch.cat([tokens_CQD, words_CLD], dim=1)
+        seen_CQ = torch.ones(tokens_CQD.shape[:2], dtype=torch.bool, device=tokens_CQD.device)
+        mask_CS = torch.cat([seen_CQ, batch.prompt_mask_CL], dim=1)
+        # An empty row (no image, no prompt) would make the softmax undefined: its first, padded position is let in.
+        empty_C = ~mask_CS.any(dim=1)
+        if empty_C.any():
+            mask_CS[empty_C, 0] = True
+        states_CSD = self.t5.encoder(inputs_embeds=embeds_CSD, attention_mask=mask_CS).last_hidden_state
+        return states_CSD, mask_CS
+
+    def loss(self, image: BridgeOutput, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
+        """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a weight is not 0."""
+        states_CSD, mask_CS = self.encode(image, batch)
+        hidden_TLD = self._decode(states_CSD, mask_CS, batch)
+        kept_TL = batch.weight_TL != 0
+        hidden_KD = hidden_TLD[kept_TL]
+        if _scales_output(self.t5.config):
+            hidden_KD = hidden_KD * self.width**-0.5
+        logits_KV = self.t5.lm_head(hidden_KD).float()
+        nats_K = F.cross_entropy(logits_KV, batch.labels_TL[kept_TL], reduction="none", label_smoothing=label_smoothing)
+        weighted_K = nats_K * batch.weight_TL[kept_TL]
+        target_of_K = kept_TL.nonzero()[:, 0]
+        sum_T = torch.zeros(len(kept_TL), device=nats_K.device).index_add_(0, target_of_K, weighted_K.detach())
+        # With no weight at all (a filler) K is 0, and every trainable parameter still gets its gradient, of zeros.
+        return LossOutput(weighted_K.sum(), batch.weight_TL.sum(), sum_T, batch.weight_TL.sum(dim=1))
+
+    def _decode(self, states_CSD: torch.Tensor, mask_CS: torch.Tensor, batch: Batch) -> torch.Tensor:
+        t5, context_of_T = self.t5, batch.context_of_T
+        input_ids_TL = t5._shift_right(batch.labels_TL)
+        cache = None
+        one_to_one = len(context_of_T) == len(states_CSD) and torch.equal(
+            context_of_T, torch.arange(len(states_CSD), device=context_of_T.device)
+        )
+        if one_to_one:
+            states_TSD, mask_TS = states_CSD, mask_CS
+        else:
+            states_TSD, mask_TS = states_CSD[context_of_T], mask_CS[context_of_T]
+            if not t5.decoder.gradient_checkpointing:  # checkpointing drops caches
+                cache = self._cross_attention_cache(states_CSD, context_of_T)
+        return t5.decoder(
+            input_ids=input_ids_TL,
+            encoder_hidden_states=states_TSD,
+            encoder_attention_mask=mask_TS,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _cross_attention_cache(self, states_CSD: torch.Tensor, context_of_T: torch.Tensor) -> EncoderDecoderCache:
+        """Keys and values of the encoder states, made once per context: T5 itself makes them for every target row."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        for index, block in enumerate(self.t5.decoder.block):
+            attention = block.layer[1].EncDecAttention
+            shape = (*states_CSD.shape[:2], attention.n_heads, attention.key_value_proj_dim)
+            keys_CHSD = attention.k(states_CSD).view(shape).transpose(1, 2)
+            values_CHSD = attention.v(states_CSD).view(shape).transpose(1, 2)
+            cache.cross_attention_cache.update(keys_CHSD[context_of_T], values_CHSD[context_of_T], index)
+            cache.is_updated[index] = True
+        return cache
+
+    @torch.no_grad()
+    def generate(self, image: BridgeOutput, batch: Batch, decoding: Decoding) -> Generated:
+        """Greedy or beam search, one answer per context."""
+        states_CSD, mask_CS = self.encode(image, batch)
+        t5 = self.t5
+        start = t5.config.decoder_start_token_id
+        start_C1 = torch.full((len(states_CSD), 1), start, dtype=torch.long, device=states_CSD.device)
+        first = t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
+            attention_mask=mask_CS,
+            decoder_input_ids=start_C1,
+            use_cache=False,
+        )
+        p_eos_C = first.logits[:, 0].float().softmax(dim=-1)[:, t5.config.eos_token_id]
+        sequences_CL = t5.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
+            attention_mask=mask_CS,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
+            num_beams=decoding.beams,
+            length_penalty=decoding.length_penalty,
+            do_sample=False,
+        )
+        ids = [
+            [t for t in row if t not in (start, t5.config.eos_token_id, t5.config.pad_token_id)]
+            for row in sequences_CL.tolist()
+        ]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return Generated(texts, ids, p_eos_C)
+
+
+def _scales_output(config) -> bool:
+    """T5 v1.0 scales the decoder's output before a tied `lm_head`; the name of the switch changed in transformers 5."""
+    return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))

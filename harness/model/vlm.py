@@ -1,0 +1,241 @@
+"""VisionLanguageModel: frozen vision tower, bridge and language model put together; what is saved is what was trained.
+
+    Batch -> patch tokens -> image tokens -> loss or answers
+
+A saved model is a folder: config.json (with id, revision and hash of every frozen part) and model.safetensors (the
+trained weights by name). Loading builds the frozen parts from where they came from, or from `lm=PATH`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from harness import config as settings
+from harness.batch import Batch
+from harness.model.bridge import Bridge, BridgeOutput
+from harness.model.language import quantise
+from harness.model.language.t5 import Generated, LossOutput, T5Language
+from harness.model.vision import VisionTower, load_vision
+from harness.precision import Precision, choose
+
+LANGUAGES = {"t5": T5Language}
+WEIGHTS = "model.safetensors"
+
+
+class VLMConfig(PretrainedConfig):
+    """What a saved model says of itself: the config's `model`, `prompts` and `generate`, and its frozen parts."""
+
+    model_type = "harness_vlm"
+
+    def __init__(
+        self,
+        model: Mapping[str, Any] | None = None,
+        prompts: Mapping[str, Any] | None = None,
+        generate: Mapping[str, Any] | None = None,
+        encoder: Mapping[str, Any] | None = None,
+        lm_hash: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.model = dict(model or {})
+        self.prompts = dict(prompts or {})
+        self.generate = dict(generate or {})
+        self.encoder = dict(encoder or {})  # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
+        self.lm_hash = lm_hash
+
+
+class VisionLanguageModel(PreTrainedModel):
+    """The three parts and how they meet. `vision` is None where features take the place of images."""
+
+    config_class = VLMConfig
+    base_model_prefix = ""
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: T5Language):
+        super().__init__(config)
+        self.vision, self.bridge, self.lm = vision, bridge, lm
+        self.precision: Precision = choose("fp32", torch.device("cpu"))
+        self.label_smoothing = 0.0
+
+    @classmethod
+    def build(
+        cls,
+        config: settings.Config,
+        encoder: Mapping[str, Any] | None = None,
+        *,
+        precision: Precision | None = None,
+        device: torch.device | str = "cpu",
+    ) -> VisionLanguageModel:
+        """A model for training, its new parts drawn from `config.seed`.
+
+        `encoder` is the identity in a feature set's index; with it no vision tower is loaded. Raises ConfigError.
+        """
+        torch.manual_seed(config.seed)
+        precision = precision or choose(config.train.precision, torch.device(device))
+        vision = None if encoder else load_vision(config.model.vision)
+        encoder = dict(encoder or vision.identity())
+        own = VLMConfig(
+            model=config.model.model_dump(mode="json"),
+            prompts=config.prompts.model_dump(mode="json"),
+            generate=config.generate.model_dump(mode="json"),
+            encoder=encoder,
+            lm_hash=quantise.weights_hash(config.model.lm),
+        )
+        model = cls._assemble(own, config.model, vision, precision, device)
+        model.label_smoothing = config.train.label_smoothing
+        if config.train.activation_checkpointing:
+            model.checkpoint_activations()
+        if config.model.init_from:
+            model.load_trained(Path(config.model.init_from))
+        return model
+
+    @classmethod
+    def _assemble(
+        cls, own: VLMConfig, parts: settings.Model, vision: VisionTower | None, precision: Precision, device
+    ) -> VisionLanguageModel:
+        lm = LANGUAGES[parts.lm.kind](parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype)
+        bridge = Bridge(parts.bridge, own.encoder["width"], lm.width, lm.embedding_rms)
+        model = cls(own, vision, bridge, lm)
+        model.precision = precision
+        return model.to(device)
+
+    @property
+    def tokenizer(self):
+        return self.lm.tokenizer
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts by the names that the table of parts and the plan use."""
+        named = {"vision encoder": self.vision, "bridge": self.bridge.body, "projection": self.bridge.projection}
+        return {name: part for name, part in {**named, "language model": self.lm}.items() if part is not None}
+
+    def checkpoint_activations(self) -> None:
+        self.lm.t5.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _autocast(self, part: str):
+        dtype = getattr(self.precision, part)
+        device = next(self.bridge.parameters()).device.type
+        return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
+
+    def patch_tokens(self, batch: Batch) -> torch.Tensor:
+        """patches_IPD: the features of the batch, or what the tower makes of its pixels."""
+        if batch.features_IPD is not None:
+            return batch.features_IPD.float()
+        if self.vision is None:
+            raise ValueError(
+                "this model was loaded without its vision tower (with_vision=False): it reads features only"
+            )
+        with self._autocast("vision"):
+            return self.vision(batch.pixels_IHW3).float()
+
+    def bridge_tokens(self, batch: Batch) -> BridgeOutput:
+        """Image tokens, made once per image and shared by every context of it."""
+        with self._autocast("bridge"):
+            return BridgeOutput(self.bridge(self.patch_tokens(batch)).float(), batch.image_of_C)
+
+    def loss(self, batch: Batch, tokens: BridgeOutput | None = None) -> LossOutput:
+        """Sums of weighted nats over the batch; `tokens` in place of the batch's own image tokens."""
+        tokens = tokens or self.bridge_tokens(batch)
+        # Smoothing is for training alone: an evaluated loss is a cross entropy.
+        with self._autocast("lm"):
+            return self.lm.loss(tokens, batch, self.label_smoothing if self.training else 0.0)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        return self.loss(batch)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, decoding: settings.Decoding, tokens: BridgeOutput | None = None) -> Generated:
+        """One answer per context."""
+        tokens = tokens or self.bridge_tokens(batch)
+        with self._autocast("lm"):
+            return self.lm.generate(tokens, batch, decoding)
+
+    # ---- what was trained -------------------------------------------------------------------------------------------
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Every trained parameter by name, and those of a bridge frozen at random, which nothing else could restore."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name.startswith("bridge.")
+        }
+
+    def load_trained(self, folder: Path) -> None:
+        """Puts saved weights into the parts of this model. Raises ConfigError where names or shapes differ."""
+        file = folder / WEIGHTS
+        if not file.is_file():
+            raise ConfigError(f"{folder} holds no {WEIGHTS}: it is not a saved model")
+        saved, own = load_file(file), self.trained_state()
+        if missing := sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys()):
+            raise ConfigError(f"{file}: {len(missing)} weights do not match this model's, the first is {missing[0]}")
+        for name, value in saved.items():
+            if own[name].shape != value.shape:
+                raise ConfigError(
+                    f"{file}: {name} has shape {tuple(value.shape)}, this model's {tuple(own[name].shape)}"
+                )
+            own[name].copy_(value)
+
+    def save_pretrained(
+        self, save_directory: str | Path, state: Mapping[str, torch.Tensor] | None = None, **_: Any
+    ) -> None:
+        """Writes config.json and the trained weights; `state` when an engine has gathered them."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.trained_state() if state is None else state
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *_: Any,
+        lm: str | Path | None = None,
+        with_vision: bool = True,
+        precision: Precision | None = None,
+        device: torch.device | str = "cpu",
+        **__: Any,
+    ) -> VisionLanguageModel:
+        """The saved model, in eval mode, with the same outputs bit for bit on the same device.
+
+        `lm` names another place of a base that was moved; its hash must be the saved one. Raises ConfigError.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds no config.json: it is not a saved model")
+        own = VLMConfig.from_pretrained(folder)
+        parts = settings.Model(**own.model)
+        if lm is not None:
+            parts = parts.model_copy(update={"lm": parts.lm.model_copy(update={"id": str(lm)})})
+        found = quantise.weights_hash(parts.lm)
+        if found != own.lm_hash:
+            raise ConfigError(
+                f"{folder}: the base language model {parts.lm.id!r} has hash {found[:12]}, "
+                f"but the saved parts were trained on one with hash {str(own.lm_hash)[:12]}; give the right one as lm=PATH"
+            )
+        vision = None
+        if with_vision:
+            vision = load_vision(parts.vision)
+            if (identity := vision.identity())["hash"] != own.encoder["hash"]:
+                raise ConfigError(
+                    f"{folder}: the vision encoder {parts.vision.id!r} has hash {identity['hash'][:12]}, "
+                    f"but the saved parts were trained on one with hash {own.encoder['hash'][:12]}"
+                )
+        precision = precision or choose("auto", torch.device(device))
+        # Not transformers' own loading: under its meta-device context the frozen parts could not be loaded inside.
+        model = cls._assemble(own, parts, vision, precision, device)
+        model.load_trained(folder)
+        return model.eval()
+
+
+ConfigError = settings.ConfigError
