@@ -1,0 +1,265 @@
+"""Order + reading: shards in, this rank's samples of each global batch out, with the state to resume from.
+
+Workers are told a step as (epoch, start, stop) and work out the rest themselves, so what comes does not depend on how
+many there are, and they live as long as the iteration: an epoch's end is only another number in the next step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.manifest import Manifest, ShardError, is_remote
+from shards.read import Cache, Reader, Sample
+from shards.stream import Mixture, Order, StreamState, deal
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 10_000  # unreadable samples kept by name; beyond that they are only counted and written
+_IN_A_ROW = 100  # unreadable ones of a set without a good one between them: the set, or what decodes it, is broken
+
+
+class Step(NamedTuple):
+    """One global batch: positions [start, stop) of an epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class Loader:
+    """This rank's share of the global batches of one or several sets of shards.
+
+    paths: folders or URLs of sets. weights: their shares; None: every record of every set exactly once an epoch (what
+    an epoch of a weighted mixture is, see `stream.Mixture`). global_batch: images a step over all ranks.
+    last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or is dropped.
+    decode: Sample -> its new payload, called where the sample is read. workers: processes; prefetch: batches read
+    ahead by each. cache_dir, cache_bytes: for remote sets. quarantine: a JSONL file that names what cannot be read.
+
+    Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through the cache.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        global_batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        window_shards: int = 8,
+        shuffle: bool = True,
+        last_batch: Literal["short", "fill", "drop"] = "short",
+        decode: Callable[[Sample], Any] | None = None,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        quarantine: Path | None = None,
+    ):
+        cache = Cache(cache_dir, cache_bytes) if cache_dir and cache_bytes else None
+        self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
+        self.global_batch, self.last_batch = global_batch, last_batch
+        self.rank, self.world_size, self.workers, self.prefetch = rank, world_size, workers, prefetch
+        self._check_sets()
+        self._check_cache(window_shards, cache_bytes if cache else 0)
+        orders = [
+            Order([shard.samples for shard in manifest.shards], seed, window_shards, shuffle, salt=s)
+            for s, manifest in enumerate(self.manifests)
+        ]
+        mixture = Mixture(orders, weights)
+        self.samples = mixture.samples
+        whole, rest = divmod(self.samples, global_batch)
+        self.steps_per_epoch = whole if last_batch == "drop" else whole + bool(rest)
+        if not self.steps_per_epoch:
+            raise ShardError(
+                f"{self._names()}: {self.samples} images are less than a global batch of {global_batch}, and "
+                "last_batch 'drop' leaves none; take a smaller batch or last_batch 'short'"
+            )
+        if last_batch == "drop" and rest and rank == 0:
+            logger.warning("%s: the last %d of %d images of every epoch are dropped", self._names(), rest, self.samples)
+        order_depends_on = [[m.digest for m in self.manifests], weights, seed, window_shards, shuffle]
+        self.digest = hashlib.sha256(json.dumps(order_depends_on).encode()).hexdigest()
+        readers = [Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)]
+        self._reading = _Reading(
+            mixture, readers, decode, rank, world_size, global_batch if last_batch == "fill" else 0
+        )
+        self.quarantine = quarantine
+        self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
+        self.unreadable = 0  # how often one came
+        self._known: set[tuple[int, int]] = set()
+        self._in_a_row = [0] * len(self.manifests)
+
+    def iterate(
+        self, state: StreamState | None = None, epochs: int | None = None
+    ) -> Iterator[tuple[StreamState, list[Sample]]]:
+        """Yields (state after the batch, this rank's samples of it), from `state` until `epochs` are complete.
+
+        `epochs` counts from the start of the run, not from `state`; None goes on for ever. `state.epoch` is the epoch
+        the batch belongs to, and after the last batch of an epoch `state.position` equals `samples`. All ranks get the
+        same number of steps, some of them perhaps empty. A sample that cannot be read has weight 0 and no payload.
+        Closing the generator (`contextlib.closing`) ends the workers.
+        Raises ShardError for a state of another order, and when nothing of a set can be read any more.
+        """
+        if state is not None and state.digest != self.digest:
+            raise ShardError(
+                f"the stream state belongs to order {state.digest}, this is {self.digest} ({self._names()}): resume "
+                "with the same sets, weights, seed, window_shards and shuffle, or begin anew"
+            )
+        if state is not None and state.position > self.samples:
+            raise ShardError(f"the stream state is at image {state.position} of an epoch of {self.samples}")
+        return self._iterate(state or StreamState(0, 0, self.digest), epochs)
+
+    def _iterate(self, state: StreamState, epochs: int | None) -> Iterator[tuple[StreamState, list[Sample]]]:
+        # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator: the global random
+        # numbers are the model's.
+        batches = iter(
+            DataLoader(
+                self._reading,
+                batch_size=None,
+                sampler=self._steps(state, epochs),
+                collate_fn=_as_it_is,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch if self.workers else None,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),
+            )
+        )
+        try:
+            for step, samples in batches:
+                self._account(samples)
+                rest = self.samples - step.stop
+                ended = self.last_batch == "drop" and rest < self.global_batch
+                yield StreamState(step.epoch, self.samples if ended else step.stop, self.digest), samples
+        finally:
+            if self.workers:
+                batches._shutdown_workers()
+
+    def _steps(self, state: StreamState, epochs: int | None) -> Iterator[Step]:
+        epoch, position = state.epoch, state.position
+        while epochs is None or epoch < epochs:
+            while position < self.samples:
+                stop = min(position + self.global_batch, self.samples)
+                if stop - position < self.global_batch and self.last_batch == "drop":
+                    break
+                yield Step(epoch, position, stop)
+                position = stop
+            epoch, position = epoch + 1, 0
+
+    def _account(self, samples: list[Sample]) -> None:
+        """Counts, names and logs what could not be read; in the main process, whoever read it."""
+        for sample in samples:
+            if sample.error is not None:
+                self._name(sample)
+            elif sample.record is not None:
+                self._in_a_row[sample.set_index] = 0
+
+    def _name(self, sample: Sample) -> None:
+        self.unreadable += 1
+        if self.unreadable.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a log that cannot flood
+            logger.warning("rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, sample.error)
+        name = (sample.set_index, sample.index)
+        if name not in self._known:
+            if len(self._known) < _NAMED:
+                self._known.add(name)
+                self.quarantined.append((*name, sample.error))
+            if self.quarantine is not None:
+                line = {"set": self.manifests[sample.set_index].folder, "index": sample.index, "error": sample.error}
+                self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+                with self.quarantine.open("a", encoding="utf-8") as file:  # one short write: ranks do not mix lines
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._in_a_row[sample.set_index] += 1
+        if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
+            raise ShardError(
+                f"{self._in_a_row[sample.set_index]} samples in a row cannot be used, the last is {sample.error}; "
+                "`harness shards verify` checks a whole set"
+            )
+
+    def _names(self) -> str:
+        return ", ".join(manifest.folder for manifest in self.manifests)
+
+    def _check_sets(self) -> None:
+        if not self.manifests:
+            raise ShardError("no set of shards is given: name at least one folder")
+        for manifest in self.manifests:
+            if not manifest.samples:
+                raise ShardError(f"{manifest.folder}: the set holds no samples")
+            if manifest.kind != self.manifests[0].kind:
+                raise ShardError(
+                    f"{manifest.folder} holds {manifest.kind} and {self.manifests[0].folder} holds "
+                    f"{self.manifests[0].kind}: one run reads sets of one kind"
+                )
+
+    def _check_cache(self, window_shards: int, cache_bytes: int) -> None:
+        """Two windows of every remote set must fit: a batch may need both, and what goes early is fetched again."""
+        remote = [manifest for manifest in self.manifests if is_remote(manifest.base or manifest.folder)]
+        needed = 0
+        for manifest in remote:
+            largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+            needed += sum(largest[: 2 * window_shards]) + manifest.sidecar_file.bytes
+        if cache_bytes < needed:
+            raise ShardError(
+                f"{', '.join(m.folder for m in remote)}: two windows of {window_shards} shards and the index are "
+                f"{needed} bytes, the cache holds {cache_bytes}: give cache_dir and a larger cache, or smaller windows"
+            )
+
+
+class _Reading(Dataset):
+    """Step -> (step, this rank's samples of it); lives in the workers."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        readers: Sequence[Reader],
+        decode: Callable[[Sample], Any] | None,
+        rank: int,
+        world_size: int,
+        fill_to: int,
+    ):
+        self.mixture, self.readers, self.decode = mixture, readers, decode
+        self.rank, self.world_size, self.fill_to = rank, world_size, fill_to
+
+    def __getitem__(self, step: Step) -> tuple[Step, list[Sample]]:
+        size = step.stop - step.start
+        mine = deal(max(size, self.fill_to), self.rank, self.world_size)
+        start, stop = (step.start + min(end, size) for end in (mine.start, mine.stop))
+        samples = [self._read(*pick) for pick in self.mixture.picks(step.epoch, start, stop).tolist()]
+        fillers = mine.stop - mine.start - len(samples)
+        samples += [Sample(None, None, "", set_index=-1, index=-1, weight=0.0) for _ in range(fillers)]
+        return step, samples
+
+    def _read(self, set_index: int, index: int, epoch: int) -> Sample:
+        reader = self.readers[set_index]
+        try:
+            sample = reader.read(index)
+            if self.decode is not None:
+                sample.payload = self.decode(sample)
+            return sample
+        # Whatever a damaged file makes a decoder raise (Pillow alone: six types) costs that sample, not the run.
+        except Exception as error:
+            text = str(error)
+            if not isinstance(error, ShardError):  # which names the place itself
+                key = reader.manifest.key(index)
+                text = f"{reader.manifest.folder}, sample {index}, key {key}: {type(error).__name__}: {text}"
+            return Sample(None, None, "", set_index=set_index, index=index, weight=0.0, error=text)
+
+
+def _as_it_is(item: Any) -> Any:
+    """In place of DataLoader's own, which turns what it finds inside into tensors."""
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    """One thread each, since workers are the parallelism; stopping is the main process's to decide."""
+    torch.set_num_threads(1)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
