@@ -99,7 +99,9 @@ class Manifest:
         that is missing, has no index, or does not match it. The shards' own hashes are verify's business.
         """
         manifest = cls.read_index(path_or_url, cache)
-        manifest.check_files()
+        if problems := manifest.file_problems():
+            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+            raise ShardError(problems[0] + more)
         _ = manifest.sidecar
         return manifest
 
@@ -135,17 +137,19 @@ class Manifest:
             )
         return manifest
 
-    def check_files(self) -> None:
-        """Raises ShardError for a local file that is missing or has another size than the index says."""
+    def file_problems(self) -> list[str]:
+        """A sentence for each local file that is missing or has another size than the index says."""
+        problems = []
         for place, infos in ((self.base or self.folder, self.shards), (self.folder, (self.sidecar_file, *self.files))):
             if is_remote(place):
                 continue
             for info in infos:
                 path = Path(place, info.name)
                 if not path.is_file():
-                    raise ShardError(f"{path} is missing: {join(self.folder, INDEX)} names it")
-                if (found := path.stat().st_size) != info.bytes:
-                    raise ShardError(f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file")
+                    problems.append(f"{path} is missing: {join(self.folder, INDEX)} names it")
+                elif (found := path.stat().st_size) != info.bytes:
+                    problems.append(f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file")
+        return problems
 
     def document(self) -> dict[str, Any]:
         """The content of `index.json`."""

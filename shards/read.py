@@ -79,10 +79,11 @@ class Reader:
             raise ShardError(f"{place}: the file ends after {len(data)} of {size} bytes: it is truncated")
         crc, contents = 0, {}
         try:
-            for member in members(lambda start, n: data[start : start + n], size):
+            for member in members(lambda at, n: data[at - offset : at - offset + n], offset + size, offset):
                 if member.key != key:
                     raise ShardError(f"found a member of {member.key}")
-                contents[member.extension] = data[member.offset : member.offset + member.size]
+                begin = member.offset - offset
+                contents[member.extension] = data[begin : begin + member.size]
                 crc = zlib.crc32(contents[member.extension], crc)
             if crc != row["crc"]:
                 raise ShardError(f"the bytes have crc {crc:08x}, expected {int(row['crc']):08x}: they are damaged")
@@ -157,23 +158,23 @@ def _captions(contents: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(text.strip() for text in ([found] if isinstance(found, str) else found) if text and text.strip())
 
 
-def members(read: Callable[[int, int], bytes], size: int, whole: bool = False) -> Iterator[Member]:
-    """Walks the 512-byte headers of a tar, or of one sample of it, by `read(offset, n)`; offsets only grow.
+def members(read: Callable[[int, int], bytes], end: int, begin: int = 0, whole: bool = False) -> Iterator[Member]:
+    """Walks the 512-byte headers of a tar, or of one sample of it, from `begin` to `end` by `read(offset, n)`.
 
-    Understands ustar, GNU and PAX names. `whole`: the tar must end with its end marker at `size`. Raises ShardError
-    naming the offset of what is not a sound header of a plain file.
+    Offsets only grow. Understands ustar, GNU and PAX names. `whole`: the tar must close with its end marker. Raises
+    ShardError naming the offset of what is not a sound header of a plain file.
     """
-    offset, start, name, length = 0, None, None, None
-    while offset < size:
+    offset, start, name, length = begin, None, None, None
+    while offset < end:
         header = read(offset, BLOCK)
         if whole and header == _ZEROS:
-            return _check_rest(read, offset, size)
+            return _check_rest(read, offset, end)
         flag, found, content = _parse_header(header, offset)
         start = offset if start is None else start
-        content = length if length is not None and flag in b"0\0" else content
+        content = length if length is not None and flag in b"0\x007" else content
         offset += BLOCK
-        if offset + content > size:
-            raise ShardError(f"the tar ends inside the member at offset {start}: it is truncated")
+        if offset + content > end:
+            raise ShardError(f"the data ends inside the member {found!r} at offset {start}: the shard is damaged")
         if flag in b"0\x007":
             match = _NAME.fullmatch(name or found)
             if not match:
@@ -192,7 +193,7 @@ def members(read: Callable[[int, int], bytes], size: int, whole: bool = False) -
             raise ShardError(f"the member {found!r} at offset {start} is a link or special file, not a plain one")
         offset += -(-content // BLOCK) * BLOCK
     if whole:
-        raise ShardError(f"the tar ends at {size} without its end marker: it is truncated")
+        raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
 
 
 def _parse_header(header: bytes, offset: int) -> tuple[bytes, str, int]:
