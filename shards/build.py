@@ -1,0 +1,289 @@
+"""`harness shards build`: a source's records and images, checked one by one, into one set of shards a split.
+
+Source -> every image decoded once, dirt set aside -> OUT/SPLIT/... and OUT/skipped.jsonl -> Summary. Everything is
+written beside OUT and moved there at the end, so that a failed build leaves nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shards.manifest import Manifest, ShardError, write_whole
+from shards.record import Record
+from shards.sources import SOURCES, Item, Source
+from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, NO_SPLIT, TEXT_WITHOUT_IMAGE, UNDECODABLE
+from shards.write import write_shards
+
+SKIPPED = "skipped.jsonl"
+MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
+JPEG_QUALITY = 95
+
+# What shards hold byte by byte; the other formats (and what `_as_seen` has to change) become JPEG or PNG.
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION = 0x0112
+
+Progress = Callable[[str, int, int], None]  # split, images done, images of the split
+
+
+@dataclass
+class Summary:
+    """What was built, and how much of it was left out; every thing left out is a line of `skipped`."""
+
+    dataset: str
+    out: Path
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)  # records, texts, targets, bytes of each
+    images_without_text: int = 0
+    texts_without_image: int = 0
+    undecodable_images: int = 0
+    images_in_no_split: int = 0
+    empty_texts: int = 0
+    reencoded_images: int = 0
+    notes: dict[str, int] = field(default_factory=dict)  # what is odd and was kept, or was asked to be left out
+    skipped: Path | None = None
+
+    def total(self, name: str) -> int:
+        """Of `records`, `texts`, `targets` (captions, answers) or `bytes`, over all splits."""
+        return sum(split[name] for split in self.splits.values())
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {name: self.total(name) for name in ("records", "texts", "targets", "bytes")}
+        return asdict(self) | totals | {"out": str(self.out), "skipped": str(self.skipped)}
+
+
+def build(
+    source: str,
+    out: str | Path,
+    *,
+    short_side: int | None = None,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Summary:
+    """Builds OUT/SPLIT for every split of `source`, with `options` being those of its `load` (None: not given).
+
+    `workers` threads decode (default: the cores of this process); the result does not depend on their number. An image
+    of more than `max_pixels` is skipped like one that cannot be decoded. OUT may hold other splits already. Raises
+    ShardError for anything wrong with the official files or the options, and then leaves OUT as it was.
+    """
+    if short_side is not None and short_side < 1:
+        raise ShardError(f"--short-side is {short_side}: it is a number of pixels, 1 or more")
+    if workers is not None and workers < 1:
+        raise ShardError(f"--workers is {workers}: it is a number of threads, 1 or more")
+    out = Path(out)
+    found = _load(source, options)
+    _check_splits(found, out)
+    summary = Summary(found.dataset, out)
+    lines = _lines_of_other_splits(found, out / SKIPPED)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(os.path.abspath(out))  # also where OUT is "."
+    beside = beside.with_name(f".{beside.name}.{os.getpid()}.building")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            for split, items in found.splits.items():
+                samples = _samples(found, split, items, pool, summary, (short_side, max_pixels), progress)
+                manifest = write_shards(samples, beside / split, dataset=found.dataset, split=split)
+                summary.splits[split] = _figures(manifest)
+        _count(summary, found)
+        summary.skipped = out / SKIPPED
+        lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
+        write_whole(beside / SKIPPED, ["".join(f"{line}\n" for line in lines).encode()])
+        _move_in(beside, out, list(found.splits))
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        found.images.close()
+    return summary
+
+
+def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, str]:
+    """Image file -> (payload, extension, what was changed or ""), or ValueError saying why it cannot be used.
+
+    The bytes stay as they are when plain decoding to RGB shows the picture people see. Else it is encoded anew, JPEG
+    as JPEG (quality 95), the others as PNG: EXIF rotation applied, transparency laid on white, CMYK to RGB, 16-bit
+    grey to 8, the first frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side`
+    is brought down to it (Lanczos, JPEG).
+    """
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
+        image.load()  # the whole file: a truncated one is found here
+        form = image.format
+        seen, changed = _as_seen(image)
+    if form not in _EXTENSIONS:
+        changed.append(form)
+    shrink = short_side is not None and min(seen.size) > short_side
+    if not shrink and not changed:
+        return data, _EXTENSIONS[form], ""
+    seen = seen.convert("RGB")
+    if shrink:
+        scale = short_side / min(seen.size)
+        size = tuple(max(short_side, round(side * scale)) for side in seen.size)
+        seen, changed = seen.resize(size, Image.Resampling.LANCZOS), [*changed, "shrunk"]
+    seen.info.clear()  # a CMYK profile or a transparent colour must not travel on
+    encoded = io.BytesIO()
+    if shrink or form in ("JPEG", "MPO"):
+        seen.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        return encoded.getvalue(), "jpg", ", ".join(changed)
+    seen.save(encoded, "PNG")
+    return encoded.getvalue(), "png", ", ".join(changed)
+
+
+def _as_seen(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """The picture as a viewer shows it, in a mode that converts to RGB without loss of sense, and what that took."""
+    changed = []
+    # The further pictures of an MPO file (phones) are no animation.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        changed.append("animated")
+    if _orientation(image) > 1:
+        image, changed = ImageOps.exif_transpose(image), [*changed, "EXIF rotation"]
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        changed.append("16-bit")
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    elif image.mode == "CMYK":
+        image, changed = image.convert("RGB"), [*changed, "CMYK"]
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema()[0] < 255:
+            white = Image.new("RGBA", layer.size, "white")
+            image, changed = Image.alpha_composite(white, layer), [*changed, "transparency"]
+    return image, changed
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError):
+        return 1  # broken EXIF in a good picture: every viewer shows it unrotated
+    return value if value in range(1, 9) else 1
+
+
+def _load(name: str, options: dict[str, Any]) -> Source:
+    if name not in SOURCES:
+        raise ShardError(f"there is no source {name!r}: choose one of {', '.join(SOURCES)}")
+    takes = inspect.signature(SOURCES[name]).parameters
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in takes:
+            flags = ", ".join(map(_flag, takes)) or "none"
+            raise ShardError(f"{name} has no option {_flag(option)}; its options are {flags}")
+    for option, parameter in takes.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise ShardError(f"{name} needs {_flag(option)}")
+    return SOURCES[name](**given)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _check_splits(source: Source, out: Path) -> None:
+    if not source.splits:
+        kinds = Counter(skipped.kind for skipped in source.skipped)
+        why = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common()) or "the files are empty"
+        first = next((f"; first: {s.name}, {s.reason}" for s in source.skipped), "")
+        raise ShardError(f"nothing to build from {source.images.place}: no image has a text ({why}{first})")
+    for split in source.splits:
+        if not re.fullmatch(r"[A-Za-z0-9_\-]+", split):
+            raise ShardError(f"the split {split!r} cannot be a folder: use letters, digits, '_' and '-'")
+        if (out / split).exists():
+            raise ShardError(f"{out / split} is there already: remove it or choose another --out")
+    if out.exists() and not out.is_dir():
+        raise ShardError(f"--out {out} is a file: it must be a folder, or not be there")
+
+
+def _samples(
+    source: Source,
+    split: str,
+    items: list[Item],
+    pool: ThreadPoolExecutor,
+    summary: Summary,
+    image_options: tuple[int | None, int],
+    progress: Progress | None,
+) -> Iterator[tuple[Record, bytes, str]]:
+    """The items in their order, a bounded number of images ahead of the writer; unusable ones go to `skipped`."""
+
+    def prepare(path: str) -> tuple[bytes, str, str] | str:
+        try:
+            return prepare_image(source.images.read(path), *image_options)
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
+            return f"{type(error).__name__}: {error}"
+
+    usable = 0
+    waiting: deque = deque()
+    rest = iter(items)
+    for done in range(1, len(items) + 1):
+        while len(waiting) < 64 and (item := next(rest, None)):
+            waiting.append((item, pool.submit(prepare, item.image)))
+        item, future = waiting.popleft()
+        result = future.result()
+        if isinstance(result, str):
+            source.skip(UNDECODABLE, item.image, result, split, len(item.record.texts))
+        else:
+            usable += 1
+            payload, extension, changed = result
+            summary.reencoded_images += bool(changed)
+            source.notes[f"images encoded anew: {changed}"] += bool(changed)
+            yield item.record, payload, extension
+        if progress:
+            progress(split, done, len(items))
+    if not usable:
+        last = source.skipped[-1]
+        raise ShardError(f"no image of the split {split} can be used; the last: {last.name}, {last.reason}")
+
+
+def _figures(manifest: Manifest) -> dict[str, int]:
+    targets = int(manifest.sidecar["targets"].sum())
+    return {"records": manifest.samples, "texts": manifest.texts, "targets": targets, "bytes": manifest.bytes}
+
+
+def _count(summary: Summary, source: Source) -> None:
+    images = Counter(skipped.kind for skipped in source.skipped)
+    texts: Counter[str] = Counter()
+    for skipped in source.skipped:
+        texts[skipped.kind] += skipped.texts
+    summary.images_without_text = images[IMAGE_WITHOUT_TEXT]
+    summary.texts_without_image = texts[TEXT_WITHOUT_IMAGE]
+    summary.undecodable_images = images[UNDECODABLE]
+    summary.images_in_no_split = images[NO_SPLIT]
+    summary.empty_texts = texts[EMPTY_TEXT]
+    summary.notes = {note: n for note, n in source.notes.items() if n}
+
+
+def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
+    """What an earlier build of other splits into the same OUT left out: these lines stay."""
+    if not path.is_file():
+        return []
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [line for line in lines if json.loads(line)["split"] not in (None, *source.splits)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is not what an earlier build wrote: move it away, or choose another --out") from error
+
+
+def _move_in(beside: Path, out: Path, splits: list[str]) -> None:
+    if not out.exists():
+        os.rename(beside, out)
+        return
+    for name in (*splits, SKIPPED):
+        os.replace(beside / name, out / name)

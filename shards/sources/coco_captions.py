@@ -1,0 +1,55 @@
+"""COCO captions: official `captions_train2014.json` and the like -> one record an image with all its captions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from shards.manifest import ShardError
+from shards.record import Text
+from shards.sources.source import (
+    IMAGE_WITHOUT_TEXT,
+    TEXT_WITHOUT_IMAGE,
+    Images,
+    Source,
+    clean_captions,
+    read_json,
+    rows_of,
+    unique,
+)
+
+
+def load(images: str | Path, captions: str | Path, split: str) -> Source:
+    """`split` names what the file holds (train, val). ShardError for another format and for duplicate ids."""
+    where = f"--captions {captions}"
+    document = read_json(captions, "--captions")
+    files = rows_of(document, "images", ("id", "file_name"), where)
+    rows = rows_of(document, "annotations", ("id", "image_id", "caption"), where)
+    unique((row["id"] for row in files), f"{where}: the image id")
+    unique((row["id"] for row in rows), f"{where}: the caption id")
+    captions_of: dict[int, list[str]] = defaultdict(list)
+    for row in rows:
+        if not isinstance(row["caption"], str) or not isinstance(row["image_id"], int):
+            raise ShardError(f"{where}: caption {row['id']} must have a text and a whole number as image_id")
+        captions_of[row["image_id"]].append(row["caption"])
+
+    source = Source("coco_captions", Images(images))
+    for row in files:
+        name, texts = Path(str(row["file_name"])).name, captions_of.pop(row["id"], [])
+        path = source.images.find(name)
+        targets = clean_captions(source, texts, name, split) if path else ()
+        if path is None:
+            source.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {source.images.place.name}", split, len(texts))
+        elif not targets:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "no caption names it", split)
+        else:
+            image_id = str(row["id"])
+            source.add(split, f"{row['id']:012d}", image_id, [Text(image_id, "caption", targets)], path)
+    for image_id, texts in captions_of.items():
+        source.skip(TEXT_WITHOUT_IMAGE, str(image_id), "its image_id is not in the list of images", split, len(texts))
+    known = {Path(str(row["file_name"])).name for row in files}
+    for path in source.images.names:
+        # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
+        if Path(path).name not in known and split in path:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "not in the list of images", split)
+    return source

@@ -1,0 +1,55 @@
+"""easy-VQA, from the package `easy-vqa`: 5,000 drawings of one shape, 48,248 questions, 13 answers.
+
+The package has train and test; `dev` is 400 training images drawn by a fixed hash, so that choices are never made on
+the test set.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from shards.manifest import ShardError
+from shards.record import Text
+from shards.sources.source import IMAGE_WITHOUT_TEXT, TEXT_WITHOUT_IMAGE, Images, Source, order_of
+
+DEV_IMAGES = 400
+_NEGATIONS = (" no ", " not ")
+
+
+def load() -> Source:
+    """Splits train (3,600 images), dev (400) and test (1,000); ShardError where the package is not installed."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ShardError("the package easy-vqa is not installed: pip install 'harness[demo]', or easy-vqa") from error
+    source = Source("easy_vqa", Images(Path(easy_vqa.__file__).parent / "data"))
+    questions = {"train": easy_vqa.get_train_questions(), "test": easy_vqa.get_test_questions()}
+    dev = set(sorted(set(questions["train"][2]), key=lambda image: order_of("easy-vqa dev", image))[:DEV_IMAGES])
+    used = set()
+    for folder, (prompts, answers, images) in questions.items():
+        of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for prompt, answer, image in zip(prompts, answers, images, strict=True):
+            of_image[image].append((prompt, answer))
+        for image, rows in of_image.items():
+            split = "dev" if folder == "train" and image in dev else folder
+            path, key = f"{folder}/images/{image}.png", f"{folder}-{image:04d}"
+            if path not in source.images:
+                source.skip(TEXT_WITHOUT_IMAGE, path, "no such image in the package", split, len(rows))
+                continue
+            used.add(path)
+            texts = [_text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)]
+            source.add(split, key, key, texts, path)
+    for path in source.images.names:
+        if path not in used:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "no question asks about it")
+    return source
+
+
+def _text(text_id: str, prompt: str, answer: str) -> Text:
+    if answer in ("yes", "no"):
+        kind = "absence" if any(word in f" {prompt} " for word in _NEGATIONS) else "presence"
+    else:
+        kind = "what color" if "color" in prompt else "what shape"
+    answer_type = "yes/no" if answer in ("yes", "no") else "other"
+    return Text(text_id, "vqa", (answer,), prompt, {"answer_type": answer_type, "question_type": kind})

@@ -1,0 +1,122 @@
+"""Your own data: a folder (or zip) of images and a JSONL of texts -> one record an image with all its texts.
+
+A line: {"image": "cats/1.jpg", "text": "a cat"} or "captions": [...] or "question": "...", "answers": [...],
+optionally "id" (unique) and "split" (default train). Several lines may name the same image.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.manifest import ShardError
+from shards.record import Text
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    TEXT_WITHOUT_IMAGE,
+    Images,
+    Source,
+    clean_captions,
+    keys_of,
+    read_text,
+)
+
+_FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
+
+
+@dataclass
+class _Picture:
+    """The lines of one image: its split, the first line that gave it, and the texts found so far."""
+
+    split: str
+    line: int
+    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+def load(images: str | Path, jsonl: str | Path) -> Source:
+    """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of the form above,
+    an id given twice, an image in two splits."""
+    source = Source("image_folder", Images(images))
+    pictures: dict[str, _Picture] = {}
+    ids: dict[str, int] = {}
+    for n, line in enumerate(read_text(jsonl, "--jsonl").split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _read_line(line, where := f"--jsonl {jsonl}, line {n}")
+        path, split = posixpath.normpath(row["image"]), row.get("split", "train")
+        picture = pictures.setdefault(path, _Picture(split, n))
+        if picture.split != split:
+            raise ShardError(
+                f"{where}: {path} is in the split {split!r}, and in {picture.split!r} in line {picture.line}"
+            )
+        if "id" in row and ids.setdefault(str(row["id"]), n) != n:
+            raise ShardError(f"{where}: the id {row['id']!r} occurs in line {ids[str(row['id'])]} already")
+        picture.rows.append((n, row))
+        source.notes.update(f"field '{name}' ignored" for name in row if name not in _FIELDS)
+    key_of = keys_of(pictures)
+    for path, picture in pictures.items():
+        if path not in source.images:
+            reason = f"no such image in {source.images.place.name} (line {picture.line})"
+            source.skip(TEXT_WITHOUT_IMAGE, path, reason, picture.split, len(picture.rows))
+        elif texts := _texts(source, path, key_of[path], picture):
+            source.add(picture.split, key_of[path], key_of[path], texts, path)
+        else:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", picture.split)
+    for path in source.images.names:
+        if path not in pictures:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "no line names it")
+    return source
+
+
+def _texts(source: Source, path: str, key: str, picture: _Picture) -> list[Text]:
+    """Captions without an id are one text (the key is its id); a question without an id is called KEY-NUMBER."""
+    texts, captions, questions = [], [], Counter()
+    for n, row in picture.rows:
+        given = str(row["id"]) if "id" in row else None
+        if "question" in row:
+            text_id = given or f"{key}-{questions.total()}"
+            questions[text_id] += 1
+            answers = tuple(_strings(row["answers"]))
+            if row["question"].strip() and any(answer.strip() for answer in answers):
+                texts.append(Text(text_id, "vqa", answers, row["question"]))
+            else:
+                source.skip(EMPTY_TEXT, path, f"the question or its answers are empty (line {n})", picture.split, 1)
+            continue
+        found = clean_captions(source, _strings(row.get("captions", row.get("text"))), path, picture.split)
+        if given is None:
+            captions.extend(found)
+        elif found:
+            texts.append(Text(given, "caption", found))
+    return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
+
+
+def _strings(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _read_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ShardError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
+        raise ShardError(f"{where} has no field 'image' with the path of an image")
+    if not isinstance(row.get("split", "train"), str) or not isinstance(row.get("id", ""), str | int):
+        raise ShardError(f"{where}: 'split' must be a text, 'id' a text or a whole number")
+    kinds = [name for name in ("text", "captions", "question") if name in row]
+    if len(kinds) != 1 or ("answers" in row) != (kinds == ["question"]):
+        raise ShardError(
+            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; found {', '.join(row)}"
+        )
+    name = "answers" if kinds == ["question"] else kinds[0]
+    many = _strings(row[name])
+    if not isinstance(many, list) or not all(isinstance(text, str) for text in many):
+        raise ShardError(f"{where}: '{name}' must be a text or a list of texts, found {str(row[name])[:60]}")
+    if not isinstance(row.get("question", ""), str):
+        raise ShardError(f"{where}: 'question' must be a text, found {str(row['question'])[:60]}")
+    return row

@@ -1,0 +1,198 @@
+"""VQAv2: official questions, annotations and image folders -> one record an image with all its questions.
+
+Answers stay as they are given, ten in order. `limit` draws images; `pair_id` names the complementary question.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from shards.manifest import ShardError
+from shards.record import Text
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    TEXT_WITHOUT_IMAGE,
+    Images,
+    Source,
+    order_of,
+    read_json,
+    rows_of,
+    unique,
+)
+
+
+def load(
+    images: str | Path,
+    questions: str | Path,
+    split: str,
+    annotations: str | Path | None = None,
+    pairs: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Source:
+    """`split` is train or val; `pairs` the official list of [question id, question id] of complementary pairs.
+
+    `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a question without
+    annotation, an annotation without question, duplicate question ids, files of another split.
+    """
+    if annotations is None:
+        raise ShardError(
+            "vqav2 needs --annotations: the official test split has none, so only train and val can be built"
+        )
+    if limit is not None and limit < 1:
+        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
+    asked, year = _read_questions(questions, split)
+    answered = _read_annotations(annotations, asked, questions)
+    joined = _read_pairs(pairs) if pairs else []
+    partner = {a: b for pair in joined for a, b in (pair, pair[::-1])}
+
+    source = Source("vqav2", Images(images))
+    of_image: dict[int, list[dict]] = defaultdict(list)
+    for question in asked.values():
+        of_image[question["image_id"]].append(question)
+    found: dict[int, str] = {}
+    for image_id, rows in of_image.items():
+        name = f"COCO_{split}{year}_{image_id:012d}.jpg"
+        path = source.images.find(name)
+        if path is None:
+            reason = f"no such image in {source.images.place.name}"
+            source.skip(TEXT_WITHOUT_IMAGE, name, reason, split, len(rows))
+        else:
+            found[image_id] = path
+    drawn = set(found)
+    if limit is not None and limit < len(found):
+        image_pairs = [(asked[a]["image_id"], asked[b]["image_id"]) for a, b in joined if a in asked and b in asked]
+        drawn = _draw(set(found), image_pairs, limit, seed)
+        source.notes["images not drawn by --limit"] = len(found) - len(drawn)
+        cut = sum((a in drawn) != (b in drawn) for a, b in image_pairs)
+        source.notes["complementary pairs cut by --limit, their images being too many to stay together"] = cut
+    for image_id, path in found.items():
+        if image_id not in drawn:
+            continue
+        texts = [_text(source, q, answered[q["question_id"]], partner, asked, split) for q in of_image[image_id]]
+        texts = [text for text in texts if text]
+        if texts:
+            source.add(split, f"{image_id:012d}", str(image_id), texts, path)
+        else:
+            source.skip(IMAGE_WITHOUT_TEXT, path, "none of its questions has a text and an answer", split)
+    used = set(found.values())
+    for path in source.images.names:
+        # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
+        if path not in used and Path(path).name.startswith(f"COCO_{split}"):
+            source.skip(IMAGE_WITHOUT_TEXT, path, "no question asks about it", split)
+    return source
+
+
+def _text(source: Source, question: dict, annotation: dict, partner: dict, asked: dict, split: str) -> Text | None:
+    number, answers = question["question_id"], tuple(annotation["answers"])
+    if not all(isinstance(answer, str) for answer in answers) or not isinstance(question["question"], str):
+        raise ShardError(f"question {number}: its question and every answer must be a text")
+    if not question["question"].strip() or not any(answer.strip() for answer in answers):
+        what = "its question is empty" if not question["question"].strip() else "all its answers are empty"
+        source.skip(EMPTY_TEXT, str(number), what, split, texts=1)
+        return None
+    source.notes["questions with other than ten answers, kept"] += len(answers) != 10
+    other = partner.get(number)
+    source.notes["questions whose complementary question is not in --questions"] += bool(other) and other not in asked
+    meta = {
+        "answer_type": annotation.get("answer_type"),
+        "question_type": annotation.get("question_type"),
+        "pair_id": str(other) if other in asked else None,
+    }
+    return Text(str(number), "vqa", answers, question["question"], meta)
+
+
+def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]:
+    where = f"--questions {path}"
+    document = read_json(path, "--questions")
+    rows = rows_of(document, "questions", ("question_id", "image_id", "question"), where)
+    subtype = str(document.get("data_subtype", f"{split}2014"))
+    if not subtype.startswith(split) or not subtype[len(split) :].isdigit():
+        raise ShardError(f"{where} are of {subtype}, but --split is {split}")
+    for row in rows:
+        for name in ("question_id", "image_id"):
+            if not isinstance(row[name], int):
+                raise ShardError(f"{where}: {name} {row[name]!r} is not a whole number")
+    unique((row["question_id"] for row in rows), f"{where}: question_id")
+    return {row["question_id"]: row for row in rows}, subtype[len(split) :]
+
+
+def _answer(row: dict) -> Any:
+    """Ten million answers of the full set as shared strings in place of dictionaries: a fifth of the memory."""
+    return sys.intern(row["answer"]) if "answer_id" in row and isinstance(row.get("answer"), str) else row
+
+
+def _read_annotations(path: str | Path, asked: dict[int, dict], questions: str | Path) -> dict[int, dict]:
+    where = f"--annotations {path}"
+    document = read_json(path, "--annotations", _answer)
+    rows = rows_of(document, "annotations", ("question_id", "image_id", "answers"), where)
+    unique((row["question_id"] for row in rows), f"{where}: question_id")
+    answered = {row["question_id"]: row for row in rows}
+    for ids, what, missing in (
+        (asked.keys() - answered.keys(), "question", f"no annotation in --annotations {path}"),
+        (answered.keys() - asked.keys(), "annotation", f"no question in --questions {questions}"),
+    ):
+        if ids:
+            raise ShardError(f"{what} {min(ids)} has {missing} ({len(ids)} such); both files must be of the same split")
+    for number, row in answered.items():
+        if row["image_id"] != asked[number]["image_id"]:
+            raise ShardError(
+                f"question {number} is about image {asked[number]['image_id']} in --questions {questions} "
+                f"and about image {row['image_id']} in --annotations {path}"
+            )
+        if not isinstance(row["answers"], list):
+            raise ShardError(f"{where}: the answers of question {number} are no list")
+    return answered
+
+
+def _read_pairs(path: str | Path) -> list[tuple[int, int]]:
+    rows = read_json(path, "--pairs")
+    for n, row in enumerate(rows if isinstance(rows, list) else [None]):
+        if not (isinstance(row, list) and len(row) == 2 and all(isinstance(q, int) for q in row)):
+            raise ShardError(f"--pairs {path}: element {n} is not [question id, question id], as in the official file")
+    unique((q for row in rows for q in row), f"--pairs {path}: the question")
+    return [(a, b) for a, b in rows]
+
+
+def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int) -> set[int]:
+    """`limit` images in the order of a hash; what complementary pairs join comes along whole where it fits.
+
+    In the full set nearly all images hang together, so a group larger than what is left is not taken whole: then the
+    image brings the partners of its own questions, or is passed over.
+    """
+    joined: dict[int, set[int]] = {image: set() for image in images}
+    for a, b in pairs:
+        if a in joined and b in joined and a != b:
+            joined[a].add(b)
+            joined[b].add(a)
+    group_of = _groups(joined)
+    drawn: set[int] = set()
+    for image in sorted(images, key=lambda image: order_of(seed, image)):
+        if image in drawn:
+            continue
+        for group in (group_of[image], {image} | joined[image]):
+            new = group - drawn
+            if len(drawn) + len(new) <= limit:
+                drawn |= new
+                break
+        if len(drawn) == limit:
+            break
+    return drawn
+
+
+def _groups(joined: dict[int, set[int]]) -> dict[int, set[int]]:
+    group_of: dict[int, set[int]] = {}
+    for image in joined:
+        if image in group_of:
+            continue
+        group, edge = {image}, [image]
+        while edge:
+            new = joined[edge.pop()] - group
+            group |= new
+            edge.extend(new)
+        group_of.update(dict.fromkeys(group, group))
+    return group_of
