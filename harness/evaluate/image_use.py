@@ -1,0 +1,332 @@
+"""Does the answer come from the image? Counterfactuals on a fixed subset, and a verdict in words.
+
+Batches with their image tokens and losses -> the same under images shuffled among contexts, left out, blank or noise
+-> ImageUse. The evidence is paired: every context is its own control, so only the image differs.
+Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from harness.batch import Batch
+from harness.config import Decoding
+from harness.config import Evaluation as EvaluationConfig
+from harness.evaluate import vqa
+from harness.evaluate.predict import ImageTokens, Prediction, select
+from shards.record import Record
+
+Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evidence"]
+
+LOSS_MARGIN = 0.01  # nats per target token: the lower bound of a gap that counts as use of the image
+LOSS_NEGLIGIBLE = 0.02  # nats per target token: a gap whose upper bound is below this is as good as none
+SCORE_MARGIN = 1.0  # points
+COLLAPSE = 0.5  # share of outputs that are empty, or mean probability of ending at once
+FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
+_SEED = 0  # of donors, partners and resamples: the same for every run, so that runs compare
+
+# In [0, 1] per answer. Captions have no score of their own yet; their gate rests on the loss.
+SCORES: Mapping[str, Callable[[str, Sequence[str]], float]] = {"vqa": vqa.accuracy}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with the interval of the confidence asked for; infinite bounds where nothing can be said."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """The evidence and the verdict for one task. Accuracies and their gap in percent and points, losses in nats per
+    target token, all on the subset; None where it was not measured."""
+
+    verdict: Verdict
+    reason: str
+    images: int
+    contexts: int
+    left_out: int  # contexts of a batch with a single image, where nothing could be exchanged
+    loss_nats: dict[str, float]  # under true, shuffled, no_image, blank, noise
+    loss_gap: Interval  # shuffled - true
+    accuracies: dict[str, float]  # the same conditions; empty where the task has no score
+    accuracy_gap: Interval | None  # true - shuffled
+    answers_changed_where_truth_differs: float | None  # share of `pairs_where_truth_differs`
+    pairs_where_truth_differs: int
+    distinct_outputs: int
+    empty_rate: float
+    p_eos_first: float
+    majority_accuracy: float | None = None
+    text_only_accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, flat: `shuffled_accuracy`, `loss_gap_nats`, `loss_gap_nats_low` ..., None for what is unknown."""
+        flat = asdict(self)
+        losses, accuracies = flat.pop("loss_nats"), flat.pop("accuracies")
+        flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
+        flat |= {
+            f"{name}_accuracy": accuracies.get(name) for name in ("true", "shuffled", "no_image", "blank", "noise")
+        }
+        for name, gap in (("loss_gap_nats", flat.pop("loss_gap")), ("accuracy_gap", flat.pop("accuracy_gap"))):
+            gap = gap or {"value": None, "low": None, "high": None}
+            flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
+
+
+# ---- the counterfactuals ------------------------------------------------------------------------------------------
+
+
+def donors(images: int, roll: int) -> torch.Tensor:
+    """donor_I: for every image another one. A roll, not a random permutation: none may keep its own."""
+    if images < 2:
+        raise ValueError(f"images can be exchanged among at least 2, this batch has {images}")
+    return (torch.arange(images) + 1 + roll % (images - 1)) % images
+
+
+def sums_per_context(loss: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """LossOutput -> nats_C, weight_C: summed over the targets of each context."""
+
+    def summed(values_T: torch.Tensor) -> np.ndarray:
+        zeros_C = torch.zeros(len(batch.image_of_C), dtype=torch.float64, device=values_T.device)
+        return zeros_C.index_add_(0, batch.context_of_T, values_T.double()).cpu().numpy()
+
+    return summed(loss.sum_T), summed(loss.weight_T)
+
+
+@dataclass
+class _Row:
+    """One context under every condition."""
+
+    prediction: Prediction
+    image: tuple[str, str, str]
+    weight: float
+    nats: dict[str, float]
+    score: dict[str, float]
+
+
+@dataclass
+class Gate:
+    """Collects the evidence of one task batch by batch; `result` judges it.
+
+    `controls` are the image tokens (N, Q, D) of the blank and the noise images, by condition.
+    """
+
+    model: Any
+    task: str
+    decoding: Decoding
+    config: EvaluationConfig
+    controls: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    left_out: int = 0
+    _rows: list[_Row] = field(default_factory=list)
+    _said: dict[tuple[str, str, int], str] = field(default_factory=dict)  # (condition, prompt, control image) -> answer
+    _batches: int = 0
+
+    @torch.no_grad()
+    def add(
+        self, batch: Batch, tokens: ImageTokens, nats_C: np.ndarray, weight_C: np.ndarray, said: Sequence[Prediction]
+    ) -> None:
+        """A batch of this task, its image tokens, its losses per context and its predictions under the true images."""
+        if batch.images < 2:
+            self.left_out += len(batch.contexts)
+            return
+        rng = np.random.default_rng((_SEED, self._batches))
+        self._batches += 1
+        donor_I = donors(batch.images, int(rng.integers(1 << 30))).to(batch.image_of_C.device)
+        others = {"shuffled": tokens.with_rows(donor_I[batch.image_of_C]), "no_image": tokens.without_tokens()}
+        for name, tokens_NQD in self.controls.items():
+            others[name] = type(tokens)(tokens_NQD, (batch.image_of_C + self._batches) % len(tokens_NQD))
+        rows = [
+            _Row(p, (p.dataset, p.split, p.image_id), float(w), {"true": float(n)}, self._score(p.answer, p))
+            for p, w, n in zip(said, weight_C, nats_C, strict=True)
+        ]
+        for name, other in others.items():
+            for row, nats in zip(rows, sums_per_context(self.model.loss(batch, other), batch)[0], strict=True):
+                row.nats[name] = float(nats)
+            if self.task in SCORES:
+                for row, answer in zip(rows, self._answers(name, batch, other), strict=True):
+                    row.score |= self._score(answer, row.prediction, name)
+        self._rows += rows
+
+    def _score(self, answer: str, p: Prediction, condition: str = "true") -> dict[str, float]:
+        return {condition: SCORES[self.task](answer, p.references)} if self.task in SCORES else {}
+
+    def _answers(self, condition: str, batch: Batch, tokens: ImageTokens) -> list[str]:
+        """Without the true image many contexts are the same (image, prompt): each is asked once in the whole gate."""
+        if condition == "shuffled":
+            return self.model.generate(batch, self.decoding, tokens).texts
+        shown = [0] * len(batch.contexts) if condition == "no_image" else tokens.token_row_of_C.tolist()
+        keys = [(condition, context.prompt, row) for context, row in zip(batch.contexts, shown, strict=True)]
+        new = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._said}
+        if new:
+            rows = list(new.values())
+            part = tokens.with_rows(tokens.token_row_of_C[rows])
+            self._said |= zip(new, self.model.generate(select(batch, rows), self.decoding, part).texts, strict=True)
+        return [self._said[key] for key in keys]
+
+    def result(self, *, majority: Majority | None = None, text_only_accuracy: float | None = None) -> ImageUse | None:
+        """The verdict on what was collected; None if that is nothing."""
+        if not self._rows:
+            return None
+        rows, config = self._rows, self.config
+        index_of = {image: i for i, image in enumerate(dict.fromkeys(row.image for row in rows))}
+        image_C = np.array([index_of[row.image] for row in rows])
+        weight_C = np.array([row.weight for row in rows])
+
+        def gap(difference_C: Sequence[float], per_C: np.ndarray) -> Interval:
+            sums_I, per_I = (np.bincount(image_C, v, len(index_of)) for v in (np.asarray(difference_C), per_C))
+            return bootstrap(sums_I, per_I, config.bootstrap, config.confidence)
+
+        loss_gap = gap([row.nats["shuffled"] - row.nats["true"] for row in rows], weight_C)
+        accuracy_gap, accuracies = None, {}
+        if self.task in SCORES:
+            differences = [100 * (row.score["true"] - row.score["shuffled"]) for row in rows]
+            accuracy_gap = gap(differences, np.ones(len(rows)))
+            accuracies = {name: vqa.percent([row.score[name] for row in rows]) for name in rows[0].score}
+        predictions = [row.prediction for row in rows]
+        changed, pairs = changed_where_truth_differs(predictions)
+        empty_rate = float(np.mean([not p.answer.strip() for p in predictions]))
+        p_eos_first = float(np.mean([p.p_eos_first for p in predictions]))
+        verdict, reason = judge(loss_gap, accuracy_gap, empty_rate, p_eos_first, len(index_of))
+        return ImageUse(
+            verdict=verdict,
+            reason=reason,
+            images=len(index_of),
+            contexts=len(rows),
+            left_out=self.left_out,
+            loss_nats={name: sum(row.nats[name] for row in rows) / weight_C.sum() for name in rows[0].nats},
+            loss_gap=loss_gap,
+            accuracies=accuracies,
+            accuracy_gap=accuracy_gap,
+            answers_changed_where_truth_differs=changed / pairs if pairs else None,
+            pairs_where_truth_differs=pairs,
+            distinct_outputs=len({vqa.normalise(p.answer) for p in predictions}),
+            empty_rate=empty_rate,
+            p_eos_first=p_eos_first,
+            majority_accuracy=majority.accuracy(predictions) if majority and self.task == "vqa" else None,
+            text_only_accuracy=text_only_accuracy,
+        )
+
+
+# ---- the evidence --------------------------------------------------------------------------------------------------
+
+
+def bootstrap(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: float) -> Interval:
+    """Percentile interval of sum(sums) / sum(per) over resampled images (Efron & Tibshirani 1993, chapter 13).
+
+    Over images, since the texts of an image share it and are no independent draws; a bootstrap and no t interval,
+    since the figure is a ratio of sums over images with different numbers of texts and tokens.
+    """
+    value = float(sums_I.sum() / per_I.sum())
+    images = len(sums_I)
+    if images < 2:
+        return Interval(value, -math.inf, math.inf)
+    counts_RI = np.random.default_rng(_SEED).multinomial(images, np.full(images, 1 / images), size=resamples)
+    ratios_R = (counts_RI @ sums_I) / (counts_RI @ per_I)
+    low, high = np.quantile(ratios_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int, int]:
+    """(answers that changed, pairs): each context is paired with one of another image that has the same prompt and
+    another true answer (both the most common one), where such a one is in the subset.
+
+    What the model says to that context is what it says when the images of the two are exchanged, so the pair is a
+    counterfactual whose right answer is known to differ; a model that ignores its images never changes its answer.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, prediction in enumerate(predictions):
+        groups[prediction.prompt].append(index)
+    truth = [vqa.most_common(p.references) for p in predictions]
+    said = [vqa.normalise(p.answer) for p in predictions]
+    rng = np.random.default_rng(_SEED)
+    changed = pairs = 0
+    for group in groups.values():
+        order = rng.permutation(group)
+        for position, one in enumerate(order):
+            for step in range(1, len(order)):
+                other = order[(position + step) % len(order)]
+                if truth[one] != truth[other] and predictions[one].key != predictions[other].key:
+                    pairs += 1
+                    changed += said[one] != said[other]
+                    break
+    return changed, pairs
+
+
+def judge(
+    loss_gap: Interval, accuracy_gap: Interval | None, empty_rate: float, p_eos_first: float, images: int
+) -> tuple[Verdict, str]:
+    """The verdict and its reason. `image used` needs every lower bound above its margin; doubt is never use."""
+    loss = f"exchanging the images raises the loss by {loss_gap} nats per target token"
+    score = f"and lowers the accuracy by {accuracy_gap} points" if accuracy_gap else ""
+    evidence = f"{loss} {score}".strip()
+    if empty_rate > COLLAPSE or p_eos_first > COLLAPSE:
+        return "EOS collapse", (
+            f"{empty_rate:.0%} of the outputs are empty and the model ends before the first word with probability "
+            f"{p_eos_first:.2f}; above {COLLAPSE:.0%} it says nothing, whatever the image"
+        )
+    if images < FEWEST_IMAGES:
+        return (
+            "not enough evidence",
+            f"{images} images are fewer than the {FEWEST_IMAGES} an interval needs; {evidence}",
+        )
+    loss_used = loss_gap.low > LOSS_MARGIN
+    score_used = accuracy_gap is None or accuracy_gap.low > SCORE_MARGIN
+    if loss_used and score_used:
+        return "image used", f"{evidence}; the lower bounds are above {LOSS_MARGIN} nats" + (
+            f" and {SCORE_MARGIN:g} points" if accuracy_gap else ""
+        )
+    if loss_gap.high < LOSS_NEGLIGIBLE and not (accuracy_gap and score_used):
+        return "image ignored", f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
+    if loss_used:
+        return "not enough evidence", (
+            f"{evidence}; the loss depends on the image, but the lower bound of the accuracy gap is not above "
+            f"{SCORE_MARGIN:g} points: train longer or test on more texts"
+        )
+    return "not enough evidence", (
+        f"{evidence}; the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} nats, "
+        "so it shows neither: train longer or test on more texts"
+    )
+
+
+# ---- the floor -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Majority:
+    """The best anyone can do who knows the training texts by heart and never looks at an image."""
+
+    answer_of: Mapping[str, str]  # question -> its most common answer
+    overall: str  # for a question that was never seen
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Majority | None:
+        """From the training records; None if they hold no question. An image's own answer is its most common one."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for record in records:
+            for text in record.texts:
+                if text.task == "vqa":
+                    counts[_question(text.prompt)][vqa.most_common(text.targets)] += 1
+        if not counts:
+            return None
+        overall = sum(counts.values(), Counter()).most_common(1)[0][0]
+        return cls({question: found.most_common(1)[0][0] for question, found in counts.items()}, overall)
+
+    def accuracy(self, predictions: Sequence[Prediction]) -> float:
+        """Percent, on the questions of these predictions."""
+        answers = (self.answer_of.get(_question(p.question), self.overall) for p in predictions)
+        return vqa.percent([vqa.accuracy(a, p.references) for a, p in zip(answers, predictions, strict=True)])
+
+
+def _question(text: str | None) -> str:
+    return " ".join((text or "").lower().split())

@@ -1,0 +1,121 @@
+"""The one generation loop, shared by scores, the image-use gate and `ask`.
+
+Batches -> one Prediction per context, in the batches' order. The image tokens of a batch are made once, by whoever
+calls, and handed on. Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from harness.batch import Batch
+from harness.config import Decoding, Generate
+
+
+class ImageTokens(Protocol):
+    """What a bridge returns (BridgeOutput)."""
+
+    tokens_NQD: torch.Tensor
+    token_row_of_C: torch.Tensor
+
+    def with_rows(self, row_of_C: torch.Tensor) -> ImageTokens: ...
+    def without_tokens(self) -> ImageTokens: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says to one context, and what the annotators said."""
+
+    dataset: str
+    split: str
+    key: str
+    image_id: str
+    text_id: str
+    task: str
+    prompt: str  # after the template
+    question: str | None  # before it
+    references: tuple[str, ...]
+    answer: str
+    p_eos_first: float  # probability of ending before the first word
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> tuple[str, str, str]:
+        """Unique over several sets: question ids of two data sets may coincide."""
+        return self.dataset, self.split, self.text_id
+
+
+def predict(
+    model: Any,
+    batches: Iterable[Batch],
+    generate: Generate,
+    tokens_of: Callable[[Batch], ImageTokens] | None = None,
+) -> list[Prediction]:
+    """One prediction per context of every batch; `tokens_of` in place of the model's own image tokens."""
+    tokens_of = tokens_of or model.bridge_tokens
+    predictions: list[Prediction] = []
+    with torch.no_grad():
+        for batch in batches:
+            tokens = tokens_of(batch)
+            found: dict[int, Prediction] = {}
+            for task, part, rows in by_task(batch):
+                part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(tokens.token_row_of_C.device)])
+                found |= zip(rows.tolist(), answers(model, part, getattr(generate, task), part_tokens), strict=True)
+            predictions += [found[row] for row in range(len(batch.contexts))]
+    return predictions
+
+
+def answers(model: Any, batch: Batch, decoding: Decoding, tokens: ImageTokens) -> list[Prediction]:
+    """Predictions for a batch of one task."""
+    said = model.generate(batch, decoding, tokens)
+    return [
+        Prediction(
+            dataset=context.record.dataset,
+            split=context.record.split,
+            key=context.record.key,
+            image_id=context.record.image_id,
+            text_id=context.text.id,
+            task=context.text.task,
+            prompt=context.prompt,
+            question=context.text.prompt,
+            references=context.text.targets,
+            answer=text,
+            p_eos_first=p_eos,
+            meta=context.text.meta,
+        )
+        for context, text, p_eos in zip(batch.contexts, said.texts, said.p_eos_first_C.tolist(), strict=True)
+    ]
+
+
+def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
+    """(task, the batch's contexts of that task, their rows in the batch): tasks are decoded and scored differently."""
+    tasks = [context.text.task for context in batch.contexts]
+    for task in sorted(set(tasks)):
+        rows = [row for row, found in enumerate(tasks) if found == task]
+        yield task, select(batch, rows), torch.tensor(rows)
+
+
+def select(batch: Batch, rows: Sequence[int]) -> Batch:
+    """The batch with these contexts alone, in this order, and their targets; the images stay as they are."""
+    if list(rows) == list(range(len(batch.contexts))):
+        return batch
+    device = batch.image_of_C.device
+    rows_C = torch.tensor(rows, device=device)
+    new_row_of_old = torch.full((len(batch.contexts),), -1, device=device)
+    new_row_of_old[rows_C] = torch.arange(len(rows), device=device)
+    kept_T = (new_row_of_old[batch.context_of_T] >= 0).nonzero()[:, 0]
+    return replace(
+        batch,
+        prompt_ids_CL=batch.prompt_ids_CL[rows_C],
+        prompt_mask_CL=batch.prompt_mask_CL[rows_C],
+        image_of_C=batch.image_of_C[rows_C],
+        labels_TL=batch.labels_TL[kept_T],
+        weight_TL=batch.weight_TL[kept_T],
+        context_of_T=new_row_of_old[batch.context_of_T[kept_T]],
+        contexts=tuple(batch.contexts[row] for row in rows),
+        text_ids_T=tuple(batch.text_ids_T[t] for t in kept_T.tolist()) if batch.text_ids_T else (),
+    )
