@@ -142,7 +142,7 @@ def parse_sample(key: str, contents: Mapping[str, bytes], kind: str, dataset: st
     if not captions:
         raise ShardError('no text: neither a record nor a "caption" in .json, nor a caption in .txt')
     text = Text(id=key, task="caption", targets=captions)
-    record = Record(re.sub(r"[^A-Za-z0-9_\-]", "_", key), dataset, split, key, (text,))
+    record = Record(re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./")), dataset, split, key, (text,))
     record.check()
     return record, extension
 
@@ -177,9 +177,8 @@ def members(read: Callable[[int, int], bytes], end: int, begin: int = 0, whole: 
             raise ShardError(f"the data ends inside the member {found!r} at offset {start}: the shard is damaged")
         if flag in b"0\x007":
             match = _NAME.fullmatch(name or found)
-            if not match:
-                raise ShardError(f"the member {name or found!r} at offset {start} has no extension or no key")
-            yield Member(match[1], match[2].lower(), start, offset, content)
+            key, extension = match.groups() if match else (name or found, "")
+            yield Member(key, extension.lower(), start, offset, content)
             start = name = length = None
         elif flag in b"Lx":  # what follows describes the next header
             described = read(offset, content)

@@ -10,6 +10,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,7 +98,7 @@ def _write_tars(samples, folder: Path, split: str, kind: Kind, max_bytes: int, m
     finally:
         sidecar.discard()
         if shard:
-            shard.file.close()
+            shard.abandon()
 
 
 class _Shard:
@@ -134,6 +135,12 @@ class _Shard:
         os.fsync(self.file.fileno())
         self.file.close()
         return ShardInfo(self.path.name, self.bytes, self.sha256.hexdigest(), self.samples, self.texts)
+
+    def abandon(self) -> None:
+        """After an error; does nothing to a shard that was closed. Left open, tarfile would write when collected."""
+        with suppress(OSError):
+            self.tar.close()
+        self.file.close()
 
 
 def _padded(size: int) -> int:
