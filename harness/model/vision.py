@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from harness.config import ConfigError, Vision
@@ -140,7 +141,7 @@ def _load_clip(config: Vision) -> VisionTower:
             model, report = CLIPVisionModel.from_pretrained(
                 config.id, revision=config.revision, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(config, error) from error
     if absent := sorted(report["missing_keys"]):
         raise ConfigError(

@@ -1,0 +1,112 @@
+"""Which dtype for which part on which device, and the reason in words.
+
+The config's `train.precision` and what the device can do -> Precision, which is printed and logged at the start. Told
+the device's capability, `choose` is a pure function, so that a T4's policy is tested without a T4.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from harness.config import ConfigError
+
+Requested = Literal["auto", "bf16", "fp16", "fp32"]
+Part = Literal["vision", "bridge", "lm"]
+BF16_FROM = (8, 0)  # compute capability of Ampere; older GPUs emulate bf16, slower than fp32
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One policy for each part: the dtype of autocast around it, or None for no autocast."""
+
+    name: Literal["bf16", "fp16", "fp32"]
+    device_type: str  # "cpu", "cuda", "mps"
+    vision: torch.dtype | None
+    bridge: torch.dtype | None
+    lm: torch.dtype | None
+    compute_dtype: torch.dtype  # of products in 4-bit layers (bnb_4bit_compute_dtype)
+    loss_scaler: bool
+    reason: str
+    lm_dtype: torch.dtype = torch.float32  # of what is not quantised: wo, norms, embeddings
+
+    def autocast(self, part: Part) -> AbstractContextManager:
+        """The context in which a part runs. Without a dtype an autocast around it is switched off, not only left out:
+        fp16 autocast defeats the fp32 `wo` of T5, whose values exceed fp16's largest."""
+        dtype = getattr(self, part)
+        if dtype is None:
+            if not torch.amp.is_autocast_available(self.device_type):
+                return nullcontext()
+            return torch.autocast(self.device_type, enabled=False)
+        return torch.autocast(self.device_type, dtype=dtype)
+
+    def facts(self) -> dict[str, str]:
+        """For the log and the tracker: a line for each part, and the reason."""
+        parts = {part: _name(getattr(self, part) or torch.float32) for part in ("vision", "bridge", "lm")}
+        named = {f"precision.{part}": name for part, name in parts.items()}
+        return named | {
+            "precision.lm_4bit_compute": _name(self.compute_dtype),
+            "precision.loss_scaler": str(self.loss_scaler).lower(),
+            "precision.reason": self.reason,
+        }
+
+
+def choose(
+    requested: Requested,
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
+    bf16_supported: bool | None = None,
+) -> Precision:
+    """The policy for a device. `capability` is a CUDA device's, asked of the device itself if not given.
+
+    `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on. Raises ConfigError for a request
+    that the device cannot do.
+    """
+    kind = device.type
+    if kind == "cuda" and capability is None:
+        capability = torch.cuda.get_device_capability(device)
+        bf16_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    where = f"a GPU of compute capability {capability[0]}.{capability[1]}" if capability else f"the device {kind!r}"
+    native_bf16 = bool(bf16_supported)
+    if bf16_supported is None and capability:
+        native_bf16 = capability >= BF16_FROM
+    if requested == "auto":
+        asked, chosen = "", ("bf16" if native_bf16 else "fp16") if kind == "cuda" else "fp32"
+    else:
+        asked, chosen = "as asked: ", requested
+    if chosen == "bf16":
+        if kind != "cpu" and not native_bf16:
+            raise ConfigError(f"train.precision is bf16, but {where} has no native bf16: use auto, fp16 or fp32")
+        reason = f"{where} has bf16, whose range is fp32's" if kind == "cuda" else "slower than fp32 on most CPUs"
+        return _uniform(kind, torch.bfloat16, f"{asked}bf16 autocast for all parts; {reason}")
+    if chosen == "fp16":
+        if kind != "cuda":
+            raise ConfigError(f"train.precision is fp16, but {where} does not train in fp16: use auto or fp32")
+        why = (
+            "its range is too small for T5" if native_bf16 else f"{where} has no native bf16, and T5 overflows in fp16"
+        )
+        return Precision(
+            "fp16",
+            kind,
+            vision=torch.float16,
+            bridge=torch.float16,
+            lm=None,
+            compute_dtype=torch.float16,
+            loss_scaler=True,
+            reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: fp16 in its 4-bit "
+            f"layers alone, fp32 in wo, norms and embeddings, with a loss scaler; {why}",
+        )
+    reason = "fp32 everywhere" if asked else f"fp32 everywhere: {where} gains nothing from less"
+    return _uniform(kind, None, asked + reason)
+
+
+def _uniform(kind: str, dtype: torch.dtype | None, reason: str) -> Precision:
+    name = "bf16" if dtype else "fp32"
+    return Precision(name, kind, dtype, dtype, dtype, dtype or torch.float32, loss_scaler=False, reason=reason)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
