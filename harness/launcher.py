@@ -52,7 +52,7 @@ def command(
 
 
 def launch(arguments: Sequence[str], processes: int | None = None, *, module: str = "harness.train") -> int:
-    """Runs it to its end and returns its exit code; an interrupt or a TERM is left to the run, which saves and stops."""
+    """Runs it to its end and returns its exit code; an interrupt or TERM is left to the run: it saves and stops."""
     line, environment = command(arguments, processes, module=module)
     child = subprocess.Popen(line, env=environment)
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))

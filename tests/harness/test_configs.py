@@ -1,0 +1,48 @@
+"""Every shipped experiment loads, says where it was verified, and holds the choices the README promises."""
+
+import pytest
+
+from harness import prompts
+from harness.config import load, shipped
+
+FILES = sorted(shipped("configs").glob("*.yaml"))
+
+
+def test_the_promised_experiments_are_there():
+    promised = {"demo", "flickr8k_t4", "vqav2_t4", "captions_and_vqa_t4", "scale", "flickr8k_offline"}
+    assert promised <= {f.stem for f in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_an_experiment_loads_and_its_first_comment_says_what_was_verified(file):
+    config = load(file)
+    assert config.name == file.stem
+    assert config.data.train
+    assert config.data.dev
+    assert config.data.test
+    for task in ("caption", "vqa"):
+        prompts.template(task, getattr(config.prompts, task))
+    comment = []
+    for line in file.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line)
+    said = "\n".join(comment)
+    assert "Verified: " in said or "Never run with real weights" in said
+
+
+def test_experiments_on_a_hub_model_say_they_never_ran_with_real_weights():
+    for file in FILES:
+        if load(file).model.lm.id.startswith("google/"):
+            assert "Never run with real weights" in file.read_text(), file.name
+
+
+def test_the_t4_runs_use_the_models_and_the_precision_of_the_issue():
+    flickr, vqa, scale = load("flickr8k_t4"), load("vqav2_t4"), load("scale")
+    assert (flickr.model.vision.id, flickr.model.bridge.query_tokens) == ("openai/clip-vit-base-patch32", 32)
+    assert (vqa.model.vision.id, vqa.model.bridge.query_tokens) == ("openai/clip-vit-large-patch14", 64)
+    assert (vqa.prompts.vqa, vqa.generate.vqa.max_new_tokens) == ("instruction", 10)
+    assert {flickr.model.lm.id, vqa.model.lm.id} == {"google/flan-t5-base"}
+    assert (scale.model.lm.id, scale.train.precision) == ("google/flan-t5-large", "bf16")
+    assert {c.train.precision for c in (flickr, vqa, load("captions_and_vqa_t4"))} == {"fp16"}
+    assert {s.path for s in load("captions_and_vqa_t4").data.train} == {"data/flickr8k/train", "data/vqav2/train"}
