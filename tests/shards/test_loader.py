@@ -114,6 +114,14 @@ def test_dropped_images_are_counted_in_the_log_and_a_batch_that_drops_all_is_ref
         open_loader(reds, last_batch="drop", global_batch=64)
 
 
+def test_sets_of_the_same_sizes_are_not_shuffled_alike(reds):
+    with closing(open_loader(reds, reds).iterate(epochs=1)) as stream:
+        samples = flat(samples for _, samples in stream)
+    first, second = ([s.index for s in samples if s.set_index == n] for n in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(IMAGES))
+    assert first != second
+
+
 @pytest.mark.parametrize("weights", [None, [3, 1]])
 def test_resuming_is_a_seek_on_any_number_of_ranks_and_workers(reds, blues, weights):
     with closing(open_loader(reds, blues, weights=weights).iterate(epochs=3)) as stream:
@@ -206,6 +214,15 @@ def broken_decode(sample):
 def test_a_set_of_which_nothing_can_be_used_stops_the_run_and_says_why(reds):
     with pytest.raises(ShardError, match=r"61 samples in a row.*TypeError: a mistake in the program"):
         batches(open_loader(reds, decode=broken_decode))
+
+
+def test_workers_end_with_an_error_while_it_is_still_being_told(reds):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ShardError) as told:
+        for _ in open_loader(reds, decode=broken_decode, workers=2).iterate():
+            pass
+    assert told.value.__traceback__ is not None, "which holds on to the frames"
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_sets_of_different_kinds_and_no_sets_are_refused(reds, tmp_path):
