@@ -1,0 +1,188 @@
+"""The command line: fast, thin, and a user's mistake is one sentence and exit code 2 before anything is started."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness import cli, launcher
+from harness.config import ConfigError
+
+
+@pytest.fixture
+def harness(monkeypatch, capsys):
+    """Runs `harness ...` in this process and gives (exit code, stdout, stderr)."""
+
+    def _harness(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return _harness
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    code, _, said = result
+    assert code == 2
+    assert said.startswith("harness: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def imported(*arguments: str) -> tuple[set[str], str]:
+    """The modules a fresh interpreter holds after a command line, and its stderr."""
+    program = (
+        "import json, sys\nfrom harness import cli\nsys.argv = ['harness', *sys.argv[1:]]\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(ran.stdout.rsplit("\n", 2)[-2])), ran.stderr
+
+
+def test_help_and_a_refusal_before_a_launch_import_no_torch():
+    heavy = {"torch", "transformers", "accelerate", "mlflow"}
+    modules, _ = imported("--help")
+    assert not modules & (heavy | {"numpy", "pydantic"})
+    modules, said = imported("train", "vqav2_t4", "out=/nowhere")
+    assert "data.train.0.path" in said
+    assert not modules & heavy
+
+
+def test_help_names_every_verb(harness):
+    code, shown, _ = harness("--help")
+    assert code == 0
+    assert all(verb in shown for verb in ("demo", "train", "evaluate", "ask", "shards", "--version"))
+    code, shown, _ = harness("shards", "build", "--help")
+    assert all(name in shown for name in ("flickr8k", "vqav2", "coco-captions", "karpathy", "easy-vqa", "image-folder"))
+    assert harness("--version")[:2] == (0, "harness 0.1.0\n")
+
+
+def test_a_mistyped_verb_or_a_missing_flag_exits_with_2(harness):
+    code, _, said = harness("trian")
+    assert code == 2
+    assert "Did you mean 'train'?" in said
+    code, _, said = harness("shards", "build", "flickr8k", "--out", "x")
+    assert code == 2
+    assert "--images" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("train", "nope.yaml"), "nope.yaml: no such config file"),
+        (("train", "flickr8k_t4", "train.epoch=3"), "did you mean train.epochs?"),
+        (("train", "flickr8k_t4", "data.train=[]"), "data.train is empty"),
+        (("train", "flickr8k_t4"), "data.train.0.path: there is no folder of shards at data/flickr8k/train"),
+        (("shards", "verify", "nope"), "there is no folder of shards at nope"),
+        (("shards", "stats", "nope"), "nope"),
+        (("shards", "build", "flickr8k", "--images", ".", "--captions", "nope", "--out", "made"), "--captions nope"),
+        (("shards", "features", "nope", "--config", "flickr8k_t4", "--out", "made"), "model.vision.id"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(harness, tmp_path, monkeypatch, arguments, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a process was started"))
+    assert place in refused(harness(*arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_error_shows_its_traceback_only_when_asked_and_a_bug_always(harness, monkeypatch):
+    def bug(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["harness", "train", "nope.yaml"])
+    monkeypatch.setenv("HARNESS_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        cli.main()
+    monkeypatch.delenv("HARNESS_DEBUG")
+    monkeypatch.setattr("harness.config.load", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main()
+
+
+def test_train_checks_first_and_hands_its_arguments_to_the_launcher(harness, monkeypatch):
+    calls = []
+    monkeypatch.setattr("harness.doctor.check_before_launch", lambda config: calls.append(config.train.epochs))
+    monkeypatch.setattr(launcher, "launch", lambda *given: calls.append(given) or 7)
+    code, _, _ = harness("train", "demo", "train.epochs=2", "seed=1", "--processes", 2, "--resume", "auto")
+    assert code == 7
+    assert calls == [2, (["demo", "train.epochs=2", "seed=1", "--resume", "auto"], 2)]
+
+
+def test_real_questions_are_built_verified_counted_and_indexed(harness, shared_data, tmp_path):
+    vqa, out = shared_data / "vqav2", tmp_path / "vqav2"
+    build = ["shards", "build", "vqav2", "--images", vqa / "images", "--split", "val", "--out", out, "--limit", 20]
+    build += ["--questions", vqa / "v2_OpenEnded_mscoco_val2014_questions.json"]
+    build += ["--annotations", vqa / "v2_mscoco_val2014_annotations.json", "--short-side", 64]
+    code, shown, _ = harness(*build)
+    assert code == 0
+    assert f"{out}/val: 20 records" in shown
+    assert f"each is named in {out}/skipped.jsonl" in shown
+    assert harness("shards", "verify", out / "val")[0] == 0
+    code, shown, _ = harness("shards", "stats", out / "val")
+    assert json.loads(shown)["samples"] == 20
+    assert "holds the splits val" in refused(harness("shards", "stats", out))
+    code, shown, _ = harness("shards", "index", out / "val", "--out", tmp_path / "index")
+    assert (code, "20 samples" in shown) == (0, True)
+    refused(harness("shards", "index", out / "val", "--out", tmp_path / "index"))
+
+    tar = next((out / "val").glob("*.tar"))
+    damaged = bytearray(tar.read_bytes())
+    damaged[2000] ^= 1
+    tar.write_bytes(damaged)
+    code, _, said = harness("shards", "verify", out / "val")
+    assert code == 2
+    assert all(line.startswith("harness: ") for line in said.splitlines())
+
+
+def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():
+    line, environment = launcher.command(
+        ["x.yaml"], 2, environment={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert "--multi_gpu" in line
+    assert "--cpu" not in line
+    assert environment["ACCELERATE_USE_CPU"] == "true"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    line, environment = launcher.command(["x.yaml"], None, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert "--multi_gpu" not in line
+    assert line[-3:] == ["-m", "harness.train", "x.yaml"]
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA T4 (UUID: a)'\necho 'GPU 1: NVIDIA T4 (UUID: b)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_are_counted_and_all_of_them_used_unless_told_otherwise():
+    assert launcher.gpus({}) == 2
+    assert launcher.gpus({"CUDA_VISIBLE_DEVICES": "1"}) == 1
+    assert launcher.gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+    line, environment = launcher.command([], None, environment={})
+    assert line[line.index("--num_processes") + 1] == "2"
+    assert "ACCELERATE_USE_CPU" not in environment
+    with pytest.raises(ConfigError, match="--processes 3: expected 1 to 2"):
+        launcher.command([], 3, environment={})
+
+
+def test_two_processes_really_start_and_the_exit_code_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "probe.py").write_text(
+        "import os, sys, pathlib\n"
+        "names = ['WORLD_SIZE', 'ACCELERATE_USE_CPU', 'OMP_WAIT_POLICY']\n"
+        "path = pathlib.Path(sys.argv[1], 'rank' + os.environ['RANK'])\n"
+        "path.write_text(' '.join(os.environ[n] for n in names))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launcher.launch([str(tmp_path)], 2, module="probe") == 0
+    assert {f.name: f.read_text() for f in tmp_path.glob("rank*")} == {
+        "rank0": "2 true PASSIVE",
+        "rank1": "2 true PASSIVE",
+    }

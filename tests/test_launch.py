@@ -1,0 +1,155 @@
+"""The launchers: bash that parses, pins that are only pins, and a torch that stays where there is a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+
+# Stands in for python3 and for .venv/bin/python: writes down what it was asked for, and has the torch of $FAKE_TORCH.
+PYTHON = """#!/bin/bash
+echo "$@" >>"$CALLS"
+case "$*" in
+"-") [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" || exit 1 ;;
+"-c import sys; sys.exit(sys.version_info < (3, 10))") exit "${FAKE_OLD:-0}" ;;
+"--version") echo "Python 3.8.1" ;;
+"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m pip install"*) exit "${FAKE_PIP:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the launchers read, with programs of ours in place of python3, and in need nvidia-smi."""
+    folder, programs = tmp_path / "a checkout", tmp_path / "bin"
+    programs.mkdir()
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (programs / "python3").write_text(PYTHON)
+    (programs / "python3").chmod(0o755)
+
+    def run(script: str, *arguments: str, gpu: bool = False, **environment: str):
+        if gpu:
+            (programs / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA T4'\n")
+            (programs / "nvidia-smi").chmod(0o755)
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "COLAB_RELEASE_TAG")}
+        changed = {**clean, "PATH": f"{programs}:/usr/bin:/bin", "CALLS": str(calls), "FAKE_TORCH": "", **environment}
+        ran = subprocess.run(
+            ["bash", folder / "launch" / script, *arguments], capture_output=True, text=True, env=changed, check=False
+        )
+        return ran, calls.read_text().splitlines() if calls.exists() else []
+
+    run.folder = folder
+    return run
+
+
+def pip(calls: list[str]) -> str:
+    return next((call for call in calls if call.startswith("-m pip install")), "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_a_script_parses_and_stops_at_the_first_error(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.name == "environment.sh" or "set -euo pipefail" in script.read_text()
+
+
+def test_ci_runs_exactly_the_tests_of_the_launcher():
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec bash launch/test.sh"
+
+
+def test_constraints_are_pins_alone_without_torch_or_an_index():
+    lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    for pin in pins:
+        assert re.fullmatch(r'[A-Za-z0-9_.\-]+==[0-9][\w.]*(; python_version >= "3\.11")?', pin), pin
+    names = {re.sub(r"[_.]", "-", pin.partition("==")[0].lower()) for pin in pins}
+    assert len(names) == len(pins)
+    assert not names & {"torch", "torchvision", "triton", "pip", "setuptools", "vl-harness"}
+    assert {"transformers", "peft", "bitsandbytes", "easy-vqa", "ruff", "pytest", "deepspeed"} <= names
+
+
+def test_every_dependency_is_pinned_and_has_a_lower_bound_alone():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    pins = {line.partition("==")[0].lower() for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines()}
+    for dependency in wanted:
+        assert re.fullmatch(r"[a-z0-9_\-]+>=[0-9.]+", dependency), dependency
+        name = dependency.partition(">=")[0]
+        assert name == "torch" or name in pins, name
+
+
+def test_the_wheel_holds_every_package_and_the_data():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for top in ("harness", "shards")
+        for file in (ROOT / top).rglob("*.py")
+    }
+    assert listed == found | {"harness.configs", "harness.launch"}
+
+
+def test_without_a_gpu_torch_is_pinned_first_on_the_pip_line(checkout):
+    ran, calls = checkout("demo.sh", "--out", "x y")
+    assert ran.returncode == 0, ran.stderr
+    assert "-m venv .venv" in calls
+    assert pip(calls).endswith("-c launch/constraints.txt torch==2.13.0 -e .[demo]")
+    assert calls[-1] == "-m harness.cli demo --out x y"
+
+
+@pytest.mark.parametrize("torch", ["", "cpu"])
+def test_with_a_gpu_and_no_torch_for_it_pip_chooses_one(checkout, torch):
+    _, calls = checkout("demo.sh", gpu=True, FAKE_TORCH=torch)
+    assert "-m venv .venv" in calls
+    assert pip(calls).endswith("-c launch/constraints.txt -e .[demo]")
+
+
+@pytest.mark.parametrize("environment", [{"FAKE_TORCH": "cuda"}, {"FAKE_TORCH": "cpu", "COLAB_RELEASE_TAG": "x"}])
+def test_the_torch_of_colab_and_of_gpu_machines_stays(checkout, environment):
+    _, calls = checkout("demo.sh", gpu="cuda" in environment.values(), **environment)
+    assert "-m venv --system-site-packages .venv" in calls
+    assert "torch" not in pip(calls)
+
+
+def test_the_environment_is_made_once_and_again_when_dependencies_change(checkout):
+    assert "demo,dev" in pip(checkout("test.sh")[1])
+    assert not pip(checkout("test.sh")[1])
+    assert not pip(checkout("demo.sh")[1])
+    with open(checkout.folder / "launch" / "constraints.txt", "a") as file:
+        file.write("more==1.0\n")
+    assert "demo,dev" in pip(checkout("demo.sh")[1])
+
+
+def test_an_installation_that_failed_is_tried_again(checkout):
+    ran, _ = checkout("demo.sh", FAKE_PIP="1")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("harness: pip could not install")
+    assert "-e .[demo]" in pip(checkout("demo.sh")[1])
+
+
+def test_a_python_that_is_too_old_or_missing_is_one_sentence(checkout):
+    ran, _ = checkout("demo.sh", FAKE_OLD="1")
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "python3 is Python 3.8.1; harness needs 3.10 or newer" in ran.stderr
+    ran, _ = checkout("demo.sh", PYTHON="python3.99")
+    assert ran.returncode == 2
+    assert ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.10 or newer\n"
+    assert not (checkout.folder / ".venv").exists()
+
+
+def test_the_test_launcher_lints_checks_the_format_and_hands_arguments_to_pytest(checkout):
+    _, calls = checkout("test.sh", "-k", "config")
+    assert calls[-3:] == [
+        "-m ruff check --quiet .",
+        "-m ruff format --check --quiet .",
+        "-m pytest -n 2 --dist loadfile -k config",
+    ]
