@@ -101,7 +101,7 @@ def test_an_index_that_was_changed_is_refused(folder, edit, says):
 
 
 def test_a_folder_that_is_no_set_says_what_to_do(folder, tmp_path):
-    with pytest.raises(ShardError, match="there is no folder of shards at .*nowhere"):
+    with pytest.raises(ShardError, match=r"there is no folder of shards at .*nowhere"):
         Manifest.open(tmp_path / "nowhere")
     with pytest.raises(ShardError, match="holds the splits train: name one of them"):
         Manifest.open(folder.parent)
