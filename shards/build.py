@@ -115,8 +115,9 @@ def build(
 
 
 def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, str]:
-    """Image file -> (payload, extension, what was changed or ""), or ValueError saying why it cannot be used.
+    """Image file -> (payload, extension, what was changed or "").
 
+    Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage (mostly OSError).
     The bytes stay as they are when plain decoding to RGB shows the picture people see. Else it is encoded anew, JPEG
     as JPEG (quality 95), the others as PNG: EXIF rotation applied, transparency laid on white, CMYK to RGB, 16-bit
     grey to 8, the first frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side`
@@ -125,7 +126,6 @@ def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = 
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
-        image.load()  # the whole file: a truncated one is found here
         form = image.format
         seen, changed = _as_seen(image)
     if form not in _EXTENSIONS:
@@ -153,6 +153,7 @@ def _as_seen(image: Image.Image) -> tuple[Image.Image, list[str]]:
     # The further pictures of an MPO file (phones) are no animation.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         changed.append("animated")
+    image.load()  # the whole file: a truncated one is found here
     if _orientation(image) > 1:
         image, changed = ImageOps.exif_transpose(image), [*changed, "EXIF rotation"]
     if image.mode.startswith("I;16"):

@@ -25,6 +25,8 @@ def load(images: str | Path, captions: str | Path, split: str) -> Source:
     document = read_json(captions, "--captions")
     files = rows_of(document, "images", ("id", "file_name"), where)
     rows = rows_of(document, "annotations", ("id", "image_id", "caption"), where)
+    if not all(isinstance(row["id"], int) for row in files):
+        raise ShardError(f"{where}: an image's id must be a whole number")
     unique((row["id"] for row in files), f"{where}: the image id")
     unique((row["id"] for row in rows), f"{where}: the caption id")
     captions_of: dict[int, list[str]] = defaultdict(list)
@@ -43,13 +45,14 @@ def load(images: str | Path, captions: str | Path, split: str) -> Source:
         elif not targets:
             source.skip(IMAGE_WITHOUT_TEXT, path, "no caption names it", split)
         else:
-            image_id = str(row["id"])
-            source.add(split, f"{row['id']:012d}", image_id, [Text(image_id, "caption", targets)], path)
+            image_id, key = str(row["id"]), f"{row['id']:012d}"
+            source.add(split, key, image_id, [Text(image_id, "caption", targets)], path)
     for image_id, texts in captions_of.items():
         source.skip(TEXT_WITHOUT_IMAGE, str(image_id), "its image_id is not in the list of images", split, len(texts))
     known = {Path(str(row["file_name"])).name for row in files}
+    folders = {Path(item.image).parent for item in source.splits.get(split, ())}
     for path in source.images.names:
-        # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
-        if Path(path).name not in known and split in path:
+        # Beside train2014 may lie val2014: the images of another split's folder are not this one's dirt.
+        if Path(path).name not in known and Path(path).parent in folders:
             source.skip(IMAGE_WITHOUT_TEXT, path, "not in the list of images", split)
     return source

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from shards.sources.source import (
     clean_captions,
     keys_of,
     read_text,
+    unique,
 )
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
@@ -63,10 +63,12 @@ def load(images: str | Path, jsonl: str | Path) -> Source:
         if path not in source.images:
             reason = f"no such image in {source.images.place.name} (line {picture.line})"
             source.skip(TEXT_WITHOUT_IMAGE, path, reason, picture.split, len(picture.rows))
-        elif texts := _texts(source, path, key_of[path], picture):
-            source.add(picture.split, key_of[path], key_of[path], texts, path)
+        elif found := _texts(source, path, key_of[path], picture):
+            source.add(picture.split, key_of[path], key_of[path], found, path)
         else:
             source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", picture.split)
+    texts = (text for items in source.splits.values() for item in items for text in item.record.texts)
+    unique((text.id for text in texts), f"--jsonl {jsonl}: the id (given, or made from an image's name)")
     for path in source.images.names:
         if path not in pictures:
             source.skip(IMAGE_WITHOUT_TEXT, path, "no line names it")
@@ -75,12 +77,12 @@ def load(images: str | Path, jsonl: str | Path) -> Source:
 
 def _texts(source: Source, path: str, key: str, picture: _Picture) -> list[Text]:
     """Captions without an id are one text (the key is its id); a question without an id is called KEY-NUMBER."""
-    texts, captions, questions = [], [], Counter()
+    texts, captions, questions = [], [], 0
     for n, row in picture.rows:
-        given = str(row["id"]) if "id" in row else None
+        given = str(row.get("id", "")) or None
         if "question" in row:
-            text_id = given or f"{key}-{questions.total()}"
-            questions[text_id] += 1
+            text_id = given or f"{key}-{questions}"
+            questions += 1
             answers = tuple(_strings(row["answers"]))
             if row["question"].strip() and any(answer.strip() for answer in answers):
                 texts.append(Text(text_id, "vqa", answers, row["question"]))

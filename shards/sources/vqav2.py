@@ -159,9 +159,9 @@ def _read_pairs(path: str | Path) -> list[tuple[int, int]]:
 
 
 def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int) -> set[int]:
-    """`limit` images in the order of a hash; what complementary pairs join comes along whole where it fits.
+    """At most `limit` images in the order of a hash; what complementary pairs join comes along whole or not at all.
 
-    In the full set nearly all images hang together, so a group larger than what is left is not taken whole: then the
+    In the full set nearly all images hang together, so a group larger than what is left is not taken whole: there an
     image brings the partners of its own questions, or is passed over.
     """
     joined: dict[int, set[int]] = {image: set() for image in images}
@@ -171,16 +171,21 @@ def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int)
             joined[b].add(a)
     group_of = _groups(joined)
     drawn: set[int] = set()
+    too_large: set[int] = set()
     for image in sorted(images, key=lambda image: order_of(seed, image)):
         if image in drawn:
             continue
-        for group in (group_of[image], {image} | joined[image]):
-            new = group - drawn
-            if len(drawn) + len(new) <= limit:
-                drawn |= new
-                break
+        group = group_of[image]
+        if len(group) > limit - len(drawn):
+            too_large.add(id(group))
+        if id(group) in too_large:
+            group = ({image} | joined[image]) - drawn
+        if len(group) <= limit - len(drawn):
+            drawn |= group
         if len(drawn) == limit:
             break
+    if not drawn:
+        raise ShardError(f"--limit {limit} is too small: every image is joined to others by complementary pairs")
     return drawn
 
 
