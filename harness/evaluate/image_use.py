@@ -286,7 +286,7 @@ def judge(
         return "image used", f"{evidence}; the lower bounds are above {LOSS_MARGIN} nats" + (
             f" and {SCORE_MARGIN:g} points" if accuracy_gap else ""
         )
-    if loss_gap.high < LOSS_NEGLIGIBLE and not (accuracy_gap and score_used):
+    if loss_gap.high < LOSS_NEGLIGIBLE and not loss_used and not (accuracy_gap and score_used):
         return "image ignored", f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
     if loss_used:
         return "not enough evidence", (

@@ -14,6 +14,7 @@ import torch
 
 from harness.batch import Batch
 from harness.config import Decoding, Generate
+from harness.evaluate import vqa
 
 
 class ImageTokens(Protocol):
@@ -119,3 +120,15 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         contexts=tuple(batch.contexts[row] for row in rows),
         text_ids_T=tuple(batch.text_ids_T[t] for t in kept_T.tolist()) if batch.text_ids_T else (),
     )
+
+
+def results(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:
+    """File name -> its entries in the official results format of VQA or COCO captions, one file a set and task."""
+    by_file: dict[str, list[dict[str, Any]]] = {}
+    for p in predictions:
+        if p.task == "vqa":
+            name, entries = "answers", vqa.vqa_results([(p.text_id, p.answer)])
+        else:
+            name, entries = "captions", vqa.caption_results([(p.image_id, p.answer)])
+        by_file.setdefault(f"{p.dataset}_{p.split}_{name}.json", []).extend(entries)
+    return by_file

@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from harness.config import ConfigError
+
 # The official table maps each of these words with any one of its apostrophes left out to the word itself.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
@@ -40,7 +42,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_STRIPPED = 32  # officially `sub("", text, re.UNICODE)`: the flag, 32, is taken for the count
 
 
-class ScoreError(ValueError):
+class ScoreError(ConfigError):
     """Predictions that cannot be scored against these questions; the message names the question ids."""
 
 

@@ -1,0 +1,381 @@
+"""Scores a model on sets of shards, and says whether its answers come from the images.
+
+A model and paths of sets -> Evaluation (in training, on the dev sets); a run's folder -> its newest checkpoint scored
+on the test sets, with predictions in the official formats and scores.json in RUN/evaluation and in MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from harness import checkpoint as checkpoints
+from harness.batch import Batch, Collator
+from harness.config import Config, ConfigError
+from harness.evaluate import vqa
+from harness.evaluate.image_use import Gate, ImageUse, Majority, sums_per_context
+from harness.evaluate.predict import Prediction, answers, by_task, predict, results
+from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
+from harness.model.processing import ImageDecoder
+from harness.model.vlm import VisionLanguageModel
+from harness.precision import choose
+from harness.report import Shown, markdown_table
+from shards.loader import Loader
+from shards.manifest import Manifest, ShardError, is_remote
+from shards.read import Cache, Reader, Sample
+from shards.record import Record, Text
+
+FOLDER = "evaluation"
+_ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
+_MAJORITY_IMAGES = 20_000  # training images whose texts make the majority answers
+_IN_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "shuffled_accuracy", "no_image_accuracy", "blank_accuracy")
+
+Progress = Callable[[int, int], None]  # (images done, images in all)
+
+
+@dataclass
+class TaskResult:
+    """All that is known of one task. Percent and nats per target token."""
+
+    task: str
+    predictions: list[Prediction] = field(default_factory=list)
+    nats: float = 0.0
+    weight: float = 0.0
+    scores: vqa.VQAScores | None = None
+    image_use: ImageUse | None = None
+    majority_accuracy: float | None = None
+    text_only_accuracy: float | None = None
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.weight if self.weight else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; figures of the whole set go before those of the gate's subset where both are there."""
+        gate = self.image_use.to_dict() if self.image_use else {}
+        subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
+        own = {
+            "texts": len(self.predictions),
+            "loss_nats": self.loss,
+            "accuracy": self.scores.overall if self.scores else None,
+            "per_answer_type": self.scores.per_answer_type if self.scores else {},
+            "per_question_type": self.scores.per_question_type if self.scores else {},
+            "majority_accuracy": self.majority_accuracy,
+            "text_only_accuracy": self.text_only_accuracy,
+            "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
+            "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
+        }
+        return {**gate, **subset, **own}
+
+
+@dataclass
+class Evaluation:
+    """What one pass over the sets gave, by task."""
+
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    images: int = 0
+    unreadable: int = 0
+    shown: list[Prediction] = field(default_factory=list)  # the same images every time, one text each
+    shown_images: list[Shown] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """The few figures to watch in training; with several tasks each name starts with its task."""
+        values: dict[str, float] = {}
+        for task, result in self.tasks.items():
+            known = result.to_dict()
+            named = {"loss": known["loss_nats"], **{k: known.get(k) for k in ("accuracy", "empty_rate", *_IN_METRICS)}}
+            if result.image_use:
+                named["image_used"] = float(result.image_use.verdict == "image used")
+            prefix = f"{task}/" if len(self.tasks) > 1 else ""
+            values |= {prefix + name: value for name, value in named.items() if value is not None}
+        return values
+
+
+def evaluate_model(
+    model: Any,
+    paths: Sequence[str],
+    config: Config,
+    *,
+    limit: int | None = None,
+    counterfactual: bool = True,
+    majority: Majority | None = None,
+    text_only_accuracy: float | None = None,
+    progress: Progress | None = None,
+    quarantine: Path | None = None,
+) -> Evaluation:
+    """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval mode.
+
+    `limit`: so many images, the first of a seeded order that no config changes; the gate takes the first
+    `evaluation.counterfactual_texts` texts of that order. One process does it all. Raises ShardError.
+    """
+    settings, device = config.evaluation, next(model.parameters()).device
+    loader = Loader(
+        list(paths),
+        global_batch=settings.batch_images,
+        seed=_ORDER_SEED,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        window_shards=config.data.window_shards,
+        decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
+        cache_dir=config.data.cache_dir,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        quarantine=quarantine,
+    )
+    collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
+    evaluation, gates = Evaluation(), {}
+    place: dict[tuple[str, str, str], tuple[int, int]] = {}
+    images = min(loader.samples, limit or loader.samples)
+    model.eval()
+    with torch.no_grad():
+        controls = None
+        for samples, in_gate in _chunks(loader, images, settings.counterfactual_texts if counterfactual else 0):
+            evaluation.images += len(samples)
+            place |= {(s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index) for s in samples}
+            if (batch := collate(samples)) is not None:
+                batch = batch.to(device)
+                tokens = model.bridge_tokens(batch)
+                if in_gate and controls is None:
+                    controls = control_tokens(model, batch, loader.manifests[0])
+                for task, part, rows in by_task(batch):
+                    decoding = getattr(config.generate, task)
+                    part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(device)])
+                    nats_C, weight_C = sums_per_context(model.loss(part, part_tokens), part)
+                    said = answers(model, part, decoding, part_tokens)
+                    result = evaluation.tasks.setdefault(task, TaskResult(task))
+                    result.predictions += said
+                    result.nats, result.weight = result.nats + nats_C.sum(), result.weight + weight_C.sum()
+                    if in_gate:
+                        gate = gates.setdefault(task, Gate(model, task, decoding, settings, controls))
+                        gate.add(part, part_tokens, nats_C, weight_C, said)
+                _show(evaluation, batch, samples, settings.show_images)
+            if progress:
+                progress(evaluation.images, images)
+    evaluation.unreadable = loader.unreadable
+    for task, result in evaluation.tasks.items():
+        result.predictions.sort(key=lambda p: place[p.dataset, p.split, p.key])
+        if task == "vqa":
+            result.scores = score_vqa(result.predictions)
+            result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
+            result.text_only_accuracy = text_only_accuracy
+        if task in gates:
+            result.image_use = gates[task].result(majority=majority, text_only_accuracy=result.text_only_accuracy)
+    return evaluation
+
+
+def _chunks(loader: Loader, images: int, gate_texts: int) -> Iterator[tuple[list[Sample], bool]]:
+    """(readable samples, are they the gate's?), cut where the gate has its texts and where `images` is reached."""
+    texts, left = 0, images
+    with closing(loader.iterate(epochs=1)) as batches:
+        for _, samples in batches:
+            samples = [s for s in samples if s.weight and s.record is not None][:left]
+            left -= len(samples)
+            cut = 0
+            while cut < len(samples) and texts < gate_texts:
+                texts += len(samples[cut].record.texts)
+                cut += 1
+            for part, in_gate in ((samples[:cut], True), (samples[cut:], False)):
+                if part:
+                    yield part, in_gate
+            if not left:
+                return
+
+
+def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Image tokens (N, Q, D) of a blank and of noise images: from the feature set, or the same as pixels.
+
+    A feature set made elsewhere, without controls, has none: its `blank` and `noise` figures are missing.
+    """
+    if like.pixels_IHW3 is not None:
+        shape = tuple(like.pixels_IHW3.shape[1:])
+        noise = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), np.uint8)
+        name, made = "pixels_IHW3", {"blank": np.full((1, *shape), GREY, np.uint8), "noise": noise}
+    elif any(file.name == CONTROLS for file in manifest.files):
+        stored = load_controls(manifest)
+        name, made = "features_IPD", {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]}
+    else:
+        return {}
+    device = like.image_of_C.device
+    return {
+        condition: model.bridge_tokens(replace(like, **{name: torch.from_numpy(images).to(device)})).tokens_NQD
+        for condition, images in made.items()
+    }
+
+
+def score_vqa(predictions: Sequence[Prediction]) -> vqa.VQAScores:
+    """The official accuracy over all sets given."""
+    truths = [
+        vqa.VQATruth("/".join(p.id), p.references, p.meta.get("answer_type"), p.meta.get("question_type"))
+        for p in predictions
+    ]
+    return vqa.score({"/".join(p.id): p.answer for p in predictions}, truths)
+
+
+def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:
+    pixels = {sample.record.key: sample.payload for sample in samples}
+    by_id = {p.id: p for result in evaluation.tasks.values() for p in result.predictions[-len(batch.contexts) :]}
+    for context in batch.contexts:
+        record = context.record
+        if len(evaluation.shown) >= wanted or any(p.key == record.key for p in evaluation.shown):
+            continue
+        prediction = by_id[record.dataset, record.split, context.text.id]
+        picture = pixels[record.key] if batch.pixels_IHW3 is not None else None
+        right = vqa.accuracy(prediction.answer, prediction.references) >= 0.5 if prediction.task == "vqa" else None
+        evaluation.shown.append(prediction)
+        evaluation.shown_images.append(
+            Shown(
+                image=None if picture is None else Image.fromarray(np.asarray(picture)),
+                prompt=prediction.prompt,
+                references=prediction.references,
+                prediction=prediction.answer,
+                right=right,
+            )
+        )
+
+
+# ---- a run on disk ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    run_dir: Path | str,
+    data: Sequence[str] | None = None,
+    out: Path | None = None,
+    *,
+    text_only_accuracy: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a run's newest checkpoint on `data`, or on the config's `data.test`, and writes into `out`.
+
+    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. Returns what scores.json holds:
+    {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}. Raises ConfigError, ShardError.
+    """
+    run_dir = Path(run_dir)
+    found = find_checkpoint(run_dir)
+    config = Config(**found.state["config"])
+    paths = list(data or [test.path for test in config.data.test])
+    if not paths:
+        raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
+    cache = Cache(config.data.cache_dir, int(config.data.cache_gb * 1e9)) if config.data.cache_dir else None
+    manifests = [Manifest.open(path, cache) for path in paths]
+    model = load_model(found, config, with_vision=manifests[0].kind == "images")
+    for manifest in manifests:
+        if manifest.kind == "features":
+            check_encoder(manifest, model.config.encoder)
+    out = Path(out or found.path.parent.parent / FOLDER)
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = evaluate_model(
+        model,
+        paths,
+        config,
+        majority=Majority.of(training_records(config)),
+        text_only_accuracy=text_only_accuracy,
+        progress=progress,
+        quarantine=out / "quarantine.jsonl",
+    )
+    report = {
+        "checkpoint": str(found.path),
+        "step": found.step,
+        "data": paths,
+        "images": evaluation.images,
+        "unreadable": evaluation.unreadable,
+        "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
+    }
+    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
+    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
+    files.append(write_json(out / "scores.json", report))
+    _track(config, found, evaluation, files)
+    return report
+
+
+def find_checkpoint(run_dir: Path) -> checkpoints.Checkpoint:
+    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises ConfigError."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is not a folder; expected the output folder of a training run")
+    if (run_dir / checkpoints.STATE).is_file():
+        return checkpoints.load(run_dir)
+    if found := checkpoints.newest(run_dir):
+        return found
+    raise ConfigError(f"{run_dir} holds no whole checkpoint in {checkpoints.FOLDER}/; train the run first")
+
+
+def load_model(found: checkpoints.Checkpoint, config: Config, *, with_vision: bool) -> VisionLanguageModel:
+    """The checkpoint's model in eval mode, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose(config.train.precision, device)
+    return VisionLanguageModel.from_pretrained(found.model, with_vision=with_vision, precision=precision, device=device)
+
+
+def training_records(config: Config) -> Iterator[Record]:
+    """Records of the local training sets, at most `_MAJORITY_IMAGES` of each, evenly spaced; a set that was moved
+    since gives none: the majority floor is then unknown, and reported so."""
+    for dataset in config.data.train:
+        if is_remote(dataset.path):
+            continue
+        try:
+            manifest = Manifest.open(dataset.path)
+        except ShardError:
+            continue
+        reader = Reader(manifest)
+        for index in np.unique(np.linspace(0, manifest.samples - 1, _MAJORITY_IMAGES).astype(int)):
+            try:
+                yield reader.read(int(index)).record
+            except ShardError:  # named by the training run that read it, and by `harness shards verify`
+                continue
+
+
+def write_json(path: Path, document: Any) -> Path:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def _track(config: Config, found: checkpoints.Checkpoint, evaluation: Evaluation, files: Sequence[Path]) -> None:
+    """Adds the figures to the run that trained the model."""
+    run_id = found.state.get("run_id")
+    if config.tracking.kind == "none" or run_id is None:
+        return
+    from harness.tracking import open_tracker
+
+    tracker = open_tracker(config, run_id=run_id)
+    tracker.metrics({f"test/{name}": value for name, value in evaluation.metrics().items()}, found.step)
+    for file in files:
+        tracker.artifact(file, FOLDER)
+    tracker.close()
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report of `evaluate_run` for people: each score beside its floors, then the verdict with its reason."""
+    blocks = []
+    for task, known in report["tasks"].items():
+        rows = [[name.replace("_", " "), value] for name, value in known.items() if isinstance(value, int | float)]
+        block = markdown_table(rows, [f"{task}, step {report['step']}", "value"])
+        if known.get("verdict"):
+            block += f"\n{task}: {known['verdict']}: {known['reason']}\n"
+        blocks.append(block)
+    return "\n".join(blocks)
+
+
+def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
+    """What a run's newest model says to one picture; without a prompt it describes it. Raises ConfigError, OSError."""
+    found = find_checkpoint(Path(run_dir))
+    config = Config(**found.state["config"])
+    decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
+    text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)
+    sample = Sample(Record("asked", "asked", "asked", "asked", (text,)), Path(image).read_bytes(), "image", 0, 0)
+    try:
+        sample.payload = decode(sample)
+    except ValueError as error:
+        raise ConfigError(f"{image}: {error}") from error
+    model = load_model(found, config, with_vision=True)
+    collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
+    batch = collate([sample]).to(next(model.parameters()).device)
+    return predict(model, [batch], config.generate)[0].answer

@@ -1,0 +1,273 @@
+"""The gate: what it does to the images, what it makes of the answers, and the verdict for models known to be so."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from harness.batch import Batch, Context
+from harness.config import Decoding
+from harness.config import Evaluation as Settings
+from harness.evaluate.image_use import (
+    Gate,
+    Interval,
+    Majority,
+    bootstrap,
+    changed_where_truth_differs,
+    donors,
+    judge,
+    sums_per_context,
+)
+from harness.evaluate.predict import Prediction, answers
+from harness.model.bridge import BridgeOutput
+from harness.model.language.t5 import Generated, LossOutput
+from shards.record import Record, Text
+
+COLOURS = ("red", "green", "blue")
+DECODING = Decoding(max_new_tokens=5)
+
+
+@dataclass
+class ToyModel:
+    """Its image token is the number of the image's colour. `looks`: how many nats it gains from the right one."""
+
+    looks: float = 2.0
+    answers_from_image: bool = True
+    p_eos: float = 0.01
+    noise: float = 0.0
+    asked: int = 0
+    losses: int = 0
+
+    def bridge_tokens(self, batch: Batch) -> BridgeOutput:
+        return BridgeOutput(batch.features_IPD.float()[:, :1], batch.image_of_C)
+
+    def _seen(self, batch: Batch, tokens: BridgeOutput) -> list[int]:
+        if not tokens.tokens_NQD.shape[1]:
+            return [-1] * len(batch.contexts)
+        return tokens.tokens_NQD[tokens.token_row_of_C, 0, 0].round().int().tolist()
+
+    def loss(self, batch: Batch, tokens: BridgeOutput) -> LossOutput:
+        self.losses += 1
+        rng = np.random.default_rng(self.losses)
+        seen = self._seen(batch, tokens)
+        right = [COLOURS.index(c.text.targets[0]) == s for c, s in zip(batch.contexts, seen, strict=True)]
+        nats = torch.tensor([3.0 - self.looks * r for r in right]) + torch.from_numpy(
+            rng.normal(0, self.noise, len(right))
+        )
+        sum_T = nats[batch.context_of_T]
+        return LossOutput(sum_T.sum(), batch.weight, sum_T, batch.weight_TL.sum(dim=1))
+
+    def generate(self, batch: Batch, decoding: Decoding, tokens: BridgeOutput) -> Generated:
+        self.asked += len(batch.contexts)
+        said = [COLOURS[s] if self.answers_from_image and s in (0, 1, 2) else "red" for s in self._seen(batch, tokens)]
+        said = ["" if self.p_eos > 0.5 else text for text in said]
+        return Generated(said, [[] for _ in said], torch.full((len(said),), self.p_eos))
+
+
+def batch_of(images: int, start: int = 0, targets: int = 1) -> Batch:
+    """Images of colours in turn, two questions each, every question the same two."""
+    contexts, image_of_C = [], []
+    for i in range(images):
+        colour = COLOURS[(start + i) % 3]
+        record = Record(
+            f"k{start + i}",
+            "toy",
+            "test",
+            f"i{start + i}",
+            tuple(Text(f"{start + i}-{q}", "vqa", (colour,), f"question {q}?") for q in range(2)),
+        )
+        for text in record.texts:
+            contexts.append(Context(record, text, text.prompt))
+            image_of_C.append(i)
+    count = len(contexts)
+    features = torch.tensor([(start + i) % 3 for i in range(images)], dtype=torch.float16)[:, None, None]
+    return Batch(
+        prompt_ids_CL=torch.arange(count)[:, None],
+        prompt_mask_CL=torch.ones(count, 1, dtype=torch.bool),
+        image_of_C=torch.tensor(image_of_C),
+        labels_TL=torch.ones(count * targets, 1, dtype=torch.long),
+        weight_TL=torch.ones(count * targets, 1),
+        context_of_T=torch.arange(count).repeat_interleave(targets),
+        features_IPD=features,
+        contexts=tuple(contexts),
+    )
+
+
+def judged(model: ToyModel, images: int = 90, per_batch: int = 10, **kwargs):
+    controls = {"blank": torch.full((1, 1, 1), 7.0), "noise": torch.full((4, 1, 1), 8.0)}
+    gate = Gate(model, "vqa", DECODING, Settings(), controls)
+    for start in range(0, images, per_batch):
+        batch = batch_of(min(per_batch, images - start), start)
+        tokens = model.bridge_tokens(batch)
+        said = answers(model, batch, DECODING, tokens)
+        gate.add(batch, tokens, *sums_per_context(model.loss(batch, tokens), batch), said)
+    return gate.result(**kwargs)
+
+
+def test_every_context_gets_another_image():
+    for images in (2, 3, 7):
+        for roll in range(20):
+            donor = donors(images, roll)
+            assert (donor != torch.arange(images)).all()
+            assert sorted(donor.tolist()) == list(range(images))
+    with pytest.raises(ValueError, match="at least 2"):
+        donors(1, 0)
+
+
+def test_a_model_that_reads_its_image_is_found_to_use_it():
+    use = judged(ToyModel())
+    assert use.verdict == "image used", use.reason
+    assert (use.images, use.contexts, use.left_out) == (90, 180, 0)
+    assert use.accuracies["true"] == 100.0
+    assert use.accuracies["shuffled"] < 80
+    assert use.accuracies["no_image"] == use.accuracies["blank"] == use.accuracies["noise"] == pytest.approx(33.33)
+    assert use.answers_changed_where_truth_differs == 1.0
+    assert use.pairs_where_truth_differs == 180
+    assert use.loss_gap.low > 0.5
+    assert use.loss_nats["true"] == pytest.approx(1.0)
+    assert use.distinct_outputs == 3
+
+
+def test_a_model_that_never_looks_is_found_to_ignore_its_image():
+    use = judged(ToyModel(looks=0.0, answers_from_image=False))
+    assert use.verdict == "image ignored", use.reason
+    assert use.answers_changed_where_truth_differs == 0.0
+    assert use.accuracies["true"] == use.accuracies["shuffled"]
+    assert use.distinct_outputs == 1
+
+
+def test_a_model_that_ends_at_once_has_collapsed_however_well_its_loss_depends_on_the_image():
+    use = judged(ToyModel(p_eos=0.9))
+    assert use.verdict == "EOS collapse"
+    assert "empty" in use.reason
+    assert use.empty_rate == 1.0
+
+
+def test_doubt_is_not_enough_evidence():
+    few = judged(ToyModel(), images=20)
+    assert few.verdict == "not enough evidence"
+    assert "20 images" in few.reason
+    unsteady = judged(ToyModel(looks=0.02, noise=1.0, answers_from_image=False))
+    assert unsteady.verdict == "not enough evidence", unsteady.reason
+    only_the_loss = judged(ToyModel(answers_from_image=False))
+    assert only_the_loss.verdict == "not enough evidence"
+    assert "the loss depends on the image" in only_the_loss.reason
+
+
+@pytest.mark.parametrize(
+    ("loss_gap", "accuracy_gap", "verdict"),
+    [
+        ((0.5, 0.011, 1.0), None, "image used"),
+        ((0.5, 0.009, 1.0), None, "not enough evidence"),
+        ((0.5, 0.4, 0.6), (5.0, 1.1, 9.0), "image used"),
+        ((0.5, 0.4, 0.6), (5.0, 0.9, 9.0), "not enough evidence"),
+        ((0.0, -0.01, 0.019), (0.0, -1.0, 1.0), "image ignored"),
+        ((-0.3, -0.5, -0.1), None, "image ignored"),
+        ((0.0, -0.01, 0.021), None, "not enough evidence"),
+        ((0.015, 0.013, 0.017), (0.0, 0.0, 0.0), "not enough evidence"),
+        ((0.0, -0.01, 0.01), (5.0, 3.0, 9.0), "not enough evidence"),
+        ((0.0, -math.inf, math.inf), None, "not enough evidence"),
+    ],
+)
+def test_a_verdict_needs_its_bounds(loss_gap, accuracy_gap, verdict):
+    gap = Interval(*accuracy_gap) if accuracy_gap else None
+    assert judge(Interval(*loss_gap), gap, 0.0, 0.0, images=100)[0] == verdict
+
+
+def test_either_sign_of_collapse_is_enough():
+    clear = Interval(1.0, 0.9, 1.1)
+    assert judge(clear, None, 0.51, 0.0, 100)[0] == "EOS collapse"
+    assert judge(clear, None, 0.0, 0.51, 100)[0] == "EOS collapse"
+    assert judge(clear, None, 0.5, 0.5, 100)[0] == "image used"
+
+
+def test_without_the_true_image_each_prompt_is_asked_once():
+    model = ToyModel()
+    judged(model)
+    # 180 contexts true and 180 shuffled; 2 prompts without image, 2 blank, 2 x 4 noise images.
+    assert model.asked == 360 + 2 + 2 + 8
+
+
+def test_a_batch_of_one_image_is_left_out_and_counted():
+    use = judged(ToyModel(), images=41, per_batch=10)
+    assert use.images == 40
+    assert use.left_out == 2
+
+
+def test_the_report_has_the_keys_of_the_issue_and_is_json(tmp_path):
+    import json
+
+    use = judged(ToyModel(), text_only_accuracy=33.0, majority=Majority({}, "red"))
+    report = json.loads(json.dumps(use.to_dict(), allow_nan=False))
+    keys = {"shuffled_accuracy", "blank_accuracy", "no_image_accuracy", "loss_gap_nats", "empty_rate", "verdict"}
+    assert keys | {"answers_changed_where_truth_differs", "text_only_accuracy"} <= report.keys()
+    assert report["majority_accuracy"] == pytest.approx(33.33)
+    lonely = replace(use, loss_gap=Interval(1.0, -math.inf, math.inf), accuracy_gap=None)
+    assert json.loads(json.dumps(lonely.to_dict(), allow_nan=False))["loss_gap_nats_low"] is None
+
+
+def test_losses_are_summed_over_the_targets_of_a_context():
+    batch = batch_of(3, targets=5)
+    nats_C, weight_C = sums_per_context(ToyModel().loss(batch, ToyModel().bridge_tokens(batch)), batch)
+    assert nats_C == pytest.approx(np.full(6, 5.0))
+    assert weight_C == pytest.approx(np.full(6, 5.0))
+
+
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        per_I = rng.integers(1, 12, 60).astype(float)
+        image_effect_I = rng.normal(0, 1, 60)
+        found = bootstrap((0.3 + image_effect_I) * per_I, per_I, 300, 0.95)
+        covered += found.low <= 0.3 <= found.high
+    assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_the_bootstrap_resamples_images_and_not_texts():
+    """Ten copies of every text tell nothing new, so the interval must not shrink."""
+    rng = np.random.default_rng(2)
+    values_I = rng.normal(0, 1, 50)
+    once = bootstrap(values_I, np.ones(50), 500, 0.95)
+    ten = bootstrap(10 * values_I, np.full(50, 10.0), 500, 0.95)
+    assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
+    assert bootstrap(np.ones(1), np.ones(1), 10, 0.95).high == math.inf
+
+
+def test_only_pairs_whose_truth_differs_are_counted():
+    def said(key: str, prompt: str, truth: str, answer: str) -> Prediction:
+        return Prediction("d", "s", key, key, key + prompt, "vqa", prompt, prompt, (truth,), answer, 0.0)
+
+    same_truth = [said("a", "q", "red", "red"), said("b", "q", "Red.", "blue")]
+    assert changed_where_truth_differs(same_truth) == (0, 0)
+    other_prompt = [said("a", "q", "red", "red"), said("b", "r", "blue", "blue")]
+    assert changed_where_truth_differs(other_prompt) == (0, 0)
+    unchanged = [said("a", "q", "red", "red"), said("b", "q", "blue", "The red")]
+    assert changed_where_truth_differs(unchanged) == (0, 2)
+    changed = [said("a", "q", "red", "red"), said("b", "q", "blue", "green")]
+    assert changed_where_truth_differs(changed) == (2, 2)
+
+
+def test_majority_knows_the_training_answers_of_a_question_and_falls_back_to_the_most_common_of_all():
+    def record(key: str, question: str, *answers: str) -> Record:
+        return Record(key, "d", "train", key, (Text(key, "vqa", answers, question),))
+
+    records = [
+        record("1", "What colour?", "red"),
+        record("2", "what  colour?", "blue", "Blue", "red"),
+        record("3", "What colour?", "blue"),
+        record("4", "Is it?", "yes"),
+        record("5", "Is it?", "yes"),
+        record("6", "Is she?", "yes"),
+    ]
+    majority = Majority.of(records)
+    assert majority.answer_of["what colour?"] == "blue"
+    assert majority.overall == "yes"
+    asked = [
+        Prediction("d", "s", "k", "k", str(n), "vqa", "", q, (a,), "", 0.0)
+        for n, (q, a) in enumerate([("WHAT COLOUR?", "blue"), ("Never seen?", "yes"), ("Is it?", "no")])
+    ]
+    assert majority.accuracy(asked) == pytest.approx(66.67)
+    assert Majority.of([Record("c", "d", "train", "c", (Text("c", "caption", ("a dog",)),))]) is None
