@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import tracemalloc
 from contextlib import closing
 from itertools import islice
@@ -169,6 +170,17 @@ def test_workers_outlive_the_epoch_and_end_with_the_iteration(reds):
     assert len({tuple(sorted(order)) for order in orders}) == 1
     stream.close()
     assert not children & {process.pid for process in multiprocessing.active_children()}
+
+
+def test_workers_leave_the_answer_to_a_stop_signal_to_the_main_process(reds):
+    """Slurm signals every process of a job: workers that died of it would take the last checkpoint with them."""
+    expected = batches(open_loader(reds), epochs=5)
+    with closing(open_loader(reds, workers=1, prefetch=1).iterate(epochs=5)) as stream:
+        seen = [keys(next(stream)[1])]
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        assert seen + [keys(samples) for _, samples in stream] == expected
 
 
 def test_iterating_leaves_the_models_random_numbers_alone(reds):
