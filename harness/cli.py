@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from harness.cli_shards import PLAIN, Out
+from harness.cli_shards import PLAIN, Out, bar
 from harness.cli_shards import app as shards_app
 
 app = typer.Typer(
@@ -58,10 +58,12 @@ def train(
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
     from harness.config import load
-    from harness.doctor import check_before_launch
+    from harness.doctor import check_before_launch, check_resume
     from harness.launcher import launch
 
-    check_before_launch(load(config, overrides or ()))
+    loaded = load(config, overrides or ())
+    check_resume(loaded, resume)
+    check_before_launch(loaded)
     raise typer.Exit(launch([config, *(overrides or ()), *(["--resume", resume] if resume else [])], processes))
 
 
@@ -72,10 +74,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Scores a run beside its floors, and says whether its answers come from the images."""
-    from harness.evaluate.run import evaluate_run
+    from harness.evaluate.run import evaluate_run, table
 
-    report = evaluate_run(run, data)
-    print(json.dumps(report, indent=2) if as_json else report)
+    with bar() as progress:
+        task = progress.add_task("evaluating", total=None)
+        report = evaluate_run(
+            run, data, progress=lambda done, images: progress.update(task, completed=done, total=images)
+        )
+    print(json.dumps(report, indent=2) if as_json else table(report))
 
 
 @app.command()

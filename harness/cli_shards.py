@@ -116,8 +116,8 @@ def index(
     overwrite: Overwrite = False,
 ) -> None:
     """Indexes WebDataset shards that were made elsewhere."""
-    from shards.manifest import ShardError
     from shards.index import index_shards
+    from shards.manifest import ShardError
 
     if out and len(places) > 1:
         raise ShardError(f"--out {out} is one folder and {len(places)} sets were given: index them one at a time")
@@ -164,6 +164,7 @@ def features(
     config: Annotated[str, typer.Option(help="Its model.vision names the encoder.")],
     out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Runs the frozen encoder once over a set, and writes what it saw as feature shards."""
     from harness.config import load
@@ -173,19 +174,31 @@ def features(
     check_vision(loaded)
     from harness.features import encode_set
 
-    encode_set(shards, out, loaded.model.vision)
+    options = {"precision": loaded.train.precision, "max_image_pixels": loaded.data.max_image_pixels}
+    with bar() as progress:
+        task = progress.add_task("encoding", total=None)
+        made = encode_set(
+            shards,
+            out,
+            loaded.model.vision,
+            progress=lambda done, images: progress.update(task, completed=done, total=images),
+            workers=loaded.data.workers,
+            overwrite=overwrite,
+            **options,
+        )
+    print(f"{made.folder}: {made.samples:,} samples, {made.bytes / 1e6:,.1f} MB, made by {made.encoder['id']}")
 
 
 def _build(source: str, out: Path, short_side: int | None, workers: int | None, **options: object) -> None:
     from shards.build import build
 
-    with _bar() as bar:
+    with bar() as progress:
         tasks: dict[str, int] = {}
 
         def show(split: str, done: int, images: int) -> None:
             if split not in tasks:
-                tasks[split] = bar.add_task(f"{source} {split}", total=images)
-            bar.update(tasks[split], completed=done)
+                tasks[split] = progress.add_task(f"{source} {split}", total=images)
+            progress.update(tasks[split], completed=done)
 
         summary = build(source, out, short_side=short_side, workers=workers, progress=show, **options)
     print(_summary(summary))
@@ -205,7 +218,7 @@ def _summary(summary: Summary) -> str:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def bar() -> Iterator[Progress]:
     """A progress bar on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -219,13 +232,13 @@ def _bar() -> Iterator[Progress]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        yield bar
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        yield progress
 
 
 @contextmanager
 def _counted(title: str):
     """A bar without an end that is known, advanced by the number of samples done since the last call."""
-    with _bar() as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda samples: bar.advance(task, samples)
+    with bar() as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda samples: progress.advance(task, samples)

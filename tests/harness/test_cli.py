@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -76,6 +77,7 @@ def test_a_mistyped_verb_or_a_missing_flag_exits_with_2(harness):
         (("train", "nope.yaml"), "nope.yaml: no such config file"),
         (("train", "flickr8k_t4", "train.epoch=3"), "did you mean train.epochs?"),
         (("train", "flickr8k_t4", "data.train=[]"), "data.train is empty"),
+        (("train", "flickr8k_t4", "--resume", "gone"), "--resume gone: there is no such folder"),
         (("train", "flickr8k_t4"), "data.train.0.path: there is no folder of shards at data/flickr8k/train"),
         (("shards", "verify", "nope"), "there is no folder of shards at nope"),
         (("shards", "stats", "nope"), "nope"),
@@ -186,3 +188,35 @@ def test_two_processes_really_start_and_the_exit_code_comes_back(tmp_path, monke
         "rank0": "2 true PASSIVE",
         "rank1": "2 true PASSIVE",
     }
+
+
+def test_a_failed_run_gives_back_its_own_words_and_no_traceback_of_the_launcher(tmp_path, monkeypatch, capfd):
+    (tmp_path / "probe.py").write_text("import sys\nprint('harness: no', file=sys.stderr)\nsys.exit(2)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert launcher.launch([], 1, module="probe") != 0
+    assert capfd.readouterr().err == "harness: no\n"
+
+
+def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path):
+    (tmp_path / "probe.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved').touch()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path(sys.argv[1], 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    program = "import sys\nfrom harness.launcher import launch\nsys.exit(launch([sys.argv[1]], 1, module='probe'))"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.terminate()
+    assert started.wait(30) == 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_second_run_into_the_same_folder_is_refused_before_it_starts(harness, tmp_path):
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    said = refused(harness("train", "flickr8k_t4", f"out={tmp_path}"))
+    assert "go on with --resume auto" in said

@@ -42,9 +42,15 @@ def refusal(file, *overrides) -> str:
         ("name: a\ntrain: 5", "train: found 5, expected a section with keys such as epochs, max_steps"),
         ("name: a\ntrain:", "train: found nothing, expected a section"),
         ("name: a\ndata: {train: x}", "data.train: found 'x', expected a list"),
-        ("name: a\nmodel: {bridge: {kind: qformr}}", "model.bridge.kind: found 'qformr', expected 'qformer', 'mean_pool'"),
+        (
+            "name: a\nmodel: {bridge: {kind: qformr}}",
+            "model.bridge.kind: found 'qformr', expected 'qformer', 'mean_pool'",
+        ),
         ("name: a\nmodel: {bridge: {width: 100, heads: 3}}", "model.bridge: width 100 is not divisible by heads 3"),
-        ("name: a\nmodel: {lm: {lora: {targets: 5}}}", "model.lm.lora.targets: found 5, expected 'all_linear' or a list"),
+        (
+            "name: a\nmodel: {lm: {lora: {targets: 5}}}",
+            "model.lm.lora.targets: found 5, expected 'all_linear' or a list",
+        ),
         ("name: a\nmodel: {lm: {lora: {targets: [q, 5]}}}", "expected 'all_linear' or a string"),
         ("name: a\nname: b", "the key 'name' occurs twice"),
         ("name: [", "is not YAML"),
@@ -89,7 +95,13 @@ def test_overrides_are_typed_reach_into_lists_and_the_last_one_wins(write):
     file = write("name: a\ndata: {train: [{path: x}, {path: y}]}")
     config = load(
         file,
-        ["train.learning_rate=1e-3", "data.train.1.path=z=1", "train.clip_norm=null", "train.epochs=2", "train.epochs=3"],
+        [
+            "train.learning_rate=1e-3",
+            "data.train.1.path=z=1",
+            "train.clip_norm=null",
+            "train.epochs=2",
+            "train.epochs=3",
+        ],
     )
     assert config.train.learning_rate == 1e-3
     assert [s.path for s in config.data.train] == ["x", "z=1"]

@@ -4,28 +4,23 @@ import pytest
 
 from harness.config import ConfigError, load
 from harness.doctor import check_before_launch, check_models, explain
+from harness.model.processing import encoder_name
 from shards.manifest import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards
 
-ENCODER = {
-    "kind": "efficientnet_lite0",
-    "id": "efficientnet-lite0",
-    "revision": None,
-    "layer": None,
-    "image_size": 128,
-    "hash": "0",
-    "tokens": 16,
-    "width": 1280,
-}
-
 
 @pytest.fixture
 def features(tmp_path):
+    return a_set(tmp_path / "features", load("demo").model.vision)
+
+
+def a_set(folder, vision=None):
+    """One record as an image set, or as a feature set of `vision`."""
     record = Record("a", "easy_vqa", "train", "a", (Text("1", "vqa", ("yes",), "is it red?"),))
-    samples = [(record, b"not read here", "safetensors")]
-    folder = tmp_path / "features" / "train"
-    write_shards(samples, folder, dataset="easy_vqa", split="train", kind="features", encoder=ENCODER)
+    kind = {"kind": "features", "encoder": encoder_name(vision)} if vision else {}
+    samples = [(record, b"not read here", "safetensors" if vision else "jpg")]
+    write_shards(samples, folder, dataset="easy_vqa", split="train", **kind)
     return folder
 
 
@@ -52,7 +47,7 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
         ("data.train=[]", "data.train is empty"),
         ("data.dev.0.path=/nowhere", "data.dev.0.path: there is no folder of shards at /nowhere"),
         ("data.train=[{path: a, weight: 1}, {path: b}]", "some sets have a weight and some have none"),
-        ("model.vision.image_size=224", "made with image_size 128 and model.vision.image_size is 224"),
+        ("model.vision.image_size=224", "image_size 128 instead of 224"),
         ("prompts.vqa=Question:", "prompts.vqa"),
         ("model.lm.id=./gone", "model.lm.id: there is no folder ./gone"),
         ("model.lm.id=google/flan-t5-base", "model.lm.id: google/flan-t5-base is neither a folder nor in the cache"),
@@ -69,9 +64,28 @@ def test_what_cannot_be_used_is_named_with_its_key(config, monkeypatch, tmp_path
     assert message in str(caught.value)
 
 
-def test_features_of_another_kind_of_encoder_are_refused(config):
-    with pytest.raises(ConfigError, match=r"kind 'efficientnet_lite0' and model\.vision\.kind is 'clip'"):
+def test_features_of_another_encoder_are_refused_naming_both_and_the_key(config):
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path: .*made by efficientnet.*not by openai/clip"):
         check_before_launch(config("model.vision.kind=clip"))
+
+
+def test_a_run_on_features_needs_no_encoder_and_one_on_images_does(config, tmp_path):
+    vision = "model.vision={kind: clip, id: some/clip}"
+    sets = [f"data.{part}.0.path={tmp_path / 'clip'}" for part in ("train", "dev", "test")]
+    a_set(tmp_path / "clip", config(vision).model.vision)
+    check_before_launch(config(vision, *sets))
+    a_set(tmp_path / "images")
+    sets = [f"data.{part}.0.path={tmp_path / 'images'}" for part in ("train", "dev", "test")]
+    with pytest.raises(ConfigError, match=r"model\.vision\.id: some/clip is neither"):
+        check_before_launch(config(vision, *sets))
+
+
+def test_images_and_features_in_one_run_are_refused(config, tmp_path):
+    images = a_set(tmp_path / "images")
+    with pytest.raises(
+        ConfigError, match=r"data\.dev\.0\.path is a set of images and data\.train\.0\.path one of features"
+    ):
+        check_before_launch(config(f"data.dev.0.path={images}"))
 
 
 def test_a_folder_that_is_no_saved_model_is_refused(config, tmp_path):
