@@ -8,14 +8,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from shards.manifest import write_whole
 
 RIGHT, WRONG, INK, FAINT = "#1a7f37", "#c62828", "#1f2328", "#6e7781"
 
@@ -43,7 +44,7 @@ class Shown:
 
 
 def thumbnail(image: bytes | Image.Image | None, side: int) -> Image.Image:
-    """The whole image, in RGB, at most `side` pixels each way; small ones are enlarged, missing ones are a grey square."""
+    """The whole image, in RGB, its longer edge `side` pixels; a grey square where it is missing."""
     if image is None:
         return Image.new("RGB", (side, side), "#d0d7de")
     picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
@@ -73,19 +74,10 @@ def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _whole(path: Path, save: Callable[[IO[bytes]], Any]) -> Path:
-    """A file is either whole or absent: written beside, then renamed."""
+def _whole(path: Path, content: bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, [content])
     return path
 
 
@@ -148,7 +140,9 @@ def predictions_picture(items: Sequence[Shown], path: Path, *, columns: int = 4,
             for row, (text, font, colour) in enumerate(rows):
                 draw.text((left + pad, top + 2 * pad + side + row * line), text, font=font, fill=colour)
         top += height + pad
-    return _whole(path, lambda file: sheet.save(file, "PNG", optimize=True))
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", optimize=True)
+    return _whole(path, encoded.getvalue())
 
 
 _STYLE = """
@@ -174,7 +168,8 @@ def predictions_html(items: Sequence[Shown], path: Path, *, title: str = "Predic
             f'<tr><td><img width="{picture.width}" height="{picture.height}" alt="" '
             f'src="data:image/jpeg;base64,{data}"></td>'
             f'<td>{html.escape(item.prompt)}</td><td class="faint">{references}</td>'
-            f'<td class="{kind}">{mark}{html.escape(item.said)}</td><td class="faint">{html.escape(item.note)}</td></tr>'
+            f'<td class="{kind}">{mark}{html.escape(item.said)}</td>'
+            f'<td class="faint">{html.escape(item.note)}</td></tr>'
         )
     judged = [item.right for item in items if item.right is not None]
     count = f"{sum(judged)} of {len(judged)} right" if judged else f"{len(items)} images"
@@ -186,7 +181,7 @@ def predictions_html(items: Sequence[Shown], path: Path, *, title: str = "Predic
         {rows}
         </tbody></table></body></html>
         """).format(title=html.escape(title), style=_STYLE, count=count, rows="\n".join(rows))
-    return _whole(path, lambda file: file.write(page.encode()))
+    return _whole(path, page.encode())
 
 
 def loss_curves(
@@ -211,4 +206,6 @@ def loss_curves(
     axes.spines[["top", "right"]].set_visible(False)
     if series:
         axes.legend(frameon=False)
-    return _whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png", dpi=130)
+    return _whole(path, encoded.getvalue())
