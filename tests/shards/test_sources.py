@@ -85,6 +85,13 @@ def test_the_captions_csv_with_quotes_and_commas_says_the_same_as_the_token_file
     assert text.targets[3].endswith('with a neon sign saying , " Red Light . "')
 
 
+def test_a_file_saved_on_windows_says_the_same(tmp_path, flickr_images):
+    windows = tmp_path / "token.txt"
+    windows.write_bytes(b"\xef\xbb\xbf" + (FLICKR8K / "Flickr8k.token.txt").read_bytes().replace(b"\n", b"\r\n"))
+    official = flickr8k.load(flickr_images, FLICKR8K / "Flickr8k.token.txt")
+    assert flickr8k.load(flickr_images, windows).splits == official.splits
+
+
 def test_the_official_zip_is_read_in_place_past_its_resource_forks(tmp_path, flickr_images):
     archive = tmp_path / "Flickr8k_Dataset.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -94,6 +101,7 @@ def test_the_official_zip_is_read_in_place_past_its_resource_forks(tmp_path, fli
     source = flickr8k.load(archive, FLICKR8K / "Flickr8k.token.txt", FLICKR8K)
     folder = flickr8k.load(flickr_images, FLICKR8K / "Flickr8k.token.txt", FLICKR8K)
     assert [i.record for i in source.splits["train"]] == [i.record for i in folder.splits["train"]]
+    assert dirt(source) == dirt(folder)
     item = source.splits["train"][0]
     assert source.images.read(item.image) == picture("1000268201_693b08cb0e.jpg")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Flicker8k_Dataset", "Flickr8k_Dataset.zip"]
