@@ -123,9 +123,8 @@ def index_shards(
         for name in names:
             shards.append(_index_tar(join(base, name), dataset, split, kind, sidecar, keys, skipped, on_progress))
         if not sum(shard.samples for shard in shards):
-            raise ShardError(
-                f"{base} holds no sample with image and text; the first: {skipped[0] if skipped else 'none'}"
-            )
+            why = f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+            raise ShardError(f"{base} holds no sample with image and text{why}")
         (folder / INDEX).unlink(missing_ok=True)
         info, key_bytes = sidecar.finish()
     finally:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -76,6 +77,12 @@ def test_a_sidecar_of_another_set_is_refused(folder):
     sidecar.write_bytes(data)
     with pytest.raises(ShardError, match=r"index\.bin has sha256 \w+, expected \w+"):
         Manifest.open(folder)
+
+
+def test_a_sidecar_with_another_number_of_rows_is_refused(folder):
+    manifest = Manifest.open(folder)
+    with pytest.raises(ShardError, match=r"index\.bin has \d+ bytes, expected 8 rows of \d+"):
+        _ = replace(manifest, shards=manifest.shards[:2]).sidecar
 
 
 def change(folder, edit):

@@ -168,7 +168,8 @@ def test_remote_shards_are_downloaded_once(served, tmp_path):
 
 
 def size_of(cache):
-    return sum(path.stat().st_size for path in cache.folder.iterdir())
+    with cache._locked():
+        return sum(path.stat().st_size for path in cache.folder.iterdir())
 
 
 def test_the_cache_stays_within_its_bound_and_drops_the_least_recently_opened(served, tmp_path):
