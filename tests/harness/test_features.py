@@ -1,6 +1,7 @@
 """A feature set holds what the encoder gives for each image, names its encoder, and says what it left out."""
 
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -71,8 +72,11 @@ def test_an_image_that_cannot_be_read_is_named(feature_set):
     assert "cannot be decoded" in line["reason"]
 
 
-def test_the_same_images_give_the_same_bytes_however_many_processes_decode(image_set, vision, feature_set, tmp_path):
-    again = encode_set(image_set.folder, tmp_path / "train", vision, batch_images=4, workers=1)
+def test_the_same_images_give_the_same_bytes_wherever_they_lie_whoever_decodes(
+    image_set, vision, feature_set, tmp_path
+):
+    elsewhere = shutil.copytree(image_set.folder, tmp_path / "elsewhere")
+    again = encode_set(elsewhere, tmp_path / "train", vision, batch_images=4, workers=1)
     assert again.digest == feature_set.digest
 
 

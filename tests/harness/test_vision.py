@@ -1,6 +1,7 @@
 """The tower is loaded whole, gives the hidden state that was asked for, and never changes."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -33,10 +34,18 @@ def test_clip_gives_the_hidden_state_of_the_layer_asked_for(tmp_path, full, laye
     torch.testing.assert_close(patch_tokens_IPD, states[layer], atol=1e-5, rtol=1e-5)
 
 
-def test_a_full_clip_checkpoint_loads_in_silence(tiny_clip_folder, capfd):
+def test_a_full_clip_checkpoint_loads_in_silence(tiny_clip_folder, capfd, monkeypatch):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
     load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+    assert said == []
+    assert logger.level == level
 
 
 def test_a_checkpoint_without_all_weights_of_the_tower_is_refused(tmp_path):
@@ -116,6 +125,7 @@ def test_train_leaves_the_tower_in_eval_and_its_buffers_as_they_were():
 def test_nothing_in_the_tower_takes_a_gradient(tiny_clip_folder):
     tower = load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
     assert not any(parameter.requires_grad for parameter in tower.parameters())
+    tower.requires_grad_(True)  # as somebody who unfreezes a whole model would
     with torch.enable_grad():
         assert not tower(pixels(1, 32)).requires_grad
 
