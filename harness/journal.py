@@ -1,0 +1,109 @@
+"""What a run leaves in its own folder, with or without MLflow: every figure by step, and pages of answers.
+
+{"step": 10, "time": 1760000000000, "values": {"train/loss": 1.25}}     a line; time in ms since 1970
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.report import Shown, predictions_html
+from shards.manifest import write_whole
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Journal:
+    """OUT/metrics.jsonl. A resumed run keeps the lines up to its checkpoint and writes the rest again."""
+
+    def __init__(self, out: Path, keep: int | None) -> None:
+        """`keep`: lines of later steps are dropped; 0 drops all, None keeps all."""
+        self.path = out / METRICS
+        out.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = [(line, row) for line in lines if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)]
+        if keep is not None and len(kept) < len(lines):  # a line torn by a kill goes too
+            write_whole(self.path, [line for line, _ in kept])
+        self.last = {} if keep is None else {key: row["step"] for _, row in kept for key in row["values"]}
+        self._file = self.path.open("ab")
+        if keep is None and lines and not lines[-1].endswith(b"\n"):
+            self._file.write(b"\n")
+        self.size_at_open = self._file.tell()
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        new = {key: float(value) for key, value in values.items() if step > self.last.get(key, -1)}
+        row = {k: v if math.isfinite(v) else str(v) for k, v in new.items()}  # "nan", "inf": JSON has no word for them
+        if row:
+            line = json.dumps({"step": step, "time": int(time.time() * 1000), "values": row})
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def read(self, offset: int, most: int) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines from `offset` on, until they hold `most` figures, and the offset behind them."""
+        rows: list[dict[str, Any]] = []
+        count = 0
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while count < most and (line := file.readline()).endswith(b"\n"):
+                offset += len(line)
+                if row := _parsed(line):
+                    rows.append(row)
+                    count += len(row["values"])
+        return rows, offset
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) and isinstance(row["values"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class NoTracker:
+    """Runs where mlflow is not installed. With an output folder it still writes metrics.jsonl and the answers."""
+
+    run_id: str | None = None
+
+    def __init__(self, out: Path | None = None, journal: Journal | None = None) -> None:
+        self._out, self._journal, self._told = out, journal, False
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if self._journal:
+            try:
+                self._journal.write(values, step)
+            except OSError as error:  # a full disk must not end a run that may outlast it
+                if not self._told:
+                    log.warning("%s cannot be written (%s): figures are being lost", self._journal.path, error)
+                self._told = True
+
+    def predictions(self, items: Sequence[Shown], step: int, folder: str = "answers") -> Path | None:
+        """Writes OUT/folder/step-N.html, returns its path; None on a rank that reports nothing."""
+        if self._out is None:
+            return None
+        return predictions_html(items, self._out / folder / f"step-{step:06d}.html", title=f"Step {step}")
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        pass
+
+    def checkpoint(self, path: Path, digest: str, step: int) -> None:
+        path = Path(path).absolute()
+        self.tags({"checkpoint.path": str(path), "checkpoint.sha256": digest, "checkpoint.step": str(step)})
+
+    def close(self, status: str = "FINISHED") -> None:
+        if self._journal:
+            self._journal.close()
