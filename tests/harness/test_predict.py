@@ -1,0 +1,238 @@
+"""The generation loop and the scoring of a run, on a tiny T5 of the hub's format and sets of real shards."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from PIL import Image
+
+from harness import checkpoint as checkpoints
+from harness.batch import Collator
+from harness.config import Config, ConfigError, Decoding, Generate
+from harness.evaluate.predict import by_task, predict, results, select
+from harness.evaluate.run import ask, evaluate_model, evaluate_run, table
+from harness.evaluate.vqa import read_results
+from harness.model.processing import encoder_name
+from harness.model.vlm import VisionLanguageModel
+from shards.read import Sample
+from shards.record import Record, Text
+from shards.write import write_shards
+
+COLOURS = ("red", "green", "blue")
+
+
+def records(count: int, captions: bool = True) -> list[Record]:
+    """Images with two questions and, every second one, two captions."""
+    return [
+        Record(
+            f"{i:04d}",
+            "toy",
+            "test",
+            str(100 + i),
+            (
+                Text(str(10 * i), "vqa", (COLOURS[i % 3],) * 10, "what colour is it?", {"answer_type": "other"}),
+                Text(str(10 * i + 1), "vqa", ("yes", "no"), "is it red?", {"answer_type": "yes/no"}),
+                *([Text(f"c{i}", "caption", ("a red dog", "a dog"))] if captions and i % 2 == 0 else []),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
+    """A feature set of 12 images, a config, and an untrained run on it."""
+    from harness.model.vision import load_vision
+
+    root = tmp_path_factory.mktemp("evaluated")
+    config = Config(
+        name="toy",
+        out=str(root / "run"),
+        data={"train": [{"path": str(root / "test")}], "test": [{"path": str(root / "test")}]},
+        model={
+            "vision": {"kind": "clip", "id": str(tiny_clip_folder), "image_size": 32},
+            "bridge": {"query_tokens": 4, "width": 32, "heads": 4, "layers": 1},
+            "lm": {"id": str(tiny_t5_folder), "tuning": "lora", "lora": {"r": 4}},
+        },
+        generate={"vqa": {"max_new_tokens": 3}, "caption": {"max_new_tokens": 5}},
+        evaluation={"batch_images": 5, "counterfactual_texts": 12, "show_images": 3, "bootstrap": 50},
+        tracking={"kind": "none"},
+    )
+    encoder = load_vision(config.model.vision).identity()
+    rng = np.random.default_rng(0)
+
+    def features(*shape: int) -> np.ndarray:
+        return rng.normal(size=(*shape, encoder["tokens"], encoder["width"])).astype(np.float16)
+
+    controls = safetensors.numpy.save({"blank_PD": features(), "noise_KPD": features(2)})
+    write_shards(
+        ((r, safetensors.numpy.save({"patches_PD": features()}), "safetensors") for r in records(12)),
+        root / "test",
+        dataset="toy",
+        split="test",
+        kind="features",
+        encoder=encoder,
+        extra_files={"controls.safetensors": controls},
+    )
+    model = VisionLanguageModel.build(config, encoder).eval()
+    state = {"step": 7, "config": config.model_dump(mode="json"), "run_id": None}
+    checkpoints.write(config.out_dir, 7, model.save_pretrained, {"step/x": torch.zeros(1)}, state)
+    return config, model, root
+
+
+def batch_of(setting, count: int = 4):
+    config, model, _ = setting
+    shape = (model.config.encoder["tokens"], model.config.encoder["width"])
+    rng = np.random.default_rng(1)
+    samples = [
+        Sample(r, rng.normal(size=shape).astype(np.float16), "safetensors", 0, i) for i, r in enumerate(records(count))
+    ]
+    return Collator(model.tokenizer, config.data, config.prompts, training=False)(samples)
+
+
+def test_there_is_one_prediction_per_context_in_order_whatever_the_tasks(setting):
+    config, model, _ = setting
+    batch = batch_of(setting)
+    predictions = predict(model, [batch, batch], config.generate)
+    assert [p.text_id for p in predictions] == [c.text.id for c in batch.contexts] * 2
+    assert {p.task for p in predictions} == {"vqa", "caption"}
+    assert all(0 <= p.p_eos_first <= 1 for p in predictions)
+    first = predictions[0]
+    assert first.prompt == "Question: what colour is it? Answer:"
+    assert first.question == "what colour is it?"
+    assert first.references == ("red",) * 10
+
+
+def test_each_task_is_decoded_by_its_own_settings(setting):
+    _, model, _ = setting
+    lengths = {}
+    for tokens in (1, 4):
+        decoding = Generate(
+            vqa=Decoding(max_new_tokens=1, min_new_tokens=1),
+            caption=Decoding(max_new_tokens=tokens, min_new_tokens=tokens),
+        )
+        said = predict(model, [batch_of(setting)], decoding)
+        lengths[tokens] = {
+            task: max(len(model.tokenizer(p.answer)["input_ids"]) for p in said if p.task == task)
+            for task in ("vqa", "caption")
+        }
+    assert lengths[1]["vqa"] == lengths[4]["vqa"]
+    assert lengths[1]["caption"] < lengths[4]["caption"]
+
+
+def test_other_image_tokens_can_be_given(setting):
+    config, model, _ = setting
+    batch = batch_of(setting)
+    swapped = batch.image_of_C.flip(0)
+    given = predict(model, [batch], config.generate, tokens_of=lambda b: model.bridge_tokens(b).with_rows(swapped))
+    own = predict(model, [batch], config.generate)
+    changed = [a.p_eos_first != b.p_eos_first for a, b in zip(given, own, strict=True)]
+    assert any(changed)
+
+
+def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(setting):
+    _, model, _ = setting
+    batch = batch_of(setting)
+    with torch.no_grad():
+        tokens = model.bridge_tokens(batch)
+        whole = model.loss(batch, tokens)
+        total = 0.0
+        for task, part, rows in by_task(batch):
+            assert {c.text.task for c in part.contexts} == {task}
+            total += model.loss(part, tokens.with_rows(tokens.token_row_of_C[rows])).sum.item()
+        assert total == pytest.approx(whole.sum.item(), rel=1e-5)
+        backwards = select(batch, list(range(len(batch.contexts)))[::-1])
+        assert model.loss(backwards, tokens.with_rows(tokens.token_row_of_C.flip(0))).sum.item() == pytest.approx(
+            whole.sum.item(), rel=1e-5
+        )
+
+
+def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path):
+    config, _, _ = setting
+    seen = []
+    report = evaluate_run(config.out_dir, out=tmp_path, text_only_accuracy=40.0, progress=lambda *p: seen.append(p))
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(report))
+    assert seen[-1] == (12, 12)
+    assert (report["step"], report["images"], report["unreadable"]) == (7, 12, 0)
+    known = report["tasks"]["vqa"]
+    assert (known["texts"], known["text_only_accuracy"]) == (24, 40.0)
+    assert 12 <= known["gate_texts"] + report["tasks"]["caption"]["gate_texts"] <= 14
+    assert known["majority_accuracy"] == 25.0  # a third of the colours, and a sixth of yes against (yes, no)
+    for name in ("shuffled", "blank", "noise", "no_image"):
+        assert known[f"{name}_accuracy"] is not None
+        assert known[f"{name}_loss_nats"] > 0
+        assert report["tasks"]["caption"][f"{name}_loss_nats"] > 0
+    assert known["verdict"] in ("not enough evidence", "EOS collapse")
+    answers = read_results(tmp_path / "toy_test_answers.json")
+    assert list(answers) == [t.id for r in records(12) for t in r.texts if t.task == "vqa"]
+    captions = json.loads((tmp_path / "toy_test_captions.json").read_text())
+    assert [c["image_id"] for c in captions] == [100 + i for i in range(0, 12, 2)]
+    assert known["verdict"] in table(report)
+
+
+def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_path):
+    config, model, root = setting
+    first = evaluate_run(config.out_dir, out=tmp_path / "a")
+    assert evaluate_run(config.out_dir, [str(root / "test")], out=tmp_path / "b") == first
+    within = evaluate_model(model, [str(root / "test")], config)
+    assert within.tasks["vqa"].loss == pytest.approx(first["tasks"]["vqa"]["loss_nats"], rel=1e-6)
+    metrics = within.metrics()
+    assert {"vqa/loss", "vqa/accuracy", "vqa/loss_gap_nats", "caption/loss"} <= metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert len(within.shown) == len(within.shown_images) == 3
+    assert len({p.key for p in within.shown}) == 3
+
+
+def test_a_limit_takes_the_same_images_whatever_the_seed_of_the_run(setting):
+    config, model, root = setting
+    chosen = [
+        [
+            p.key
+            for p in evaluate_model(model, [str(root / "test")], c, limit=4, counterfactual=False)
+            .tasks["vqa"]
+            .predictions
+        ]
+        for c in (config, config.model_copy(update={"seed": 5}))
+    ]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) == 4
+
+
+def test_a_picture_can_be_asked_about(setting, tmp_path):
+    config, _, _ = setting
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    assert isinstance(ask(config.out_dir, picture, "what colour is it?"), str)
+    assert isinstance(ask(config.out_dir, picture), str)
+    picture.write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"picture\.png"):
+        ask(config.out_dir, picture)
+
+
+def test_what_cannot_be_scored_is_refused_by_name(setting, tmp_path):
+    config, _, _ = setting
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        evaluate_run(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+        evaluate_run(tmp_path)
+    other = encoder_name(config.model.vision) | {"hash": "0" * 64, "tokens": 17, "width": 32, "preprocessing": "crop"}
+    write_shards(
+        [(records(1)[0], safetensors.numpy.save({"patches_PD": np.zeros((17, 32), np.float16)}), "safetensors")],
+        tmp_path / "foreign",
+        dataset="toy",
+        split="test",
+        kind="features",
+        encoder=other,
+    )
+    with pytest.raises(ConfigError, match="made by"):
+        evaluate_run(config.out_dir, [str(tmp_path / "foreign")], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_two_sets_go_into_two_files():
+    from harness.evaluate.predict import Prediction
+
+    made = [Prediction(name, "val", "k", "1", "1", "vqa", "p", "q", ("a",), "a", 0.0) for name in ("vqav2", "easy-vqa")]
+    assert results(made).keys() == {"vqav2_val_answers.json", "easy-vqa_val_answers.json"}
