@@ -7,7 +7,10 @@ image, so its score is what the words alone give: the honest floor for every mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +18,34 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from harness.batch import Batch, Collator
+from harness.batch import Batch, Collator, Context, drawn, most_common
 from harness.config import Config, LanguageModel
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import T5Language
 from harness.prompts import prompt, template
-from harness.train import learning_rate
+from harness.schedule import learning_rate
 from shards.loader import Loader
 from shards.read import Sample
 
 
 def train_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) -> PreTrainedTokenizerFast:
-    """A T5-like Unigram tokenizer (pad 0, EOS 1, unknown 2; `$A </s>`), saved as `AutoTokenizer` reads it."""
-    tokenizer = Tokenizer(models.Unigram())
+    """A BPE tokenizer with T5's special tokens (pad 0, EOS 1, unknown 2; `$A </s>`), saved as `AutoTokenizer` reads it.
+
+    BPE and not T5's Unigram: of a few hundred distinct words Unigram keeps no whole one, and prompts are twice as long.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     tokenizer.train_from_iterator(
         texts,
-        trainers.UnigramTrainer(vocab_size=vocabulary, special_tokens=special, unk_token="<unk>", show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=list(string.ascii_letters + string.digits + string.punctuation),
+            show_progress=False,
+        ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(
@@ -44,23 +55,35 @@ def train_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) 
     return fast
 
 
-def texts_of(sets: Sequence[str], config: Config) -> Iterator[str]:
-    """Every prompt after its template, and every target, of sets of shards."""
+def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]:
+    """Every distinct prompt of sets of shards (in its first record), and how often each target follows it.
+
+    Without an image, texts that are equal are the same example: 34,761 questions of easy-VQA are 107 prompts.
+    """
     loader = Loader(sets, global_batch=256, shuffle=False, decode=no_image)
+    contexts: dict[tuple[str, str], Context] = {}
+    pairs: dict[Context, Counter[str]] = {}
     for _, samples in loader.iterate(epochs=1):
-        for sample in samples:
-            for text in sample.record.texts if sample.record else ():
-                yield prompt(text.task, getattr(config.prompts, text.task), text.prompt)
-                yield from text.targets
+        for record in (sample.record for sample in samples if sample.record):
+            for text in record.texts:
+                words = prompt(text.task, getattr(config.prompts, text.task), text.prompt)
+                context = contexts.setdefault((text.task, words), Context(record, text, words))
+                # As in training with images: of a question the most common answer, of a caption every one.
+                targets = text.targets if text.task == "caption" else [most_common(text.targets)]
+                pairs.setdefault(context, Counter()).update(targets)
+    return pairs
 
 
 def no_image(sample: Sample) -> np.ndarray:
     """In place of an image's pixels: the text-only model never gets to see any."""
-    return np.zeros((1, 1, 3), np.uint8)
+    return _NOTHING
+
+
+_NOTHING = np.zeros((1, 1, 3), np.uint8)
 
 
 def without_images(batch: Batch, width: int) -> BridgeOutput:
-    return BridgeOutput(torch.zeros(batch.images, 0, width), batch.image_of_C)
+    return BridgeOutput(torch.zeros(1, 0, width), torch.zeros(len(batch.prompt_ids_CL), dtype=torch.long))
 
 
 def make(
@@ -73,15 +96,17 @@ def make(
     heads: int = 4,
     d_ff: int = 512,
     vocabulary: int = 4000,
-    epochs: int = 1,
-    images_a_step: int = 32,
-    peak: float = 2e-3,
+    steps: int = 150,
+    prompts_a_step: int = 48,
+    peak: float = 3e-3,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Path:
     """Trains tokenizer and model on the texts of `sets` alone and saves both in `out`. The seed is `config.seed`."""
     out.mkdir(parents=True, exist_ok=True)
-    # Templates are rare or absent in the texts of captions, but every prompt must have its words.
-    texts = [template("caption", config.prompts.caption), *texts_of(sets, config)]
+    pairs = pairs_of(sets, config)
+    # The template of a task that these sets do not have must have its words too.
+    words = {template("caption", config.prompts.caption), template("vqa", config.prompts.vqa)}
+    texts = [*words, *(c.prompt for c in pairs), *dict.fromkeys(t for targets in pairs.values() for t in targets)]
     tokenizer = train_tokenizer(texts, out, vocabulary)
     torch.manual_seed(config.seed)
     t5 = T5ForConditionalGeneration(
@@ -103,33 +128,45 @@ def make(
     )
     t5.save_pretrained(out)
     language = T5Language(LanguageModel(id=str(out), tuning="full"))
-    _train(language, sets, config, epochs, images_a_step, peak, progress)
+    _train(language, pairs, config, steps, prompts_a_step, peak, progress)
     language.lm.save_pretrained(out)
     return out
 
 
-def _train(language: T5Language, sets, config: Config, epochs, images_a_step, peak, progress) -> None:
-    collate = Collator(language.tokenizer, config.data, config.prompts, config.seed)
-    loader = Loader(sets, global_batch=images_a_step, seed=config.seed, decode=no_image)
-    total = loader.steps_per_epoch * epochs
+def _train(language: T5Language, pairs, config: Config, steps: int, prompts_a_step: int, peak: float, progress) -> None:
+    collate = Collator(language.tokenizer, config.data, config.prompts)
+    # A prompt with very many targets (all captions have the same) is cut into units that fit into a step.
+    units = [(context, part) for context, targets in pairs.items() for part in _parts(sorted(targets.items()))]
     schedule = config.train.model_copy(update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1})
     optimizer = torch.optim.AdamW(language.parameters(), lr=peak, weight_decay=0.01)
     language.train()
-    for step, (state, samples) in enumerate(loader.iterate(epochs=epochs)):
-        batch = collate(samples, state.epoch)
-        if batch is None:
-            continue
+    order: list[int] = []
+    for step in range(steps):
+        while len(order) < prompts_a_step:
+            epoch = step * prompts_a_step // len(units)
+            order += sorted(range(len(units)), key=lambda unit, e=epoch: drawn(config.seed, e, f"unit {unit}"))
+        chosen, order = [units[index] for index in order[:prompts_a_step]], order[prompts_a_step:]
+        batch = _batch(collate, chosen)
         out = language.loss(without_images(batch, language.width), batch)
         loss = out.sum / out.weight
         loss.backward()
         torch.nn.utils.clip_grad_norm_(language.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, total)
+            group["lr"] = learning_rate(schedule, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        progress(step + 1, total, loss.item())
+        progress(step + 1, steps, loss.item())
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the text-only training ended with a loss of {loss.item()}")
+
+
+def _batch(collate: Collator, units: Sequence[tuple[Context, Sequence[tuple[str, int]]]]) -> Batch:
+    """Prompts with their targets, each target weighted by how often it follows its prompt."""
+    rows = [(index, target, count) for index, (_, part) in enumerate(units) for target, count in part]
+    batch = collate.assemble(
+        _NOTHING[None], [c for c, _ in units], [0] * len(units), [r[1] for r in rows], [r[0] for r in rows]
+    )
+    return replace(batch, weight_TL=batch.weight_TL * torch.tensor([[float(r[2])] for r in rows]))
 
 
 @torch.no_grad()
@@ -144,17 +181,25 @@ def answer(
     # The model is deterministic and sees the prompt alone: each prompt is answered once.
     known: dict[str, str] = {}
     for _, samples in loader.iterate(epochs=1):
-        batch = collate(samples)
-        new = {c.prompt: i for i, c in enumerate(batch.contexts) if c.prompt not in known} if batch else {}
-        if new:
-            rows = torch.tensor(list(new.values()))
-            part = batch.contexts_at(rows)
-            task = batch.contexts[rows[0]].text.task
-            texts = language.generate(without_images(part, language.width), part, getattr(config.generate, task)).texts
-            known.update(zip(new, texts, strict=True))
-        for context in batch.contexts if batch else ():
+        if (batch := collate(samples)) is None:
+            continue
+        for task in ("caption", "vqa"):
+            new = {c.prompt: i for i, c in enumerate(batch.contexts) if c.text.task == task and c.prompt not in known}
+            if new:
+                rows = torch.tensor(list(new.values()))
+                part = replace(
+                    batch, prompt_ids_CL=batch.prompt_ids_CL[rows], prompt_mask_CL=batch.prompt_mask_CL[rows]
+                )
+                nothing = without_images(part, language.width)
+                texts = language.generate(nothing, part, getattr(config.generate, task)).texts
+                known.update(zip(new, texts, strict=True))
+        for context in batch.contexts:
             said[context.record.key, context.text.id] = known[context.prompt]
     return said
+
+
+def _parts(targets: list[tuple[str, int]], size: int = 8) -> list[list[tuple[str, int]]]:
+    return [targets[i : i + size] for i in range(0, len(targets), size)]
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -25,7 +25,7 @@ from shards.read import Sample
 from shards.record import Record, Text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
 class Context:
     """Where a row of the context level comes from."""
 
@@ -76,6 +76,11 @@ def drawn(seed: int, epoch: int, *names: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
+def most_common(answers: Sequence[str]) -> str:
+    """The answer most annotators gave; of equals the first in their order."""
+    return Counter(answer for answer in answers if answer.strip()).most_common(1)[0][0]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is a hash.
@@ -106,13 +111,13 @@ class Collator:
         if not targets:
             return None
         pixels = np.stack(images)
-        return self._batch(pixels, contexts, image_of_C, targets, context_of_T)
+        return self.assemble(pixels, contexts, image_of_C, targets, context_of_T)
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
         """A batch of weight 0 for a rank that has nothing left: it takes part in every collective and teaches nothing."""
         record = Record("filler", "", "", "", (Text("filler", "caption", ("",)),))
         payload = np.zeros((1, *payload_shape), np.float16 if is_features else np.uint8)
-        batch = self._batch(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
+        batch = self.assemble(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
         return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
 
     def _template(self, text: Text) -> str:
@@ -136,12 +141,13 @@ class Collator:
         return list(chosen.values())
 
     def _answer(self, record: Record, text: Text, epoch: int) -> str:
-        answers = [answer for answer in text.targets if answer.strip()]
         if self.training and self.data.answer == "drawn":
+            answers = [answer for answer in text.targets if answer.strip()]
             return answers[drawn(self.seed, epoch, record.dataset, text.id, "answer") % len(answers)]
-        return Counter(answers).most_common(1)[0][0]  # of equals the first given, as annotators' order has it
+        return most_common(text.targets)
 
-    def _batch(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
+    def assemble(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
+        """The tensors of given rows: arrays of images, Contexts, and texts with what they point at."""
         prompts = self._ids([c.prompt for c in contexts], self.data.max_prompt_tokens)
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
         labels = self._ids(targets, self.data.max_target_tokens)

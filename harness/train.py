@@ -26,6 +26,7 @@ from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness.batch import Batch, Collator, drawn
 from harness.config import Config, ConfigError
+from harness.doctor import check_before_launch, check_resume, explain
 from harness.engine import Engine
 from harness.evaluate.run import evaluate_model
 from harness.features import check_encoder
@@ -33,10 +34,10 @@ from harness.guards import GradientGuard, GuardError, frozen_hash
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
 from harness.report import predictions_html
+from harness.schedule import learning_rate
 from harness.terminal import Terminal, memory_mb, part_rows
 from harness.tracking import NoTracker, open_tracker
 from shards.loader import Loader
-from shards.manifest import ShardError
 from shards.stream import StreamState
 
 
@@ -48,18 +49,6 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     stream: StreamState | None = None
-
-
-def learning_rate(config: configs.Train, step: int, total_steps: int) -> float:
-    """Of step 0, 1, ...: linear warm-up, then a cosine to `final_learning_rate` of the peak. A pure function."""
-    warmup = math.ceil(config.warmup * total_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
 def make_loader(config: Config, engine: Engine) -> Loader:
@@ -75,11 +64,19 @@ def make_loader(config: Config, engine: Engine) -> Loader:
         prefetch=config.data.prefetch,
         window_shards=config.data.window_shards,
         last_batch=config.data.last_batch,
-        decode=ImageDecoder.for_config(config),
+        decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
         quarantine=config.out_dir / "quarantine.jsonl",
     )
+
+
+def encoder_of(loader: Loader, config: Config) -> dict | None:
+    """The encoder that made the features of these sets, None for sets of images. Raises ConfigError for another's."""
+    features = [manifest for manifest in loader.manifests if manifest.kind == "features"]
+    for manifest in features:
+        check_encoder(manifest, config.model.vision)
+    return features[0].encoder if features else None
 
 
 def micro_batches(samples: Sequence, collate: Collator, epoch: int, size: int, filler: Batch) -> list[Batch]:
@@ -98,7 +95,7 @@ def run(config: Config, resume: str | None = None) -> Path:
             f"{out} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
         )
     loader = make_loader(config, engine)
-    encoder = check_encoder(loader.manifests, config.model.vision)
+    encoder = encoder_of(loader, config)
 
     terminal.say(f"precision: {engine.precision.reason}")
     model = VisionLanguageModel.build(config, encoder, precision=engine.precision, device=engine.device)
@@ -316,11 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         config = configs.load(given.config, given.overrides)
-        configs.check_before_launch(config)
+        check_before_launch(config)
+        check_resume(config, given.resume)
         last = run(config, given.resume)
-    except (ConfigError, ShardError, GuardError) as error:
+    except Exception as error:
+        if (sentence := explain(error)) is None:
+            raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"harness: {error}", file=sys.stderr)
+            print(f"harness: {sentence}", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") == "0":
         print(f"checkpoint: {last}")

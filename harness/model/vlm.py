@@ -9,7 +9,6 @@ trained weights by name). Loading builds the frozen parts from where they came f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import config as settings
 from harness.batch import Batch
+from harness.config import ConfigError
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.t5 import Generated, LossOutput, T5Language
@@ -121,11 +121,6 @@ class VisionLanguageModel(PreTrainedModel):
     def checkpoint_activations(self) -> None:
         self.lm.t5.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def _autocast(self, part: str):
-        dtype = getattr(self.precision, part)
-        device = next(self.bridge.parameters()).device.type
-        return nullcontext() if dtype is None else torch.autocast(device, dtype=dtype)
-
     def patch_tokens(self, batch: Batch) -> torch.Tensor:
         """patches_IPD: the features of the batch, or what the tower makes of its pixels."""
         if batch.features_IPD is not None:
@@ -134,19 +129,19 @@ class VisionLanguageModel(PreTrainedModel):
             raise ValueError(
                 "this model was loaded without its vision tower (with_vision=False): it reads features only"
             )
-        with self._autocast("vision"):
+        with self.precision.autocast("vision"):
             return self.vision(batch.pixels_IHW3).float()
 
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
         """Image tokens, made once per image and shared by every context of it."""
-        with self._autocast("bridge"):
+        with self.precision.autocast("bridge"):
             return BridgeOutput(self.bridge(self.patch_tokens(batch)).float(), batch.image_of_C)
 
     def loss(self, batch: Batch, tokens: BridgeOutput | None = None) -> LossOutput:
         """Sums of weighted nats over the batch; `tokens` in place of the batch's own image tokens."""
         tokens = tokens or self.bridge_tokens(batch)
         # Smoothing is for training alone: an evaluated loss is a cross entropy.
-        with self._autocast("lm"):
+        with self.precision.autocast("lm"):
             return self.lm.loss(tokens, batch, self.label_smoothing if self.training else 0.0)
 
     def forward(self, batch: Batch) -> LossOutput:
@@ -156,7 +151,7 @@ class VisionLanguageModel(PreTrainedModel):
     def generate(self, batch: Batch, decoding: settings.Decoding, tokens: BridgeOutput | None = None) -> Generated:
         """One answer per context."""
         tokens = tokens or self.bridge_tokens(batch)
-        with self._autocast("lm"):
+        with self.precision.autocast("lm"):
             return self.lm.generate(tokens, batch, decoding)
 
     # ---- what was trained -------------------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ class VisionLanguageModel(PreTrainedModel):
         if found != own.lm_hash:
             raise ConfigError(
                 f"{folder}: the base language model {parts.lm.id!r} has hash {found[:12]}, "
-                f"but the saved parts were trained on one with hash {str(own.lm_hash)[:12]}; give the right one as lm=PATH"
+                f"the saved parts were trained on one with hash {str(own.lm_hash)[:12]}: give that one as lm=PATH"
             )
         vision = None
         if with_vision:
@@ -237,5 +232,3 @@ class VisionLanguageModel(PreTrainedModel):
         model.load_trained(folder)
         return model.eval()
 
-
-ConfigError = settings.ConfigError

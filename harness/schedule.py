@@ -1,0 +1,20 @@
+"""The learning rate as a pure function of the step: nothing to save, and nothing that can run ahead.
+
+A scheduler object prepared by Accelerate steps once per process, so that with two of them it is done in half the time.
+"""
+
+import math
+
+from harness.config import Train
+
+
+def learning_rate(config: Train, step: int, total_steps: int) -> float:
+    """Of step 0, 1, ...: linear warm-up, then a cosine to `final_learning_rate` of the peak. A pure function."""
+    warmup = math.ceil(config.warmup * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
