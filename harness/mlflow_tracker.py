@@ -204,13 +204,17 @@ class MLflowTracker(NoTracker):
         if self._monitor is None or time.monotonic() < self._system_due:
             return
         self._system_due = time.monotonic() + SYSTEM_SECONDS
-        self._monitor.collect_metrics()
-        values, now = self._monitor.aggregate_metrics(), int(time.time() * 1000)
-        for monitor in self._monitor.monitors:
-            monitor.clear_metrics()
+        values, now = self._read_system(), int(time.time() * 1000)
         metrics = [Metric(f"system/{key}", float(value), now, self._system_step) for key, value in values.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
         self._system_step += 1
+
+    def _read_system(self) -> dict[str, float]:
+        self._monitor.collect_metrics()
+        values = self._monitor.aggregate_metrics()
+        for monitor in self._monitor.monitors:
+            monitor.clear_metrics()
+        return values
 
     def _connect(self) -> None:
         """Finds or makes the run and describes it. May be tried again from the start at any point."""
@@ -234,6 +238,8 @@ class MLflowTracker(NoTracker):
             self._describe(client, run)
             if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() != "false":
                 self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self._uri)  # never started: only read
+                self._read_system()  # the first reading of the CPU is always 0
+                self._system_due = time.monotonic() + SYSTEM_SECONDS
                 self._system_step = 1 + max([s for k, s in self._there.items() if k.startswith("system/")], default=-1)
         self._client = client
 

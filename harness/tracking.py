@@ -100,7 +100,8 @@ def ui_command(config: Config, run_id: str | None = None) -> str:
         return f"python -m webbrowser {shlex.quote(without_password(uri).rstrip('/') + page)}"
     if uri.startswith("sqlite:////"):  # shorter from where the user is
         uri = f"sqlite:///{os.path.relpath(database(uri))}" if database(uri).is_relative_to(Path.cwd()) else uri
-    beside = Path(sys.executable).with_name("mlflow")
-    program = "mlflow" if shutil.which("mlflow") or not beside.exists() else os.path.relpath(beside)
+    program, beside = "mlflow", Path(sys.executable).with_name("mlflow")
+    if beside.exists() and not shutil.which(program):  # an environment that is not activated
+        program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
     store = shlex.quote(without_password(uri))
-    return f"{program} ui --workers 1 --backend-store-uri {store}  # then open http://127.0.0.1:5000{page}"
+    return f"{shlex.quote(program)} ui --workers 1 --backend-store-uri {store}  # then open http://127.0.0.1:5000{page}"
