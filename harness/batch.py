@@ -10,9 +10,10 @@ Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixel
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from harness.config import Prompts
 from harness.prompts import prompt
 from shards.read import Sample
 from shards.record import Record, Text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
@@ -85,8 +88,10 @@ def most_common(answers: Sequence[str]) -> str:
 class Collator:
     """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is a hash.
 
-    In training `texts_per_image` texts are drawn of each image and epoch: a question is one, each caption is one. In
-    evaluation every question is a context with its most common answer as target, and all captions are targets.
+    In training `texts_per_image` texts are drawn of each image and epoch (of its own set: a heavy set of a mixture
+    passes several times): a question is one, each caption is one. In evaluation every question is a context with its
+    most common answer as target, and all captions are targets. `truncated` counts the "prompt" and "target" texts that
+    were cut at `max_prompt_tokens` and `max_target_tokens`; the first of each is logged.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -95,67 +100,65 @@ class Collator:
     seed: int = 0
     eos_weight: float = 1.0
     training: bool = True
+    truncated: Counter[str] = field(default_factory=Counter, compare=False)
 
-    def __call__(self, samples: Sequence[Sample], epoch: int = 0) -> Batch | None:
+    def __call__(self, samples: Sequence[Sample]) -> Batch | None:
         """None where no sample carries anything to learn (all could not be read, or are fillers)."""
         images, contexts, image_of_C, targets, context_of_T = [], [], [], [], []
         for sample in samples:
             if sample.record is None or sample.payload is None or sample.weight == 0:
                 continue
-            for text, chosen in self._texts(sample.record, epoch):
+            for text, chosen in self._texts(sample.record, sample.epoch):
                 context_of_T += [len(contexts)] * len(chosen)
-                contexts.append(Context(sample.record, text, prompt(text.task, self._template(text), text.prompt)))
+                template = getattr(self.prompts, text.task)
+                contexts.append(Context(sample.record, text, prompt(text.task, template, text.prompt)))
                 image_of_C.append(len(images))
                 targets += chosen
             images.append(sample.payload)
         if not targets:
             return None
-        pixels = np.stack(images)
-        return self.assemble(pixels, contexts, image_of_C, targets, context_of_T)
+        return self.assemble(np.stack(images), contexts, image_of_C, targets, context_of_T)
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
-        """A batch of weight 0 for a rank that has nothing left: it takes part in every collective and teaches nothing."""
+        """A batch of weight 0 for a rank that has nothing left: it joins every collective and teaches nothing."""
         record = Record("filler", "", "", "", (Text("filler", "caption", ("",)),))
         payload = np.zeros((1, *payload_shape), np.float16 if is_features else np.uint8)
         batch = self.assemble(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
         return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
 
-    def _template(self, text: Text) -> str:
-        return getattr(self.prompts, text.task)
-
     def _texts(self, record: Record, epoch: int) -> list[tuple[Text, list[str]]]:
+        """The texts that are drawn, in the record's order, each with its targets that are."""
         units = [
-            (text, index)
-            for text in record.texts
-            for index in (range(len(text.targets)) if text.task == "caption" else (None,))
+            (place, target)
+            for place, text in enumerate(record.texts)
+            for target in (range(len(text.targets)) if text.task == "caption" else (-1,))
         ]
+        names = [(record.dataset, record.key, text.id) for text in record.texts]
         if self.training and self.data.texts_per_image is not None:
-            units.sort(key=lambda u: drawn(self.seed, epoch, record.dataset, u[0].id, f"text {u[1]}"))
-            units = units[: self.data.texts_per_image]
-            order = {id(text): i for i, text in enumerate(record.texts)}
-            units.sort(key=lambda u: (order[id(u[0])], u[1] or 0))
-        chosen: dict[str, tuple[Text, list[str]]] = {}
-        for text, index in units:
-            target = text.targets[index] if index is not None else self._answer(record, text, epoch)
-            chosen.setdefault(text.id, (text, []))[1].append(target)
-        return list(chosen.values())
-
-    def _answer(self, record: Record, text: Text, epoch: int) -> str:
-        if self.training and self.data.answer == "drawn":
-            answers = [answer for answer in text.targets if answer.strip()]
-            return answers[drawn(self.seed, epoch, record.dataset, text.id, "answer") % len(answers)]
-        return most_common(text.targets)
+            units.sort(key=lambda unit: drawn(self.seed, epoch, *names[unit[0]], f"text {unit[1]}"))
+            units = sorted(units[: self.data.texts_per_image])
+        chosen: dict[int, list[str]] = {}
+        for place, target in units:
+            text = record.texts[place]
+            if target >= 0:
+                words = text.targets[target]
+            elif self.training and self.data.answer == "drawn":
+                answers = [answer for answer in text.targets if answer.strip()]
+                words = answers[drawn(self.seed, epoch, *names[place], "answer") % len(answers)]
+            else:
+                words = most_common(text.targets)
+            chosen.setdefault(place, []).append(words)
+        return [(record.texts[place], targets) for place, targets in chosen.items()]
 
     def assemble(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
         """The tensors of given rows: arrays of images, Contexts, and texts with what they point at."""
-        prompts = self._ids([c.prompt for c in contexts], self.data.max_prompt_tokens)
+        prompts = self._ids("prompt", [c.prompt for c in contexts], self.data.max_prompt_tokens)
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
-        labels = self._ids(targets, self.data.max_target_tokens)
+        labels = self._ids("target", targets, self.data.max_target_tokens)
         prompt_ids_CL, lengths_C = _padded(prompts, self.tokenizer.pad_token_id)
         labels_TL, lengths_T = _padded(labels, self.tokenizer.pad_token_id)
         weight_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]).float()
-        if self.eos_weight != 1.0:
-            weight_TL[labels_TL == self.tokenizer.eos_token_id] *= self.eos_weight
+        weight_TL[torch.arange(len(labels)), lengths_T - 1] = self.eos_weight
         tensor = torch.from_numpy(np.asarray(images))
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
@@ -170,9 +173,16 @@ class Collator:
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
         )
 
-    def _ids(self, texts: list[str], limit: int) -> list[list[int]]:
+    def _ids(self, kind: str, texts: list[str], limit: int) -> list[list[int]]:
         """Token ids that end in EOS also where a text is cut."""
-        rows = self.tokenizer([text.strip() for text in texts], add_special_tokens=False)["input_ids"]
+        rows = self.tokenizer([text.strip() for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        if cut := [text for text, row in zip(texts, rows, strict=True) if len(row) >= limit]:
+            if not self.truncated[kind]:
+                logger.warning(
+                    "%ss longer than data.max_%s_tokens=%d are cut (and counted), the first is %r",
+                    *(kind, kind, limit, cut[0]),
+                )
+            self.truncated[kind] += len(cut)
         return [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows]
 
 

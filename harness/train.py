@@ -79,9 +79,9 @@ def encoder_of(loader: Loader, config: Config) -> dict | None:
     return features[0].encoder if features else None
 
 
-def micro_batches(samples: Sequence, collate: Collator, epoch: int, size: int, filler: Batch) -> list[Batch]:
+def micro_batches(samples: Sequence, collate: Collator, size: int, filler: Batch) -> list[Batch]:
     """This rank's share of a global batch, `size` images at a time; at least one, so that all ranks stay in step."""
-    parts = [collate(samples[i : i + size], epoch) for i in range(0, len(samples), size)]
+    parts = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
     return [part for part in parts if part is not None] or [filler]
 
 
@@ -153,7 +153,7 @@ def loop(config, engine, model, wrapped, loader, state, tracker) -> Path:
     ):
         for stream, samples in steps:
             clock.waited()
-            batches = micro_batches(samples, collate, stream.epoch, train.micro_batch, filler)
+            batches = micro_batches(samples, collate, train.micro_batch, filler)
             # The model's randomness (dropout) is a function of (seed, step, rank): no RNG state to save or disturb.
             torch.manual_seed(drawn(config.seed, state.step, f"rank {engine.rank}") >> 1)
             images = sum(b.images for b in batches if b is not filler)
@@ -190,6 +190,9 @@ def loop(config, engine, model, wrapped, loader, state, tracker) -> Path:
                     guard.check()
                     check_frozen(model, frozen)
                     guard = None
+                    scales = model.scales(batches[0].to(device))  # far apart, the language model reads noise
+                    terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
+                    tracker.metrics({f"train/{name}": value for name, value in scales.items()}, state.step)
 
             clock.step(images, targets)
             epoch_ends = stream.position == loader.samples
@@ -198,6 +201,7 @@ def loop(config, engine, model, wrapped, loader, state, tracker) -> Path:
                 numbers = {"loss": loss, "learning_rate": rate, "skipped_steps": state.skipped, **clock.rates()}
                 numbers |= {"grad_norm": norm or math.nan, "memory_mb": memory_mb(device), "epoch": stream.epoch}
                 numbers["quarantined_samples"] = len(loader.quarantined)
+                numbers["truncated_texts"] = collate.truncated.total()
                 terminal.advance(state.step, numbers)
                 tracker.metrics({f"train/{k}": v for k, v in numbers.items()}, state.step)
             if ends or (state.step % train.evaluate_every == 0 if train.evaluate_every else epoch_ends):

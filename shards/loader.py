@@ -241,6 +241,7 @@ class _Reading(Dataset):
         reader = self.readers[set_index]
         try:
             sample = reader.read(index)
+            sample.epoch = epoch
             if self.decode is not None:
                 sample.payload = self.decode(sample)
             return sample

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from shards.record import Record, RecordError, Text
 BLOCK = 512
 PAYLOADS = {"images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "features": ("safetensors",)}
 _ZEROS = bytes(BLOCK)
+_PAX = re.compile(rb"^[0-9]+ (path|size)=(.*)$", re.MULTILINE)
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset: the key ends at the first dot
 
 
@@ -42,6 +44,7 @@ class Sample:
     index: int
     weight: float = 1.0
     error: str | None = None
+    epoch: int = 0  # of its own set: how often that has passed before, which in a weighted mixture is its own affair
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,10 @@ class Reader:
                     self._open.pop(other, None)
             info, location = self.manifest.shards[shard], self.manifest.location(shard)
             try:
-                remote = is_remote(location)
-                found = _Descriptor(
-                    self._cache.open(location, info.bytes, info.sha256) if remote else os.open(location, os.O_RDONLY)
-                )
+                if is_remote(location):
+                    found = _Descriptor(self._cache.open(location, info.bytes, info.sha256))
+                else:
+                    found = _Descriptor(os.open(location, os.O_RDONLY))
             except OSError as error:
                 raise ShardError(f"{location} cannot be opened: {error}") from error
         self._open[shard] = found
@@ -169,62 +172,34 @@ def members(read: Callable[[int, int], bytes], end: int, begin: int = 0, whole: 
         header = read(offset, BLOCK)
         if whole and header == _ZEROS:
             return _check_rest(read, offset, end)
-        flag, found, content = _parse_header(header, offset)
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ShardError(f"no valid tar header at offset {offset} ({error}): the shard is damaged") from error
         start = offset if start is None else start
-        content = length if length is not None and flag in b"0\x007" else content
+        plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+        content = length if plain and length is not None else info.size
         offset += BLOCK
-        if offset + content > end:
-            raise ShardError(f"the data ends inside the member {found!r} at offset {start}: the shard is damaged")
-        if flag in b"0\x007":
-            match = _NAME.fullmatch(name or found)
-            key, extension = match.groups() if match else (name or found, "")
+        if content < 0 or offset + content > end:
+            raise ShardError(f"the data ends inside the member {info.name!r} at offset {start}: the shard is damaged")
+        if plain:
+            match = _NAME.fullmatch(name or info.name)
+            key, extension = match.groups() if match else (name or info.name, "")
             yield Member(key, extension.lower(), start, offset, content)
             start = name = length = None
-        elif flag in b"Lx":  # what follows describes the next header
-            described = read(offset, content)
-            if flag == b"L":
-                name = described.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                name, length = _parse_pax(described, start)
-        elif flag in b"5g":  # a folder; comments on the whole archive
+        elif info.type == tarfile.GNUTYPE_LONGNAME:  # what follows describes the next header
+            name = read(offset, content).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.XHDTYPE:
+            described = dict(_PAX.findall(read(offset, content)))
+            name = described[b"path"].decode("utf-8", "surrogateescape") if b"path" in described else None
+            length = int(described[b"size"]) if b"size" in described else None
+        elif info.type in (tarfile.DIRTYPE, tarfile.XGLTYPE):  # a folder; comments on the whole archive
             start = None
         else:
-            raise ShardError(f"the member {found!r} at offset {start} is a link or special file, not a plain one")
+            raise ShardError(f"the member {info.name!r} at offset {start} is a link or special file, not a plain one")
         offset += -(-content // BLOCK) * BLOCK
     if whole:
         raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
-
-
-def _parse_header(header: bytes, offset: int) -> tuple[bytes, str, int]:
-    """(type flag, name, size) of a header block."""
-    try:
-        checksum = int(header[148:156].strip(b"\0 ") or b"x", 8)
-        if len(header) < BLOCK or checksum != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise ValueError("wrong checksum")
-        magic = header[257:263]
-        if magic not in (b"ustar\0", b"ustar "):
-            raise ValueError(f"magic {magic!r}, expected 'ustar'")
-        binary = header[124] == 0x80  # GNU: sizes above 8 GiB
-        size = int.from_bytes(header[125:136], "big") if binary else int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError as error:
-        raise ShardError(f"no valid tar header at offset {offset} ({error}): the shard is damaged") from error
-    name = header[:100].rstrip(b"\0")
-    prefix = header[345:500].split(b"\0", 1)[0] if magic == b"ustar\0" else b""
-    return header[156:157], (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape"), size
-
-
-def _parse_pax(data: bytes, offset: int) -> tuple[str | None, int | None]:
-    """Path and size out of a PAX header's "length key=value" lines."""
-    values = {}
-    try:
-        while data:
-            length = int(data[: data.index(b" ")])
-            line, data = data[data.index(b" ") + 1 : length - 1], data[max(length, 1) :]
-            values.__setitem__(*line.decode().split("=", 1))
-        size = values.get("size")
-        return values.get("path"), None if size is None else int(size)
-    except (ValueError, TypeError) as error:
-        raise ShardError(f"the PAX header at offset {offset} cannot be read: the shard is damaged") from error
 
 
 def _check_rest(read: Callable[[int, int], bytes], offset: int, size: int) -> None:
@@ -245,6 +220,7 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
         self.folder, self.max_bytes, self._attempts = Path(folder), int(max_bytes), attempts
+        self._lock = self.folder / ".lock"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def open(self, url: str, size: int, sha256: str) -> int:
@@ -273,7 +249,6 @@ class Cache:
                 part.unlink(missing_ok=True)
                 raise
             finally:
-                # Closing is not enough to unlock: a process forked meanwhile would hold the lock on.
                 fcntl.flock(number, fcntl.LOCK_UN)
                 os.close(number)
 
@@ -325,7 +300,9 @@ class Cache:
             os.close(number)
 
     def _download(self, url: str, number: int, size: int, sha256: str) -> None:
-        for attempt in range(1, self._attempts + 1):
+        for attempt in range(self._attempts):
+            if attempt:
+                time.sleep(2**attempt / 2)
             digest, offset = hashlib.sha256(), 0
             try:
                 with fsspec.open(url, "rb") as source:
@@ -334,31 +311,24 @@ class Cache:
                             os.pwrite(number, chunk, offset)
                         offset += len(chunk)
                         digest.update(chunk)
-                problem = None
             except FileNotFoundError as error:
                 raise ShardError(f"{url} does not exist") from error
             except Exception as error:  # every fsspec back end has exceptions of its own
-                problem = f"{url} cannot be downloaded: {type(error).__name__}: {error}"
-            if problem is None and offset != size:
-                problem = f"{url} has {offset} bytes, expected {size}: it is not the indexed file"
-            elif problem is None and digest.hexdigest() != sha256:
-                problem = f"{url} has sha256 {digest.hexdigest()}, expected {sha256}: it is not the indexed file"
-            if problem is None:
+                problem = f"cannot be downloaded: {type(error).__name__}: {error}"
+                continue
+            if (offset, digest.hexdigest()) == (size, sha256):
                 return os.fsync(number)
-            if attempt < self._attempts:
-                time.sleep(0.5 * 2**attempt)
-        raise ShardError(f"{problem} ({self._attempts} attempts)")
-
-    @property
-    def _lock(self) -> Path:
-        return self.folder / ".lock"
+            found = (
+                f"{offset} bytes, expected {size}" if offset != size else f"sha256 {digest.hexdigest()}, not {sha256}"
+            )
+            problem = f"has {found}: it is not the indexed file"
+        raise ShardError(f"{url} {problem} ({self._attempts} attempts)")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        number = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX)
-            yield
-        finally:
-            fcntl.flock(number, fcntl.LOCK_UN)
-            os.close(number)
+        with open(self._lock, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:  # closing is not enough to unlock: a process forked meanwhile would hold the lock on
+                fcntl.flock(file, fcntl.LOCK_UN)

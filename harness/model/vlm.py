@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from harness import config as settings
 from harness.batch import Batch
@@ -115,7 +116,8 @@ class VisionLanguageModel(PreTrainedModel):
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts by the names that the table of parts and the plan use."""
-        named = {"vision encoder": self.vision, "bridge": self.bridge.body, "projection": self.bridge.projection}
+        body = nn.ModuleList([self.bridge.patch_norm, self.bridge.body])
+        named = {"vision encoder": self.vision, "bridge": body, "projection": self.bridge.projection}
         return {name: part for name, part in {**named, "language model": self.lm}.items() if part is not None}
 
     def checkpoint_activations(self) -> None:
@@ -154,6 +156,12 @@ class VisionLanguageModel(PreTrainedModel):
         with self.precision.autocast("lm"):
             return self.lm.generate(tokens, batch, decoding)
 
+    @torch.no_grad()
+    def scales(self, batch: Batch) -> dict[str, float]:
+        """Root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads noise."""
+        image_rms = self.bridge_tokens(batch).tokens_NQD.pow(2).mean().sqrt().item()
+        return {"image_token_rms": image_rms, "embedding_rms": self.lm.embedding_rms}
+
     # ---- what was trained -------------------------------------------------------------------------------------------
 
     def trained_state(self) -> dict[str, torch.Tensor]:
@@ -165,11 +173,14 @@ class VisionLanguageModel(PreTrainedModel):
         }
 
     def load_trained(self, folder: Path) -> None:
-        """Puts saved weights into the parts of this model. Raises ConfigError where names or shapes differ."""
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise ConfigError(f"{folder} holds no {WEIGHTS}: it is not a saved model")
-        saved, own = load_file(file), self.trained_state()
+        """Puts saved weights into this model. Raises ConfigError where frozen parts, names or shapes differ."""
+        before, file = _saved_config(folder), folder / WEIGHTS
+        _check_base(folder, before, self.config.model["lm"]["id"], self.config.lm_hash)
+        _check_encoder(folder, before, self.config.encoder)
+        try:
+            saved, own = load_file(file), self.trained_state()
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: the trained weights cannot be read: {error}") from error
         if missing := sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys()):
             raise ConfigError(f"{file}: {len(missing)} weights do not match this model's, the first is {missing[0]}")
         for name, value in saved.items():
@@ -206,29 +217,48 @@ class VisionLanguageModel(PreTrainedModel):
         `lm` names another place of a base that was moved; its hash must be the saved one. Raises ConfigError.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no config.json: it is not a saved model")
-        own = VLMConfig.from_pretrained(folder)
-        parts = settings.Model(**own.model)
+        own = _saved_config(folder)
         if lm is not None:
-            parts = parts.model_copy(update={"lm": parts.lm.model_copy(update={"id": str(lm)})})
-        found = quantise.weights_hash(parts.lm)
-        if found != own.lm_hash:
-            raise ConfigError(
-                f"{folder}: the base language model {parts.lm.id!r} has hash {found[:12]}, "
-                f"the saved parts were trained on one with hash {str(own.lm_hash)[:12]}: give that one as lm=PATH"
-            )
-        vision = None
-        if with_vision:
-            vision = load_vision(parts.vision)
-            if (identity := vision.identity())["hash"] != own.encoder["hash"]:
-                raise ConfigError(
-                    f"{folder}: the vision encoder {parts.vision.id!r} has hash {identity['hash'][:12]}, "
-                    f"but the saved parts were trained on one with hash {own.encoder['hash'][:12]}"
-                )
-        precision = precision or choose("auto", torch.device(device))
+            own.model["lm"]["id"] = str(lm)
+        parts = settings.Model(**own.model)
+        _check_base(folder, own, parts.lm.id, quantise.weights_hash(parts.lm))
         # Not transformers' own loading: under its meta-device context the frozen parts could not be loaded inside.
-        model = cls._assemble(own, parts, vision, precision, device)
+        with torch.device("cpu"):
+            vision = load_vision(parts.vision) if with_vision else None
+            if vision is not None:
+                _check_encoder(folder, own, vision.identity())
+            model = cls._assemble(own, parts, vision, precision or choose("auto", torch.device(device)), device)
         model.load_trained(folder)
         return model.eval()
 
+
+def _saved_config(folder: Path) -> VLMConfig:
+    try:
+        saved = VLMConfig.from_pretrained(folder, local_files_only=True)
+        settings.Model(**saved.model)
+        if not (saved.lm_hash and saved.encoder.get("hash")):
+            raise ValueError("it names no frozen parts")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder} is no saved model: its config.json cannot be used: {reason}") from error
+    return saved
+
+
+def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:
+    if found != saved.lm_hash:
+        raise ConfigError(
+            f"{folder}: the base language model {name!r} has hash {found[:12]}, the saved parts were trained on one "
+            f"with hash {saved.lm_hash[:12]}: give that one (from_pretrained: as lm=PATH)"
+        )
+
+
+def _check_encoder(folder: Path, saved: VLMConfig, found: Mapping[str, Any]) -> None:
+    if found["hash"] != saved.encoder["hash"]:
+        raise ConfigError(
+            f"{folder}: the vision encoder {found['id']!r} has hash {found['hash'][:12]}, the saved parts were trained "
+            f"on {saved.encoder['id']!r} with hash {saved.encoder['hash'][:12]}: use that one"
+        )
+
+
+AutoConfig.register(VLMConfig.model_type, VLMConfig)
+AutoModel.register(VLMConfig, VisionLanguageModel)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +18,12 @@ from transformers.utils import cached_file
 
 from harness.config import ConfigError
 from harness.config import LanguageModel as LanguageModelConfig
+from harness.model.vision import quiet_transformers
+
+# At every import bitsandbytes misses a kernel for a path that `keep_autograd` bars.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward from kernels-community" not in record.getMessage()
+)
 
 
 def load(
@@ -31,20 +39,24 @@ def load(
             bnb_4bit_compute_dtype=compute_dtype,
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
-        lm = architecture.from_pretrained(
-            config.id,
-            revision=config.revision,
-            quantization_config=quantisation,
-            dtype=dtype,
-            # Dropout is 0 unless somebody asks for it in LoRA or the bridge: equal losses across world sizes need it.
-            dropout_rate=0.0,
-        )
-    except (OSError, ValueError) as error:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
+            lm, report = architecture.from_pretrained(
+                config.id,
+                revision=config.revision,
+                quantization_config=quantisation,
+                dtype=dtype,
+                # Dropout is 0 unless asked for in LoRA or the bridge: equal losses across world sizes need it.
+                dropout_rate=0.0,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
+        raise _cannot_load(config, error) from error
+    if absent := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"model.lm.id: {config.id!r} could not be loaded ({str(error).splitlines()[0]}); "
-            "give a local folder in the hub's format, or an id that is on the hub or in its local cache"
-        ) from error
+            f"model.lm.id: {config.id!r} lacks {len(absent)} weights of a {architecture.__name__} "
+            f"({absent[0]}, ...), which would be random: use a complete model of that kind"
+        )
     if len(tokenizer) < 4:
         # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
         raise ConfigError(f"model.lm.id: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken")
@@ -65,7 +77,10 @@ def weights_hash(config: LanguageModelConfig) -> str:
 
 def _weight_files(config: LanguageModelConfig) -> list[Path]:
     def find(name: str) -> str | None:
-        return cached_file(config.id, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+        try:
+            return cached_file(config.id, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise _cannot_load(config, error) from error
 
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -77,6 +92,14 @@ def _weight_files(config: LanguageModelConfig) -> list[Path]:
             names = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
             return [Path(find(name)) for name in names]
     raise ConfigError(f"model.lm.id: {config.id!r} holds no model.safetensors and no pytorch_model.bin")
+
+
+def _cannot_load(config: LanguageModelConfig, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    return ConfigError(
+        f"model.lm.id: {config.id!r} cannot be loaded ({reason}): give a local folder in the hub's format, or an id "
+        "that is on the hub or in its local cache; for a saved model whose base was moved, lm=PATH"
+    )
 
 
 def keep_autograd(lm: nn.Module) -> None:
@@ -106,12 +129,12 @@ def tune(lm: PreTrainedModel, config: LanguageModelConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if config.lora.targets == "all_linear" else list(config.lora.targets)
+    lora = LoraConfig(
+        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets
+    )
     try:
-        return get_peft_model(
-            lm,
-            LoraConfig(
-                r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets
-            ),
-        )
+        with warnings.catch_warnings():  # peft asks transformers by a name that is about to go
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return get_peft_model(lm, lora)
     except ValueError as error:
         raise ConfigError(f"model.lm.lora.targets: {error}") from error

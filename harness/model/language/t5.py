@@ -23,7 +23,7 @@ from harness.model.language import quantise
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Weighted cross entropy in nats. `sum` / `weight` is the loss; both are sums, so micro-batches and ranks add up."""
+    """Weighted cross entropy in nats. `sum` / `weight` is the loss; sums add up over micro-batches and ranks."""
 
     sum: torch.Tensor
     weight: torch.Tensor
@@ -71,9 +71,7 @@ class T5Language(nn.Module):
         seen_CQ = torch.ones(tokens_CQD.shape[:2], dtype=torch.bool, device=tokens_CQD.device)
         mask_CS = torch.cat([seen_CQ, batch.prompt_mask_CL], dim=1)
         # An empty row (no image, no prompt) would make the softmax undefined: its first, padded position is let in.
-        empty_C = ~mask_CS.any(dim=1)
-        if empty_C.any():
-            mask_CS[empty_C, 0] = True
+        mask_CS[:, 0] |= ~mask_CS.any(dim=1)
         states_CSD = self.t5.encoder(inputs_embeds=embeds_CSD, attention_mask=mask_CS).last_hidden_state
         return states_CSD, mask_CS
 
