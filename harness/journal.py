@@ -31,7 +31,7 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = [(line, row) for line in lines if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)]
         if keep is not None and len(kept) < len(lines):  # a line torn by a kill goes too
-            write_whole(self.path, [line for line, _ in kept])
+            write_whole(self.path, b"".join(line for line, _ in kept))
         self.last = {} if keep is None else {key: row["step"] for _, row in kept for key in row["values"]}
         self._file = self.path.open("ab")
         if keep is None and lines and not lines[-1].endswith(b"\n"):

@@ -232,7 +232,7 @@ class MLflowTracker(NoTracker):
         elif not self._adds_only:
             client.update_run(run.info.run_id, status="RUNNING")
         self.run_id = run.info.run_id
-        write_whole(self._out / RUN_ID, [self.run_id.encode()])
+        write_whole(self._out / RUN_ID, self.run_id.encode())
         if not self._adds_only:
             self._there = {m.key: m.step for m in run.data._metric_objs}  # as mlflow's own monitor does; no public name
             self._describe(client, run)

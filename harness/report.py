@@ -74,13 +74,6 @@ def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _whole(path: Path, content: bytes) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [content])
-    return path
-
-
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which ships with matplotlib: the same picture on every machine, accents included."""
     from matplotlib import get_data_path
@@ -142,7 +135,8 @@ def predictions_picture(items: Sequence[Shown], path: Path, *, columns: int = 4,
         top += height + pad
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG", optimize=True)
-    return _whole(path, encoded.getvalue())
+    write_whole(path, encoded.getvalue())
+    return path
 
 
 _STYLE = """
@@ -181,7 +175,8 @@ def predictions_html(items: Sequence[Shown], path: Path, *, title: str = "Predic
         {rows}
         </tbody></table></body></html>
         """).format(title=html.escape(title), style=_STYLE, count=count, rows="\n".join(rows))
-    return _whole(path, page.encode())
+    write_whole(path, page.encode())
+    return path
 
 
 def loss_curves(
@@ -208,4 +203,5 @@ def loss_curves(
         axes.legend(frameon=False)
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png", dpi=130)
-    return _whole(path, encoded.getvalue())
+    write_whole(path, encoded.getvalue())
+    return path

@@ -11,11 +11,11 @@ import io
 import json
 import os
 import re
-import shutil
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from shards.manifest import Manifest, ShardError, write_whole
 from shards.record import Record
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, NO_SPLIT, TEXT_WITHOUT_IMAGE, UNDECODABLE
-from shards.write import write_shards
+from shards.write import folder_beside, write_shards
 
 SKIPPED = "skipped.jsonl"
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
@@ -92,11 +92,7 @@ def build(
     _check_splits(found, out)
     summary = Summary(found.dataset, out)
     lines = _lines_of_other_splits(found, out / SKIPPED)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(os.path.abspath(out))  # also where OUT is "."
-    beside = beside.with_name(f".{beside.name}.{os.getpid()}.building")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with folder_beside(out) as beside, closing(found.images):
         with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
             for split, items in found.splits.items():
@@ -106,11 +102,8 @@ def build(
         _count(summary, found)
         summary.skipped = out / SKIPPED
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
-        write_whole(beside / SKIPPED, ["".join(f"{line}\n" for line in lines).encode()])
+        write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
         _move_in(beside, out, list(found.splits))
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        found.images.close()
     return summary
 
 

@@ -20,7 +20,6 @@ from braceexpand import braceexpand
 
 from shards.manifest import (
     INDEX,
-    SIDECAR,
     SKIPPED,
     Kind,
     Manifest,
@@ -56,24 +55,20 @@ class OnePass:
         self._file, self._position, self._sha256 = file, 0, hashlib.sha256()
 
     def __call__(self, offset: int, n: int) -> bytes:
-        self._skip(offset - self._position)
+        while (gap := offset - self._position) > 0 and self._read(min(gap, 1 << 20)):
+            pass
+        return self._read(n)
+
+    def _read(self, n: int) -> bytes:
         data = self._file.read(n)
         self._position += len(data)
         self._sha256.update(data)
         return data
 
-    def _skip(self, n: int | None) -> None:
-        while n is None or n > 0:
-            chunk = self._file.read(1 << 20 if n is None else min(n, 1 << 20))
-            if not chunk:
-                return
-            self._position += len(chunk)
-            self._sha256.update(chunk)
-            n = None if n is None else n - len(chunk)
-
     def finish(self) -> tuple[int, str]:
         """(bytes, sha256) of the whole stream, the rest included."""
-        self._skip(None)
+        while self._read(1 << 20):
+            pass
         return self._position, self._sha256.hexdigest()
 
 
@@ -117,25 +112,20 @@ def index_shards(
     folder = Path(base if out is None else out)
     if (folder / INDEX).exists() and not overwrite:
         raise ShardError(f"{folder / INDEX} is there already: allow it to be overwritten to index the shards again")
-    folder.mkdir(parents=True, exist_ok=True)
-    sidecar, shards, keys, skipped = SidecarWriter(folder / SIDECAR), [], set(), []
-    try:
-        for name in names:
-            shards.append(_index_tar(join(base, name), dataset, split, kind, sidecar, keys, skipped, on_progress))
-        if not sum(shard.samples for shard in shards):
-            why = f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
-            raise ShardError(f"{base} holds no sample with image and text{why}")
-        (folder / INDEX).unlink(missing_ok=True)
-        info, key_bytes = sidecar.finish()
-    finally:
-        sidecar.discard()
+    sidecar, shards, keys, skipped = SidecarWriter(), [], set(), []
+    for name in names:
+        shards.append(_index_tar(join(base, name), (kind, dataset, split), sidecar, keys, skipped, on_progress))
+    if not sum(shard.samples for shard in shards):
+        why = f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+        raise ShardError(f"{base} holds no sample with image and text{why}")
+    (folder / INDEX).unlink(missing_ok=True)
+    files = sidecar.finish(folder)
     if skipped:
-        write_whole(folder / SKIPPED, [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in skipped])
-    beside = folder.resolve() == Path(base).resolve() if not is_remote(base) else False
-    place = None if beside else base if is_remote(base) else str(Path(base).resolve())
-    manifest = Manifest(
-        str(folder), kind, dataset, split, tuple(shards), info, key_bytes, base=place, skipped=len(skipped)
-    )
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
+        write_whole(folder / SKIPPED, lines.encode())
+    place = base if is_remote(base) else str(Path(base).resolve())
+    place = None if place == str(folder.resolve()) else place
+    manifest = Manifest(str(folder), kind, dataset, split, tuple(shards), *files, base=place, skipped=len(skipped))
     write_index(manifest, folder)
     return manifest
 
@@ -161,9 +151,7 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
 
 def _index_tar(
     location: str,
-    dataset: str,
-    split: str,
-    kind: Kind,
+    of: tuple[Kind, str, str],  # kind, data set, split
     sidecar: SidecarWriter,
     keys: set[str],
     skipped: list[dict[str, Any]],
@@ -175,15 +163,14 @@ def _index_tar(
             for group in groups(read, size):
                 _must_be_new(group.key, keys, group.start)
                 try:
-                    record, _ = parse_sample(group.key, group.contents, kind, dataset, split)
+                    record, _ = parse_sample(group.key, group.contents, *of)
                 except (ShardError, RecordError) as error:
                     name = location.rpartition("/")[2]
                     skipped.append({"shard": name, "offset": group.start, "key": group.key, "reason": str(error)})
                     continue
                 if record.key != group.key:
                     _must_be_new(record.key, keys, group.start)
-                counts = len(record.texts), record.targets, record.characters
-                sidecar.append(group.start, group.end - group.start, *counts, group.crc, group.key)
+                sidecar.append(record, group.key, group.start, group.end - group.start, group.crc)
                 samples, texts = samples + 1, texts + len(record.texts)
                 if on_progress:
                     on_progress(1)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
 import numpy as np
 
 if TYPE_CHECKING:
     from shards.read import Cache
+    from shards.record import Record
 
 Kind = Literal["images", "features"]
 FORMAT = 1
@@ -39,13 +40,6 @@ def sidecar_dtype(key_bytes: int) -> np.dtype:
     return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
 
 
-def sha256_of(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def is_remote(location: str) -> bool:
     return "://" in location and not location.startswith("file://")
 
@@ -55,23 +49,20 @@ def join(folder: str, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One tar: `bytes` is its size, `samples` and `texts` what it holds."""
+class FileInfo:
+    """A file of the set: its sidecar, or the controls of a feature set."""
 
     name: str
     bytes: int
     sha256: str
-    samples: int
-    texts: int
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """A further file of the set: the sidecar, or the controls of a feature set."""
+class ShardInfo(FileInfo):
+    """One tar: what it holds."""
 
-    name: str
-    bytes: int
-    sha256: str
+    samples: int
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -151,26 +142,23 @@ class Manifest:
                     problems.append(f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file")
         return problems
 
-    def document(self) -> dict[str, Any]:
-        """The content of `index.json`."""
-        lists = {"shards": [asdict(s) for s in self.shards], "files": [asdict(f) for f in self.files]}
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        return {"format": FORMAT, **plain, **lists, "sidecar": asdict(self.sidecar_file), "digest": self.digest}
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples in equal order."""
-        content = {
+    def _content(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
-            "kind": self.kind,
-            "dataset": self.dataset,
-            "split": self.split,
-            "encoder": self.encoder,
+            **{name: getattr(self, name) for name in ("kind", "dataset", "split", "encoder")},
             "shards": [asdict(shard) for shard in self.shards],
             "files": [asdict(file) for file in self.files],
             "sidecar": asdict(self.sidecar_file),
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def document(self) -> dict[str, Any]:
+        """The content of `index.json`."""
+        return {**self._content(), **{name: getattr(self, name) for name in _PLAIN}, "digest": self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples in equal order."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def samples(self) -> int:
@@ -202,12 +190,10 @@ class Manifest:
             raise ShardError(f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}")
         if is_remote(self.folder) and self.cache is None:
             return np.frombuffer(self.read_file(info.name), dtype)
-        if is_remote(self.folder):  # the cache checks the hash
-            with os.fdopen(self.cache.open(where, info.bytes, info.sha256), "rb") as file:
-                return np.memmap(file, dtype, mode="r")
-        with open(where, "rb") as file:
-            if (found := sha256_of(file)) != info.sha256:
-                raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it belongs to another index")
+        remote = is_remote(self.folder)
+        with open(self.cache.open(where, info.bytes, info.sha256) if remote else where, "rb") as file:
+            if not remote:  # the cache checks the hash itself
+                _check_hash(where, hashlib.file_digest(file, "sha256").hexdigest(), info)
             return np.memmap(file, dtype, mode="r")
 
     def key(self, index: int) -> str:
@@ -223,8 +209,7 @@ class Manifest:
             data = _fetch(where)
         except OSError as error:
             raise ShardError(f"{where} cannot be read: {error}") from error
-        if (found := hashlib.sha256(data).hexdigest()) != info.sha256:
-            raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it is damaged or another one's")
+        _check_hash(where, hashlib.sha256(data).hexdigest(), info)
         return data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,6 +224,11 @@ _PLAIN = ("kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
 def _fetch(location: str) -> bytes:
     with fsspec.open(location, "rb") as file:
         return file.read()
+
+
+def _check_hash(where: str, found: str, info: FileInfo) -> None:
+    if found != info.sha256:
+        raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it is damaged, or of another set")
 
 
 def _info(cls: type, entry: Mapping[str, Any]) -> Any:
@@ -268,55 +258,43 @@ def _no_index(folder: str) -> str:
 
 
 class SidecarWriter:
-    """Rows -> `index.bin`. The rows wait in a wide file beside it, since the longest key is known only at the end."""
+    """Rows -> `index.bin`. They wait in memory, some 100 bytes a sample, as the keys must: each may occur but once."""
 
-    def __init__(self, path: Path):
-        self._path, self._wide = path, path.with_name(f".{path.name}.{os.getpid()}.rows")
-        self._file = open(self._wide, "wb")  # noqa: SIM115 - closed by finish or discard
-        self._dtype = sidecar_dtype(MAX_KEY_BYTES)
-        self._longest = 1
+    def __init__(self):
+        self._figures, self._keys = bytearray(), []
 
-    def append(self, offset: int, size: int, texts: int, targets: int, characters: int, crc: int, key: str) -> None:
+    def append(self, record: Record, key: str, offset: int, size: int, crc: int) -> None:
         name = key.encode()
         if len(name) > MAX_KEY_BYTES:
             raise ShardError(f"the key {key!r} has {len(name)} bytes, at most {MAX_KEY_BYTES} are possible")
-        self._longest = max(self._longest, len(name))
-        self._file.write(np.array((offset, size, texts, targets, characters, crc, name), self._dtype).tobytes())
+        self._keys.append(name)
+        figures = (offset, size, len(record.texts), record.targets, record.characters, crc)
+        self._figures += np.array(figures, _FIELDS).tobytes()
 
-    def finish(self) -> tuple[FileInfo, int]:
+    def finish(self, folder: Path) -> tuple[FileInfo, int]:
         """Writes the sidecar whole; gives its entry for the index and the width of its key field."""
-        self._file.close()
-        dtype = sidecar_dtype(self._longest)
-        info = write_whole(self._path, (rows.astype(dtype).tobytes() for rows in self._chunks()))
-        self.discard()
-        return info, self._longest
-
-    def _chunks(self, rows: int = 16_384) -> Iterator[np.ndarray]:
-        with open(self._wide, "rb") as file:
-            while data := file.read(rows * self._dtype.itemsize):
-                yield np.frombuffer(data, self._dtype)
-
-    def discard(self) -> None:
-        self._file.close()
-        self._wide.unlink(missing_ok=True)
+        width = max(map(len, self._keys))
+        rows = np.empty(len(self._keys), sidecar_dtype(width))
+        rows[[name for name, _ in _FIELDS]] = np.frombuffer(self._figures, _FIELDS)
+        rows["key"] = self._keys
+        return write_whole(folder / SIDECAR, rows.tobytes()), width
 
 
-def write_whole(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> FileInfo:
-    """Writes beside, syncs, renames: the file is whole or absent."""
-    beside, sha256, size = path.with_name(f".{path.name}.{os.getpid()}.writing"), hashlib.sha256(), 0
+def write_whole(path: Path, data: bytes) -> FileInfo:
+    """Writes beside, syncs, renames: the file is whole or absent. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         with open(beside, "wb") as file:
-            for chunk in chunks:
-                size += file.write(chunk)
-                sha256.update(chunk)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    return FileInfo(path.name, size, sha256.hexdigest())
+    return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:
-    text = json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n"
-    write_whole(folder / INDEX, [text.encode()])
+    write_whole(folder / INDEX, (json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n").encode())

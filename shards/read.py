@@ -319,7 +319,9 @@ class Cache:
             if (offset, digest.hexdigest()) == (size, sha256):
                 return os.fsync(number)
             found = (
-                f"{offset} bytes, expected {size}" if offset != size else f"sha256 {digest.hexdigest()}, not {sha256}"
+                f"{offset} bytes, expected {size}"
+                if offset != size
+                else f"sha256 {digest.hexdigest()}, expected {sha256}"
             )
             problem = f"has {found}: it is not the indexed file"
         raise ShardError(f"{url} {problem} ({self._attempts} attempts)")

@@ -5,16 +5,19 @@ Equal input gives equal bytes (fixed time and owner), so a set that is built twi
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import psutil
 from webdataset import TarWriter
 
 from shards.manifest import INDEX, Kind, Manifest, ShardError, ShardInfo, SidecarWriter, write_index, write_whole
@@ -50,101 +53,98 @@ def write_shards(
             raise ShardError(f"{out} already holds shards: choose another folder or allow it to be overwritten")
         if not out.is_dir() or any(out.iterdir()):
             raise ShardError(f"{out} is there and is not empty: choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        shards, sidecar = _write_tars(samples, beside, split, kind, max_shard_bytes, max_shard_samples)
-        files = tuple(write_whole(beside / name, [data]) for name, data in sorted((extra_files or {}).items()))
-        manifest = Manifest(str(beside), kind, dataset, split, shards, *sidecar, encoder=encoder, files=files)
+    with folder_beside(out) as beside:
+        sidecar, shards = SidecarWriter(), []
+        numbered = _numbered(samples, split, kind, max_shard_bytes, max_shard_samples)
+        for number, members in groupby(numbered, key=itemgetter(0)):
+            shards.append(_write_tar(beside / f"{split}-{number:06d}.tar", members, sidecar))
+        if not shards:
+            raise ShardError(f"there is no sample to write for {split}")
+        files = tuple(write_whole(beside / name, data) for name, data in sorted((extra_files or {}).items()))
+        info, key_bytes = sidecar.finish(beside)
+        manifest = Manifest(
+            str(out), kind, dataset, split, tuple(shards), info, key_bytes, encoder=encoder, files=files
+        )
         write_index(manifest, beside)
         _sync_folder(beside)
-        _swap_in(beside, out)
+        if out.exists():  # what was there goes only when the new one stands
+            old = out.with_name(f"{out.name}.old.{os.getpid()}")
+            os.rename(out, old)
+            os.rename(beside, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(beside, out)
+        _sync_folder(out.parent)
+    return manifest
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to build in, gone at the end if it was not renamed to it.
+
+    What killed processes of this machine left there is removed; that of others may still be written.
+    """
+    out = Path(os.path.abspath(out))  # also where it is "."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.{os.uname().nodename}."
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition(".")[0])):
+            shutil.rmtree(left)
+    beside = out.with_name(f"{prefix}{os.getpid()}")
+    beside.mkdir()
+    try:
+        yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return replace(manifest, folder=str(out))
 
 
-def _write_tars(samples, folder: Path, split: str, kind: Kind, max_bytes: int, max_samples: int):
-    """Gives the shards' infos, and the sidecar's info with its key width."""
-    sidecar = SidecarWriter(folder / "index.bin")
-    shards: list[ShardInfo] = []
+def _numbered(
+    samples: Iterable[tuple[Record, bytes, str]], split: str, kind: Kind, max_bytes: int, max_samples: int
+) -> Iterator[tuple[int, Record, dict[str, bytes]]]:
+    """Checked samples as (number of the shard, record, its files by extension in the order of TarWriter)."""
     keys: set[str] = set()  # grows by some 100 bytes a sample: the price of naming a duplicate at once
-    shard: _Shard | None = None
-    try:
-        for record, payload, extension in samples:
-            record.check()
-            if record.key in keys:
-                raise ShardError(f"the key {record.key!r} occurs twice in {split}: keys must be unique in a split")
-            if extension not in PAYLOADS[kind]:
-                raise ShardError(
-                    f"{record.key}: extension {extension!r} in a set of {kind}, expected {', '.join(PAYLOADS[kind])}"
-                )
-            if len(record.key) + 1 + max(len(extension), 4) > MAX_NAME:
-                raise ShardError(f"the key {record.key!r} makes a name of more than {MAX_NAME} characters")
-            keys.add(record.key)
-            members = {extension: payload, "json": record.to_json()}
-            size = sum(BLOCK + _padded(len(data)) for data in members.values())
-            if shard and (shard.samples == max_samples or shard.offset + size > max_bytes):
-                shards.append(shard.close())
-                shard = None
-            shard = shard or _Shard(folder / f"{split}-{len(shards):06d}.tar")
-            shard.add(record, members, sidecar)
-        if shard is None:
-            raise ShardError(f"there is no sample to write for {split}")
-        shards.append(shard.close())
-        return tuple(shards), sidecar.finish()
-    finally:
-        sidecar.discard()
-        if shard:
-            shard.abandon()
+    number = held = count = 0
+    for record, payload, extension in samples:
+        record.check()
+        if record.key in keys:
+            raise ShardError(f"the key {record.key!r} occurs twice in {split}: keys must be unique in a split")
+        if extension not in PAYLOADS[kind]:
+            raise ShardError(
+                f"{record.key}: extension {extension!r} in a set of {kind}, expected {', '.join(PAYLOADS[kind])}"
+            )
+        if len(record.key) + 1 + max(len(extension), 4) > MAX_NAME:
+            raise ShardError(f"the key {record.key!r} makes a name of more than {MAX_NAME} characters")
+        keys.add(record.key)
+        members = dict(sorted({extension: payload, "json": record.to_json()}.items()))
+        size = sum(map(_size_in_tar, members.values()))
+        if count and (count == max_samples or held + size > max_bytes):
+            number, held, count = number + 1, 0, 0
+        held, count = held + size, count + 1
+        yield number, record, members
 
 
-class _Shard:
-    """One tar being written, with the hash of its bytes. TarWriter sees it as its file."""
-
-    def __init__(self, path: Path):
-        self.path, self.offset, self.samples, self.texts, self.bytes = path, 0, 0, 0, 0
-        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close, or by _write_tars on an error
-        self.sha256 = hashlib.sha256()
-        self.tar = TarWriter(self, user="harness", group="harness", mtime=0, encoder=False, compress=False)
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-    def add(self, record: Record, members: Mapping[str, bytes], sidecar: SidecarWriter) -> None:
-        crc = size = end = 0
-        self.tar.write({"__key__": record.key, **members})
-        for extension in sorted(members):  # the order of TarWriter
-            content = members[extension]
-            crc = zlib.crc32(content, crc)
-            end = size + BLOCK + len(content)
-            size += BLOCK + _padded(len(content))
-        counts = len(record.texts), record.targets, record.characters
-        sidecar.append(self.offset, end, *counts, crc, record.key)
-        self.offset += size
-        self.samples += 1
-        self.texts += len(record.texts)
-
-    def close(self) -> ShardInfo:
-        self.tar.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return ShardInfo(self.path.name, self.bytes, self.sha256.hexdigest(), self.samples, self.texts)
-
-    def abandon(self) -> None:
-        """After an error; does nothing to a shard that was closed. Left open, tarfile would write when collected."""
-        with suppress(OSError):
-            self.tar.close()
-        self.file.close()
+def _write_tar(
+    path: Path, samples: Iterable[tuple[int, Record, dict[str, bytes]]], sidecar: SidecarWriter
+) -> ShardInfo:
+    count = texts = offset = 0
+    with open(path, "w+b") as file:
+        with TarWriter(file, user="harness", group="harness", mtime=0, encoder=False, compress=False) as tar:
+            for _, record, members in samples:
+                tar.write({"__key__": record.key, **members})
+                *before, last = members.values()
+                size = sum(map(_size_in_tar, before)) + BLOCK + len(last)  # from the first header to the last byte
+                sidecar.append(record, record.key, offset, size, zlib.crc32(b"".join(members.values())))
+                offset += sum(map(_size_in_tar, members.values()))
+                count, texts = count + 1, texts + len(record.texts)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return ShardInfo(path.name, file.tell(), sha256, count, texts)
 
 
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _size_in_tar(content: bytes) -> int:
+    return BLOCK + -(-len(content) // BLOCK) * BLOCK
 
 
 def _sync_folder(folder: Path) -> None:
@@ -153,15 +153,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _swap_in(beside: Path, out: Path) -> None:
-    """Renames the finished folder to its name; what was there before goes only when the new one stands."""
-    if not out.exists():
-        os.rename(beside, out)
-    else:
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        os.rename(out, old)
-        os.rename(beside, out)
-        shutil.rmtree(old)
-    _sync_folder(out.parent)
