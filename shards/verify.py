@@ -21,14 +21,14 @@ from safetensors.numpy import load as load_safetensors
 
 from shards.index import Group, Progress, groups, open_shard
 from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest, ShardError, is_remote, join
-from shards.read import Cache, Reader, Sample, parse_sample
+from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
 
 
-def verify(folder: str | os.PathLike, cache: Cache | None = None, on_progress: Progress | None = None) -> list[str]:
+def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: None) -> list[str]:
     """Re-reads and re-hashes everything, decodes every image; a sentence for each problem, none if all is well."""
     try:
-        manifest = Manifest.read_index(folder, cache)
+        manifest = Manifest.read_index(folder)
     except ShardError as error:
         return [str(error)]
     problems = manifest.file_problems() + _strangers(manifest)
@@ -45,13 +45,11 @@ def verify(folder: str | os.PathLike, cache: Cache | None = None, on_progress: P
     left_out = _left_out(manifest)
     for shard, info in enumerate(manifest.shards):
         if is_remote(manifest.location(shard)) or Path(manifest.location(shard)).is_file():
-            problems += _verify_shard(manifest, shard, left_out[info.name], cache, on_progress)
+            problems += _verify_shard(manifest, shard, left_out[info.name], on_progress)
     return problems
 
 
-def _verify_shard(
-    manifest: Manifest, shard: int, left_out: set[int], cache: Cache | None, on_progress: Progress | None
-) -> list[str]:
+def _verify_shard(manifest: Manifest, shard: int, left_out: set[int], on_progress: Progress) -> list[str]:
     info, location, first = manifest.shards[shard], manifest.location(shard), int(manifest.starts[shard])
     rows = manifest.sidecar[first : manifest.starts[shard + 1]]
     waiting = {int(row["offset"]): first + i for i, row in enumerate(rows)}
@@ -65,8 +63,7 @@ def _verify_shard(
                     index = waiting.pop(group.start, None)
                     if index is not None:
                         problems += _check_group(manifest, index, group, location)
-                        if on_progress:
-                            on_progress(1)
+                        on_progress(1)
                     elif group.start not in left_out:
                         problems.append(f"{location}: {group.key} at offset {group.start} is not in the index")
             except ShardError as error:
@@ -75,12 +72,11 @@ def _verify_shard(
     except ShardError as error:
         return [str(error)]
     precise = len(problems)
-    if stopped and waiting:  # behind a damaged place the samples are still found by their offsets
-        reader = Reader(manifest, cache)
+    if stopped and not is_remote(location):  # behind a damaged place the samples are still found by their offsets
+        reader = Reader(manifest)
         for index in waiting.values():
             problems += _problem(lambda index=index: _decode(manifest, reader.read(index)))
-            if on_progress:
-                on_progress(1)
+            on_progress(1)
     if stopped and len(problems) == precise:
         problems.append(stopped)
     if waiting and not stopped:
@@ -156,43 +152,39 @@ def _left_out(manifest: Manifest) -> dict[str, set[int]]:
     return offsets
 
 
-def stats(
-    folder: str | os.PathLike, cache: Cache | None = None, *, max_records: int = 100_000, max_images: int = 1_000
-) -> dict[str, Any]:
+def stats(folder: str | os.PathLike) -> dict[str, Any]:
     """Counts, lengths in characters and sizes in pixels, ready for JSON.
 
     `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`) is counted on at
-    most `max_records` of them, evenly spread, `image_sizes` on `max_images`; `records_read` says on how many.
+    most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read` says on how many.
     """
-    manifest = Manifest.open(folder, cache)
-    reader, read = Reader(manifest, cache), _spread(manifest.samples, max_records)
-    measured = set(_spread(manifest.samples, max_images) if manifest.kind == "images" else ())
-    lengths: dict[str, dict[str, list[int]]] = {}
+    manifest = Manifest.open(folder)
+    reader, read = Reader(manifest), _spread(manifest.samples, 100_000)
+    measured = set(_spread(manifest.samples, 1_000) if manifest.kind == "images" else ())
+    tasks: dict[str, dict[str, Any]] = {}
     sizes: Counter[str] = Counter()
-    texts: Counter[str] = Counter()
     for index in sorted(measured.union(read)):
         sample = reader.read(index)
         for text in sample.record.texts:
-            of_task = lengths.setdefault(text.task, {"prompt": [], "target": []})
-            texts[text.task] += 1
-            of_task["target"] += map(len, text.targets)
-            of_task["prompt"] += [len(text.prompt)] if text.prompt else []
+            task = tasks.setdefault(text.task, {"texts": 0, "prompt": [], "target": []})
+            task["texts"] += 1
+            task["target"] += map(len, text.targets)
+            task["prompt"] += [len(text.prompt)] if text.prompt else []
         if index in measured:
             sizes["{}x{}".format(*Image.open(io.BytesIO(sample.payload)).size)] += 1
+    for task in tasks.values():
+        task["targets"] = len(task["target"])
+        for name in ("prompt", "target"):
+            if lengths := task.pop(name):
+                percentiles = {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 100)}
+                task[f"{name}_characters"] = percentiles
+    names = ("folder", "kind", "dataset", "split", "digest", "bytes", "samples", "texts", "skipped")
     return {
-        **{name: getattr(manifest, name) for name in ("folder", "kind", "dataset", "split", "digest")},
-        **{name: getattr(manifest, name) for name in ("bytes", "samples", "texts", "skipped")},
+        **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
         "targets": int(manifest.sidecar["targets"].sum(dtype=np.int64)),
         "records_read": len(measured.union(read)),
-        "tasks": {
-            task: {
-                "texts": texts[task],
-                "targets": len(of_task["target"]),
-                **{f"{name}_characters": _percentiles(values) for name, values in of_task.items() if values},
-            }
-            for task, of_task in sorted(lengths.items())
-        },
+        "tasks": tasks,
         "image_sizes": dict(sizes.most_common(10)),
         "images_measured": sizes.total(),
     }
@@ -200,7 +192,3 @@ def stats(
 
 def _spread(n: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
-
-
-def _percentiles(values: list[int]) -> dict[str, int]:
-    return {f"p{p}": int(np.percentile(values, p)) for p in (5, 50, 95, 100)}
