@@ -6,17 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from shards.manifest import ShardError
-from shards.record import Text
-from shards.sources.source import (
-    IMAGE_WITHOUT_TEXT,
-    TEXT_WITHOUT_IMAGE,
-    Images,
-    Source,
-    clean_captions,
-    read_json,
-    rows_of,
-    unique,
-)
+from shards.sources.source import TEXT_WITHOUT_IMAGE, Images, Source, read_json, rows_of, unique
 
 
 def load(images: str | Path, captions: str | Path, split: str) -> Source:
@@ -38,21 +28,10 @@ def load(images: str | Path, captions: str | Path, split: str) -> Source:
     source = Source("coco_captions", Images(images))
     for row in files:
         name, texts = Path(str(row["file_name"])).name, captions_of.pop(row["id"], [])
-        path = source.images.find(name)
-        targets = clean_captions(source, texts, name, split) if path else ()
-        if path is None:
-            source.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {source.images.place.name}", split, len(texts))
-        elif not targets:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "no caption names it", split)
-        else:
-            image_id, key = str(row["id"]), f"{row['id']:012d}"
-            source.add(split, key, image_id, [Text(image_id, "caption", targets)], path)
+        source.add_captions(name, texts, split, f"{row['id']:012d}", str(row["id"]))
     for image_id, texts in captions_of.items():
         source.skip(TEXT_WITHOUT_IMAGE, str(image_id), "its image_id is not in the list of images", split, len(texts))
-    known = {Path(str(row["file_name"])).name for row in files}
+    # Beside train2014 may lie val2014: the images of another split's folder are not this one's dirt.
     folders = {Path(item.image).parent for item in source.splits.get(split, ())}
-    for path in source.images.names:
-        # Beside train2014 may lie val2014: the images of another split's folder are not this one's dirt.
-        if Path(path).name not in known and Path(path).parent in folders:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "not in the list of images", split)
+    source.skip_rest("not in the list of images", split, among=lambda path: Path(path).parent in folders)
     return source

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shards.manifest import ShardError
 from shards.record import Text
-from shards.sources.source import IMAGE_WITHOUT_TEXT, TEXT_WITHOUT_IMAGE, Images, Source, order_of
+from shards.sources.source import Images, Source, order_of
 
 DEV_IMAGES = 400
 _NEGATIONS = (" no ", " not ")
@@ -22,11 +22,12 @@ def load() -> Source:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ShardError("the package easy-vqa is not installed: pip install 'harness[demo]', or easy-vqa") from error
+        raise ShardError(
+            "the package easy-vqa is not installed: pip install 'vl-harness[demo]', or easy-vqa"
+        ) from error
     source = Source("easy_vqa", Images(Path(easy_vqa.__file__).parent / "data"))
     questions = {"train": easy_vqa.get_train_questions(), "test": easy_vqa.get_test_questions()}
     dev = set(sorted(set(questions["train"][2]), key=lambda image: order_of("easy-vqa dev", image))[:DEV_IMAGES])
-    used = set()
     for folder, (prompts, answers, images) in questions.items():
         of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for prompt, answer, image in zip(prompts, answers, images, strict=True):
@@ -34,15 +35,10 @@ def load() -> Source:
         for image, rows in of_image.items():
             split = "dev" if folder == "train" and image in dev else folder
             path, key = f"{folder}/images/{image}.png", f"{folder}-{image:04d}"
-            if path not in source.images:
-                source.skip(TEXT_WITHOUT_IMAGE, path, "no such image in the package", split, len(rows))
-                continue
-            used.add(path)
-            texts = [_text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)]
-            source.add(split, key, key, texts, path)
-    for path in source.images.names:
-        if path not in used:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "no question asks about it")
+            if source.find(path, split, len(rows), exact=True):
+                texts = [_text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)]
+                source.add(split, key, key, texts, path)
+    source.skip_rest("no question asks about it")
     return source
 
 

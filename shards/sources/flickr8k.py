@@ -9,21 +9,9 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 from shards.manifest import ShardError
-from shards.record import Text
-from shards.sources.source import (
-    IMAGE_WITHOUT_TEXT,
-    NO_SPLIT,
-    TEXT_WITHOUT_IMAGE,
-    Images,
-    Source,
-    clean_captions,
-    keys_of,
-    read_text,
-    unique,
-)
+from shards.sources.source import NO_SPLIT, TEXT_WITHOUT_IMAGE, Images, Source, keys_of, read_text, unique
 
 _TOKEN_LINE = re.compile(r"(.+)#(\d+)\t(.*)")
 _SPLIT_FILE = re.compile(r"(?:.*[._\-])?(train|dev|val|test)Images\.txt")
@@ -38,35 +26,20 @@ def load(images: str | Path, captions: str | Path, splits: str | Path | None = N
     captions_of = _read_captions(captions)
     split_of = _read_splits(splits) if splits else {}
     source = Source("flickr8k", Images(images))
-    found = {name: source.images.find(name) for name in captions_of}
     key_of = keys_of(captions_of)
     for name, texts in captions_of.items():
         split = split_of.get(name) if splits else "train"
-        if found[name] is None:
-            source.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {source.images.place.name}", split, len(texts))
-            continue
-        if split is None:
+        if split:
+            source.add_captions(name, texts, split, key_of[name])
+        elif source.find(name, None, len(texts)):
             source.skip(NO_SPLIT, name, "no file of --splits names it", texts=len(texts))
-            continue
-        targets = clean_captions(source, texts, name, split)
-        if not targets:
-            source.skip(IMAGE_WITHOUT_TEXT, name, "all its captions are empty", split)
-            continue
-        source.notes["images put into 'train', since no --splits was given"] += not splits
-        key = key_of[name]
-        source.add(split, key, key, [Text(key, "caption", targets)], found[name])
-    _name_leftovers(source, set(found.values()), split_of, captions_of)
-    return source
-
-
-def _name_leftovers(source: Source, used: set, split_of: dict[str, str], captions_of: dict[str, Any]) -> None:
-    for path in source.images.names:
-        if path not in used:
-            name = Path(path).name
-            source.skip(IMAGE_WITHOUT_TEXT, path, "no caption names it", split_of.get(name))
+    if not splits:
+        source.notes["images put into 'train', since no --splits was given"] = len(source.splits.get("train", ()))
+    source.skip_rest("no caption names it")
     for name, split in split_of.items():
         if name not in captions_of and source.images.find(name) is None:
             source.skip(TEXT_WITHOUT_IMAGE, name, "named by the split file alone: no image and no caption", split)
+    return source
 
 
 def _read_captions(path: str | Path) -> dict[str, list[str]]:

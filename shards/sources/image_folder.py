@@ -14,17 +14,7 @@ from typing import Any
 
 from shards.manifest import ShardError
 from shards.record import Text
-from shards.sources.source import (
-    EMPTY_TEXT,
-    IMAGE_WITHOUT_TEXT,
-    TEXT_WITHOUT_IMAGE,
-    Images,
-    Source,
-    clean_captions,
-    keys_of,
-    read_text,
-    unique,
-)
+from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, Source, keys_of, read_text, unique
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
 
@@ -60,18 +50,15 @@ def load(images: str | Path, jsonl: str | Path) -> Source:
         source.notes.update(f"field '{name}' ignored" for name in row if name not in _FIELDS)
     key_of = keys_of(pictures)
     for path, picture in pictures.items():
-        if path not in source.images:
-            reason = f"no such image in {source.images.place.name} (line {picture.line})"
-            source.skip(TEXT_WITHOUT_IMAGE, path, reason, picture.split, len(picture.rows))
-        elif found := _texts(source, path, key_of[path], picture):
+        if not source.find(path, picture.split, len(picture.rows), exact=True):
+            continue
+        if found := _texts(source, path, key_of[path], picture):
             source.add(picture.split, key_of[path], key_of[path], found, path)
         else:
             source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", picture.split)
     texts = (text for items in source.splits.values() for item in items for text in item.record.texts)
     unique((text.id for text in texts), f"--jsonl {jsonl}: the id (given, or made from an image's name)")
-    for path in source.images.names:
-        if path not in pictures:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "no line names it")
+    source.skip_rest("no line names it")
     return source
 
 
@@ -89,7 +76,7 @@ def _texts(source: Source, path: str, key: str, picture: _Picture) -> list[Text]
             else:
                 source.skip(EMPTY_TEXT, path, f"the question or its answers are empty (line {n})", picture.split, 1)
             continue
-        found = clean_captions(source, _strings(row.get("captions", row.get("text"))), path, picture.split)
+        found = source.clean(_strings(row.get("captions", row.get("text"))), path, picture.split)
         if given is None:
             captions.extend(found)
         elif found:

@@ -8,18 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shards.manifest import ShardError
-from shards.record import Text
-from shards.sources.source import (
-    IMAGE_WITHOUT_TEXT,
-    TEXT_WITHOUT_IMAGE,
-    Images,
-    Source,
-    clean_captions,
-    keys_of,
-    read_json,
-    rows_of,
-    unique,
-)
+from shards.sources.source import Images, Source, keys_of, read_json, rows_of, unique
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -42,21 +31,9 @@ def load(images: str | Path, captions: str | Path) -> Source:
         texts = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
         if not all(isinstance(text, str) for text in texts):
             raise ShardError(f"{where}: {name} has a sentence without the text 'raw'")
-        path = source.images.find(name)
-        if path is None:
-            source.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {source.images.place.name}", split, len(texts))
-            continue
-        targets = clean_captions(source, texts, name, split)
-        if not targets:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "it has no caption", split)
-            continue
-        source.notes["images of 'restval', put into 'train'"] += row["split"] == "restval"
         coco = row.get("cocoid")
-        key = f"{coco:012d}" if isinstance(coco, int) else key_of[name]
-        image_id = str(coco) if isinstance(coco, int) else key
-        source.add(split, key, image_id, [Text(image_id, "caption", targets)], path)
-    known = set(names)
-    for path in source.images.names:
-        if Path(path).name not in known:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "not in the list of images")
+        key, image_id = (f"{coco:012d}", str(coco)) if isinstance(coco, int) else (key_of[name], None)
+        added = source.add_captions(name, texts, split, key, image_id)
+        source.notes["images of 'restval', put into 'train'"] += added and row["split"] == "restval"
+    source.skip_rest("not in the list of images")
     return source

@@ -58,10 +58,54 @@ class Source:
     splits: dict[str, list[Item]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    _found: set[str] = field(default_factory=set)
 
     def add(self, split: str, key: str, image_id: str, texts: Iterable[Text], image: str) -> None:
         record = Record(key, self.dataset, split, image_id, tuple(texts))
         self.splits.setdefault(split, []).append(Item(record, image))
+
+    def add_captions(self, name: str, captions: list[str], split: str, key: str, image_id: str | None = None) -> bool:
+        """Adds the image called `name` with its captions, or says why not. `image_id`: by default the key."""
+        path = self.find(name, split, len(captions))
+        if path is None:
+            return False
+        targets = self.clean(captions, name, split)
+        if targets:
+            self.add(split, key, image_id or key, [Text(image_id or key, "caption", targets)], path)
+        else:
+            self.skip(IMAGE_WITHOUT_TEXT, path, "it has no caption, or only empty ones", split)
+        return bool(targets)
+
+    def find(self, name: str, split: str | None, texts: int, exact: bool = False) -> str | None:
+        """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left out, and named."""
+        path = (name if name in self.images.names else None) if exact else self.images.find(name)
+        if path is None:
+            self.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts)
+        else:
+            self._found.add(path)
+        return path
+
+    def skip_rest(
+        self, reason: str, split: str | None = None, among: Callable[[str], bool] = lambda path: True
+    ) -> None:
+        """Names the images that nothing asked for."""
+        for path in self.images.names:
+            if path not in self._found and among(path):
+                self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
+
+    def clean(self, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
+        """Captions without outer whitespace; empty ones are left out and named, odd ones kept and counted."""
+        kept = []
+        for caption in captions:
+            trimmed = caption.strip()
+            if not trimmed:
+                self.skip(EMPTY_TEXT, name, "the caption is empty", split, texts=1)
+                continue
+            self.notes["captions with outer whitespace, trimmed"] += trimmed != caption
+            self.notes["captions of one word, kept"] += len(trimmed.split()) == 1
+            self.notes["captions that repeat another one of their image, kept"] += trimmed in kept
+            kept.append(trimmed)
+        return tuple(kept)
 
     def skip(self, kind: str, name: str, reason: str, split: str | None = None, texts: int = 0) -> None:
         self.skipped.append(Skipped(kind, name, reason, split, texts))
@@ -88,20 +132,13 @@ class Images:
         else:
             raise ShardError(f"there is no folder or zip of images at {place}")
         # `__MACOSX/._x.jpg` in the official Flickr8k zip is a resource fork, not an image.
-        self.names = sorted(
-            name
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not posixpath.basename(name).startswith("._")
-        )
+        images = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+        self.names = dict.fromkeys(sorted(name for name in images if not posixpath.basename(name).startswith("._")))
         if not self.names:
             raise ShardError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        self._paths = set(self.names)
         self._by_basename: dict[str, list[str]] = {}
         for name in self.names:
             self._by_basename.setdefault(posixpath.basename(name), []).append(name)
-
-    def __contains__(self, path: str) -> bool:
-        return path in self._paths
 
     def find(self, filename: str) -> str | None:
         """The path of the one file called `filename`, in whatever subfolder; ShardError if there are two."""
@@ -176,18 +213,3 @@ def keys_of(paths: Iterable[str]) -> dict[str, str]:
             clean = re.sub(r"[^A-Za-z0-9_\-]+", "_", posixpath.splitext(path)[0]).strip("_")
             keys[path] = f"{clean[-60:]}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     return keys
-
-
-def clean_captions(source: Source, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
-    """Captions without outer whitespace; empty ones are left out and named, odd ones kept and counted."""
-    kept = []
-    for caption in captions:
-        trimmed = caption.strip()
-        if not trimmed:
-            source.skip(EMPTY_TEXT, name, "the caption is empty", split, texts=1)
-            continue
-        source.notes["captions with outer whitespace, trimmed"] += trimmed != caption
-        source.notes["captions of one word, kept"] += len(trimmed.split()) == 1
-        source.notes["captions that repeat another one of their image, kept"] += trimmed in kept
-        kept.append(trimmed)
-    return tuple(kept)

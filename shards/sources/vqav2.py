@@ -12,17 +12,7 @@ from typing import Any
 
 from shards.manifest import ShardError
 from shards.record import Text
-from shards.sources.source import (
-    EMPTY_TEXT,
-    IMAGE_WITHOUT_TEXT,
-    TEXT_WITHOUT_IMAGE,
-    Images,
-    Source,
-    order_of,
-    read_json,
-    rows_of,
-    unique,
-)
+from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, Source, order_of, read_json, rows_of, unique
 
 
 def load(
@@ -56,12 +46,7 @@ def load(
         of_image[question["image_id"]].append(question)
     found: dict[int, str] = {}
     for image_id, rows in of_image.items():
-        name = f"COCO_{split}{year}_{image_id:012d}.jpg"
-        path = source.images.find(name)
-        if path is None:
-            reason = f"no such image in {source.images.place.name}"
-            source.skip(TEXT_WITHOUT_IMAGE, name, reason, split, len(rows))
-        else:
+        if path := source.find(f"COCO_{split}{year}_{image_id:012d}.jpg", split, len(rows)):
             found[image_id] = path
     drawn = set(found)
     if limit is not None and limit < len(found):
@@ -79,11 +64,8 @@ def load(
             source.add(split, f"{image_id:012d}", str(image_id), texts, path)
         else:
             source.skip(IMAGE_WITHOUT_TEXT, path, "none of its questions has a text and an answer", split)
-    used = set(found.values())
-    for path in source.images.names:
-        # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
-        if path not in used and Path(path).name.startswith(f"COCO_{split}"):
-            source.skip(IMAGE_WITHOUT_TEXT, path, "no question asks about it", split)
+    # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
+    source.skip_rest("no question asks about it", split, among=lambda path: Path(path).name.startswith(f"COCO_{split}"))
     return source
 
 
@@ -171,14 +153,11 @@ def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int)
             joined[b].add(a)
     group_of = _groups(joined)
     drawn: set[int] = set()
-    too_large: set[int] = set()
     for image in sorted(images, key=lambda image: order_of(seed, image)):
         if image in drawn:
             continue
         group = group_of[image]
         if len(group) > limit - len(drawn):
-            too_large.add(id(group))
-        if id(group) in too_large:
             group = ({image} | joined[image]) - drawn
         if len(group) <= limit - len(drawn):
             drawn |= group
