@@ -16,20 +16,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from shards.manifest import Manifest, ShardError, write_whole
+from shards.manifest import SKIPPED, ShardError, write_whole
 from shards.record import Record
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, NO_SPLIT, TEXT_WITHOUT_IMAGE, UNDECODABLE
 from shards.write import folder_beside, write_shards
 
-SKIPPED = "skipped.jsonl"
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
 
@@ -38,33 +38,29 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
+_ANEW = "images encoded anew: "
 
 Progress = Callable[[str, int, int], None]  # split, images done, images of the split
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
     """What was built, and how much of it was left out; every thing left out is a line of `skipped`."""
 
     dataset: str
     out: Path
-    splits: dict[str, dict[str, int]] = field(default_factory=dict)  # records, texts, targets, bytes of each
-    images_without_text: int = 0
-    texts_without_image: int = 0
-    undecodable_images: int = 0
-    images_in_no_split: int = 0
-    empty_texts: int = 0
-    reencoded_images: int = 0
-    notes: dict[str, int] = field(default_factory=dict)  # what is odd and was kept, or was asked to be left out
-    skipped: Path | None = None
+    skipped: Path
+    splits: dict[str, dict[str, int]]  # records, texts, targets (captions, answers), bytes of each
+    images_without_text: int
+    texts_without_image: int
+    undecodable_images: int
+    images_in_no_split: int
+    empty_texts: int
+    reencoded_images: int
+    notes: dict[str, int]  # what is odd and was kept, or was asked to be left out
 
     def total(self, name: str) -> int:
-        """Of `records`, `texts`, `targets` (captions, answers) or `bytes`, over all splits."""
         return sum(split[name] for split in self.splits.values())
-
-    def to_json(self) -> dict[str, Any]:
-        totals = {name: self.total(name) for name in ("records", "texts", "targets", "bytes")}
-        return asdict(self) | totals | {"out": str(self.out), "skipped": str(self.skipped)}
 
 
 def build(
@@ -90,21 +86,41 @@ def build(
     out = Path(out)
     found = _load(source, options)
     _check_splits(found, out)
-    summary = Summary(found.dataset, out)
     lines = _lines_of_other_splits(found, out / SKIPPED)
+    splits = {}
     with folder_beside(out) as beside, closing(found.images):
         with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
             for split, items in found.splits.items():
-                samples = _samples(found, split, items, pool, summary, (short_side, max_pixels), progress)
-                manifest = write_shards(samples, beside / split, dataset=found.dataset, split=split)
-                summary.splits[split] = _figures(manifest)
-        _count(summary, found)
-        summary.skipped = out / SKIPPED
+                show = partial(progress, split) if progress else lambda done, images: None
+                samples = _samples(found, split, items, pool, (short_side, max_pixels), show)
+                made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
+                targets = int(made.sidecar["targets"].sum())
+                splits[split] = {"records": made.samples, "texts": made.texts, "targets": targets, "bytes": made.bytes}
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
         write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
-        _move_in(beside, out, list(found.splits))
-    return summary
+        if out.exists():
+            for name in (*splits, SKIPPED):
+                os.replace(beside / name, out / name)
+        else:
+            os.rename(beside, out)
+    things, texts = Counter[str](), Counter[str]()
+    for skipped in found.skipped:
+        things[skipped.kind] += 1
+        texts[skipped.kind] += skipped.texts
+    return Summary(
+        found.dataset,
+        out,
+        out / SKIPPED,
+        splits,
+        images_without_text=things[IMAGE_WITHOUT_TEXT],
+        texts_without_image=texts[TEXT_WITHOUT_IMAGE],
+        undecodable_images=things[UNDECODABLE],
+        images_in_no_split=things[NO_SPLIT],
+        empty_texts=texts[EMPTY_TEXT],
+        reencoded_images=sum(n for note, n in found.notes.items() if note.startswith(_ANEW)),
+        notes={note: n for note, n in found.notes.items() if n},
+    )
 
 
 def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, str]:
@@ -175,20 +191,14 @@ def _orientation(image: Image.Image) -> int:
 def _load(name: str, options: dict[str, Any]) -> Source:
     if name not in SOURCES:
         raise ShardError(f"there is no source {name!r}: choose one of {', '.join(SOURCES)}")
-    takes = inspect.signature(SOURCES[name]).parameters
+    takes = {"--" + option.replace("_", "-"): p for option, p in inspect.signature(SOURCES[name]).parameters.items()}
     given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if option not in takes:
-            flags = ", ".join(map(_flag, takes)) or "none"
-            raise ShardError(f"{name} has no option {_flag(option)}; its options are {flags}")
-    for option, parameter in takes.items():
-        if parameter.default is parameter.empty and option not in given:
-            raise ShardError(f"{name} needs {_flag(option)}")
+    flags = ["--" + option.replace("_", "-") for option in given]
+    if wrong := next((flag for flag in flags if flag not in takes), None):
+        raise ShardError(f"{name} has no option {wrong}; its options are {', '.join(takes) or 'none'}")
+    if lacks := next((flag for flag, p in takes.items() if p.default is p.empty and flag not in flags), None):
+        raise ShardError(f"{name} needs {lacks}")
     return SOURCES[name](**given)
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
 
 
 def _check_splits(source: Source, out: Path) -> None:
@@ -211,9 +221,8 @@ def _samples(
     split: str,
     items: list[Item],
     pool: ThreadPoolExecutor,
-    summary: Summary,
     image_options: tuple[int | None, int],
-    progress: Progress | None,
+    progress: Callable[[int, int], None],
 ) -> Iterator[tuple[Record, bytes, str]]:
     """The items in their order, a bounded number of images ahead of the writer; unusable ones go to `skipped`."""
 
@@ -223,9 +232,7 @@ def _samples(
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
             return f"{type(error).__name__}: {error}"
 
-    usable = 0
-    waiting: deque = deque()
-    rest = iter(items)
+    usable, waiting, rest = 0, deque(), iter(items)
     for done in range(1, len(items) + 1):
         while len(waiting) < 64 and (item := next(rest, None)):
             waiting.append((item, pool.submit(prepare, item.image)))
@@ -236,32 +243,12 @@ def _samples(
         else:
             usable += 1
             payload, extension, changed = result
-            summary.reencoded_images += bool(changed)
-            source.notes[f"images encoded anew: {changed}"] += bool(changed)
+            source.notes[_ANEW + changed] += bool(changed)
             yield item.record, payload, extension
-        if progress:
-            progress(split, done, len(items))
+        progress(done, len(items))
     if not usable:
         last = source.skipped[-1]
         raise ShardError(f"no image of the split {split} can be used; the last: {last.name}, {last.reason}")
-
-
-def _figures(manifest: Manifest) -> dict[str, int]:
-    targets = int(manifest.sidecar["targets"].sum())
-    return {"records": manifest.samples, "texts": manifest.texts, "targets": targets, "bytes": manifest.bytes}
-
-
-def _count(summary: Summary, source: Source) -> None:
-    images = Counter(skipped.kind for skipped in source.skipped)
-    texts: Counter[str] = Counter()
-    for skipped in source.skipped:
-        texts[skipped.kind] += skipped.texts
-    summary.images_without_text = images[IMAGE_WITHOUT_TEXT]
-    summary.texts_without_image = texts[TEXT_WITHOUT_IMAGE]
-    summary.undecodable_images = images[UNDECODABLE]
-    summary.images_in_no_split = images[NO_SPLIT]
-    summary.empty_texts = texts[EMPTY_TEXT]
-    summary.notes = {note: n for note, n in source.notes.items() if n}
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
@@ -273,11 +260,3 @@ def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
         return [line for line in lines if json.loads(line)["split"] not in (None, *source.splits)]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not what an earlier build wrote: move it away, or choose another --out") from error
-
-
-def _move_in(beside: Path, out: Path, splits: list[str]) -> None:
-    if not out.exists():
-        os.rename(beside, out)
-        return
-    for name in (*splits, SKIPPED):
-        os.replace(beside / name, out / name)

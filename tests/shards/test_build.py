@@ -66,7 +66,6 @@ def test_a_build_writes_a_set_a_split_with_the_original_bytes(tmp_path, flickr_i
     assert (summary.texts_without_image, summary.images_in_no_split, summary.images_without_text) == (5, 2, 0)
     assert len(skipped(tmp_path / "out")) == 4
     assert seen == [("train", 1, 2), ("train", 2, 2), ("dev", 1, 1), ("test", 1, 1)]
-    json.dumps(summary.to_json())
 
 
 def test_zip_and_folder_and_any_number_of_workers_give_the_same_shards(tmp_path, flickr_images):
