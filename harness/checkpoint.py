@@ -50,6 +50,10 @@ class Checkpoint:
         return load_file(self.path / OPTIMIZER)
 
 
+def place(out: Path, step: int) -> Path:
+    return out / FOLDER / f"step-{step:06d}"
+
+
 def write(
     out: Path,
     step: int,
@@ -58,24 +62,27 @@ def write(
     state: Mapping[str, Any],
 ) -> Checkpoint:
     """Writes beside, verifies, renames; a process killed at any moment leaves the older checkpoints whole."""
-    folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    final, beside = folder / f"step-{step:06d}", folder / f".writing-step-{step:06d}"
+    final = place(out, step)
+    beside = final.with_name(f".writing-{final.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    save_model(beside / MODEL)
-    save_file({k: v.cpu().contiguous() for k, v in optimizer.items()}, beside / OPTIMIZER)
-    (beside / STATE).write_text(json.dumps(dict(state), indent=1))
-    files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
-    (beside / FILES).write_text(json.dumps(files, indent=1))
-    for path in beside.rglob("*"):
-        _sync(path)
-    if problem := problems(beside):
-        raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
-    if final.exists():  # a step that is run again after a resume from an older checkpoint
-        shutil.rmtree(final)
-    os.replace(beside, final)
-    _sync(folder)
+    try:
+        beside.mkdir(parents=True)
+        save_model(beside / MODEL)
+        save_file({k: v.cpu().contiguous() for k, v in optimizer.items()}, beside / OPTIMIZER)
+        (beside / STATE).write_text(json.dumps(dict(state), indent=1))
+        files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
+        (beside / FILES).write_text(json.dumps(files, indent=1))
+        for path in (*beside.rglob("*"), beside):
+            _sync(path)
+        if problem := problems(beside):
+            raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
+        if final.exists():  # of a step that is run again, since it was damaged or an older one was gone on from
+            shutil.rmtree(final)
+        os.replace(beside, final)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _sync(final.parent)
     return Checkpoint(final, dict(state))
 
 
@@ -83,7 +90,11 @@ def problems(path: Path) -> str | None:
     """What keeps a folder from being a whole checkpoint, as a sentence; None when nothing does."""
     if not (path / FILES).is_file():
         return f"it has no {FILES}"
-    for name, fact in json.loads((path / FILES).read_text()).items():
+    try:
+        files = dict(json.loads((path / FILES).read_text()))
+    except ValueError:
+        return f"{FILES} is damaged: it is not JSON"
+    for name, fact in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if _fact(path / name) != fact:
@@ -102,11 +113,11 @@ def load(path: Path) -> Checkpoint:
 
 def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
     """The newest whole checkpoint of a run; a damaged one is named through `note` and passed over."""
-    for path in sorted((out / FOLDER).glob("step-*"), reverse=True):
-        if problem := problems(path):
-            note(f"{path} is passed over: {problem}")
-        else:
+    for path in reversed(_by_step(out)):
+        try:
             return load(path)
+        except ConfigError as error:
+            note(f"passed over: {error}")
     return None
 
 
@@ -124,11 +135,24 @@ def find(out: Path, resume: str | None, note: Callable[[str], None] = lambda mes
     return load(path)
 
 
-def prune(out: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what an interrupted write left."""
-    paths = sorted((out / FOLDER).glob("step-*"))
-    for path in [*paths[:-keep], *(out / FOLDER).glob(".writing-*")]:
+def prune(out: Path, step: int, keep: int) -> None:
+    """After `step` was written: removes all but the newest `keep`, and what an interrupted write left.
+
+    A later step's belongs to a future that is being run again, from an older checkpoint or past a damaged one.
+    """
+    paths = _by_step(out)
+    later = [path for path in paths if _step(path) > step]
+    for path in [*later, *paths[: len(paths) - len(later) - keep], *(out / FOLDER).glob(".writing-*")]:
         shutil.rmtree(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _by_step(out: Path) -> list[Path]:
+    found = (out / FOLDER).glob("step-*")
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=_step)
 
 
 def _fact(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything that differs between plain Accelerate and a loss scaler (and, later, DeepSpeed ZeRO), behind one interface.
+"""Everything that differs between plain Accelerate, a loss scaler (and, later, DeepSpeed ZeRO), behind one interface.
 
     prepare -> for each micro-batch: with micro_step(last): model(batch), backward(loss) -> step() -> norm, or skipped
 
@@ -11,16 +11,18 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from harness.config import Train
+from harness.config import ConfigError, Train
 from harness.precision import Precision, choose
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+LONGEST_WAIT = timedelta(hours=2)  # of all ranks for the one that evaluates; a rank that hangs is noticed as late
 
 
 def wanted_world_size() -> int:
@@ -38,7 +40,10 @@ class Engine:
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )
         if self.accelerator.num_processes != wanted_world_size():
             # `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
@@ -93,9 +98,8 @@ class Engine:
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
         """Clips and moves the weights. Returns the gradient norm, or None when the step was skipped as non-finite.
 
-        `skip`: some rank's loss was not finite, whatever the gradients say.
-
-        The norm is taken after the gradients were reduced, so that all ranks see the same and decide alike.
+        `skip`: some rank's loss was not finite, whatever the gradients say. The norm is taken after the gradients were
+        reduced, so that all ranks see the same and decide alike.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -134,17 +138,16 @@ class Engine:
         return state
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError naming the first parameter for which a moment is missing or left over."""
+        """`saved` is empty before the first step. Raises ConfigError naming the first moment missing or left over."""
         expected = {f"{key}/{name}" for name in self.named for key in MOMENTS}
         if saved and (odd := sorted(expected ^ saved.keys())):
-            raise ValueError(f"the optimizer state does not fit this model: {odd[0]} and {len(odd) - 1} more differ")
-        for name, parameter in self.named.items():
-            if saved:
-                self.optimizer.state[parameter] = {
-                    # AdamW keeps its step on the CPU unless it is fused or captured.
-                    key: saved[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device).clone()
-                    for key in MOMENTS
-                }
+            raise ConfigError(f"the optimizer state does not fit this model: {odd[0]} and {len(odd) - 1} more differ")
+        for name, parameter in self.named.items() if saved else ():
+            self.optimizer.state[parameter] = {
+                # AdamW keeps its step on the CPU unless it is fused or captured.
+                key: saved[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device).clone()
+                for key in MOMENTS
+            }
 
     def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict()
@@ -154,4 +157,6 @@ class Engine:
             self.scaler.load_state_dict(dict(saved))
 
     def close(self) -> None:
+        """Waits for all ranks, then ends their group."""
+        self.wait()
         self.accelerator.end_training()

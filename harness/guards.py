@@ -69,3 +69,9 @@ class GradientGuard:
     def forget(self) -> None:
         """Starts over: the step was skipped as non-finite, as a loss scaler's first steps may be."""
         self._finite.clear()
+
+
+def check_frozen(model: nn.Module, before: str) -> None:
+    """Raises GuardError where `frozen_hash` is no longer what it was."""
+    if frozen_hash(model) != before:
+        raise GuardError("a frozen parameter or buffer has changed during training; this is a bug, please report it")

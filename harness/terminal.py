@@ -1,12 +1,13 @@
 """What the user sees while a run goes on: the table of parts, a progress bar, answers to the same images.
 
-Rank-aware: only the main process writes. Where there is no terminal, a line per epoch takes the bar's place.
+Rank-aware: only the main process writes. Where there is no terminal, a line every few seconds takes the bar's place.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -16,23 +17,27 @@ from rich.table import Table
 from torch import nn
 
 from harness.model.language.quantise import quantised_layers
+from harness.report import Shown
+
+LINE_SECONDS = 10.0  # between two lines of a log
 
 
 def part_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, object]]:
-    """Per part: parameters, trained ones, bits of the frozen weights, bytes."""
+    """Per part: parameters, trained ones, bits of its weights, 4-bit layers, bytes."""
     rows = []
     for name, part in parts.items():
         packed = {id(layer.weight) for layer in quantised_layers(part)}
         parameters = trained = size = 0
+        bits = set()
         for parameter in part.parameters():
             # Two 4-bit weights share a byte, and the quantised tensor counts bytes.
             count = parameter.numel() * 2 if id(parameter) in packed else parameter.numel()
+            bits.add(4 if id(parameter) in packed else parameter.element_size() * 8)
             parameters += count
             trained += count if parameter.requires_grad else 0
             size += parameter.numel() * parameter.element_size()
-        rows.append(
-            {"part": name, "parameters": parameters, "trained": trained, "4-bit layers": len(packed), "bytes": size}
-        )
+        rows.append({"part": name, "parameters": parameters, "trained": trained, "bytes": size})
+        rows[-1] |= {"bits": " + ".join(map(str, sorted(bits))), "4-bit layers": len(packed)}
     return rows
 
 
@@ -43,12 +48,45 @@ def memory_mb(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-class Terminal:
-    """All output of one run; a context manager, since the bar has to be put away."""
+class Clock:
+    """Speed since the last `reset`: images and targets a second over all ranks, and the share of waiting for data."""
 
-    def __init__(self, enabled: bool, total_steps: int = 0, done: int = 0):
-        self.enabled = enabled
-        self.console = Console(stderr=True, quiet=not enabled)
+    def __init__(self) -> None:
+        self.restart()
+        self.reset()
+
+    def reset(self) -> None:
+        self._images = self._targets = self._wait = self._busy = 0.0
+
+    def restart(self) -> None:
+        """What happened since the step (an evaluation, a checkpoint) is neither work nor waiting."""
+        self._mark = time.perf_counter()
+
+    def waited(self) -> None:
+        self._wait += self._lap()
+
+    def step(self, images: float, targets: float) -> None:
+        self._busy += self._lap()
+        self._images, self._targets = self._images + images, self._targets + targets
+
+    def _lap(self) -> float:
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(self._wait + self._busy, 1e-9)
+        return {
+            "images_per_second": self._images / seconds,
+            "targets_per_second": self._targets / seconds,
+            "data_wait": self._wait / seconds,
+        }
+
+
+class Terminal:
+    """All output of one run."""
+
+    def __init__(self, enabled: bool):
+        self.console = Console(stderr=True, quiet=not enabled, emoji=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -56,28 +94,16 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
-            disable=not (enabled and sys.stderr.isatty()),
+            disable=not (enabled and self.console.is_terminal),
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=done, numbers="")
+        self._said = 0.0
 
-    def __enter__(self) -> Terminal:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False)
-
-    def parts(self, rows: Sequence[Mapping[str, object]]) -> None:
-        table = Table("part", "parameters", "trained", "4-bit layers", "MB", title="parts", title_justify="left")
-        for row in rows:
-            table.add_row(
-                str(row["part"]), f"{row['parameters']:,}", f"{row['trained']:,}" if row["trained"] else "frozen",
-                str(row["4-bit layers"] or "-"), f"{row['bytes'] / 2**20:.1f}",
-            )  # fmt: skip
-        self.console.print(table)
+    @contextmanager
+    def progress(self, total: int, done: int) -> Iterator[None]:
+        """Shows a bar for as long as the block lasts."""
+        self._task = self._bar.add_task("training", total=total, completed=done, numbers="")
+        with self._bar:
+            yield
 
     def advance(self, step: int, numbers: Mapping[str, float]) -> None:
         shown = (
@@ -86,10 +112,24 @@ class Terminal:
             f"{numbers['memory_mb']:.0f} MB"
         )
         self._bar.update(self._task, completed=step, numbers=shown)
-        self.last = shown
+        total, now = self._bar.tasks[self._task].total, time.monotonic()
+        if self._bar.disable and (now - self._said >= LINE_SECONDS or step == total):
+            self._said = now
+            self.say(f"step {step}/{total}  {shown}")
 
-    def answers(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        table = Table("prompt", "truth", "answer", title="the same images after every epoch", title_justify="left")
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def parts(self, rows: Sequence[Mapping[str, object]]) -> None:
+        table = Table("part", "parameters", "trained", "bits", "MB", title="parts", title_justify="left")
         for row in rows:
-            table.add_row(*row)
+            trained = f"{row['trained']:,}" if row["trained"] else "frozen"
+            mb = f"{row['bytes'] / 2**20:.1f}"
+            table.add_row(str(row["part"]), f"{row['parameters']:,}", trained, str(row["bits"]), mb)
+        self.console.print(table)
+
+    def answers(self, items: Sequence[Shown]) -> None:
+        table = Table("prompt", "truth", "answer", title="answers to the same images", title_justify="left")
+        for item in items:
+            table.add_row(item.prompt, item.expected, item.said)
         self.console.print(table, markup=False)

@@ -10,17 +10,19 @@ over all ranks is one all-reduce, and every micro-batch's loss is divided by it.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from harness import checkpoint as checkpoints
 from harness import config as configs
@@ -30,14 +32,14 @@ from harness.doctor import check_before_launch, check_resume, explain
 from harness.engine import Engine
 from harness.evaluate.run import evaluate_model
 from harness.features import check_encoder
-from harness.guards import GradientGuard, GuardError, frozen_hash
+from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
-from harness.report import predictions_html
 from harness.schedule import learning_rate
-from harness.terminal import Terminal, memory_mb, part_rows
-from harness.tracking import NoTracker, open_tracker
+from harness.terminal import Clock, Terminal, memory_mb, part_rows
+from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader
+from shards.read import Sample
 from shards.stream import StreamState
 
 
@@ -45,10 +47,245 @@ from shards.stream import StreamState
 class TrainState:
     """Where the run stands; with the weights and moments, all that a resumed run needs."""
 
+    stream: StreamState
     step: int = 0  # optimizer steps, skipped ones included
     skipped: int = 0
     skipped_in_a_row: int = 0
-    stream: StreamState | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of, on every rank; `wrapped` is the model as the engine wants it called."""
+
+    config: Config
+    engine: Engine
+    model: VisionLanguageModel
+    wrapped: nn.Module
+    loader: Loader
+    state: TrainState
+    terminal: Terminal
+    tracker: Tracker
+
+
+def loop(run: Run, stop_asked: Callable[[], int]) -> int:
+    """Steps until the last epoch or `max_steps`; or until a signal came, whose number it returns. All ranks alike."""
+    config, engine, model, loader, state = run.config, run.engine, run.model, run.loader, run.state
+    train, terminal = config.train, run.terminal
+    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed, train.eos_loss_weight)
+    filler = filler_of(collate, model)
+    planned_steps = state.step + steps_left(loader, state.stream, train.epochs)
+    last_step = min(planned_steps, train.max_steps or planned_steps)
+    frozen, guard = frozen_hash(model), GradientGuard(model)
+    clock, stop = Clock(), 0
+
+    def due(every: int | None) -> bool:
+        return state.step % every == 0 if every else state.stream.position == loader.samples
+
+    if state.step and (state.step >= last_step or due(train.evaluate_every)):
+        evaluate(run, again=False)  # the earlier process may have been killed in the middle of it
+    if state.step >= last_step:
+        terminal.say(f"nothing is left to do: {config.out_dir} stands at step {state.step} of {last_step}")
+        return 0
+    model.train()
+    with (
+        terminal.progress(last_step, state.step),
+        closing(loader.iterate(state.stream, train.epochs)) as steps,
+    ):
+        for stream, samples in steps:
+            clock.waited()
+            batches = micro_batches(samples, collate, train.micro_batch) or [filler]
+            real = [batch for batch in batches if batch is not filler]
+            weight, images, targets = engine.sum(totals(real))
+
+            # The model's randomness (dropout) is a function of (seed, step, rank): no RNG state to save or disturb.
+            torch.manual_seed(drawn(config.seed, state.step, f"rank {engine.rank}") >> 1)
+            loss_sum = 0.0
+            for index, batch in enumerate(batches):
+                with engine.micro_step(last=index == len(batches) - 1):
+                    loss = run.wrapped(batch.to(engine.device)).sum / max(weight, 1e-8)
+                    engine.backward(loss)
+                loss_sum += loss.item()
+            # One packed tensor of flags decides for all ranks alike.
+            flags = [loss_sum, not math.isfinite(loss_sum), stop_asked() > 0]
+            flags += [len(loader.quarantined), collate.truncated.total()]
+            loss, bad, stop, quarantined, truncated = engine.sum(flags)
+            rate = learning_rate(train, state.step, planned_steps)
+            norm = engine.step(rate, skip=bad > 0)
+            state.step, state.stream = state.step + 1, stream
+
+            if norm is None:
+                state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+                terminal.say(f"step {state.step}: loss or gradient not finite, step skipped ({state.skipped} so far)")
+                if state.skipped_in_a_row >= train.max_skipped_in_a_row:
+                    raise GuardError(too_many_skipped(run))
+            else:
+                state.skipped_in_a_row = 0
+            if guard and norm is None:
+                guard.forget()
+            elif guard:
+                guard.check()
+                check_frozen(model, frozen)
+                guard = None
+                scales = model.scales(batches[0].to(engine.device))  # far apart, the language model reads noise
+                terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
+                run.tracker.metrics({f"train/{name}": value for name, value in scales.items()}, state.step)
+
+            clock.step(images, targets)
+            ends = state.step == last_step
+            numbers = {"loss": loss, "learning_rate": rate, "grad_norm": math.nan if norm is None else norm}
+            numbers |= {"epoch": stream.epoch, "skipped_steps": state.skipped, "quarantined_samples": quarantined}
+            numbers |= {"truncated_texts": truncated, "memory_mb": memory_mb(engine.device), **clock.rates()}
+            terminal.advance(state.step, numbers)
+            if state.step % train.log_every == 0 or ends or stop:
+                run.tracker.metrics({f"train/{name}": value for name, value in numbers.items()}, state.step)
+                clock.reset()
+            if ends or stop:
+                check_frozen(model, frozen)
+            if ends or stop or due(train.save_every):  # before the evaluation: whatever befalls that, this step is kept
+                save(run)
+            if stop:  # who stops a run may give it seconds
+                return stop_asked() or signal.SIGTERM
+            if ends or due(train.evaluate_every):
+                evaluate(run)
+            if ends:
+                break
+            clock.restart()
+    return 0
+
+
+def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
+    """This rank's share of a global batch, `size` images at a time; [] where there is nothing to learn from."""
+    parts = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return [part for part in parts if part is not None]
+
+
+def totals(batches: Sequence[Batch]) -> tuple[float, int, int]:
+    """The weight, images and targets of this rank's share."""
+    return sum(float(b.weight) for b in batches), sum(b.images for b in batches), sum(len(b.labels_TL) for b in batches)
+
+
+def filler_of(collate: Collator, model: VisionLanguageModel) -> Batch:
+    """The batch of weight 0 for a rank that has none of its own, so that all ranks stay in step."""
+    if model.vision is None:
+        return collate.filler((model.config.encoder["tokens"], model.config.encoder["width"]), True)
+    return collate.filler((model.vision.image_size, model.vision.image_size, 3), False)
+
+
+def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:
+    """Optimizer steps from `stream` to the end of the last epoch; also where `global_batch` or `epochs` was changed."""
+    rest = loader.samples - stream.position
+    in_epoch = rest // loader.global_batch if loader.last_batch == "drop" else -(-rest // loader.global_batch)
+    return max(0, in_epoch + (epochs - stream.epoch - 1) * loader.steps_per_epoch)
+
+
+def too_many_skipped(run: Run) -> str:
+    good = checkpoints.newest(run.config.out_dir)
+    return (
+        f"{run.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
+        f"the last good checkpoint is {good.path if good else 'none: none was written yet'}"
+    )
+
+
+def evaluate(run: Run, again: bool = True) -> None:
+    """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait.
+
+    `again` False: only where this step's answers are not there yet. Raises GuardError as `stop_if_image_ignored` says.
+    """
+    config, state, ignored = run.config, run.state, ""
+    page = config.out_dir / "answers" / f"step-{state.step:06d}.html"
+    if run.engine.is_main and config.data.dev and (again or not page.exists()):
+        result = evaluate_model(
+            run.model, [s.path for s in config.data.dev], config, limit=config.evaluation.dev_images
+        )
+        values = {**result.metrics(), "unreadable_samples": result.unreadable}
+        run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)
+        run.tracker.predictions(result.shown_images, state.step)
+        run.terminal.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        run.terminal.answers(result.shown_images)
+        for task, use in ((task, scored.image_use) for task, scored in result.tasks.items()):
+            if use:
+                run.terminal.say(f"{task}: {use.verdict}: {use.reason}")
+                ignored = f"{task}: {use.reason}" if use.verdict == "image ignored" else ignored
+    run.model.train()
+    (stop,) = run.engine.sum([bool(ignored)])
+    epoch_done = state.stream.epoch > 0 or state.stream.position == run.loader.samples
+    if stop and epoch_done and config.train.stop_if_image_ignored:
+        raise GuardError(f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})")
+
+
+def save(run: Run) -> None:
+    """Gathers on all ranks, writes on one."""
+    engine, config, state = run.engine, run.config, run.state
+    weights, optimizer = engine.trained_state(), engine.optimizer_state()
+    if engine.is_main:
+        document = {
+            "step": state.step,
+            "train": asdict(state),
+            "scaler": engine.scaler_state(),
+            "config": config.model_dump(mode="json"),
+            "run_id": run.tracker.run_id,
+            "world_size": engine.world_size,
+        }
+        written = checkpoints.write(
+            config.out_dir, state.step, lambda folder: run.model.save_pretrained(folder, weights), optimizer, document
+        )
+        checkpoints.prune(config.out_dir, state.step, config.train.keep_checkpoints)
+        run.tracker.checkpoint(written.path, written.digest, state.step)
+    engine.wait()
+
+
+# ---- before the loop and after it ------------------------------------------------------------------------------------
+
+
+def run(config: Config, resume: str | None = None) -> Path:
+    """Trains and returns the last checkpoint's folder. Raises ConfigError, ShardError, OSError or GuardError.
+
+    After SIGTERM or SIGINT: saves, and raises SystemExit with 128 + the signal's number.
+    """
+    check_resume(config, resume)
+    engine, out = Engine(config.train), config.out_dir
+    terminal = Terminal(engine.is_main)
+    found = checkpoints.find(out, resume, terminal.say)
+    for sentence in changes(found, config) if found else ():
+        terminal.say(sentence)
+    loader = make_loader(config, engine)
+    terminal.say(f"precision: {engine.precision.reason}")
+    model = VisionLanguageModel.build(
+        config, encoder_of(loader, config), precision=engine.precision, device=engine.device
+    )
+    state = TrainState(StreamState(0, 0, loader.digest))
+    if found:  # before prepare: an engine may keep copies of the weights of its own
+        check_same_parts(found, model)
+        model.load_trained(found.model)
+        saved = found.state["train"]
+        state = TrainState(**{**saved, "stream": StreamState.from_json(saved["stream"])})
+        terminal.say(f"going on after step {state.step} from {found.path}")
+    wrapped = engine.prepare(model)
+    if found:
+        engine.load_optimizer_state(found.optimizer())
+        engine.load_scaler_state(found.state["scaler"])
+    terminal.parts(part_rows(model.parts))
+
+    tracker: Tracker = NoTracker()
+    if engine.is_main:
+        # From another folder's checkpoint a new run begins; a job killed before its first one goes on with its own.
+        own = found.path.resolve().is_relative_to(out.resolve()) if found else resume == "auto"
+        run_id = (found and found.state["run_id"]) or recorded_run_id(config) if own else None
+        facts = {**engine.precision.facts(), "world_size": str(engine.world_size)}
+        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=facts, datasets=loader.manifests)
+    status = "FAILED"
+    try:
+        with stop_requests() as stop_asked:
+            number = loop(Run(config, engine, model, wrapped, loader, state, terminal, tracker), stop_asked)
+        status = "KILLED" if number else "FINISHED"
+    finally:
+        tracker.close(status)
+    engine.close()  # when the main process has reported everything: a launcher ends all as soon as one has failed
+    last = checkpoints.place(out, state.step)
+    if number:
+        terminal.say(f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved: {last}")
+        raise SystemExit(128 + number)
+    return last
 
 
 def make_loader(config: Config, engine: Engine) -> Loader:
@@ -79,254 +316,76 @@ def encoder_of(loader: Loader, config: Config) -> dict | None:
     return features[0].encoder if features else None
 
 
-def micro_batches(samples: Sequence, collate: Collator, size: int, filler: Batch) -> list[Batch]:
-    """This rank's share of a global batch, `size` images at a time; at least one, so that all ranks stay in step."""
-    parts = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-    return [part for part in parts if part is not None] or [filler]
+BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")  # may have been moved
 
 
-def run(config: Config, resume: str | None = None) -> Path:
-    """Trains and returns the last checkpoint's folder. Raises ConfigError, ShardError or GuardError."""
-    engine, out = Engine(config.train), config.out_dir
-    terminal = Terminal(engine.is_main)
-    found = checkpoints.find(out, resume, terminal.say)
-    if resume is None and checkpoints.newest(out):
-        raise ConfigError(
-            f"{out} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
-        )
-    loader = make_loader(config, engine)
-    encoder = encoder_of(loader, config)
+def changes(found: checkpoints.Checkpoint, config: Config) -> list[str]:
+    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another model."""
+    before, now = configs.flatten(Config(**found.state["config"])), configs.flatten(config)
+    changed = [key for key in sorted(before.keys() | now.keys()) if key != "out" and before.get(key) != now.get(key)]
+    for key in changed:
+        if key.startswith("model.") and key not in BY_HASH:
+            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
+    return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
 
-    terminal.say(f"precision: {engine.precision.reason}")
-    model = VisionLanguageModel.build(config, encoder, precision=engine.precision, device=engine.device)
-    if found:  # before prepare: an engine may keep copies of the weights of its own
-        check_same_model(found.state["config"], config)
-        model.load_trained(found.model)
-    wrapped = engine.prepare(model)
-    state = TrainState(stream=StreamState(0, 0, loader.digest))
-    run_id = None
-    if found:
-        engine.load_optimizer_state(found.optimizer())
-        engine.load_scaler_state(found.state["scaler"])
-        run_id = found.state["run_id"]
-        saved = found.state["train"]
-        state = TrainState(**{**saved, "stream": StreamState.from_json(saved["stream"])})
-        terminal.say(f"going on after step {state.step} from {found.path}")
 
-    terminal.parts(part_rows(model.parts))
-    facts = {"dtype": f"{engine.precision.name}: {engine.precision.reason}", "world_size": str(engine.world_size)}
-    tracker = (
-        open_tracker(config, run_id=run_id, resume_step=state.step, facts=facts, datasets=loader.manifests)
-        if engine.is_main
-        else NoTracker()
-    )
-    status = "FAILED"
+def check_same_parts(found: checkpoints.Checkpoint, model: VisionLanguageModel) -> None:
+    """Raises ConfigError where a frozen part is not the one that the checkpoint was trained on."""
+    saved = json.loads((found.model / "config.json").read_text())
+    hashes = {"model.lm.id": (saved["lm_hash"], model.config.lm_hash)}
+    hashes["model.vision.id"] = (saved["encoder"]["hash"], model.config.encoder["hash"])
+    for key, (before, now) in hashes.items():
+        if before != now:
+            raise ConfigError(
+                f"--resume: {key} names weights with hash {now[:12]}, {found.path} was trained on {before[:12]}"
+            )
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Gives a function that tells which signal came first, or 0: the run then saves and ends, as before a preemption.
+
+    Two may be one Ctrl-C, from the terminal and from the launcher; the third ends the process at once.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) == 1 and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nharness: saving after this step; twice more to stop at once\n")
+        if len(came) > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    wanted = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in wanted}
     try:
-        last = loop(config, engine, model, wrapped, loader, state, tracker)
-        status = "FINISHED"
-        return last
+        yield lambda: came[0] if came else 0
     finally:
-        tracker.close(status)
-        engine.close()
-
-
-def loop(config, engine, model, wrapped, loader, state, tracker) -> Path:
-    """Steps until the last epoch, `max_steps`, or a request to stop. Every rank runs every line of it alike."""
-    train, device, out = config.train, engine.device, config.out_dir
-    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed, train.eos_loss_weight)
-    shape = (model.config.encoder["tokens"], model.config.encoder["width"])
-    size = config.model.vision.image_size
-    filler = collate.filler(shape, True) if model.vision is None else collate.filler((size, size, 3), False)
-    planned_steps = loader.steps_per_epoch * train.epochs
-    last_step = min(planned_steps, train.max_steps or planned_steps)
-    stop_asked = asked_to_stop()
-    frozen, guard = frozen_hash(model), GradientGuard(model)
-    written: checkpoints.Checkpoint | None = None
-    clock = Clock()
-    model.train()
-
-    if state.step >= last_step:
-        raise ConfigError(f"nothing is left to do: {out} stands at step {state.step} of {last_step}")
-    with (
-        Terminal(engine.is_main, last_step, state.step) as terminal,
-        closing(loader.iterate(state.stream, train.epochs)) as steps,
-    ):
-        for stream, samples in steps:
-            clock.waited()
-            batches = micro_batches(samples, collate, train.micro_batch, filler)
-            # The model's randomness (dropout) is a function of (seed, step, rank): no RNG state to save or disturb.
-            torch.manual_seed(drawn(config.seed, state.step, f"rank {engine.rank}") >> 1)
-            images = sum(b.images for b in batches if b is not filler)
-            targets = sum(len(b.labels_TL) for b in batches if b is not filler)
-            weight, images, targets = engine.sum([sum(float(b.weight) for b in batches), images, targets])
-
-            loss_sum = 0.0
-            for index, batch in enumerate(batches):
-                with engine.micro_step(last=index == len(batches) - 1):
-                    loss = wrapped(batch.to(device)).sum / max(weight, 1e-8)
-                    engine.backward(loss)
-                loss_sum += loss.detach().item()
-            # One packed tensor of flags decides for all ranks alike.
-            loss, bad, stop = engine.sum([loss_sum, not math.isfinite(loss_sum), stop_asked()])
-            rate = learning_rate(train, state.step, planned_steps)
-            norm = engine.step(rate, skip=bool(bad))
-            state.step, state.stream = state.step + 1, stream
-
-            if norm is None:
-                state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-                guard.forget()
-                terminal.say(
-                    f"step {state.step}: loss or gradient is not finite, step skipped ({state.skipped} so far)"
-                )
-                if state.skipped_in_a_row >= train.max_skipped_in_a_row:
-                    good = checkpoints.newest(out)
-                    raise GuardError(
-                        f"{state.skipped_in_a_row} steps in a row were not finite; "
-                        f"the last good checkpoint is {good.path if good else 'none: no checkpoint was written yet'}"
-                    )
-            else:
-                state.skipped_in_a_row = 0
-                if guard:
-                    guard.check()
-                    check_frozen(model, frozen)
-                    guard = None
-                    scales = model.scales(batches[0].to(device))  # far apart, the language model reads noise
-                    terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
-                    tracker.metrics({f"train/{name}": value for name, value in scales.items()}, state.step)
-
-            clock.step(images, targets)
-            epoch_ends = stream.position == loader.samples
-            ends = state.step == last_step or bool(stop)
-            if state.step % train.log_every == 0 or ends:
-                numbers = {"loss": loss, "learning_rate": rate, "skipped_steps": state.skipped, **clock.rates()}
-                numbers |= {"grad_norm": norm or math.nan, "memory_mb": memory_mb(device), "epoch": stream.epoch}
-                numbers["quarantined_samples"] = len(loader.quarantined)
-                numbers["truncated_texts"] = collate.truncated.total()
-                terminal.advance(state.step, numbers)
-                tracker.metrics({f"train/{k}": v for k, v in numbers.items()}, state.step)
-            if ends or (state.step % train.evaluate_every == 0 if train.evaluate_every else epoch_ends):
-                evaluate(config, engine, model, state, terminal, tracker)
-            if ends or (state.step % train.save_every == 0 if train.save_every else epoch_ends):
-                if ends:
-                    check_frozen(model, frozen)
-                written = save(config, engine, model, state, tracker)
-            if ends:
-                break
-            clock.restart()
-    return written.path
-
-
-def evaluate(config: Config, engine: Engine, model, state: TrainState, terminal: Terminal, tracker) -> None:
-    """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait."""
-    if engine.is_main and config.data.dev:
-        limit = config.evaluation.dev_images
-        result = evaluate_model(model, [s.path for s in config.data.dev], config, limit=limit)
-        tracker.metrics({f"dev/{name}": value for name, value in result.metrics().items()}, state.step)
-        terminal.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics().items()))
-        terminal.answers([(p.prompt, p.references[0], p.answer) for p in result.shown])
-        page = predictions_html(result.shown_images, config.out_dir / "answers" / f"step-{state.step:06d}.html")
-        tracker.artifact(page, "answers")
-    model.train()
-    engine.wait()
-
-
-def save(config: Config, engine: Engine, model, state: TrainState, tracker) -> checkpoints.Checkpoint | None:
-    """Gathers on all ranks, writes on one; returns the checkpoint there, and its place on the others."""
-    weights, optimizer = engine.trained_state(), engine.optimizer_state()
-    written = None
-    if engine.is_main:
-        document = {
-            "step": state.step,
-            "train": {**asdict(state), "stream": state.stream.to_json()},
-            "scaler": engine.scaler_state(),
-            "config": config.model_dump(mode="json"),
-            "run_id": tracker.run_id,
-            "world_size": engine.world_size,
-        }
-        written = checkpoints.write(
-            config.out_dir, state.step, lambda folder: model.save_pretrained(folder, weights), optimizer, document
-        )
-        checkpoints.prune(config.out_dir, config.train.keep_checkpoints)
-        tracker.checkpoint(written.path, written.digest, state.step)
-    engine.wait()
-    return written
-
-
-def check_frozen(model, before: str) -> None:
-    if frozen_hash(model) != before:
-        raise GuardError("a frozen parameter or buffer has changed during training; this is a bug, please report it")
-
-
-def check_same_model(saved: dict, config: Config) -> None:
-    """A checkpoint goes on only with the model it was written by."""
-    before, now = configs.flatten(Config(**saved)), configs.flatten(config)
-    for key in sorted(before.keys() | now.keys()):
-        if key.startswith("model.") and before.get(key) != now.get(key):
-            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in the checkpoint and is {now.get(key)!r} now")
-
-
-def asked_to_stop():
-    """A function that tells whether SIGTERM or SIGINT came: the run then saves and ends, as before a preemption."""
-    asked = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.append(True))
-    return lambda: bool(asked)
-
-
-class Clock:
-    """Speed since the last report: images and targets a second, and the share of time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._reset()
-        self._mark = time.perf_counter()
-
-    def _reset(self) -> None:
-        self._images = self._targets = 0.0
-        self._wait = self._busy = 0.0
-
-    def waited(self) -> None:
-        now = time.perf_counter()
-        self._wait, self._mark = self._wait + now - self._mark, now
-
-    def step(self, images: float, targets: float) -> None:
-        now = time.perf_counter()
-        self._busy, self._mark = self._busy + now - self._mark, now
-        self._images, self._targets = self._images + images, self._targets + targets
-
-    def restart(self) -> None:
-        """What happened since the step (an evaluation, a checkpoint) is neither work nor waiting."""
-        self._mark = time.perf_counter()
-
-    def rates(self) -> dict[str, float]:
-        seconds = max(self._wait + self._busy, 1e-9)
-        rates = {
-            "images_per_second": self._images / seconds,
-            "targets_per_second": self._targets / seconds,
-            "data_wait": self._wait / seconds,
-        }
-        self._reset()
-        return rates
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What `accelerate launch -m harness.train` runs. Bad input: one sentence from rank 0, exit code 2."""
+    """What `accelerate launch -m harness.train` runs. Bad input: one sentence, of one rank, and exit code 2."""
     parser = argparse.ArgumentParser(prog="harness.train", description="Train a vision-language model.")
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
+    rank = os.environ.get("RANK", "0")
     try:
         config = configs.load(given.config, given.overrides)
         check_before_launch(config)
-        check_resume(config, given.resume)
         last = run(config, given.resume)
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"harness: {sentence}", file=sys.stderr)
+        if rank != "0":
+            time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
+        print(f"harness: {sentence}" if rank == "0" else f"harness, rank {rank}: {sentence}", file=sys.stderr)
         return 2
-    if os.environ.get("RANK", "0") == "0":
+    if rank == "0":
         print(f"checkpoint: {last}")
     return 0
 
