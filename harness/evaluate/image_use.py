@@ -62,7 +62,7 @@ class ImageUse:
     loss_gap: Interval  # shuffled - true
     accuracies: dict[str, float]  # the same conditions; empty where the task has no score
     accuracy_gap: Interval | None  # true - shuffled
-    answers_changed_where_truth_differs: float | None  # share of `pairs_where_truth_differs`
+    answers_changed_where_truth_differs: float | None  # percent of `pairs_where_truth_differs`
     pairs_where_truth_differs: int
     distinct_outputs: int
     empty_rate: float
@@ -208,7 +208,7 @@ class Gate:
             loss_gap=loss_gap,
             accuracies=accuracies,
             accuracy_gap=accuracy_gap,
-            answers_changed_where_truth_differs=changed / pairs if pairs else None,
+            answers_changed_where_truth_differs=100 * changed / pairs if pairs else None,
             pairs_where_truth_differs=pairs,
             distinct_outputs=len({vqa.normalise(p.answer) for p in predictions}),
             empty_rate=empty_rate,

@@ -259,7 +259,8 @@ def evaluate_run(
     """
     run_dir = Path(run_dir)
     found = find_checkpoint(run_dir)
-    config = Config(**found.state["config"])
+    home = found.path.parent.parent  # where the run lies now; its config may name where it lay once
+    config = Config(**{**found.state["config"], "out": str(home)})
     paths = list(data or [test.path for test in config.data.test])
     if not paths:
         raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
@@ -269,8 +270,9 @@ def evaluate_run(
     for manifest in manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
-    out = Path(out or found.path.parent.parent / FOLDER)
+    out = Path(out or home / FOLDER)
     out.mkdir(parents=True, exist_ok=True)
+    (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
     evaluation = evaluate_model(
         model,
         paths,
@@ -278,7 +280,7 @@ def evaluate_run(
         majority=Majority.of(training_records(config)),
         text_only_accuracy=text_only_accuracy,
         progress=progress,
-        quarantine=out / "quarantine.jsonl",
+        quarantine=quarantine,
     )
     report = {
         "checkpoint": str(found.path),

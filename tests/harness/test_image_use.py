@@ -123,7 +123,7 @@ def test_a_model_that_reads_its_image_is_found_to_use_it():
     assert use.accuracies["true"] == 100.0
     assert use.accuracies["shuffled"] < 80
     assert use.accuracies["no_image"] == use.accuracies["blank"] == use.accuracies["noise"] == pytest.approx(33.33)
-    assert use.answers_changed_where_truth_differs == 1.0
+    assert use.answers_changed_where_truth_differs == 100.0
     assert use.pairs_where_truth_differs == 180
     assert use.loss_gap.low > 0.5
     assert use.loss_nats["true"] == pytest.approx(1.0)
