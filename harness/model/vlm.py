@@ -121,7 +121,9 @@ class VisionLanguageModel(PreTrainedModel):
         return {name: part for name, part in {**named, "language model": self.lm}.items() if part is not None}
 
     def checkpoint_activations(self) -> None:
-        self.lm.t5.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        t5 = self.lm.t5  # the method's name changed in transformers 5
+        enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def patch_tokens(self, batch: Batch) -> torch.Tensor:
         """patches_IPD: the features of the batch, or what the tower makes of its pixels."""

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from harness.batch import Batch
-from harness.config import Decoding
+from harness.config import ConfigError, Decoding
 from harness.config import LanguageModel as LanguageModelConfig
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
@@ -48,6 +48,11 @@ class T5Language(nn.Module):
         base, self.tokenizer = quantise.load(
             config, T5ForConditionalGeneration, dtype=dtype, compute_dtype=compute_dtype
         )
+        if (depth := base.config.num_layers) != base.config.num_decoder_layers:
+            raise ConfigError(  # it would train, and fail in transformers' cache at the first answer
+                f"model.lm.id: {config.id!r} has {base.config.num_decoder_layers} decoder layers and {depth} encoder "
+                "layers: transformers cannot generate with such a T5, use one with as many of both"
+            )
         self.lm = quantise.tune(base, config)
 
     @property

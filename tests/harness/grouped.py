@@ -1,0 +1,96 @@
+"""A batch of captions and questions as the Collator groups it, the same batch unrolled, and a model to put it into.
+
+Two images, five contexts, nine targets: image 0 has a caption prompt with five targets and two questions, image 1 has
+one of each. Features take the place of pixels: 6 patch tokens of width 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from harness.batch import Batch, Collator
+from harness.config import Config, Data, Prompts
+from harness.model.vlm import VisionLanguageModel
+from shards.read import Sample
+from shards.record import Record, Text
+
+TOKENS, WIDTH = 6, 32
+ENCODER = {"kind": "clip", "id": "none", "hash": "e" * 64, "tokens": TOKENS, "width": WIDTH, "image_size": 32}
+CAPTIONS = ("a black dog", "a white dog with brown spots", "two girls paint a rainbow", "a man", "a boy jumps")
+
+
+def records() -> list[Record]:
+    first = (
+        Text("c0", "caption", CAPTIONS),
+        Text("q0", "vqa", ("down", "down", "at the table"), "Where is he looking?"),
+        Text("q1", "vqa", ("yes",) * 3, "is there a red shape in the picture, or is it a blue one?"),
+    )
+    second = (Text("c1", "caption", ("a child in a pink dress",)), Text("q2", "vqa", ("no",), "is it red?"))
+    return [Record("0", "toy", "train", "0", first), Record("1", "toy", "train", "1", second)]
+
+
+def samples(epoch: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(TOKENS, WIDTH)).astype(np.float16) for _ in records()]
+    return [
+        Sample(r, f, "safetensors", 0, i, epoch=epoch) for i, (r, f) in enumerate(zip(records(), features, strict=True))
+    ]
+
+
+def collator(tokenizer, *, prompts: Prompts | None = None, **data) -> Collator:
+    return Collator(tokenizer, Data(**data), prompts or Prompts())
+
+
+def unrolled(batch: Batch) -> Batch:
+    """Every target with an image row and a context row of its own."""
+    c = batch.context_of_T
+    rows = torch.arange(len(c))
+    return replace(
+        batch,
+        prompt_ids_CL=batch.prompt_ids_CL[c],
+        prompt_mask_CL=batch.prompt_mask_CL[c],
+        image_of_C=rows,
+        context_of_T=rows,
+        features_IPD=batch.features_IPD[batch.image_of_C[c]],
+        contexts=tuple(batch.contexts[i] for i in c.tolist()),
+    )
+
+
+def config(t5: Path, *, bridge: dict | None = None, train: dict | None = None, **lm) -> Config:
+    small = {"query_tokens": 3, "layers": 2, "width": 32, "heads": 4}
+    lora = {"r": 4, "alpha": 8}
+    return Config(
+        name="grouped",
+        model={"bridge": small | (bridge or {}), "lm": {"id": str(t5), "tuning": "lora", "lora": lora} | lm},
+        train=train or {},
+    )
+
+
+def model(t5: Path, **settings) -> VisionLanguageModel:
+    """In train mode, and LoRA's B matrices not 0 as at their start, when A has no gradient."""
+    built = VisionLanguageModel.build(config(t5, **settings), ENCODER)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in built.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return built.train()
+
+
+def gradients(built: VisionLanguageModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """Mean loss of the batch, and the gradient of every trainable parameter (None where it got none)."""
+    built.zero_grad(set_to_none=True)
+    out = built(batch)
+    loss = out.sum / max(float(out.weight), 1.0)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two sets of gradients, in the largest gradient."""
+    assert one.keys() == other.keys()
+    size = max(g.abs().max().item() for g in one.values())
+    return max((one[name] - other[name]).abs().max().item() for name in one) / size
