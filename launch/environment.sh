@@ -66,9 +66,9 @@ make_environment() {
     extras=${extras#,}
 
     if [ ! -x "$venv_python" ]; then
-        command -v "$python" >/dev/null || stop "$python is not installed; harness needs Python 3.10 or newer"
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            stop "$python is $("$python" --version 2>&1); harness needs 3.10 or newer (name another by PYTHON=python3.11)"
+        command -v "$python" >/dev/null || stop "$python is not installed; harness needs Python 3.11 or newer"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            stop "$python is $("$python" --version 2>&1); harness needs 3.11 or newer (name another by PYTHON=python3.11)"
         choice=$(torch_choice "$python")
         make_venv "$python" "$choice"
     else

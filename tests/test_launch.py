@@ -16,7 +16,7 @@ PYTHON = """#!/bin/bash
 echo "$@" >>"$CALLS"
 case "$*" in
 "-") [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" || exit 1 ;;
-"-c import sys; sys.exit(sys.version_info < (3, 10))") exit "${FAKE_OLD:-0}" ;;
+"-c import sys; sys.exit(sys.version_info < (3, 11))") exit "${FAKE_OLD:-0}" ;;
 "--version") echo "Python 3.8.1" ;;
 "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 "-m pip install"*) exit "${FAKE_PIP:-0}" ;;
@@ -139,10 +139,10 @@ def test_an_installation_that_failed_is_tried_again(checkout):
 def test_a_python_that_is_too_old_or_missing_is_one_sentence(checkout):
     ran, _ = checkout("demo.sh", FAKE_OLD="1")
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
-    assert "python3 is Python 3.8.1; harness needs 3.10 or newer" in ran.stderr
+    assert "python3 is Python 3.8.1; harness needs 3.11 or newer" in ran.stderr
     ran, _ = checkout("demo.sh", PYTHON="python3.99")
     assert ran.returncode == 2
-    assert ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.10 or newer\n"
+    assert ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.11 or newer\n"
     assert not (checkout.folder / ".venv").exists()
 
 
