@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from harness.cli_shards import PLAIN, Out, bar
+from harness.cli_shards import PLAIN, Out, Sets, told
 from harness.cli_shards import app as shards_app
 
 app = typer.Typer(
@@ -76,11 +76,8 @@ def evaluate(
     """Scores a run beside its floors, and says whether its answers come from the images."""
     from harness.evaluate.run import evaluate_run, table
 
-    with bar() as progress:
-        task = progress.add_task("evaluating", total=None)
-        report = evaluate_run(
-            run, data, progress=lambda done, images: progress.update(task, completed=done, total=images)
-        )
+    with told("evaluating") as progress:
+        report = evaluate_run(run, data, progress=progress)
     print(json.dumps(report, indent=2) if as_json else table(report))
 
 
@@ -94,6 +91,32 @@ def ask(
     from harness.evaluate.run import ask
 
     print(ask(run, image, prompt))
+
+
+@app.command()
+def base_lm(
+    data: Sets,
+    out: Out,
+    config: Annotated[str, typer.Option(help="Its prompts and seed; the model then is its model.lm.id.")],
+    d_model: Annotated[int, typer.Option(min=4, help="Width, a multiple of 4.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Of the encoder, and as many of the decoder.")] = 2,
+    steps: Annotated[int, typer.Option(min=1)] = 150,
+) -> None:
+    """Trains a small T5 on the texts alone: a base language model without a download, and the text-only floor."""
+    from harness.config import ConfigError, load
+
+    loaded = load(config)
+    if d_model % 4:
+        raise ConfigError(f"--d-model {d_model}: expected a multiple of 4, the number of heads")
+    if out.exists():
+        raise ConfigError(f"--out {out} is there already: remove it, or choose another folder")
+    from harness.base_lm import make
+    from shards.write import folder_beside
+
+    with told("text-only training") as progress, folder_beside(out) as beside:
+        make(data, beside, loaded, d_model=d_model, layers=layers, d_ff=4 * d_model, steps=steps, progress=progress)
+        beside.rename(out)
+    print(f"{out}: tokenizer and T5 of width {d_model}, {layers} + {layers} layers; use it by model.lm.id={out}")
 
 
 def main() -> None:

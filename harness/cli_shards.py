@@ -5,15 +5,18 @@ Official files or folders of shards -> folders of shards, and a summary on stdou
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,89 +25,57 @@ if TYPE_CHECKING:
 
 PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 app = typer.Typer(help="Makes and checks sets of shards.", **PLAIN)
-build_app = typer.Typer(help="Makes shards of a data set's official files.", **PLAIN)
-app.add_typer(build_app, name="build")
 
 Out = Annotated[Path, typer.Option(help="The folder to make.")]
-ShortSide = Annotated[int | None, typer.Option(min=1, help="Shrink images to this many pixels on the short side.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode. None: one a core.")]
-Images = Annotated[Path, typer.Option(help="Folder of images, or a zip, which is not extracted.")]
 Sets = Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of shards.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-@build_app.command()
-def flickr8k(
-    images: Images,
-    captions: Annotated[Path, typer.Option(help="Flickr8k.token.txt or captions.txt.")],
+def _common(
     out: Out,
-    splits: Annotated[Path | None, typer.Option(help="Folder of Flickr_8k.trainImages.txt and the others.")] = None,
-    short_side: ShortSide = None,
-    workers: Workers = None,
+    short_side: Annotated[int | None, typer.Option(min=1, help="Shrink images to it on their short side.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode. None: one a core.")] = None,
 ) -> None:
-    """Flickr8k: five captions an image."""
-    _build("flickr8k", out, short_side, workers, images=images, captions=captions, splits=splits)
+    """What every `harness shards build SOURCE` takes beside the options of the source's own `load`."""
 
 
-@build_app.command()
-def vqav2(
-    images: Images,
-    questions: Annotated[Path, typer.Option(help="v2_OpenEnded_..._questions.json")],
-    annotations: Annotated[Path, typer.Option(help="v2_..._annotations.json")],
-    split: Annotated[str, typer.Option(help="train or val.")],
-    out: Out,
-    pairs: Annotated[Path | None, typer.Option(help="v2_..._complementary_pairs.json")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Draw this many images; pairs stay together.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    short_side: ShortSide = None,
-    workers: Workers = None,
-) -> None:
-    """VQAv2: questions with ten answers each."""
-    files = {"images": images, "questions": questions, "annotations": annotations, "pairs": pairs}
-    _build("vqav2", out, short_side, workers, **files, split=split, limit=limit, seed=seed)
+class _Sources(TyperGroup):
+    """A verb for each source; its options, their help and their defaults are those of its `load`."""
+
+    def list_commands(self, context: object) -> list[str]:
+        from shards.sources import SOURCES
+
+        return list(SOURCES)
+
+    def get_command(self, context: object, name: str) -> object:
+        from shards.sources import SOURCES
+
+        if name not in SOURCES:
+            return None
+
+        def verb(**given: object) -> None:
+            _build(name, **given)
+
+        own = inspect.signature(SOURCES[name], eval_str=True).parameters.values()
+        options = [p.replace(kind=p.KEYWORD_ONLY, annotation=_option(p.annotation)) for p in own]
+        common = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_common, eval_str=True).parameters.values()]
+        verb.__signature__ = inspect.Signature(options + common)
+        verb.__doc__ = inspect.getmodule(SOURCES[name]).__doc__.partition("\n")[0]
+        one = typer.Typer(**PLAIN)
+        one.command(name)(verb)
+        return typer.main.get_command(one)
 
 
-@build_app.command()
-def coco_captions(
-    images: Images,
-    captions: Annotated[Path, typer.Option(help="captions_train2014.json and the like.")],
-    split: Annotated[str, typer.Option(help="train or val.")],
-    out: Out,
-    short_side: ShortSide = None,
-    workers: Workers = None,
-) -> None:
-    """COCO captions."""
-    _build("coco-captions", out, short_side, workers, images=images, captions=captions, split=split)
+def _option(annotation: object) -> object:
+    """`Annotated[Path, "help"]` of a source, as typer takes it."""
+    kind, *words = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return Annotated[kind, typer.Option(help=" ".join(words) or None)]
 
 
-@build_app.command()
-def karpathy(
-    images: Images,
-    captions: Annotated[Path, typer.Option(help="dataset_flickr8k.json, _flickr30k or _coco.")],
-    out: Out,
-    short_side: ShortSide = None,
-    workers: Workers = None,
-) -> None:
-    """Flickr8k, Flickr30k or COCO in the splits of Karpathy."""
-    _build("karpathy", out, short_side, workers, images=images, captions=captions)
-
-
-@build_app.command()
-def easy_vqa(out: Out, short_side: ShortSide = None, workers: Workers = None) -> None:
-    """easy-VQA, from the package of that name."""
-    _build("easy-vqa", out, short_side, workers)
-
-
-@build_app.command()
-def image_folder(
-    images: Images,
-    jsonl: Annotated[Path, typer.Option(help="One text a line: image, and caption, or question and answers.")],
-    out: Out,
-    short_side: ShortSide = None,
-    workers: Workers = None,
-) -> None:
-    """Your own images and texts."""
-    _build("image-folder", out, short_side, workers, images=images, jsonl=jsonl)
+app.add_typer(
+    typer.Typer(cls=_Sources, help="Makes shards of a data set's official files.", **PLAIN, callback=lambda: None),
+    name="build",
+)
 
 
 @app.command()
@@ -172,33 +143,33 @@ def features(
 
     loaded = load(config, overrides or ())
     check_vision(loaded)
-    from harness.features import encode_set
+    from harness.features import encode_set, skipped
 
-    options = {"precision": loaded.train.precision, "max_image_pixels": loaded.data.max_image_pixels}
-    with bar() as progress:
-        task = progress.add_task("encoding", total=None)
+    with told("encoding") as progress:
         made = encode_set(
             shards,
             out,
             loaded.model.vision,
-            progress=lambda done, images: progress.update(task, completed=done, total=images),
+            precision=loaded.train.precision,
+            max_image_pixels=loaded.data.max_image_pixels,
             workers=loaded.data.workers,
             overwrite=overwrite,
-            **options,
+            progress=progress,
         )
-    print(f"{made.folder}: {made.samples:,} samples, {made.bytes / 1e6:,.1f} MB, made by {made.encoder['id']}")
+    left_out = f"{len(skipped(made)):,} images that could not be read left out"
+    print(
+        f"{made.folder}: {made.samples:,} samples, {made.bytes / 1e6:,.1f} MB, made by {made.encoder['id']}; {left_out}"
+    )
 
 
 def _build(source: str, out: Path, short_side: int | None, workers: int | None, **options: object) -> None:
     from shards.build import build
 
     with bar() as progress:
-        tasks: dict[str, int] = {}
+        tasks = defaultdict(lambda: progress.add_task(source, total=None))
 
         def show(split: str, done: int, images: int) -> None:
-            if split not in tasks:
-                tasks[split] = progress.add_task(f"{source} {split}", total=images)
-            progress.update(tasks[split], completed=done)
+            progress.update(tasks[split], description=f"{source} {split}", completed=done, total=images)
 
         summary = build(source, out, short_side=short_side, workers=workers, progress=show, **options)
     print(_summary(summary))
@@ -219,25 +190,27 @@ def _summary(summary: Summary) -> str:
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """A progress bar on stderr, if that is a terminal."""
+    """Progress bars on stderr, if that is a terminal."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
+    times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+    with rich.Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
         yield progress
 
 
 @contextmanager
-def _counted(title: str):
+def told(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, of how many)."""
+    with bar() as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total, *_: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _counted(title: str) -> Iterator[Callable[[int], None]]:
     """A bar without an end that is known, advanced by the number of samples done since the last call."""
     with bar() as progress:
         task = progress.add_task(title, total=None)

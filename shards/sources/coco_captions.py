@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
 from shards.manifest import ShardError
-from shards.sources.source import TEXT_WITHOUT_IMAGE, Images, Source, read_json, rows_of, unique
+from shards.sources.source import TEXT_WITHOUT_IMAGE, Images, ImagesAt, Source, read_json, rows_of, unique
 
 
-def load(images: str | Path, captions: str | Path, split: str) -> Source:
+def load(
+    images: ImagesAt,
+    captions: Annotated[Path, "captions_train2014.json and the like."],
+    split: Annotated[str, "train or val."],
+) -> Source:
     """`split` names what the file holds (train, val). ShardError for another format and for duplicate ids."""
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")

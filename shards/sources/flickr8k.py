@@ -9,15 +9,20 @@ import csv
 import io
 import re
 from pathlib import Path
+from typing import Annotated
 
 from shards.manifest import ShardError
-from shards.sources.source import NO_SPLIT, TEXT_WITHOUT_IMAGE, Images, Source, keys_of, read_text, unique
+from shards.sources.source import NO_SPLIT, TEXT_WITHOUT_IMAGE, Images, ImagesAt, Source, keys_of, read_text, unique
 
 _TOKEN_LINE = re.compile(r"(.+)#(\d+)\t(.*)")
 _SPLIT_FILE = re.compile(r"(?:.*[._\-])?(train|dev|val|test)Images\.txt")
 
 
-def load(images: str | Path, captions: str | Path, splits: str | Path | None = None) -> Source:
+def load(
+    images: ImagesAt,
+    captions: Annotated[Path, "Flickr8k.token.txt or captions.txt."],
+    splits: Annotated[Path | None, "Folder of Flickr_8k.trainImages.txt and the others."] = None,
+) -> Source:
     """`images` is the folder or the official zip, `splits` the folder of `Flickr_8k.trainImages.txt` and the others.
 
     Without `splits` everything goes to `train`. ShardError for a file that is missing or of another format, a caption

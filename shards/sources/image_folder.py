@@ -10,11 +10,11 @@ import json
 import posixpath
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from shards.manifest import ShardError
 from shards.record import Text
-from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, Source, keys_of, read_text, unique
+from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, ImagesAt, Source, keys_of, read_text, unique
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
 
@@ -28,7 +28,9 @@ class _Picture:
     rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
 
-def load(images: str | Path, jsonl: str | Path) -> Source:
+def load(
+    images: ImagesAt, jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."]
+) -> Source:
     """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of the form above,
     an id given twice, an image in two splits."""
     source = Source("image_folder", Images(images))

@@ -6,14 +6,15 @@ Splits are train, val and test; `restval` (COCO) goes into train, as everybody t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from shards.manifest import ShardError
-from shards.sources.source import Images, Source, keys_of, read_json, rows_of, unique
+from shards.sources.source import Images, ImagesAt, Source, keys_of, read_json, rows_of, unique
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def load(images: str | Path, captions: str | Path) -> Source:
+def load(images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _flickr30k or _coco."]) -> Source:
     """`captions` is dataset_flickr8k.json or its like. ShardError for another format or split, or a name twice."""
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")

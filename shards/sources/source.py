@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from shards.manifest import ShardError
 from shards.record import Record, Text
+
+ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

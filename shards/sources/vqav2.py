@@ -8,21 +8,31 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from shards.manifest import ShardError
 from shards.record import Text
-from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, Source, order_of, read_json, rows_of, unique
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    Images,
+    ImagesAt,
+    Source,
+    order_of,
+    read_json,
+    rows_of,
+    unique,
+)
 
 
 def load(
-    images: str | Path,
-    questions: str | Path,
-    split: str,
-    annotations: str | Path | None = None,
-    pairs: str | Path | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+    images: ImagesAt,
+    questions: Annotated[Path, "v2_OpenEnded_..._questions.json"],
+    split: Annotated[str, "train or val."],
+    annotations: Annotated[Path | None, "v2_..._annotations.json"] = None,
+    pairs: Annotated[Path | None, "v2_..._complementary_pairs.json"] = None,
+    limit: Annotated[int | None, "Draw this many images; pairs stay together."] = None,
+    seed: Annotated[int, "Of the draw."] = 0,
 ) -> Source:
     """`split` is train or val; `pairs` the official list of [question id, question id] of complementary pairs.
 

@@ -10,6 +10,8 @@ import pytest
 
 from harness import cli, launcher
 from harness.config import ConfigError
+from shards.record import Record, Text
+from shards.write import write_shards
 
 
 @pytest.fixture
@@ -139,6 +141,24 @@ def test_real_questions_are_built_verified_counted_and_indexed(harness, shared_d
     code, _, said = harness("shards", "verify", out / "val")
     assert code == 2
     assert all(line.startswith("harness: ") for line in said.splitlines())
+
+
+def test_a_base_language_model_is_made_of_the_texts_alone_whole_or_not_at_all(harness, tmp_path):
+    texts = (Text("1", "caption", ("a red dog runs", "a dog")),)
+    samples = [(Record(f"k{n}", "toy", "train", f"{n}", texts), b"never read", "jpg") for n in range(3)]
+    write_shards(samples, tmp_path / "train", dataset="toy", split="train")
+    call = ["base-lm", tmp_path / "train", "--config", "flickr8k_offline", "--out", tmp_path / "lm"]
+    call += ["--d-model", 16, "--layers", 1, "--steps", 2]
+    code, shown, _ = harness(*call)
+    assert (code, shown.count("\n")) == (0, 1)
+    assert f"model.lm.id={tmp_path / 'lm'}" in shown
+    assert json.loads((tmp_path / "lm" / "config.json").read_text())["d_model"] == 16
+    assert str(tmp_path) not in (tmp_path / "lm" / "config.json").read_text()
+    assert "is there already" in refused(harness(*call))
+    assert "a multiple of 4" in refused(harness(*call[:-6], "--d-model", 18))
+    call[1], call[5] = tmp_path / "nowhere", tmp_path / "other"
+    assert "no folder of shards" in refused(harness(*call))
+    assert {path.name for path in tmp_path.iterdir()} == {"train", "lm"}
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():

@@ -88,6 +88,15 @@ def test_a_full_disk_at_the_last_file_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_build_left_is_removed_and_a_living_one_is_left_alone(tmp_path):
+    host = os.uname().nodename
+    living, killed, elsewhere = f".a.{host}.1", f".a.{host}.99999999", ".a.other.99999999"
+    for name in (living, killed, elsewhere):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "a", map(captioned, range(3)))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", living, elsewhere}
+
+
 def test_an_existing_set_is_replaced_only_when_asked(tmp_path):
     write(tmp_path / "a", map(captioned, range(3)))
     with pytest.raises(ShardError, match="already holds shards"):
