@@ -91,7 +91,7 @@ def _weight_files(config: LanguageModelConfig) -> list[Path]:
         if found := find(index):
             names = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
             return [Path(find(name)) for name in names]
-    raise ConfigError(f"model.lm.id: {config.id!r} holds no model.safetensors and no pytorch_model.bin")
+    raise _cannot_load(config, OSError("no model.safetensors and no pytorch_model.bin is there"))
 
 
 def _cannot_load(config: LanguageModelConfig, error: Exception) -> ConfigError:
