@@ -234,22 +234,19 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
         parts, value = parse_override(override)
         at: Any = changed
         for depth, part in enumerate(parts):
-            last = depth == len(parts) - 1
+            where, last = ".".join(parts[:depth]), depth == len(parts) - 1
             if isinstance(at, list):
                 if not part.isdecimal() or int(part) >= len(at):
-                    raise ConfigError(
-                        f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(at)}, "
-                        f"found {part!r}, expected a position in it"
-                    )
+                    expected = f"a list of {len(at)}, found {part!r}, expected a position in it"
+                    raise ConfigError(f"override {override!r}: {where} is {expected}")
                 part = int(part)
             elif not isinstance(at, dict):
-                raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is {_short(at)}, it holds no keys")
+                raise ConfigError(f"override {override!r}: {where} is {_short(at)}, it holds no keys")
+            elif at.get(part) is None and not last:
+                at[part] = {}
             if last:
                 at[part] = value
-            else:
-                if isinstance(at, dict) and at.get(part) is None:
-                    at[part] = {}
-                at = at[part]
+            at = at[part]
     return changed
 
 
@@ -330,18 +327,18 @@ def _expected(problem: Mapping[str, Any]) -> str:
     return text.replace("a valid integer", "an integer").replace("valid tuple", "list").replace("valid ", "")
 
 
-def _inner_section(annotation: Any) -> type[_Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, _Section):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _inner_section(inner))), None)
-
-
 def _section_at(location: Sequence[str | int]) -> type[_Section]:
     """The deepest section on the way to a location: its keys are the valid ones there."""
+
+    def inner(annotation: Any) -> type[_Section] | None:
+        if isinstance(annotation, type) and issubclass(annotation, _Section):
+            return annotation
+        return next(filter(None, map(inner, get_args(annotation))), None)
+
     section: type[_Section] = Config
     for part in location:
-        field = section.model_fields.get(part) if isinstance(part, str) else None
-        section = (field and _inner_section(field.annotation)) or section
+        if part in section.model_fields:
+            section = inner(section.model_fields[part].annotation) or section
     return section
 
 
@@ -352,14 +349,12 @@ def _field_path(location: Sequence[str | int]) -> list[str | int]:
 
 def _closest(location: Sequence[str | int]) -> str:
     section, *above, wrong = _section_at(location[:-1]), *location
-    near = difflib.get_close_matches(str(wrong), section.model_fields, n=1)
-    if near:
-        return f"did you mean {'.'.join(map(str, [*above, near[0]]))}?"
-    everywhere = {key.rsplit(".", 1)[-1]: key for key in flatten(Config(name="-"))}
-    elsewhere = difflib.get_close_matches(str(wrong), everywhere, n=1)
-    if elsewhere:
-        return f"did you mean {everywhere[elsewhere[0]]}?"
-    return f"the keys there are {', '.join(section.model_fields)}"
+    here = {key: ".".join(map(str, [*above, key])) for key in section.model_fields}
+    everywhere = {key.rpartition(".")[2]: key for key in flatten(Config(name="-"))}
+    for known in (here, everywhere):
+        if near := difflib.get_close_matches(str(wrong), known, n=1):
+            return f"did you mean {known[near[0]]}?"
+    return f"the keys there are {', '.join(here)}"
 
 
 def _short(value: Any) -> str:

@@ -43,17 +43,9 @@ def command(
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
     # Threads that spin while they wait make a small step 100 times slower as soon as another process is busy.
     changed = {**environment, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
     if processes > 1:
         # On the CPU too: `--cpu --num_processes 2` would start a single process. Port 0: a free one.
         launch += ["--multi_gpu", "--main_process_port", "0"]
