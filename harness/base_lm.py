@@ -22,6 +22,7 @@ from harness.batch import Batch, Collator, Context, drawn, most_common
 from harness.config import Config, LanguageModel
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import T5Language
+from harness.model.vision import quiet_transformers
 from harness.prompts import prompt, template
 from harness.schedule import learning_rate
 from shards.loader import Loader
@@ -126,10 +127,12 @@ def make(
             tie_word_embeddings=True,
         )
     )
-    t5.save_pretrained(out)
+    with quiet_transformers():
+        t5.save_pretrained(out)
     language = T5Language(LanguageModel(id=str(out), tuning="full"))
     _train(language, pairs, config, steps, prompts_a_step, peak, progress)
-    language.lm.save_pretrained(out)
+    with quiet_transformers():
+        language.lm.save_pretrained(out)
     return out
 
 
