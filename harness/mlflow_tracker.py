@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,10 +165,7 @@ class MLflowTracker(NoTracker):
         try:
             act()
         except Exception as error:
-            if (
-                not isinstance(error, FileNotFoundError)
-                and getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE"
-            ):
+            if not (isinstance(error, FileNotFoundError) or _code(error) == "INVALID_PARAMETER_VALUE"):
                 raise
             log.warning("not in MLflow: %s (%s)", name, " ".join(str(error).split())[:300])
 
@@ -188,11 +186,8 @@ class MLflowTracker(NoTracker):
                         self._infinite.add(key)
                     value = math.nan
                 metrics.append(Metric(key, value, row["time"], row["step"]))
-        for start in range(0, len(metrics), MAX_METRICS):
-            batch = metrics[start : start + MAX_METRICS]
-            self._unless_refused(
-                lambda b=batch: self._client.log_batch(self.run_id, metrics=b), f"{len(batch)} figures"
-            )
+        for batch in _batches(metrics, MAX_METRICS):
+            self._unless_refused(partial(self._client.log_batch, self.run_id, batch), f"{len(batch)} figures")
         if infinite:
             self._set_tags(infinite)
         self._sent, more = offset, offset > self._sent
@@ -244,12 +239,10 @@ class MLflowTracker(NoTracker):
         self._client = client
 
     def _find_run(self, client: Any) -> Any:
-        from mlflow.exceptions import MlflowException
-
         try:
             run = client.get_run(self.run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except Exception as error:
+            if _code(error) != "RESOURCE_DOES_NOT_EXIST":
                 raise
             run = None
         if run is None or run.info.lifecycle_stage != "active":
@@ -259,16 +252,14 @@ class MLflowTracker(NoTracker):
         return run
 
     def _experiment(self, client: Any) -> str:
-        from mlflow.exceptions import MlflowException
-
         name = self._config.tracking.experiment
         if found := client.get_experiment_by_name(name):
             return found.experiment_id
         place = database(self._uri).parent / "mlartifacts" if self._uri.startswith("sqlite") else None
         try:
             return client.create_experiment(name, artifact_location=place and place.as_uri())
-        except MlflowException as error:  # another job was faster
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        except Exception as error:  # another job was faster
+            if _code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
             return client.get_experiment_by_name(name).experiment_id
 
@@ -282,11 +273,10 @@ class MLflowTracker(NoTracker):
         tags = {f"resumed.{k}": v for k, v in params.items() if known.get(k, v) != v}
         tags |= {**version_tags(), **git_tags(), **self._facts, "host": os.uname().nodename}
         new = [Param(k, v) for k, v in params.items() if k not in known]
-        for start in range(0, len(new), MAX_PARAMS):
-            client.log_batch(run.info.run_id, params=new[start : start + MAX_PARAMS])
-        entries = [RunTag(key, str(value)) for key, value in tags.items()]
-        for start in range(0, len(entries), MAX_PARAMS):
-            client.log_batch(run.info.run_id, tags=entries[start : start + MAX_PARAMS])
+        for batch in _batches(new, MAX_PARAMS):
+            client.log_batch(run.info.run_id, params=batch)
+        for batch in _batches([RunTag(key, str(value)) for key, value in tags.items()], MAX_PARAMS):
+            client.log_batch(run.info.run_id, tags=batch)
         if self._datasets:
             client.log_inputs(run.info.run_id, dataset_inputs(self._datasets))
         client.log_text(run.info.run_id, without_password(dump(self._config)), "config.yaml")
@@ -302,6 +292,15 @@ class MLflowTracker(NoTracker):
 
         if all(file.path != name for file in self._client.list_artifacts(self.run_id, folder)):
             self._client.log_table(self.run_id, pandas.DataFrame(columns, dtype=object), name)
+
+
+def _code(error: Exception) -> str:
+    """MLflow's own name of an error; "" for any other."""
+    return getattr(error, "error_code", "")
+
+
+def _batches(entries: list[Any], size: int) -> list[list[Any]]:
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
 def store_uri(config: Config) -> str:

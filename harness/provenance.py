@@ -26,8 +26,8 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
 
     inputs = []
     for manifest in manifests:
-        shards = [shard.bytes for shard in manifest.shards]
-        size = {"samples": manifest.samples, "texts": manifest.texts, "shards": len(shards), "bytes": sum(shards)}
+        size = {"samples": manifest.samples, "texts": manifest.texts, "shards": len(manifest.shards)}
+        size["bytes"] = sum(shard.bytes for shard in manifest.shards)
         dataset = Dataset(
             name=f"{manifest.dataset}/{manifest.split}",
             digest=manifest.digest[:MAX_DIGEST],

@@ -21,7 +21,6 @@ from braceexpand import braceexpand
 from shards.manifest import (
     INDEX,
     SKIPPED,
-    Kind,
     Manifest,
     ShardError,
     ShardInfo,
@@ -94,9 +93,8 @@ def index_shards(
     split: str,
     *,
     out: Path | str | None = None,
-    kind: Kind = "images",
     overwrite: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Progress = lambda samples: None,
 ) -> Manifest:
     """Makes `index.json` and its sidecar for WebDataset shards made elsewhere; the tars stay as and where they are.
 
@@ -114,7 +112,7 @@ def index_shards(
         raise ShardError(f"{folder / INDEX} is there already: allow it to be overwritten to index the shards again")
     sidecar, shards, keys, skipped = SidecarWriter(), [], set(), []
     for name in names:
-        shards.append(_index_tar(join(base, name), (kind, dataset, split), sidecar, keys, skipped, on_progress))
+        shards.append(_index_tar(join(base, name), dataset, split, sidecar, keys, skipped, on_progress))
     if not sum(shard.samples for shard in shards):
         why = f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
         raise ShardError(f"{base} holds no sample with image and text{why}")
@@ -125,7 +123,7 @@ def index_shards(
         write_whole(folder / SKIPPED, lines.encode())
     place = base if is_remote(base) else str(Path(base).resolve())
     place = None if place == str(folder.resolve()) else place
-    manifest = Manifest(str(folder), kind, dataset, split, tuple(shards), *files, base=place, skipped=len(skipped))
+    manifest = Manifest(str(folder), "images", dataset, split, tuple(shards), *files, base=place, skipped=len(skipped))
     write_index(manifest, folder)
     return manifest
 
@@ -151,11 +149,12 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
 
 def _index_tar(
     location: str,
-    of: tuple[Kind, str, str],  # kind, data set, split
+    dataset: str,
+    split: str,
     sidecar: SidecarWriter,
     keys: set[str],
     skipped: list[dict[str, Any]],
-    on_progress: Progress | None,
+    on_progress: Progress,
 ) -> ShardInfo:
     samples = texts = 0
     with open_shard(location) as (read, size):
@@ -163,7 +162,7 @@ def _index_tar(
             for group in groups(read, size):
                 _must_be_new(group.key, keys, group.start)
                 try:
-                    record, _ = parse_sample(group.key, group.contents, *of)
+                    record, _ = parse_sample(group.key, group.contents, "images", dataset, split)
                 except (ShardError, RecordError) as error:
                     name = location.rpartition("/")[2]
                     skipped.append({"shard": name, "offset": group.start, "key": group.key, "reason": str(error)})
@@ -172,8 +171,7 @@ def _index_tar(
                     _must_be_new(record.key, keys, group.start)
                 sidecar.append(record, group.key, group.start, group.end - group.start, group.crc)
                 samples, texts = samples + 1, texts + len(record.texts)
-                if on_progress:
-                    on_progress(1)
+                on_progress(1)
         except ShardError as error:
             raise ShardError(f"{location}: {error}") from error
         return ShardInfo(location.rpartition("/")[2], *read.finish(), samples, texts)

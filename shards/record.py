@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Task = Literal["caption", "vqa"]
@@ -56,17 +56,7 @@ class Record:
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same bytes for the same record."""
-        document = {
-            "key": self.key,
-            "dataset": self.dataset,
-            "split": self.split,
-            "image_id": self.image_id,
-            "texts": [
-                {"id": t.id, "task": t.task, "prompt": t.prompt, "targets": list(t.targets), "meta": t.meta}
-                for t in self.texts
-            ],
-        }
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Record:
@@ -74,13 +64,7 @@ class Record:
         try:
             document = json.loads(data)
             texts = tuple(
-                Text(
-                    id=t["id"],
-                    task=t["task"],
-                    prompt=t.get("prompt"),
-                    targets=tuple(t["targets"]),
-                    meta=t.get("meta") or {},
-                )
+                Text(t["id"], t["task"], tuple(t["targets"]), t.get("prompt"), t.get("meta") or {})
                 for t in document["texts"]
             )
             record = cls(document["key"], document["dataset"], document["split"], document["image_id"], texts)

@@ -7,7 +7,6 @@ lies before it. Every rank and every worker computes its own part of the same or
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -35,9 +34,8 @@ class StreamState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, document: dict[str, int | str] | str) -> StreamState:
-        """From the dict of `to_json` or its JSON text. Raises ValueError, naming the field."""
-        fields = json.loads(document) if isinstance(document, str) else dict(document)
+    def from_json(cls, fields: dict[str, int | str]) -> StreamState:
+        """From the dict of `to_json`. Raises ValueError, naming the field."""
         for name, kind in (("epoch", int), ("position", int), ("digest", str)):
             value = fields.get(name)
             if type(value) is not kind or (kind is int and value < 0):
@@ -128,15 +126,8 @@ class Interleave:
         common = math.lcm(*self.shares)
         self._spacing = [common // share for share in self.shares]
 
-    def counts(self, n: int) -> list[int]:
-        """How many of the first `n` picks each set has."""
-        return self._run(n, n)[0]
-
     def picks(self, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """(`counts(start)`, the sets of picks start to stop)."""
-        return self._run(start, stop)
-
-    def _run(self, start: int, stop: int) -> tuple[list[int], list[int]]:
+        """(How many of the first `start` picks each set has, the sets of picks start to stop)."""
         # At time t the sets together have had t * total picks, give or take half a pick each: begin safely before.
         total, early = sum(self.shares), max(0, start - len(self.shares))
         counts = [(2 * early * share + total) // (2 * total) if early else 0 for share in self.shares]
@@ -186,11 +177,9 @@ class Mixture:
         picks[:, 0] = sets
         for s, order in enumerate(self.orders):
             rows = np.flatnonzero(sets == s)
-            places = counts[s] + np.arange(len(rows))
-            for own in np.unique(places // order.samples):
-                here = rows[places // order.samples == own]
-                first = int(places[0]) if own == places[0] // order.samples else int(own) * order.samples
-                offset = first - int(own) * order.samples
-                picks[here, 1] = order.epoch_indices(int(own), offset, offset + len(here))
+            epochs, places = np.divmod(counts[s] + np.arange(len(rows)), order.samples)
+            for own in np.unique(epochs).tolist():
+                here, first = rows[epochs == own], int(places[epochs == own][0])
+                picks[here, 1] = order.epoch_indices(own, first, first + len(here))
                 picks[here, 2] = own
         return picks
