@@ -79,7 +79,7 @@ def check_models(config: Config, with_vision: bool = True) -> None:
     if with_vision:
         check_vision(config)
     _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
-    if config.model.init_from and not _is_folder(config.model.init_from):
+    if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
         raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
 
 
@@ -112,13 +112,10 @@ def _check_kinds(kinds: Mapping[str, Kind]) -> None:
             raise ConfigError(f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone")
 
 
-def _is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir()
-
-
 def _check_model(key: str, name: str, revision: str | None) -> None:
-    if _is_folder(name):
-        if not Path(name).expanduser().joinpath("config.json").is_file():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}.id: the folder {name} holds no config.json: it is not a saved model")
         return
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -127,19 +124,18 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
+    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}.id=DIR)"
     try:
         if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
+        if constants.HF_HUB_OFFLINE:
+            cache = f"the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+            raise ConfigError(f"{key}.id: {name} is neither a folder nor in {cache}: {remedy}")
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except ConfigError:
+        raise
     except errors.HFValidationError as error:
         raise ConfigError(f"{key}.id: {name!r} is neither a folder nor a model id of the hub") from error
-    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}.id=DIR)"
-    if constants.HF_HUB_OFFLINE:
-        raise ConfigError(
-            f"{key}.id: {name} is neither a folder nor in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is "
-            f"set: {remedy}"
-        )
-    try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
     except errors.RepositoryNotFoundError as error:
         raise ConfigError(f"{key}.id: the hub has no public model {name}, and there is no such folder") from error
     except errors.RevisionNotFoundError as error:

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,7 @@ class Shown:
     @property
     def expected(self) -> str:
         """The distinct references, the most frequent first."""
-        counts = {text: self.references.count(text) for text in self.references}
-        return " / ".join(sorted(counts, key=lambda text: -counts[text]))
+        return " / ".join(text for text, _ in Counter(self.references).most_common())
 
     @property
     def said(self) -> str:

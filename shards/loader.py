@@ -159,11 +159,11 @@ class Loader:
         """Counts, names and logs what could not be read; in the main process, whoever read it."""
         for sample in samples:
             if sample.error is not None:
-                self._name(sample)
+                self._count_unreadable(sample)
             elif sample.record is not None:
                 self._in_a_row[sample.set_index] = 0
 
-    def _name(self, sample: Sample) -> None:
+    def _count_unreadable(self, sample: Sample) -> None:
         self.unreadable += 1
         if self.unreadable.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a log that cannot flood
             logger.warning("rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, sample.error)

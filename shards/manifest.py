@@ -296,5 +296,14 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
     return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed into a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_index(manifest: Manifest, folder: Path) -> None:
     write_whole(folder / INDEX, (json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n").encode())

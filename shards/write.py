@@ -20,7 +20,17 @@ from typing import Any
 import psutil
 from webdataset import TarWriter
 
-from shards.manifest import INDEX, Kind, Manifest, ShardError, ShardInfo, SidecarWriter, write_index, write_whole
+from shards.manifest import (
+    INDEX,
+    Kind,
+    Manifest,
+    ShardError,
+    ShardInfo,
+    SidecarWriter,
+    sync_folder,
+    write_index,
+    write_whole,
+)
 from shards.read import PAYLOADS
 from shards.record import Record
 
@@ -66,7 +76,7 @@ def write_shards(
             str(out), kind, dataset, split, tuple(shards), info, key_bytes, encoder=encoder, files=files
         )
         write_index(manifest, beside)
-        _sync_folder(beside)
+        sync_folder(beside)
         if out.exists():  # what was there goes only when the new one stands
             old = out.with_name(f"{out.name}.old.{os.getpid()}")
             os.rename(out, old)
@@ -74,7 +84,7 @@ def write_shards(
             shutil.rmtree(old)
         else:
             os.rename(beside, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     return manifest
 
 
@@ -145,11 +155,3 @@ def _write_tar(
 
 def _size_in_tar(content: bytes) -> int:
     return BLOCK + -(-len(content) // BLOCK) * BLOCK
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,70 +18,58 @@ from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, Images
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
 
 
-@dataclass
-class _Picture:
-    """The lines of one image: its split, the first line that gave it, and the texts found so far."""
-
-    split: str
-    line: int
-    rows: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-
-
 def load(
     images: ImagesAt, jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."]
 ) -> Source:
     """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of the form above,
     an id given twice, an image in two splits."""
     source = Source("image_folder", Images(images))
-    pictures: dict[str, _Picture] = {}
+    lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
     ids: dict[str, int] = {}
     for n, line in enumerate(read_text(jsonl, "--jsonl").split("\n"), 1):
         if not line.strip():
             continue
         row = _read_line(line, where := f"--jsonl {jsonl}, line {n}")
-        path, split = posixpath.normpath(row["image"]), row.get("split", "train")
-        picture = pictures.setdefault(path, _Picture(split, n))
-        if picture.split != split:
-            raise ShardError(
-                f"{where}: {path} is in the split {split!r}, and in {picture.split!r} in line {picture.line}"
-            )
+        path, split = posixpath.normpath(row["image"]), row["split"]
+        lines_of.setdefault(path, []).append((n, row))
+        first, other = lines_of[path][0]
+        if other["split"] != split:
+            raise ShardError(f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line {first}")
         if "id" in row and ids.setdefault(str(row["id"]), n) != n:
             raise ShardError(f"{where}: the id {row['id']!r} occurs in line {ids[str(row['id'])]} already")
-        picture.rows.append((n, row))
         source.notes.update(f"field '{name}' ignored" for name in row if name not in _FIELDS)
-    key_of = keys_of(pictures)
-    for path, picture in pictures.items():
-        if not source.find(path, picture.split, len(picture.rows), exact=True):
-            continue
-        if found := _texts(source, path, key_of[path], picture):
-            source.add(picture.split, key_of[path], key_of[path], found, path)
-        else:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", picture.split)
+    key_of = keys_of(lines_of)
+    for path, lines in lines_of.items():
+        key, split = key_of[path], lines[0][1]["split"]
+        if source.find(path, split, len(lines), exact=True):
+            if found := _texts(source, path, key, lines):
+                source.add(split, key, key, found, path)
+            else:
+                source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", split)
     texts = (text for items in source.splits.values() for item in items for text in item.record.texts)
     unique((text.id for text in texts), f"--jsonl {jsonl}: the id (given, or made from an image's name)")
     source.skip_rest("no line names it")
     return source
 
 
-def _texts(source: Source, path: str, key: str, picture: _Picture) -> list[Text]:
+def _texts(source: Source, path: str, key: str, lines: list[tuple[int, dict[str, Any]]]) -> list[Text]:
     """Captions without an id are one text (the key is its id); a question without an id is called KEY-NUMBER."""
     texts, captions, questions = [], [], 0
-    for n, row in picture.rows:
+    for n, row in lines:
         given = str(row.get("id", "")) or None
-        if "question" in row:
-            text_id = given or f"{key}-{questions}"
-            questions += 1
-            answers = tuple(_strings(row["answers"]))
-            if row["question"].strip() and any(answer.strip() for answer in answers):
-                texts.append(Text(text_id, "vqa", answers, row["question"]))
-            else:
-                source.skip(EMPTY_TEXT, path, f"the question or its answers are empty (line {n})", picture.split, 1)
+        if "question" not in row:
+            found = source.clean(_strings(row.get("captions", row.get("text"))), path, row["split"])
+            if given is None:
+                captions.extend(found)
+            elif found:
+                texts.append(Text(given, "caption", found))
             continue
-        found = source.clean(_strings(row.get("captions", row.get("text"))), path, picture.split)
-        if given is None:
-            captions.extend(found)
-        elif found:
-            texts.append(Text(given, "caption", found))
+        answers, text_id = tuple(_strings(row["answers"])), given or f"{key}-{questions}"
+        questions += 1
+        if row["question"].strip() and any(answer.strip() for answer in answers):
+            texts.append(Text(text_id, "vqa", answers, row["question"]))
+        else:
+            source.skip(EMPTY_TEXT, path, f"the question or its answers are empty (line {n})", row["split"], 1)
     return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
 
 
@@ -97,7 +84,8 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
         raise ShardError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
         raise ShardError(f"{where} has no field 'image' with the path of an image")
-    if not isinstance(row.get("split", "train"), str) or not isinstance(row.get("id", ""), str | int):
+    row.setdefault("split", "train")
+    if not isinstance(row["split"], str) or not isinstance(row.get("id", ""), str | int):
         raise ShardError(f"{where}: 'split' must be a text, 'id' a text or a whole number")
     kinds = [name for name in ("text", "captions", "question") if name in row]
     if len(kinds) != 1 or ("answers" in row) != (kinds == ["question"]):
