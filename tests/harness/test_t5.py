@@ -78,9 +78,12 @@ def test_activation_checkpointing_changes_no_gradient(tiny_t5_folder):
         runs = []
         inner = saving.lm.t5.encoder.block[1].layer[0].SelfAttention.q
         inner.register_forward_hook(lambda *_: runs.append(1))  # noqa: B023
+        keys, rows = saving.lm.t5.decoder.block[1].layer[1].EncDecAttention.k, []
+        keys.register_forward_hook(lambda m, i, o: rows.append(len(o)))  # noqa: B023
         batch = grouped.collator(plain.tokenizer)(grouped.samples())
         (loss, grads), (saved_loss, saved) = grouped.gradients(plain, batch), grouped.gradients(saving, batch)
         assert len(runs) == 2, "the block was not run again in the backward pass: nothing was saved"
+        assert rows == [9, 9], "checkpointing drops caches: none is to be made"
         assert loss == pytest.approx(saved_loss, abs=1e-6)
         assert grouped.furthest(grads, saved) < 1e-5
 
@@ -271,3 +274,12 @@ def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(speaker):
     with torch.no_grad():
         assert torch.equal(speaker.loss(batch, blind).sum_T, speaker.loss(batch, image.without_tokens()).sum_T)
         assert not torch.allclose(speaker.loss(batch, blind).sum_T, speaker.loss(batch, image).sum_T)
+        # A context with nothing in it is the same whether longer prompts stand beside it or not.
+        captions = replace(
+            grouped.samples()[0], record=replace(grouped.records()[0], texts=grouped.records()[0].texts[:1])
+        )
+        short = nothing([captions])
+        beside = speaker.loss(batch, image.without_tokens()).sum_T[:5]
+        assert torch.allclose(
+            speaker.loss(short, speaker.bridge_tokens(short).without_tokens()).sum_T, beside, atol=1e-4
+        )
