@@ -269,6 +269,8 @@ def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(speaker):
     for tokens in (image, image.without_tokens()):
         with torch.no_grad():
             assert speaker.loss(batch, tokens).sum_T.isfinite().all()
+            _, mask_CS = speaker.lm.encode(tokens, batch)
+            assert mask_CS.any(dim=1).all(), "an attention over nothing is undefined"
         assert len(speaker.generate(batch, Decoding(max_new_tokens=3), tokens).texts) == 5
     blind = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
     with torch.no_grad():

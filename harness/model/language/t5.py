@@ -75,7 +75,7 @@ class T5Language(nn.Module):
         embeds_CSD = torch.cat([tokens_CQD, words_CLD], dim=1)
         seen_CQ = torch.ones(tokens_CQD.shape[:2], dtype=torch.bool, device=tokens_CQD.device)
         mask_CS = torch.cat([seen_CQ, batch.prompt_mask_CL], dim=1)
-        # An empty row (no image, no prompt) would make the softmax undefined: its first, padded position is let in.
+        # An empty row (no image, no prompt) leaves the softmax undefined: its first, padded position is let in.
         mask_CS[:, 0] |= ~mask_CS.any(dim=1)
         states_CSD = self.t5.encoder(inputs_embeds=embeds_CSD, attention_mask=mask_CS).last_hidden_state
         return states_CSD, mask_CS
