@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -81,7 +82,9 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=self.train.learning_rate, betas=self.train.betas
         )
-        self.model = self.accelerator.prepare_model(model) if self.world_size > 1 else model
+        with warnings.catch_warnings():  # torch 2.13 renames `broadcast_buffers`; older ones know no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = self.accelerator.prepare_model(model) if self.world_size > 1 else model
         return self.model
 
     def micro_step(self, last: bool) -> AbstractContextManager:
@@ -157,6 +160,7 @@ class Engine:
             self.scaler.load_state_dict(dict(saved))
 
     def close(self) -> None:
-        """Waits for all ranks, then ends their group."""
+        """Waits for all ranks; NCCL's group is ended. Gloo's is left: ending it can wait for ever for its own thread."""
         self.wait()
-        self.accelerator.end_training()
+        if self.device.type == "cuda":
+            self.accelerator.end_training()

@@ -31,7 +31,9 @@ def texts(index: int, captions: bool = True, questions: bool = True) -> tuple[Te
     """Unequal numbers of texts of unequal lengths, so that an average of averages is not the average."""
     colour, seen = list(COLOURS)[index % 3], ("a square", "a man in a hat and a dog", "the street with a white dog")
     asked = [Text(f"{index}q", "vqa", (colour,) * 6 + ("dark", "light", "red", "grey"), "what colour is it?")]
-    asked += [Text(f"{index}r{n}", "vqa", ("yes" if colour == "red" else "no",) * 10, "is it red?") for n in range(index % 2)]
+    asked += [
+        Text(f"{index}r{n}", "vqa", ("yes" if colour == "red" else "no",) * 10, "is it red?") for n in range(index % 2)
+    ]
     told = tuple(f"a {colour} picture of {seen[n % 3]}" for n in range(1 + index % 3))
     return (*(asked if questions else ()), *([Text(f"{index}c", "caption", told)] if captions else ()))
 

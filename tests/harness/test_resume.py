@@ -1,0 +1,251 @@
+"""A run that was killed, stopped or moved to other processes goes on as if nothing had happened, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from runs import losses, make_config
+from safetensors.torch import load_file
+from worker import at_step, not_finite_in
+
+from harness import checkpoint as checkpoints
+from harness import config as configs
+from harness import mlflow_tracker, train
+from harness.launcher import launch
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_clip_folder, folder / "clip")
+    shutil.copytree(tiny_t5_folder, folder / "t5")
+    return folder
+
+
+def config_of(root, name, **settings):
+    return make_config(root, root / "clip", root / "t5", name, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """The run that nothing interrupts: 8 steps, two epochs, with evaluations and checkpoints in between."""
+    train.run(config_of(root, "whole"))
+    return root / "whole"
+
+
+def final(out, step=8):
+    place = checkpoints.place(out, step)
+    return {**load_file(place / "model" / "model.safetensors"), **load_file(place / checkpoints.OPTIMIZER)}
+
+
+def same_bits(one, other):
+    assert one.keys() == other.keys()
+    assert len(one) > 100
+    for name, value in one.items():
+        assert value.equal(other[name]), name
+
+
+def same_run(out, whole):
+    same_bits(final(out), final(whole))
+    assert losses(out) == losses(whole)
+
+
+def forked(act):
+    """Runs `act` in a process of its own and returns how that ended: its exit code, or minus the signal."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        except SystemExit as left:
+            os._exit(left.code)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(step, config, resume, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(step, lambda engine: os.kill(os.getpid(), signal.SIGKILL), patch)
+        assert forked(lambda: train.run(config, resume)) == -signal.SIGKILL
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole, monkeypatch):
+    config = config_of(root, "killed-alone")
+    killed_at(7, config, None, monkeypatch)  # mid second epoch; the newest checkpoint is that of step 6
+    assert checkpoints.newest(config.out_dir).step == 6
+    train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_evaluation_in_between_does_not_disturb_training(root, whole):
+    config = config_of(root, "unobserved", evaluate_every=1000)
+    train.run(config.model_copy(update={"data": config.data.model_copy(update={"dev": ()})}))
+    same_run(root / "unobserved", whole)
+
+
+def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run(root, whole, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(mlflow_tracker, "PERIOD", 0.02)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = config_of(root, "tracked", save_every=4)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"kind": "mlflow"})})
+    killed_at(2, config, None, monkeypatch)
+    train.run(config, "auto")
+    same_bits(final(config.out_dir), final(whole))
+    client = MlflowClient(f"sqlite:///{config.out_dir}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("harness").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {m.step: m.value for m in history} == losses(whole)
+    assert len(history) == 8
+    assert checkpoints.newest(config.out_dir).state["run_id"] == run.info.run_id
+    assert run.info.status == "FINISHED"
+
+
+def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(root, whole, monkeypatch):
+    closed = []
+    config = config_of(root, "terminated")
+    with monkeypatch.context() as patch:
+        at_step(4, lambda engine: os.kill(os.getpid(), signal.SIGTERM), patch)  # when the flags of step 4 are known
+        patch.setattr(train.NoTracker, "close", lambda self, status: closed.append(status))
+        with pytest.raises(SystemExit) as left:
+            train.run(config)
+    assert (left.value.code, closed) == (143, ["KILLED"])
+    assert checkpoints.newest(config.out_dir).step == 5
+    assert not (config.out_dir / "answers" / "step-000005.html").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_the_third_signal_ends_the_process_at_once():
+    def interrupted():
+        with train.stop_requests() as asked:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert asked() == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert forked(interrupted) == -signal.SIGINT
+
+
+def test_an_ignored_hangup_or_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train.stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_at_its_end_says_so_and_catches_up_with_an_evaluation_that_was_cut_off(root, whole, capfd):
+    page, config = whole / "answers" / "step-000008.html", config_of(root, "whole")
+    assert train.run(config, "auto") == checkpoints.place(whole, 8)
+    said = capfd.readouterr().err
+    assert "nothing is left to do" in said
+    assert "answers to the same images" not in said
+    page.unlink()
+    train.run(config, "auto")
+    assert page.exists()
+
+
+def test_a_later_epoch_can_be_added_and_another_batch_size_ends_where_the_data_end(root, whole, capfd):
+    config = config_of(root, "changed", max_steps=3)
+    train.run(config)
+    longer = config_of(root, "changed", global_batch=7, epochs=3)
+    last = train.run(longer, "auto")
+    # 2 of 14 images are left in epoch 1 after three steps of 4; then two steps of 7 in each of two epochs.
+    assert last.name == "step-000008"
+    said = capfd.readouterr().err
+    assert "from here on train.global_batch is 7, it was 4" in said
+    assert "from here on train.epochs is 3, it was 2" in said
+
+
+def test_another_model_or_another_order_is_refused_by_the_keys_name(root, whole, capfd):
+    config = config_of(root, "whole")
+    bridge = config.model.bridge.model_copy(update={"layers": 2})
+    other = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge})})
+    with pytest.raises(configs.ConfigError, match=r"model.bridge.layers was 1 in .*step-000008 and is 2 now"):
+        train.run(other, "auto")
+    with pytest.raises(ValueError, match="the same sets, weights, seed"):
+        train.run(config.model_copy(update={"seed": 4}), "auto")
+    assert "from here on seed is 4, it was 3" in capfd.readouterr().err
+
+
+def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
+    out = root / "again"
+    shutil.copytree(whole, out)
+    config = config_of(root, "again", max_steps=7)
+    train.run(config, str(checkpoints.place(out, 6)))
+    assert [path.name for path in sorted(out.glob("checkpoints/*"))] == ["step-000006", "step-000007"]
+    train.run(config_of(root, "again"), "auto")
+    same_bits(final(out), final(whole))
+
+
+# ---- several processes: three launches, judged by the files they leave -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launched(root, whole):
+    """Both stages of worker.py on two processes, and `harness.train` itself on three."""
+    train.run(config_of(root, "begun-by-one", max_steps=3))
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.path.dirname(__file__)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        codes = [launch([str(root), stage], 2, module="worker") for stage in ("first", "second")]
+        file = root / "three.yaml"
+        file.write_text(configs.dump(config_of(root, "three")))
+        launch([str(file)], 3)
+    return codes
+
+
+def results(root, stage):
+    return [json.loads((root / f"{stage}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def close_to(out, whole, steps=range(1, 9)):
+    found, expected = losses(out), losses(whole)
+    assert sorted(found) == list(steps)
+    assert [found[step] for step in steps] == pytest.approx([expected[step] for step in steps], rel=1e-5)
+
+
+@pytest.mark.usefixtures("launched")
+def test_two_processes_killed_and_resumed_equal_two_that_were_not(root):
+    same_run(root / "killed", root / "two")
+    first, second = results(root, "first"), results(root, "second")
+    assert first[0]["two"] == first[1]["two"] == second[0]["killed"] == second[1]["killed"]
+
+
+@pytest.mark.usefixtures("launched")
+def test_losses_are_equal_on_one_two_and_three_processes_also_where_one_has_nothing_left(root, whole):
+    """Three ranks do not divide 4 images, and of the last 2 of an epoch the first rank gets none."""
+    close_to(root / "two", whole)
+    close_to(root / "three", whole)
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_run_goes_on_with_another_number_of_processes(root, whole):
+    close_to(root / "begun-by-one", whole)
+    assert checkpoints.newest(root / "begun-by-one").state["world_size"] == 2
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_loss_not_finite_on_one_rank_is_skipped_on_all_and_leaves_nothing_behind(root, monkeypatch):
+    first = results(root, "first")
+    assert first[0]["skipped"] == first[1]["skipped"]
+    assert checkpoints.newest(root / "skipped").state["train"]["skipped"] == 1
+    not_finite_in({2}, monkeypatch=monkeypatch)
+    train.run(config_of(root, "skipped-alone"))
+    close_to(root / "skipped", root / "skipped-alone", [1, 2, 4, 5, 6, 7, 8])
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(root):
+    second = results(root, "second")
+    assert [result["stopped"][1] for result in second] == [143, 143]
+    assert second[0]["stopped"][0] == second[1]["stopped"][0]
+    assert checkpoints.newest(root / "stopped").step == 4
