@@ -99,7 +99,7 @@ def make(
     vocabulary: int = 4000,
     steps: int = 150,
     prompts_a_step: int = 48,
-    peak: float = 3e-3,
+    peak: float = 1e-3,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Path:
     """Trains tokenizer and model on the texts of `sets` alone and saves both in `out`. The seed is `config.seed`."""

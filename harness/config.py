@@ -131,7 +131,8 @@ class Train(_Section):
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
     micro_batch: Positive = 32  # images at a time on one rank
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # its peak
+    bridge_learning_rate: Annotated[float, Field(gt=0)] | None = None  # none: as learning_rate, which LoRA wants higher
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = 0.03  # share of all steps
     final_learning_rate: Fraction = 0.0  # share of the peak where the cosine ends

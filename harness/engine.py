@@ -76,12 +76,7 @@ class Engine:
         """The model to call in training. The optimizer holds what is trainable and nothing else."""
         self.bare = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for p in self.named.values() if p.ndim > 1]
-        others = [p for p in self.named.values() if p.ndim <= 1]  # biases and norms are not decayed
-        groups = [{"params": decayed, "weight_decay": self.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.train.learning_rate, betas=self.train.betas
-        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.named, self.train), betas=self.train.betas)
         with warnings.catch_warnings():  # torch 2.13 renames `broadcast_buffers`; older ones know no other name
             warnings.simplefilter("ignore", FutureWarning)
             self.model = self.accelerator.prepare_model(model) if self.world_size > 1 else model
@@ -105,7 +100,7 @@ class Engine:
         reduced, so that all ranks see the same and decide alike.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         self.scaler.unscale_(self.optimizer)
         limit = self.train.clip_norm if self.train.clip_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
@@ -160,7 +155,19 @@ class Engine:
             self.scaler.load_state_dict(dict(saved))
 
     def close(self) -> None:
-        """Waits for all ranks; NCCL's group is ended. Gloo's is left: ending it can wait for ever for its own thread."""
+        """Waits for all ranks and ends NCCL's group; ending gloo's can wait for its own thread for ever."""
         self.wait()
         if self.device.type == "cuda":
             self.accelerator.end_training()
+
+
+def parameter_groups(named: Mapping[str, nn.Parameter], train: Train) -> list[dict[str, Any]]:
+    """Groups for the optimizer. `share`: of the scheduled learning rate. Biases and norms are not decayed."""
+    bridge_share = (train.bridge_learning_rate or train.learning_rate) / train.learning_rate
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        of_bridge, decayed = name.startswith("bridge."), parameter.ndim > 1
+        group = {"params": [], "lr": train.learning_rate, "share": bridge_share if of_bridge else 1.0}
+        group["weight_decay"] = train.weight_decay if decayed else 0.0
+        groups.setdefault((of_bridge, decayed), group)["params"].append(parameter)
+    return list(groups.values())

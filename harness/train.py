@@ -259,6 +259,8 @@ def run(config: Config, resume: str | None = None) -> Path:
         saved = found.state["train"]
         state = TrainState(**{**saved, "stream": StreamState.from_json(saved["stream"])})
         terminal.say(f"going on after step {state.step} from {found.path}")
+    elif not config.model.init_from:
+        calibrate(model, config)
     wrapped = engine.prepare(model)
     if found:
         engine.load_optimizer_state(found.optimizer())
@@ -287,24 +289,35 @@ def run(config: Config, resume: str | None = None) -> Path:
     return last
 
 
-def make_loader(config: Config, engine: Engine) -> Loader:
+def make_loader(config: Config, engine: Engine | None) -> Loader:
+    """Of this rank's samples; without an engine of all samples, in this process."""
     sets = config.data.train
     return Loader(
         [s.path for s in sets],
         [s.weight for s in sets] if any(s.weight for s in sets) else None,
         global_batch=config.train.global_batch,
         seed=config.seed,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        workers=config.data.workers,
+        rank=engine.rank if engine else 0,
+        world_size=engine.world_size if engine else 1,
+        workers=config.data.workers if engine else 0,
         prefetch=config.data.prefetch,
         window_shards=config.data.window_shards,
         last_batch=config.data.last_batch,
         decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
-        quarantine=config.out_dir / "quarantine.jsonl",
+        quarantine=config.out_dir / "quarantine.jsonl" if engine else None,
     )
+
+
+def calibrate(model: VisionLanguageModel, config: Config) -> None:
+    """The bridge's start values, from the first global batch: every rank reads all of it, so that all start alike."""
+    collate, size = Collator(model.tokenizer, config.data, config.prompts, config.seed), config.train.micro_batch
+    with closing(make_loader(config, None).iterate()) as steps:
+        batches = micro_batches(next(steps)[1], collate, size)
+    if batches:
+        patches = [model.patch_tokens(batch.to(model.device)) for batch in batches]
+        model.bridge.calibrate(torch.cat(patches))
 
 
 def encoder_of(loader: Loader, config: Config) -> dict | None:

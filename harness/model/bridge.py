@@ -82,24 +82,58 @@ class Linear(nn.Module):
 KINDS: dict[str, type[nn.Module]] = {"qformer": QFormer, "mean_pool": MeanPool, "linear": Linear}
 
 
+class Projection(nn.Module):
+    """To the width of the language model, about a mean that each token has of its own, at the embeddings' scale."""
+
+    def __init__(self, width: int, tokens: int, lm_width: int, embedding_rms: float):
+        super().__init__()
+        self.linear = nn.Linear(width, lm_width)
+        self.mean_QD = nn.Parameter(torch.zeros(tokens, lm_width))
+        self.gain_D = nn.Parameter(torch.full((lm_width,), embedding_rms))
+
+    def forward(self, tokens_NQD: torch.Tensor) -> torch.Tensor:
+        return (self.linear(tokens_NQD) - self.mean_QD) * self.gain_D
+
+
 class Bridge(nn.Module):
     """patches_IPD -> tokens_NQD at the LM's width and scale.
 
-    Patch tokens are layer-normed first (CLIP's inner layers and a convolution's channels differ a hundredfold in size),
-    and the projected tokens are brought to the root mean square of the LM's own embeddings: image tokens far outside
-    that range are one way to a loss that stands near 10.
+    What all pictures have in common (a few channels of CLIP's inner layers and of a convolution are a hundred times
+    larger than the rest, and a query says much the same of every picture at its random start) drowns what tells them
+    apart. `calibrate` takes it out by the start values of affine parameters that are there anyway, from data, as in
+    Salimans & Kingma 2016 (weight normalisation), section 3: each patch channel, and each token, starts centred.
     """
 
-    def __init__(self, config: BridgeConfig, patch_width: int, lm_width: int, embedding_rms: float):
+    def __init__(self, config: BridgeConfig, patch_width: int, lm_width: int, patches: int, embedding_rms: float):
         super().__init__()
         self.patch_norm = nn.LayerNorm(patch_width)
         self.body = KINDS[config.kind](config, patch_width)
-        self.projection = nn.Linear(self.body.width, lm_width)
-        self.token_norm = nn.LayerNorm(lm_width, elementwise_affine=False)
-        self.register_buffer("embedding_rms", torch.tensor(float(embedding_rms)), persistent=False)
+        for module in self.body.modules():
+            if isinstance(module, nn.Linear):
+                # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of the image.
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        self.projection = Projection(self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms))
+        self.embedding_rms = float(embedding_rms)
         if not config.trainable:
             self.requires_grad_(False)
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
-        patches_IPD = self.patch_norm(patches_IPD.to(self.patch_norm.weight.dtype))
-        return self.token_norm(self.projection(self.body(patches_IPD))) * self.embedding_rms
+        return self.projection(self.body(self.patch_norm(patches_IPD.to(self.patch_norm.weight.dtype))))
+
+    @torch.no_grad()
+    def calibrate(self, patches_IPD: torch.Tensor) -> None:
+        """Start values from the patches of some images (32 are plenty), before the first step of a new run.
+
+        Then, over these images, each patch channel has mean 0 and variance 1, each token has mean 0, and the tokens'
+        root mean square is that of the LM's embeddings: image tokens far outside it are one way to a loss near 10.
+        """
+        normed_ND = nn.functional.layer_norm(patches_IPD.float(), patches_IPD.shape[-1:]).flatten(0, 1)
+        std_D = normed_ND.std(dim=0)
+        std_D = std_D.clamp(min=0.1 * std_D.median().clamp(min=1e-6))  # a channel that is silent here is not blown up
+        self.patch_norm.weight.copy_(1 / std_D)
+        self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
+        tokens_NQD = self.projection.linear(self.body(self.patch_norm(patches_IPD.float())))
+        # One image has no spread about its own mean: the tokens are then scaled and not centred.
+        mean_QD = tokens_NQD.mean(dim=0) if len(tokens_NQD) > 1 else torch.zeros_like(tokens_NQD[0])
+        self.projection.mean_QD.copy_(mean_QD)
+        self.projection.gain_D.fill_(self.embedding_rms / (tokens_NQD - mean_QD).pow(2).mean().sqrt().clamp(min=1e-6))

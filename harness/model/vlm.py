@@ -104,7 +104,7 @@ class VisionLanguageModel(PreTrainedModel):
         cls, own: VLMConfig, parts: settings.Model, vision: VisionTower | None, precision: Precision, device
     ) -> VisionLanguageModel:
         lm = LANGUAGES[parts.lm.kind](parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype)
-        bridge = Bridge(parts.bridge, own.encoder["width"], lm.width, lm.embedding_rms)
+        bridge = Bridge(parts.bridge, own.encoder["width"], lm.width, own.encoder["tokens"], lm.embedding_rms)
         model = cls(own, vision, bridge, lm)
         model.precision = precision
         return model.to(device)

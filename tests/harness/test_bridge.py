@@ -12,16 +12,34 @@ KINDS = {"qformer": 4, "mean_pool": 1, "linear": 7}
 def bridge(kind: str, **settings) -> Bridge:
     torch.manual_seed(0)
     small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4}
-    return Bridge(BridgeConfig(kind=kind, **(small | settings)), patch_width=24, lm_width=64, embedding_rms=9.5)
+    return Bridge(
+        BridgeConfig(kind=kind, **(small | settings)), patch_width=24, lm_width=64, patches=7, embedding_rms=9.5
+    )
 
 
 @pytest.mark.parametrize(("kind", "tokens"), KINDS.items())
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_tokens_have_the_width_and_the_root_mean_square_of_the_lms_embeddings(kind, tokens, scale):
-    out_NQD = bridge(kind)(scale * torch.randn(3, 7, 24))
-    assert out_NQD.shape == (3, tokens, 64)
-    rms_NQ = out_NQD.pow(2).mean(dim=-1).sqrt()
-    assert torch.allclose(rms_NQ, torch.full_like(rms_NQ, 9.5), rtol=0.02)
+def test_calibrated_tokens_are_centred_and_have_the_scale_of_the_lms_embeddings(kind, tokens, scale):
+    made = bridge(kind)
+    # Channels of very different size, and much that all images have in common, as CLIP's inner layers have.
+    patches_IPD = scale * (torch.randn(16, 7, 24) * torch.logspace(-2, 1, 24) + 3 * torch.randn(24))
+    made.calibrate(patches_IPD)
+    out_IQD = made(patches_IPD)
+    assert out_IQD.shape == (16, tokens, 64)
+    assert out_IQD.pow(2).mean().sqrt().item() == pytest.approx(9.5, rel=1e-3)
+    assert out_IQD.mean(dim=0).abs().max() < 1e-3 * 9.5
+    normed_IPD = made.patch_norm(patches_IPD)
+    assert normed_IPD.mean(dim=(0, 1)).abs().max() < 1e-2
+    assert normed_IPD.std(dim=(0, 1)).median().item() == pytest.approx(1, rel=1e-2)
+
+
+def test_calibration_on_one_image_scales_and_keeps_what_it_says():
+    made = bridge("qformer")
+    patches_1PD = torch.randn(1, 7, 24)
+    made.calibrate(patches_1PD)
+    out_1QD = made(patches_1PD)
+    assert out_1QD.isfinite().all()
+    assert out_1QD.pow(2).mean().sqrt().item() == pytest.approx(9.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -104,7 +104,9 @@ def test_the_table_of_parts_counts_every_parameter_once(tiny_t5_folder, tiny_cli
 
 def test_image_tokens_have_the_scale_of_the_embeddings_and_both_are_told(tiny_t5_folder):
     model = grouped.model(tiny_t5_folder)
-    scales = model.scales(grouped.collator(model.tokenizer)(grouped.samples()))
+    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    model.bridge.calibrate(model.patch_tokens(batch))
+    scales = model.scales(batch)
     embeddings = load_file(tiny_t5_folder / "model.safetensors")["shared.weight"]
     assert scales["embedding_rms"] == pytest.approx(embeddings.pow(2).mean().sqrt().item(), rel=1e-5)
     assert scales["image_token_rms"] == pytest.approx(scales["embedding_rms"], rel=1e-3)
@@ -118,7 +120,7 @@ def test_new_parts_are_drawn_from_the_seed_alone(tiny_t5_folder):
 
     one, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not torch.equal(one["bridge.projection.weight"], other["bridge.projection.weight"])
+    assert not torch.equal(one["bridge.projection.linear.weight"], other["bridge.projection.linear.weight"])
 
 
 def test_pixels_without_a_vision_tower_are_refused_in_words(tiny_t5_folder):
@@ -262,10 +264,10 @@ def rewrite(change):
         ("model.safetensors", Path.unlink, r"model\.safetensors: the trained weights cannot be read"),
         ("model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), r"model\.safetensors: .* cannot be read"),
         ("model.safetensors", lambda f: f.write_bytes(b"x" * 50), r"model\.safetensors: .* cannot be read"),
-        ("model.safetensors", rewrite(lambda w: w.pop("bridge.projection.bias")), r"1 weights .*projection\.bias"),
+        ("model.safetensors", rewrite(lambda w: w.pop("bridge.projection.linear.bias")), r"1 weights .*projection\.bias"),
         (
             "model.safetensors",
-            rewrite(lambda w: w.update({"bridge.projection.bias": torch.zeros(3)})),
+            rewrite(lambda w: w.update({"bridge.projection.linear.bias": torch.zeros(3)})),
             r"projection\.bias has shape \(3,\)",
         ),
     ],
