@@ -53,7 +53,7 @@ def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **k
     return out
 
 
-def make_config(root: Path, clip: Path, t5: Path, name: str = "run", **train) -> Config:
+def make_config(root: Path, clip: Path, t5: Path, name: str = "run", dev: bool = True, **train) -> Config:
     """14 images in global batches of 4 (the last of an epoch: 2), micro-batches of 3, 4-bit + LoRA, texts drawn."""
     for split, count, first in (("train", 14, 0), ("dev", 5, 100)):
         if not (root / split).exists():
@@ -64,7 +64,7 @@ def make_config(root: Path, clip: Path, t5: Path, name: str = "run", **train) ->
         seed=3,
         data={
             "train": [{"path": str(root / "train")}],
-            "dev": [{"path": str(root / "dev")}],
+            "dev": [{"path": str(root / "dev")}] if dev else [],
             "texts_per_image": 2,
             "answer": "drawn",
             "window_shards": 2,

@@ -74,7 +74,7 @@ def main(root: Path, stage: str) -> None:
     Engine.close = Engine.wait  # the group serves all runs of this process
 
     def config(name: str, **settings):
-        return make_config(root, root / "clip", root / "t5", name, **settings)
+        return make_config(root, root / "clip", root / "t5", name, dev=name == "killed", **settings)
 
     def note(name: str, value: object = None) -> None:
         weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in models[-1].trained_state().values()))

@@ -1,0 +1,139 @@
+"""The engine's one step: shares add up, what is not finite moves nothing, and state goes in and out by name."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from harness import engine as engines
+from harness.config import ConfigError, Train
+from harness.engine import Engine
+from harness.schedule import learning_rate
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "loss scaler"])
+def make_engine(request, monkeypatch):
+    """An engine for the CPU, with a GradScaler (which works there too) or without."""
+    choose = engines.choose
+    if request.param:
+        monkeypatch.setattr(engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
+
+    def make(**train) -> tuple[Engine, nn.Module]:
+        engine = Engine(Train(**{"learning_rate": 0.1, **train}))
+        torch.manual_seed(0)
+        return engine, engine.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+
+    return make
+
+
+def take(engine, model, rows=((1.0, 2.0, 3.0), (-1.0, 0.5, 0.0)), factor=1.0, skip=False, rate=0.1):
+    for index, row in enumerate(rows):
+        with engine.micro_step(last=index == len(rows) - 1):
+            engine.backward(model(torch.tensor([row])).sum() * factor / len(rows))
+    return engine.step(rate, skip=skip)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(value.equal(other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("bad", [{"factor": float("nan")}, {"factor": float("inf")}, {"skip": True}], ids=str)
+def test_a_skipped_step_moves_nothing_and_nothing_of_it_is_in_the_next(make_engine, bad):
+    engine, model = make_engine()
+    take(engine, model)
+    before, moments = weights(model), engine.optimizer_state()
+    assert take(engine, model, **bad) is None
+    assert equal(weights(model), before)
+    assert equal(engine.optimizer_state(), moments)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    norm = take(engine, model)
+
+    other, untouched = make_engine()
+    take(other, untouched)
+    assert take(other, untouched) == norm
+    assert equal(weights(model), weights(untouched))
+
+
+def test_a_loss_on_another_rank_skips_here_though_our_own_gradients_are_finite(make_engine):
+    engine, model = make_engine()
+    before = weights(model)
+    assert take(engine, model, skip=True) is None
+    assert equal(weights(model), before)
+    assert engine.optimizer_state() == {}
+
+
+def test_the_norm_is_that_before_clipping_and_the_step_is_that_after_it(make_engine):
+    engine, model = make_engine(clip_norm=None)
+    norm = take(engine, model, factor=50.0)
+    clipped, other = make_engine(clip_norm=1e-4)
+    seen = []
+    clipped.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in other.parameters()))
+    assert take(clipped, other, factor=50.0) == norm > 1
+    assert torch.cat([grad.flatten() for grad in seen]).norm().item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_biases_are_not_decayed_and_every_step_takes_the_rate_it_is_given(make_engine):
+    engine, model = make_engine(weight_decay=0.5)
+    bias, weight = model[0].bias.clone(), model[0].weight.clone()
+    take(engine, model, factor=0.0, rate=0.1)
+    assert model[0].bias.equal(bias)
+    assert torch.allclose(model[0].weight, weight * (1 - 0.1 * 0.5))
+    assert {group["lr"] for group in engine.optimizer.param_groups} == {0.1}
+
+
+def test_saved_moments_and_the_scaler_go_on_bit_for_bit(make_engine):
+    engine, model = make_engine()
+    take(engine, model)
+    take(engine, model, factor=float("inf"))  # halves the scale
+    saved, scaler, start = engine.optimizer_state(), engine.scaler_state(), weights(model)
+    saved = {name: value.clone() for name, value in saved.items()}
+    assert set(saved) == {f"{key}/{n}.{p}" for key in engines.MOMENTS for n in (0, 2) for p in ("weight", "bias")}
+    take(engine, model)
+
+    other, resumed = make_engine()
+    resumed.load_state_dict(start)
+    other.load_optimizer_state(saved)
+    other.load_scaler_state(scaler)
+    assert other.scaler_state() == scaler
+    if scaler:
+        assert scaler["scale"] == 2.0**15
+    take(other, resumed)
+    assert equal(weights(model), weights(resumed))
+    assert equal(engine.optimizer_state(), other.optimizer_state())
+
+
+def test_moments_of_another_model_are_refused_by_name():
+    engine = Engine(Train())
+    engine.prepare(nn.Linear(2, 1))
+    with pytest.raises(ConfigError, match=r"exp_avg/bias and 4 more"):
+        engine.load_optimizer_state({"exp_avg/weight": torch.zeros(1, 2)})
+    engine.load_optimizer_state({})
+    assert engine.optimizer_state() == {}
+
+
+def test_a_launcher_that_started_fewer_processes_than_it_said_is_caught(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="asked for 2 processes but Accelerate runs 1"):
+        Engine(Train())
+
+
+def test_an_evaluation_may_take_longer_than_the_usual_time_out():
+    assert Engine(Train()).accelerator.init_handler.timeout.total_seconds() >= 7200
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine_to_its_end():
+    config = Train(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert max(rates) == 1.0
+    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.2 < rates[-1] < 0.201
+    constant = config.model_copy(update={"schedule": "constant", "warmup": 0.0})
+    assert {learning_rate(constant, step, 100) for step in (0, 50, 99)} == {1.0}

@@ -1,0 +1,224 @@
+"""The loop: one global batch is one step however it is cut, bad steps are skipped, and the user sees what goes on."""
+
+import gc
+import json
+import math
+import shutil
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import losses, make_config, picture, texts
+from worker import not_finite_in
+
+from harness import checkpoint as checkpoints
+from harness import engine as engines
+from harness import terminal as terminals
+from harness import train
+from harness.batch import Collator
+from harness.config import ConfigError, dump
+from harness.guards import GuardError
+from harness.model.vlm import VisionLanguageModel
+from harness.terminal import Clock, Terminal
+from shards.record import Record
+from shards.write import write_shards
+
+
+@pytest.fixture
+def config_of(tmp_path, tiny_clip_folder, tiny_t5_folder):
+    def make(name="run", dev=False, **settings):
+        return make_config(tmp_path, tiny_clip_folder, tiny_t5_folder, name, dev, **settings)
+
+    return make
+
+
+def lines(out, name):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
+
+
+def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_however_it_is_cut(config_of):
+    runs = {}
+    for size in (1, 3, 4):
+        config = config_of(f"micro-{size}", micro_batch=size, max_steps=3)
+        train.run(config)
+        runs[size] = list(losses(config.out_dir).values())
+    assert runs[1] == pytest.approx(runs[4], rel=1e-5)
+    assert runs[3] == pytest.approx(runs[4], rel=1e-5)
+
+    engine = engines.Engine(config.train)
+    loader = train.make_loader(config, engine)
+    _, samples = next(loader.iterate(epochs=1))
+    model = VisionLanguageModel.build(config).train()
+    train.calibrate(model, config)
+    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
+    parts = [model.loss(collate([sample])) for sample in samples]
+    weights = [part.weight.item() for part in parts]
+    right = sum(part.sum.item() for part in parts) / sum(weights)
+    averaged = sum(part.sum.item() / part.weight.item() for part in parts) / len(parts)
+    assert len(set(weights)) > 1
+    assert runs[3][0] == pytest.approx(right, rel=1e-5)
+    assert abs(averaged - right) > 1e-3  # what an average of averages would have said
+
+
+def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_of):
+    config = config_of(epochs=4)
+    train.run(config)
+    loss = losses(config.out_dir)
+    assert loss[16] < loss[1] - 1
+    assert lines(config.out_dir, "train/learning_rate")[16] < 1e-4
+    for name in ("images_per_second", "targets_per_second", "memory_mb", "grad_norm", "image_token_rms"):
+        assert lines(config.out_dir, f"train/{name}")[1] > 0
+    assert 0 <= lines(config.out_dir, "train/data_wait")[1] <= 1
+    assert lines(config.out_dir, "train/truncated_texts")[16] == 0
+
+
+def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(config_of, monkeypatch, capfd):
+    config = config_of(max_skipped_in_a_row=3)
+    not_finite_in({1, 4, 5, 6}, monkeypatch=monkeypatch)
+    with pytest.raises(GuardError, match=r"3 steps in a row .* last good checkpoint is .*step-000006"):
+        train.run(config)
+    skipped = lines(config.out_dir, "train/skipped_steps")
+    assert [skipped[step] for step in (1, 2, 3, 4, 5, 6)] == [0, 1, 1, 1, 2, 3]
+    assert math.isnan(lines(config.out_dir, "train/grad_norm")[2])
+    good = checkpoints.newest(config.out_dir)
+    assert good.state["train"]["skipped_in_a_row"] == 2
+    moments = good.optimizer()
+    assert {moments[name].item() for name in moments if name.startswith("step/")} == {3.0}
+    assert all(value.isfinite().all() for value in moments.values())
+    assert "step 2: loss or gradient not finite, step skipped (1 so far)" in capfd.readouterr().err
+
+
+def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config_of, monkeypatch):
+    choose = engines.choose
+    monkeypatch.setattr(engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, growth_interval=3))
+    not_finite_in({0, 4}, monkeypatch=monkeypatch)  # the first step too: the gradient guard waits for one that counts
+    whole = config_of("whole")
+    train.run(whole)
+    assert checkpoints.newest(whole.out_dir).state["scaler"]["scale"] == 2.0**16
+    cut = config_of("cut", max_steps=5)
+    train.run(cut)
+    assert checkpoints.newest(cut.out_dir).state["scaler"]["scale"] == 2.0**15
+    train.run(config_of("cut"), "auto")
+    assert [str(loss) for loss in losses(cut.out_dir).values()] == [
+        str(loss) for loss in losses(whole.out_dir).values()
+    ]
+    assert checkpoints.newest(cut.out_dir).state["scaler"] == checkpoints.newest(whole.out_dir).state["scaler"]
+
+
+def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
+    config = config_of(epochs=40, global_batch=14, micro_batch=14, save_every=1000, evaluate_every=1000, log_every=5)
+    package = str(Path(train.__file__).parent)
+    ours = [tracemalloc.Filter(True, f"{folder}/*") for folder in (package, package.replace("harness", "shards"))]
+    held, original = [], Clock.restart
+
+    def restart(self):
+        original(self)
+        held.append(None)
+        if len(held) in (15, 39):
+            gc.collect()
+            found = tracemalloc.take_snapshot().filter_traces(ours)
+            held[-1] = sum(trace.size for trace in found.traces)
+
+    monkeypatch.setattr(Clock, "restart", restart)
+    tracemalloc.start()
+    try:
+        train.run(config)
+    finally:
+        tracemalloc.stop()
+    assert held[38] - held[14] < 24 * 100  # bytes; the figures of a step are some 800
+
+
+def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_of, monkeypatch):
+    evaluate_model = train.evaluate_model
+
+    def ignored(*given, **named):
+        result = evaluate_model(*given, **named)
+        for task in result.tasks.values():
+            task.image_use = replace(task.image_use, verdict="image ignored", reason="no gap")
+        return result
+
+    monkeypatch.setattr(train, "evaluate_model", ignored)
+    config = config_of(dev=True, stop_if_image_ignored=True)
+    with pytest.raises(GuardError, match=r"after step 6 the images are ignored \(.*: no gap\)"):
+        train.run(config)  # evaluated after step 3 too, within the first epoch: too early to tell
+    assert checkpoints.newest(config.out_dir).step == 6
+    assert (config.out_dir / "answers" / "step-000006.html").exists()
+
+
+def test_a_sample_that_cannot_be_read_is_counted_and_named_and_does_not_stop_the_run(config_of):
+    config = config_of()
+    path = config.data.train[0].path
+    shutil.rmtree(path)
+    rows = [(Record(f"{i:04d}", "toy", "train", str(i), texts(i)), picture(i), "png") for i in range(14)]
+    rows[5] = (rows[5][0], b"no picture", "png")
+    write_shards(rows, path, dataset="toy", split="train", max_shard_samples=4)
+    train.run(config)
+    assert lines(config.out_dir, "train/quarantined_samples")[8] == 1
+    assert "key 0005" in (config.out_dir / "quarantine.jsonl").read_text()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(config_of):
+    config = config_of(max_steps=1)
+    train.run(config)
+    with pytest.raises(ConfigError, match="--resume auto"):
+        train.run(config)
+
+
+def test_the_module_takes_a_config_and_overrides_and_answers_bad_input_with_a_sentence(config_of, tmp_path, capfd):
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(config_of()))
+    assert train.main([str(file), "train.max_steps=1"]) == 0
+    assert capfd.readouterr().out == f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-000001'}\n"
+    assert train.main([str(file), "train.max_step=1"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("harness: ")
+    assert "did you mean train.max_steps?" in said
+
+
+def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(config_of, tmp_path, monkeypatch, capfd):
+    slept = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert train.main([str(tmp_path / "nope.yaml")]) == 2
+    assert slept == [3]
+    assert capfd.readouterr().err.startswith("harness, rank 1: ")
+
+
+def test_without_a_terminal_a_line_comes_at_once_then_now_and_then_and_at_the_end(capfd, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(terminals.time, "monotonic", lambda: now[0])
+    numbers = {"loss": 1.5, "images_per_second": 3, "targets_per_second": 9, "data_wait": 0.25, "memory_mb": 7}
+    shown = Terminal(True)
+    with shown.progress(40, 0):
+        for step in range(1, 41):
+            shown.advance(step, numbers)
+            now[0] += 1
+    said = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["step 1/40", "step 11/40", "step 21/40", "step 31/40", "step 40/40"]
+    silent = Terminal(False)
+    with silent.progress(1, 0):
+        silent.advance(1, numbers)
+        silent.say("nothing")
+    assert capfd.readouterr().err == ""
+
+
+def test_the_share_of_waiting_leaves_evaluations_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(terminals.time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    for wait, busy, evaluation in ((1, 3, 50), (1, 3, 0)):
+        now[0] += wait
+        clock.waited()
+        now[0] += busy
+        clock.step(images=8, targets=16)
+        now[0] += evaluation
+        clock.restart()
+    assert clock.rates() == {"images_per_second": 2.0, "targets_per_second": 4.0, "data_wait": 0.25}
+    clock.reset()
+    assert clock.rates()["images_per_second"] == 0
