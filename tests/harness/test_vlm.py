@@ -264,11 +264,15 @@ def rewrite(change):
         ("model.safetensors", Path.unlink, r"model\.safetensors: the trained weights cannot be read"),
         ("model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), r"model\.safetensors: .* cannot be read"),
         ("model.safetensors", lambda f: f.write_bytes(b"x" * 50), r"model\.safetensors: .* cannot be read"),
-        ("model.safetensors", rewrite(lambda w: w.pop("bridge.projection.linear.bias")), r"1 weights .*projection\.bias"),
+        (
+            "model.safetensors",
+            rewrite(lambda w: w.pop("bridge.projection.linear.bias")),
+            r"1 weights .*projection\.linear\.bias",
+        ),
         (
             "model.safetensors",
             rewrite(lambda w: w.update({"bridge.projection.linear.bias": torch.zeros(3)})),
-            r"projection\.bias has shape \(3,\)",
+            r"projection\.linear\.bias has shape \(3,\)",
         ),
     ],
 )
