@@ -15,8 +15,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate
+from harness.signals import stop_requests
 from harness.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader
@@ -340,31 +341,6 @@ def changes(found: checkpoints.Checkpoint, config: Config) -> list[str]:
         if key.startswith("model.") and key not in BY_HASH:
             raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
     return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
-    """Gives a function that tells which signal came first, or 0: the run then saves and ends, as before a preemption.
-
-    Two may be one Ctrl-C, from the terminal and from the launcher; the third ends the process at once.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        if len(came) == 1 and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nharness: saving, then stopping; twice more to stop at once\n")
-        if len(came) > 2:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    wanted = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in wanted}
-    try:
-        yield lambda: came[0] if came else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
