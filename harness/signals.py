@@ -24,7 +24,8 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    wanted = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    wanted = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]  # nohup: it stays ignored
     before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield lambda: came[0] if came else 0
