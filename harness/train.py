@@ -196,7 +196,11 @@ def evaluate(run: Run, again: bool = True) -> None:
     page = config.out_dir / "answers" / f"step-{state.step:06d}.html"
     if run.engine.is_main and config.data.dev and (again or not page.exists()):
         result = evaluate_model(
-            run.model, [s.path for s in config.data.dev], config, limit=config.evaluation.dev_images
+            run.model,
+            [s.path for s in config.data.dev],
+            config,
+            limit=config.evaluation.dev_images,
+            counterfactual_texts=config.evaluation.dev_counterfactual_texts,
         )
         values = {**result.metrics(), "unreadable_samples": result.unreadable}
         run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)

@@ -106,7 +106,7 @@ def evaluate_model(
     config: Config,
     *,
     limit: int | None = None,
-    counterfactual: bool = True,
+    counterfactual_texts: int | None = None,
     majority: Majority | None = None,
     text_only_accuracy: float | None = None,
     progress: Progress | None = None,
@@ -115,9 +115,11 @@ def evaluate_model(
     """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval mode.
 
     `limit`: so many images, the first of a seeded order that no config changes; the gate takes the first
-    `evaluation.counterfactual_texts` texts of that order. One process does it all. Raises ShardError.
+    `counterfactual_texts` texts of that order, none: as many as the config says. One process does it all.
+    Raises ShardError.
     """
     settings, device = config.evaluation, next(model.parameters()).device
+    gate_texts = settings.counterfactual_texts if counterfactual_texts is None else counterfactual_texts
     loader = Loader(
         list(paths),
         global_batch=settings.batch_images,
@@ -137,7 +139,7 @@ def evaluate_model(
     model.eval()
     with torch.no_grad():
         controls = None
-        for samples, in_gate in _chunks(loader, images, settings.counterfactual_texts if counterfactual else 0):
+        for samples, in_gate in _chunks(loader, images, gate_texts):
             evaluation.images += len(samples)
             place |= {(s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index) for s in samples}
             if (batch := collate(samples)) is not None:

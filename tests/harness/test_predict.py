@@ -190,7 +190,7 @@ def test_a_limit_takes_the_same_images_whatever_the_seed_of_the_run(setting):
     chosen = [
         [
             p.key
-            for p in evaluate_model(model, [str(root / "test")], c, limit=4, counterfactual=False)
+            for p in evaluate_model(model, [str(root / "test")], c, limit=4, counterfactual_texts=0)
             .tasks["vqa"]
             .predictions
         ]
