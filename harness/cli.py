@@ -100,7 +100,7 @@ def base_lm(
     config: Annotated[str, typer.Option(help="Its prompts and seed; the model then is its model.lm.id.")],
     d_model: Annotated[int, typer.Option(min=4, help="Width, a multiple of 4.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Of the encoder, and as many of the decoder.")] = 2,
-    steps: Annotated[int, typer.Option(min=1)] = 150,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
     """Trains a small T5 on the texts alone: a base language model without a download, and the text-only floor."""
     from harness.config import ConfigError, load
