@@ -129,7 +129,7 @@ class Bridge(nn.Module):
         """
         normed_ND = nn.functional.layer_norm(patches_IPD.float(), patches_IPD.shape[-1:]).flatten(0, 1)
         std_D = normed_ND.std(dim=0)
-        std_D = std_D.clamp(min=0.1 * std_D.median().clamp(min=1e-6))  # a channel that is silent here is not blown up
+        std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))  # quiet channels, mostly noise, are not blown up
         self.patch_norm.weight.copy_(1 / std_D)
         self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
         tokens_NQD = self.projection.linear(self.body(self.patch_norm(patches_IPD.float())))
