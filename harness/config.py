@@ -25,7 +25,10 @@ def _number(value: Any) -> Any:
 
 Positive = Annotated[int, BeforeValidator(_number), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
+Number = Annotated[float, BeforeValidator(_number)]
+Above0 = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
+Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
 class ConfigError(ValueError):
@@ -40,7 +43,7 @@ class DataSet(_Section):
     """One set of shards. `weight` is its share of a mixture; without weights every record comes once an epoch."""
 
     path: str
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Above0 | None = None
 
 
 class Data(_Section):
@@ -56,7 +59,7 @@ class Data(_Section):
     workers: NonNegative = 0  # reading processes per rank
     prefetch: Positive = 2  # batches read ahead per worker
     cache_dir: str | None = None  # remote shards only
-    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    cache_gb: Above0 = 20.0
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
 
 
@@ -87,7 +90,7 @@ class Bridge(_Section):
 
 class Lora(_Section):
     r: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Above0 = 32.0
     dropout: Fraction = 0.0
     targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
 
@@ -118,7 +121,7 @@ class Decoding(_Section):
     max_new_tokens: Positive = 40
     min_new_tokens: NonNegative = 0
     beams: Positive = 1
-    length_penalty: float = 1.0
+    length_penalty: Number = 1.0
 
 
 class Generate(_Section):
@@ -131,16 +134,16 @@ class Train(_Section):
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
     micro_batch: Positive = 32  # images at a time on one rank
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # its peak
-    bridge_learning_rate: Annotated[float, Field(gt=0)] | None = None  # none: as learning_rate, which LoRA wants higher
+    learning_rate: Above0 = 1e-4  # its peak
+    bridge_learning_rate: Above0 | None = None  # none: as learning_rate, which LoRA wants higher
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Fraction = 0.03  # share of all steps
     final_learning_rate: Fraction = 0.0  # share of the peak where the cosine ends
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    betas: tuple[Below1, Below1] = (0.9, 0.98)
+    clip_norm: Above0 | None = 1.0
     label_smoothing: Fraction = 0.0
-    eos_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    eos_loss_weight: Annotated[Number, Field(ge=0)] = 1.0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     activation_checkpointing: bool = False
     evaluate_every: Positive | None = None  # steps; none: at the end of each epoch
@@ -157,7 +160,7 @@ class Evaluation(_Section):
     counterfactual_texts: Positive = 2000  # texts on which the images are shuffled, blanked and left out
     dev_counterfactual_texts: NonNegative = 200  # the same during training, where it must cost little
     show_images: Positive = 8  # the same images after each epoch, with what the model says
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     bootstrap: Positive = 1000  # resamples over images
 
 
@@ -204,7 +207,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        raise ConfigError(f"{file}: is not YAML: {why}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model")
     changed = apply_overrides(document, overrides)

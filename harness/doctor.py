@@ -46,7 +46,9 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
     cache is asked for on the network, unless HF_HUB_OFFLINE is set.
     """
     from harness import prompts
+    from harness.tracking import check_tracking
 
+    check_tracking(config)
     for part in needs:
         if not getattr(config.data, part):
             raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")

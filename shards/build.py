@@ -230,7 +230,7 @@ def _samples(
         try:
             return prepare_image(source.images.read(path), *image_options)
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}".split(" <_io")[0]  # an address in memory, another in every build
 
     usable, waiting, rest = 0, deque(), iter(items)
     for done in range(1, len(items) + 1):

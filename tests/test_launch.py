@@ -14,6 +14,7 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 # Stands in for python3 and for .venv/bin/python: writes down what it was asked for, and has the torch of $FAKE_TORCH.
 PYTHON = """#!/bin/bash
 echo "$@" >>"$CALLS"
+echo "$OMP_WAIT_POLICY" >"$CALLS.waits"
 case "$*" in
 "-") [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" || exit 1 ;;
 "-c import sys; sys.exit(sys.version_info < (3, 11))") exit "${FAKE_OLD:-0}" ;;
@@ -144,6 +145,12 @@ def test_a_python_that_is_too_old_or_missing_is_one_sentence(checkout):
     assert ran.returncode == 2
     assert ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.11 or newer\n"
     assert not (checkout.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
+def test_a_launcher_lets_threads_wait_without_spinning(checkout, tmp_path, script):
+    checkout(script, OMP_WAIT_POLICY="ACTIVE")
+    assert (tmp_path / "calls.waits").read_text() == "PASSIVE\n"
 
 
 def test_the_test_launcher_lints_checks_the_format_and_hands_arguments_to_pytest(checkout):

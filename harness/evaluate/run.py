@@ -7,7 +7,6 @@ on the test sets, with predictions in the official formats and scores.json in RU
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from harness.report import Shown, markdown_table
 from shards.loader import Loader
-from shards.manifest import Manifest, ShardError, is_remote
+from shards.manifest import Manifest, ShardError, is_remote, write_whole
 from shards.read import Cache, Reader, Sample
 from shards.record import Record, Text
 
@@ -336,9 +335,7 @@ def training_records(config: Config) -> Iterator[Record]:
 
 
 def write_json(path: Path, document: Any) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode())
     return path
 
 

@@ -55,6 +55,13 @@ def test_help_and_a_refusal_before_a_launch_import_no_torch():
     assert not modules & heavy
 
 
+def test_threads_wait_without_spinning_however_harness_is_started():
+    code = "import os, harness; print(os.environ['OMP_WAIT_POLICY'])"
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+    assert ran.stdout == "PASSIVE\n"
+
+
 def test_help_names_every_verb(harness):
     code, shown, _ = harness("--help")
     assert code == 0

@@ -36,6 +36,8 @@ def refusal(file, *overrides) -> str:
         ("name: a\ntrain: {epochs: many}", "train.epochs: found 'many', expected an integer"),
         ("name: a\ntrain: {epochs: 0}", "train.epochs: found 0, expected greater than 0"),
         ("name: a\nseed: yes", "seed: found true, expected a number"),
+        ("name: a\ntrain: {learning_rate: yes}", "train.learning_rate: found true, expected a number"),
+        ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: found 1.0, expected less than 1"),
         ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: found inf, expected a finite number"),
         ("name: a\ntrain: {learning_rate: .nan}", "train.learning_rate: found nan, expected"),
         ("name: a\ntrain: {betas: [0.9]}", "train.betas.1: found [0.9], expected one value more"),

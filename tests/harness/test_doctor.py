@@ -53,6 +53,7 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
         ("model.lm.id=google/flan-t5-base", "model.lm.id: google/flan-t5-base is neither a folder nor in the cache"),
         ("model.lm.id=no such model", "neither a folder nor a model id of the hub"),
         ("model.init_from=/gone", "model.init_from: there is no folder /gone"),
+        ("tracking.uri=foo://x", "tracking.uri is foo://x, expected a database or a server"),
         ("out=/dev/null/x", "out: /dev/null is a file"),
     ],
 )

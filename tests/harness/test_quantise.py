@@ -157,6 +157,13 @@ def test_a_missing_or_damaged_file_of_a_base_is_one_sentence(tiny_t5_folder, tmp
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_that_came_out_empty_is_refused(tiny_t5_folder, monkeypatch):
+    # What transformers 5 makes of T5Tokenizer(vocab_file=...), in silence.
+    monkeypatch.setattr(quantise.AutoTokenizer, "from_pretrained", lambda *_, **__: ["<pad>", "</s>", "<unk>"])
+    with pytest.raises(ConfigError, match=r"the tokenizer of .* knows 3 tokens"):
+        T5Language(LanguageModel(id=str(tiny_t5_folder), tuning="frozen"))
+
+
 def test_weights_that_a_base_lacks_are_refused_and_not_drawn_at_random(tiny_t5_folder, tmp_path):
     config = damaged(tiny_t5_folder, tmp_path / "lm", "none", b"")
     weights = load_file(tmp_path / "lm" / "model.safetensors")
