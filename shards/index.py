@@ -109,7 +109,7 @@ def index_shards(
         raise ShardError(f"{base} is remote: say with --out where its index is to be written")
     folder = Path(base if out is None else out)
     if (folder / INDEX).exists() and not overwrite:
-        raise ShardError(f"{folder / INDEX} is there already: allow it to be overwritten to index the shards again")
+        raise ShardError(f"{folder / INDEX} is there already: index the shards again with --overwrite")
     sidecar, shards, keys, skipped = SidecarWriter(), [], set(), []
     for name in names:
         shards.append(_index_tar(join(base, name), dataset, split, sidecar, keys, skipped, on_progress))

@@ -60,7 +60,7 @@ def write_shards(
     out = Path(out)
     if out.exists() and not overwrite:
         if (out / INDEX).exists():
-            raise ShardError(f"{out} already holds shards: choose another folder or allow it to be overwritten")
+            raise ShardError(f"{out} already holds shards: choose another folder, or replace them with --overwrite")
         if not out.is_dir() or any(out.iterdir()):
             raise ShardError(f"{out} is there and is not empty: choose another folder")
     with folder_beside(out) as beside:
@@ -98,7 +98,8 @@ def folder_beside(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{os.uname().nodename}."
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition(".")[0])):
+        process = left.name.removeprefix(prefix).partition(".")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):  # else of a machine whose name goes on
             shutil.rmtree(left)
     beside = out.with_name(f"{prefix}{os.getpid()}")
     beside.mkdir()

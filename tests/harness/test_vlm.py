@@ -123,6 +123,20 @@ def test_new_parts_are_drawn_from_the_seed_alone(tiny_t5_folder):
     assert not torch.equal(one["bridge.projection.linear.weight"], other["bridge.projection.linear.weight"])
 
 
+def test_an_autocast_around_the_model_does_not_reach_the_language_model(tiny_t5_folder):
+    """As on a T4, where fp16 makes infinities of what T5's `wo` gives; bf16 stands in for it on the CPU."""
+    model = VisionLanguageModel.build(grouped.config(tiny_t5_folder), grouped.ENCODER).eval()
+    batch, seen = grouped.collator(model.tokenizer)(grouped.samples()), set()
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+    for run in (model.loss, lambda b: model.generate(b, Decoding(max_new_tokens=2))):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(batch)
+        assert seen == {torch.float32}
+
+
 def test_pixels_without_a_vision_tower_are_refused_in_words(tiny_t5_folder):
     model = grouped.model(tiny_t5_folder)
     with pytest.raises(ValueError, match="without its vision tower"):
