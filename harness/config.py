@@ -158,7 +158,7 @@ class Evaluation(_Section):
     batch_images: Positive = 64
     dev_images: Positive | None = 400  # images scored during training; none: all
     counterfactual_texts: Positive = 2000  # texts on which the images are shuffled, blanked and left out
-    dev_counterfactual_texts: NonNegative = 200  # the same during training, where it must cost little
+    dev_counterfactual_texts: NonNegative = 400  # the same during training, where it must cost little
     show_images: Positive = 8  # the same images after each epoch, with what the model says
     confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     bootstrap: Positive = 1000  # resamples over images
