@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.config import ConfigError
+from shards.manifest import sync
 
 FOLDER = "checkpoints"
 OPTIMIZER, STATE, FILES, MODEL = "optimizer.safetensors", "state.json", "files.json", "model"
@@ -73,7 +74,7 @@ def write(
         files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
         (beside / FILES).write_text(json.dumps(files, indent=1))
         for path in (*beside.rglob("*"), beside):
-            _sync(path)
+            sync(path)
         if problem := problems(beside):
             raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
         if final.exists():  # of a step that is run again, since it was damaged or an older one was gone on from
@@ -82,7 +83,7 @@ def write(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     return Checkpoint(final, dict(state))
 
 
@@ -158,11 +159,3 @@ def _by_step(out: Path) -> list[Path]:
 def _fact(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

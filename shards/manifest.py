@@ -296,9 +296,9 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
     return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes what was renamed into a folder survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or what was renamed into a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

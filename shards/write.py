@@ -27,7 +27,7 @@ from shards.manifest import (
     ShardError,
     ShardInfo,
     SidecarWriter,
-    sync_folder,
+    sync,
     write_index,
     write_whole,
 )
@@ -76,7 +76,7 @@ def write_shards(
             str(out), kind, dataset, split, tuple(shards), info, key_bytes, encoder=encoder, files=files
         )
         write_index(manifest, beside)
-        sync_folder(beside)
+        sync(beside)
         if out.exists():  # what was there goes only when the new one stands
             old = out.with_name(f"{out.name}.old.{os.getpid()}")
             os.rename(out, old)
@@ -84,7 +84,7 @@ def write_shards(
             shutil.rmtree(old)
         else:
             os.rename(beside, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     return manifest
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import safetensors.numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.config import Vision
-from shards.read import Sample
 
 Mode = Literal["crop", "squash"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
@@ -95,6 +94,13 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+class Encoded(Protocol):
+    """What a reader of shards hands over: the bytes of one member, and what the end of its name says they are."""
+
+    payload: bytes
+    extension: str
+
+
 @dataclass(frozen=True)
 class ImageDecoder:
     """A Loader's `decode`: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD. Picklable."""
@@ -107,7 +113,7 @@ class ImageDecoder:
     def of(cls, vision: Vision, max_pixels: int) -> ImageDecoder:
         return cls(vision.image_size, MODES[vision.kind], max_pixels)
 
-    def __call__(self, sample: Sample) -> np.ndarray:
+    def __call__(self, sample: Encoded) -> np.ndarray:
         """Raises ImageError, or safetensors' own error for a damaged feature payload."""
         if sample.extension != "safetensors":
             return decode_image(sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode)
