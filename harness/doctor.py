@@ -121,6 +121,8 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}.id: the folder {name} holds no config.json: it is not a saved model")
         return
+    if name.startswith("runs/"):  # where our own programs write: no id of the hub
+        raise ConfigError(f"{key}.id: there is no folder {name}: make it by `harness base-lm`, or run `harness demo`")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}.id: there is no folder {name}")
 

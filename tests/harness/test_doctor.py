@@ -49,10 +49,12 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
         ("data.train=[{path: a, weight: 1}, {path: b}]", "some sets have a weight and some have none"),
         ("model.vision.image_size=224", "image_size 128 instead of 224"),
         ("prompts.vqa=Question:", "prompts.vqa"),
+        ("model.lm.id=runs/gone", "there is no folder runs/gone: make it by `harness base-lm`"),
         ("model.lm.id=./gone", "model.lm.id: there is no folder ./gone"),
         ("model.lm.id=google/flan-t5-base", "model.lm.id: google/flan-t5-base is neither a folder nor in the cache"),
         ("model.lm.id=no such model", "neither a folder nor a model id of the hub"),
         ("model.init_from=/gone", "model.init_from: there is no folder /gone"),
+        ("train.precision=fp16", "train.precision is fp16, but this machine has no GPU"),
         ("tracking.uri=foo://x", "tracking.uri is foo://x, expected a database or a server"),
         ("out=/dev/null/x", "out: /dev/null is a file"),
     ],
@@ -60,6 +62,7 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
 def test_what_cannot_be_used_is_named_with_its_key(config, monkeypatch, tmp_path, override, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("harness.launcher.gpus", lambda: 0)
     with pytest.raises((ConfigError, ShardError)) as caught:
         check_before_launch(config(override))
     assert message in str(caught.value)
