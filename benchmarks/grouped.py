@@ -26,6 +26,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from harness import base_lm
 from harness.batch import Batch, Collator
 from harness.config import Bridge, Config, LanguageModel, Model, Vision
+from harness.model.vision import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
 from harness.report import markdown_table
 from shards.read import Sample
@@ -78,11 +79,13 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base_lm.train_tokenizer(CAPTIONS, Path(folder), 512)
-        T5ForConditionalGeneration(
+        lm = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=512, d_model=256, d_kv=64, d_ff=1024, num_layers=3, num_heads=4, decoder_start_token_id=0
             )
-        ).save_pretrained(folder)
+        )
+        with quiet_transformers():
+            lm.save_pretrained(folder)
         config = Config(
             name="grouped",
             model=Model(
