@@ -104,8 +104,8 @@ def make(
 ) -> Path:
     """Trains tokenizer and model on the texts of `sets` alone and saves both in `out`. The seed is `config.seed`.
 
-    The `peak` learning rate is low on purpose: a higher one gives the same answers from the words, by an attention so
-    peaked that image tokens get next to no weight and no gradient later (docs/log.md).
+    The `peak` learning rate is low on purpose: a model made with a higher one gives the same answers from the words,
+    and learns to use image tokens far more slowly later (docs/log.md).
     """
     out.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(sets, config)
