@@ -24,6 +24,10 @@ app.add_typer(shards_app, name="shards")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")]
+LaunchFile = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Of launch/accelerate/, as zero2; None: one process, or DDP.")
+]
+ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="In place of zero2's 2.")]
 
 
 def _version(asked: bool) -> None:
@@ -55,16 +59,20 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[int | None, typer.Option(min=1, help="None: one for each GPU, or one.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")] = None,
+    launch: LaunchFile = None,
+    zero_stage: ZeroStage = None,
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
+    from harness import launcher
     from harness.config import load
     from harness.doctor import check_before_launch, check_resume
-    from harness.launcher import launch
 
     loaded = load(config, overrides or ())
+    launch_file = launcher.read_launch(launch, zero_stage)
     check_resume(loaded, resume)
     check_before_launch(loaded)
-    raise typer.Exit(launch([config, *(overrides or ()), *(["--resume", resume] if resume else [])], processes))
+    arguments = [config, *(overrides or ()), *(["--resume", resume] if resume else [])]
+    raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 
 @app.command()

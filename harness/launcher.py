@@ -1,20 +1,124 @@
-"""Starts `harness.train` on one or several processes of this machine, through `accelerate launch`.
+"""What a launch file says, and how `harness.train` is started by it on this machine, through `accelerate launch`.
 
-Number of processes -> command line and environment -> exit code. Imports no torch; the GPUs are counted by nvidia-smi.
+Launch file, number of processes -> command line and environment -> exit code. Imports no torch; nvidia-smi counts GPUs.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
-from harness.config import ConfigError
+from harness.config import ConfigError, shipped
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch file (accelerate's YAML, and the DeepSpeed JSON that it names) says."""
+
+    name: str = ""  # "zero2_offload"; "" where no file was given
+    file: Path | None = None
+    processes: int | None = None  # over all machines; None: not said, one for each GPU
+    machines: int = 1
+    zero_stage: int | None = None  # None: no DeepSpeed (one process, or DDP)
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    single: bool = False  # one process, without torchrun
+    cpu: bool = False  # hides the GPUs
+
+
+def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) -> Launch:
+    """Reads a launch file: a path, or the name of a shipped one (`zero2`, also `launch/accelerate/zero2.yaml`).
+
+    `zero_stage` is used in place of the file's, where that leaves it open. Raises ConfigError naming file and key.
+    """
+    if name_or_file is None:
+        if zero_stage is not None:
+            raise ConfigError(f"--zero-stage {zero_stage} needs DeepSpeed: give --launch zero2 too")
+        return Launch()
+    file = _find(Path(name_or_file))
+    said = _read(file)
+    kind, offload = said.get("distributed_type"), {}
+    if kind not in ("NO", "MULTI_GPU", "DEEPSPEED"):
+        raise ConfigError(f"{file}: distributed_type is {kind!r}, expected 'NO', MULTI_GPU or DEEPSPEED")
+    if kind == "DEEPSPEED":
+        zero_stage, offload = _zero(file, said.get("deepspeed_config") or {}, zero_stage)
+    elif zero_stage is not None:
+        raise ConfigError(f"--zero-stage {zero_stage}: {file} is without DeepSpeed; zero2 is the launch file for it")
+    processes = said.get("num_processes")
+    return Launch(
+        name=file.stem,
+        file=file,
+        processes=processes if isinstance(processes, int) and processes > 0 else None,
+        machines=said.get("num_machines") or 1,
+        zero_stage=zero_stage,
+        offload_optimizer=offload.get("offload_optimizer", "none") != "none",
+        offload_parameters=offload.get("offload_param", "none") != "none",
+        single=kind == "NO",
+        cpu=bool(said.get("use_cpu")) or str(said.get("gpu_ids", "")).startswith("-1"),
+    )
+
+
+def deepspeed_file(name: str | Path) -> Path:
+    """The DeepSpeed JSON that a launch file names: as it stands, else the shipped one, so that any folder will do."""
+    file = Path(name)
+    inside = Path(*file.parts[1:]) if file.parts[:1] == ("launch",) else file
+    found = next((there for there in (file, shipped("launch") / inside) if there.is_file()), None)
+    if found is None:
+        raise ConfigError(f"deepspeed_config_file: there is no file {name}, neither here nor in {shipped('launch')}")
+    return found
+
+
+def _find(file: Path) -> Path:
+    if file.is_file():
+        return file
+    ours = {f.stem: f for f in sorted((shipped("launch") / "accelerate").glob("*.yaml"))}
+    if str(file.parent) in (".", "launch/accelerate") and file.suffix in ("", ".yaml") and file.stem in ours:
+        return ours[file.stem]
+    near = difflib.get_close_matches(file.stem, ours, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(ours)}"
+    raise ConfigError(f"--launch {file}: no such launch file; {hint}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        said = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(said, dict):
+        raise ConfigError(f"{file}: expected a mapping of keys such as distributed_type or zero_optimization")
+    return said
+
+
+def _zero(file: Path, plugin: Mapping[str, Any], asked: int | None) -> tuple[int, dict[str, str]]:
+    """ZeRO stage, and where optimizer states and parameters lie: as accelerate's plugin will decide."""
+    if named := plugin.get("deepspeed_config_file"):
+        file = deepspeed_file(named)
+        zero = _read(file).get("zero_optimization") or {}
+        fixed = zero.get("stage", 0)
+        offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    else:
+        fixed = "auto" if asked is not None else plugin.get("zero_stage", "auto")
+        offload = {key: plugin.get(f"{key}_device", "none") for key in ("offload_optimizer", "offload_param")}
+    stage = (2 if asked is None else asked) if fixed == "auto" else fixed
+    if asked not in (None, stage):
+        raise ConfigError(f"--zero-stage {asked}: {file} fixes stage {stage}; --launch zero2 leaves it open")
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{file}: ZeRO has the stages 0 to 3, found {stage!r}")
+    return stage, offload
 
 
 def gpus(environment: Mapping[str, str] = os.environ) -> int:
@@ -31,35 +135,59 @@ def command(
     arguments: Sequence[str],
     processes: int | None = None,
     *,
+    launch: Launch | None = None,
     module: str = "harness.train",
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line of `python -m module arguments` on `processes` (none: one for each GPU, or one), and its
-    environment. Raises ConfigError for more processes than GPUs, where there are any."""
-    found = gpus(environment)
-    processes = max(found, 1) if processes is None else processes
-    if processes < 1 or (found and processes > found):
-        raise ConfigError(f"--processes {processes}: expected 1 to {found or 'the number of CPU cores'}")
+    """The command line of `python -m module arguments` on `processes`, and its environment.
+
+    Without `processes` the launch file decides, else the number of GPUs, or one. Without a launch file it is t4,
+    multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine cannot start.
+    """
+    launch = launch or Launch()
+    found = 0 if launch.cpu else gpus(environment)
+    processes = processes or launch.processes or max(found, 1)
+    if launch.file is None:
+        launch = read_launch("t4" if processes == 1 else "multi_gpu" if found else "cpu")
+    if found and processes > found:
+        raise ConfigError(f"--processes {processes}: this machine has {found} GPUs; expected 1 to {found}")
+    if launch.single and processes > 1:
+        raise ConfigError(f"--processes {processes}: {launch.file} starts one; multi_gpu is the launch file for more")
+    if launch.machines > 1:
+        raise ConfigError(
+            f"--launch {launch.name} is for {launch.machines} machines and harness train starts processes on one: "
+            "use launch/slurm.sbatch, or launch/torchrun.sh on each"
+        )
+    if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"--launch {launch.name} needs DeepSpeed: pip install 'vl-harness[deepspeed]'")
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
+    # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain DDP.
+    changed = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE_USE_")}
     # Threads that spin while they wait make a small step 100 times slower as soon as another process is busy.
-    changed = {**environment, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
-    if processes > 1:
-        # On the CPU too: `--cpu --num_processes 2` would start a single process. Port 0: a free one.
-        launch += ["--multi_gpu", "--main_process_port", "0"]
-        if not found:
-            changed["ACCELERATE_USE_CPU"] = "true"
-    return [*launch, "-m", module, *arguments], changed
+    changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+    if launch.zero_stage is None and not found:
+        changed["ACCELERATE_USE_CPU"] = "true"
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(launch.file)]
+    # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed JSON.
+    line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
+    line += ["--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
+    if launch.zero_stage is not None:
+        line += ["--zero_stage", str(launch.zero_stage)]
+    return [*line, "-m", module, *arguments], changed
 
 
-def launch(arguments: Sequence[str], processes: int | None = None, *, module: str = "harness.train") -> int:
+def launch(
+    arguments: Sequence[str],
+    processes: int | None = None,
+    *,
+    launch_file: Launch | None = None,
+    module: str = "harness.train",
+) -> int:
     """Runs it to its end and returns its exit code. A signal goes on to the run: it saves and stops; the third kills.
 
     `accelerate launch` itself would die of the signal and leave the run behind, so the run has a session of its own.
     """
-    line, environment = command(arguments, processes, module=module)
+    line, environment = command(arguments, processes, launch=launch_file, module=module)
     child = subprocess.Popen(line, env=environment, start_new_session=True)
     signals = 0
 
@@ -68,9 +196,8 @@ def launch(arguments: Sequence[str], processes: int | None = None, *, module: st
         signals += 1
         if signals > 2:
             os.killpg(child.pid, signal.SIGKILL)
-        else:  # torchrun hands it to its workers; for one process accelerate does not
-            started = [] if "--multi_gpu" in line else psutil.Process(child.pid).children()
-            for process in started or [child]:
+        else:  # not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves them behind
+            for process in psutil.Process(child.pid).children() or [child]:
                 process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
