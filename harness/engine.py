@@ -1,4 +1,4 @@
-"""Everything that differs between plain Accelerate, a loss scaler (and, later, DeepSpeed ZeRO), behind one interface.
+"""Everything that differs between plain Accelerate, a loss scaler and DeepSpeed ZeRO (zero.py), behind one interface.
 
     prepare -> for each micro-batch: with micro_step(last): model(batch), backward(loss) -> step() -> norm, or skipped
 
@@ -31,21 +31,22 @@ def wanted_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def make_engine(train: Train) -> Engine:
+    """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain Accelerate."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+        from harness.zero import ZeroEngine
+
+        return ZeroEngine(train)
+    return Engine(train)
+
+
 class Engine:
     """Accelerate with DDP where there are several processes, and our own loss scaler where fp16 needs one."""
 
+    partitioned = False  # True: every rank holds a part of each weight, and all have to run the model together
+
     def __init__(self, train: Train):
-        cpu = not torch.cuda.is_available()
-        # Accelerate is told "no" mixed precision: which part runs in which dtype is precision.py's, part by part.
-        # Buffers are those of frozen parts, equal on all ranks: broadcasting them at every step is wasted.
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-            ],
-        )
+        self.accelerator = self._accelerator(train)
         if self.accelerator.num_processes != wanted_world_size():
             # `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
             raise RuntimeError(
@@ -55,6 +56,23 @@ class Engine:
         self.train = train
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
+
+    def _accelerator(self, train: Train) -> Accelerator:
+        # Accelerate is told "no" mixed precision: which part runs in which dtype is precision.py's, part by part.
+        # Buffers are those of frozen parts, equal on all ranks: broadcasting them at every step is wasted.
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
+        )
+
+    def facts(self) -> dict[str, str]:
+        """For the log and the tracker."""
+        engine = "DDP" if self.world_size > 1 else "one process"
+        return {**self.precision.facts(), "world_size": str(self.world_size), "engine": engine}
 
     @property
     def device(self) -> torch.device:
@@ -137,9 +155,7 @@ class Engine:
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor]) -> None:
         """`saved` is empty before the first step. Raises ConfigError naming the first moment missing or left over."""
-        expected = {f"{key}/{name}" for name in self.named for key in MOMENTS}
-        if saved and (odd := sorted(expected ^ saved.keys())):
-            raise ConfigError(f"the optimizer state does not fit this model: {odd[0]} and {len(odd) - 1} more differ")
+        check_moments(saved, self.named)
         for name, parameter in self.named.items() if saved else ():
             self.optimizer.state[parameter] = {
                 # AdamW keeps its step on the CPU unless it is fused or captured.
@@ -159,6 +175,13 @@ class Engine:
         self.wait()
         if self.device.type == "cuda":
             self.accelerator.end_training()
+
+
+def check_moments(saved: Mapping[str, torch.Tensor], named: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError where saved moments are of another model."""
+    expected = {f"{key}/{name}" for name in named for key in MOMENTS}
+    if saved and (odd := sorted(expected ^ saved.keys())):
+        raise ConfigError(f"the optimizer state does not fit this model: {odd[0]} and {len(odd) - 1} more differ")
 
 
 def parameter_groups(named: Mapping[str, nn.Parameter], train: Train) -> list[dict[str, Any]]:

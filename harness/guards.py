@@ -17,10 +17,13 @@ class GuardError(RuntimeError):
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter that is not trained and every buffer, quantised weights and batch-norm statistics included."""
+    """Every parameter that is not trained and every buffer, quantised weights and batch-norm statistics included.
+
+    Of a parameter that ZeRO has partitioned: what this rank holds of it.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            yield name, parameter
+            yield name, getattr(parameter, "ds_tensor", parameter)
     yield from model.named_buffers()
 
 

@@ -28,7 +28,7 @@ from harness import config as configs
 from harness.batch import Batch, Collator, drawn
 from harness.config import Config, ConfigError
 from harness.doctor import check_before_launch, check_resume, explain
-from harness.engine import Engine
+from harness.engine import Engine, make_engine
 from harness.evaluate.run import evaluate_model
 from harness.features import check_encoder
 from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
@@ -76,6 +76,8 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     filler = filler_of(collate, model)
     planned_steps = state.step + steps_left(loader, state.stream, train.epochs)
     last_step = min(planned_steps, train.max_steps or planned_steps)
+    # As many on every rank, whatever it reads: under ZeRO each of them is a meeting of all ranks.
+    micro_steps = math.ceil(math.ceil(train.global_batch / engine.world_size) / train.micro_batch)
     frozen, guard = frozen_hash(model), GradientGuard(model)
     samples_of_steps = loader.iterate(state.stream, train.epochs)  # refuses a state of another order
     clock, stop = Clock(), 0
@@ -95,8 +97,8 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     ):
         for stream, samples in steps:
             clock.waited()
-            batches = micro_batches(samples, collate, train.micro_batch) or [filler]
-            real = [batch for batch in batches if batch is not filler]
+            real = micro_batches(samples, collate, train.micro_batch)
+            batches = real + [filler] * (micro_steps - len(real))
             weight, images, targets = engine.sum(totals(real))
 
             # The model's randomness (dropout) is a function of (seed, step, rank): no RNG state to save or disturb.
@@ -191,11 +193,14 @@ def too_many_skipped(run: Run) -> str:
 def evaluate(run: Run, again: bool = True) -> None:
     """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait.
 
+    Where the weights are partitioned, all ranks run the model over the same images, and the main process reports.
     `again` False: only where this step's answers are not there yet. Raises GuardError as `stop_if_image_ignored` says.
     """
-    config, state, ignored = run.config, run.state, ""
+    config, engine, state, ignored = run.config, run.engine, run.state, ""
     page = config.out_dir / "answers" / f"step-{state.step:06d}.html"
-    if run.engine.is_main and config.data.dev and (again or not page.exists()):
+    (wanted,) = engine.sum([engine.is_main and bool(config.data.dev) and (again or not page.exists())])
+    result = None
+    if wanted and (engine.is_main or engine.partitioned):
         result = evaluate_model(
             run.model,
             [s.path for s in config.data.dev],
@@ -203,6 +208,7 @@ def evaluate(run: Run, again: bool = True) -> None:
             limit=config.evaluation.dev_images,
             counterfactual_texts=config.evaluation.dev_counterfactual_texts,
         )
+    if result and engine.is_main:
         values = {**result.metrics(), "unreadable_samples": result.unreadable}
         run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)
         run.tracker.predictions(result.shown_images, state.step)
@@ -213,7 +219,7 @@ def evaluate(run: Run, again: bool = True) -> None:
                 run.terminal.say(f"{task}: {use.verdict}: {use.reason}")
                 ignored = f"{task}: {use.reason}" if use.verdict == "image ignored" else ignored
     run.model.train()
-    (stop,) = run.engine.sum([bool(ignored)])
+    (stop,) = engine.sum([bool(ignored)])
     epoch_done = state.stream.epoch > 0 or state.stream.position == run.loader.samples
     if stop and epoch_done and config.train.stop_if_image_ignored:
         raise GuardError(f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})")
@@ -249,7 +255,7 @@ def run(config: Config, resume: str | None = None) -> Path:
     After SIGTERM or SIGINT: saves, and raises SystemExit with 128 + the signal's number.
     """
     check_resume(config, resume)
-    engine, out = Engine(config.train), config.out_dir
+    engine, out = make_engine(config.train), config.out_dir
     terminal = Terminal(engine.is_main)
     found = checkpoints.find(out, resume, terminal.say)
     for sentence in changes(found, config) if found else ():
@@ -278,9 +284,8 @@ def run(config: Config, resume: str | None = None) -> Path:
         # From another folder's checkpoint a new run begins; a job killed before its first one goes on with its own.
         own = found.path.resolve().is_relative_to(out.resolve()) if found else resume == "auto"
         run_id = (found and found.state["run_id"]) or recorded_run_id(config) if own else None
-        facts = {**engine.precision.facts(), "world_size": str(engine.world_size)}
         sets = [*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)]
-        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=facts, datasets=sets)
+        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=engine.facts(), datasets=sets)
     status = "FAILED"
     try:
         with stop_requests() as stop_asked:

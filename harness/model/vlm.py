@@ -162,7 +162,7 @@ class VisionLanguageModel(PreTrainedModel):
     def scales(self, batch: Batch) -> dict[str, float]:
         """Root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads noise."""
         image_rms = self.bridge_tokens(batch).tokens_NQD.pow(2).mean().sqrt().item()
-        return {"image_token_rms": image_rms, "embedding_rms": self.lm.embedding_rms}
+        return {"image_token_rms": image_rms, "embedding_rms": self.bridge.embedding_rms}
 
     # ---- what was trained -------------------------------------------------------------------------------------------
 

@@ -99,16 +99,11 @@ class T5Language(nn.Module):
     def _decode(self, states_CSD: torch.Tensor, mask_CS: torch.Tensor, batch: Batch) -> torch.Tensor:
         t5, context_of_T = self.t5, batch.context_of_T
         input_ids_TL = t5._shift_right(batch.labels_TL)
-        cache = None
-        one_to_one = len(context_of_T) == len(states_CSD) and torch.equal(
-            context_of_T, torch.arange(len(states_CSD), device=context_of_T.device)
-        )
-        if one_to_one:
-            states_TSD, mask_TS = states_CSD, mask_CS
-        else:
-            states_TSD, mask_TS = states_CSD[context_of_T], mask_CS[context_of_T]
-            if not t5.decoder.gradient_checkpointing:  # checkpointing drops caches
-                cache = self._cross_attention_cache(states_CSD, context_of_T)
+        # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model ask for its weights
+        # in the same order whatever their batches hold.
+        cached = not t5.decoder.gradient_checkpointing
+        cache = self._cross_attention_cache(states_CSD, context_of_T) if cached else None
+        states_TSD, mask_TS = states_CSD[context_of_T], mask_CS[context_of_T]
         return t5.decoder(
             input_ids=input_ids_TL,
             encoder_hidden_states=states_TSD,

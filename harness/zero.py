@@ -1,0 +1,237 @@
+"""DeepSpeed ZeRO behind the engine's interface: stages 0 to 3, optimizer and parameters offloaded to the CPU or not.
+
+Which stage and what is offloaded is the launcher's to say (launch/accelerate/zero2.yaml and its DeepSpeed JSON); nothing
+else about a run changes. What DeepSpeed would do in silence is taken out of its hands: the summing of micro-batches, the
+scaling by their number, precision, clipping, the learning rate, checkpoints, and everything it would compile.
+Private names of DeepSpeed are used in the functions at the end alone; a version older than the tested one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from packaging.version import Version
+from torch import nn
+
+from harness.config import ConfigError, Train, shipped
+from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
+
+OLDEST = "0.19.8"  # its private names were read, and it skips a step whose norm is not finite in every stage
+
+
+def settings_file(named: str) -> Path:
+    """The DeepSpeed JSON that a launch file names: as it stands, or the one that comes with harness."""
+    inside = shipped("launch") / Path(*Path(named).parts[1:]) if named.startswith("launch/") else Path(named)
+    for file in (Path(named), inside):
+        if file.is_file():
+            return file
+    raise ConfigError(f"deepspeed_config_file: there is no file {named}, here or among those that come with harness")
+
+
+class ZeroEngine(Engine):
+    """The optimizer's states (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
+
+    def _accelerator(self, train: Train) -> Accelerator:
+        import deepspeed
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        if Version(deepspeed.__version__) < Version(OLDEST):
+            raise ConfigError(f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'")
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                "ACCELERATE_USE_CPU together with DeepSpeed gives plain DDP in silence: leave one of them out"
+            )
+        # It would compile a kernel for ranks that share a machine's memory, for a minute, where there is no GPU.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
+        named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        settings = json.loads(settings_file(named).read_text()) if named != "none" else {"zero_optimization": {}}
+        for engine in ("fp16", "bf16", "torch_autocast"):
+            if settings.pop(engine, {}).get("enabled"):
+                raise ConfigError(
+                    f"{named}: {engine} casts the whole model, T5's `wo` with it: leave it out, train.precision says it"
+                )
+        settings["zero_optimization"].setdefault("stage", "auto")
+        settings |= {
+            "train_micro_batch_size_per_gpu": 1,  # never used: batches are ours
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": train.clip_norm or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW needs no compiler
+        }
+        settings.pop("train_batch_size", None)
+        # Models are loaded whole and partitioned afterwards: a 4-bit weight cannot be loaded in parts.
+        self.plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        accelerator = Accelerator(
+            mixed_precision="no",
+            deepspeed_plugin=self.plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=LONGEST_WAIT)],
+        )
+        unset_hf_deepspeed_config()  # or transformers loads every model in parts at stage 3
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise RuntimeError(f"DeepSpeed was asked for but Accelerate runs {accelerator.distributed_type.value}")
+        return accelerator
+
+    @property
+    def stage(self) -> int:
+        return self.plugin.deepspeed_config["zero_optimization"]["stage"]
+
+    @property
+    def partitioned(self) -> bool:
+        return self.stage == 3
+
+    @property
+    def offloads(self) -> bool:
+        return (self.plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "engine": f"DeepSpeed ZeRO {self.stage}", "offload_optimizer": str(self.offloads)}
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self.precision.loss_scaler:
+            raise ConfigError(
+                f"DeepSpeed and fp16 do not go together ({self.precision.reason}): its own scaler stalls a run in "
+                "silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with bf16"
+            )
+        self.bare = model
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.named, self.train)
+        optimizer = torch.optim.AdamW(groups, betas=self.train.betas, fused=True if self.offloads else None)
+        if self.stage == 0:
+            self.plugin.deepspeed_config["gradient_clipping"] = 0.0  # clipped here, where the norm is looked at first
+        self.model, wrapped = self.accelerator.prepare(model, optimizer)
+        self.zero = self.model.optimizer
+        self.optimizer = wrapped.optimizer
+        if not hasattr(self.model, "zero_optimization_stage") or self.model.zero_optimization_stage() != self.stage:
+            raise RuntimeError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
+        if self.partitioned:
+            self.plugin.set_deepspeed_weakref()  # tells generate() that all ranks have to take every step together
+        return self.model
+
+    def micro_step(self, last: bool) -> AbstractContextManager:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # `accelerator.backward` would take the optimizer's step as well: no place to look at the norm first.
+        self.model.backward(loss * self.world_size)
+
+    def step(self, learning_rate: float, skip: bool = False) -> float | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["share"]
+        if not skip and self.stage == 0:
+            limit = self.train.clip_norm if self.train.clip_norm is not None else math.inf
+            norm = torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
+            skip = not math.isfinite(norm)
+        if self.stage == 0:
+            if skip:
+                self.discard()
+            else:
+                self.model.step()
+            return None if skip else norm
+        # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what they hold.
+        with _infinite_norm(self.zero) if skip else nullcontext():
+            self.model.step()
+        return None if self.zero.overflow else float(self.model.get_global_grad_norm())
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        if not self.partitioned:
+            return super().trained_state()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        state = {}
+        named = dict(self.bare.named_parameters())
+        for name in self.bare.trained_state():
+            with GatheredParameters([named[name]]):  # one by one: together they may be larger than a GPU
+                if self.is_main:
+                    state[name] = named[name].detach().cpu().clone()
+        return state
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        if self.stage == 0:
+            return super().optimizer_state()
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = [self.optimizer.state.get(flat) for flat in _partitions(self.zero)]
+        # Before the first step there is nothing to read, and trying raises on some ranks while others wait for ever.
+        if not self.sum([float(bool(states) and all(states))])[0] == self.world_size:
+            return {}
+        _link(self.zero)
+        step, saved = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu(), {}
+        for name, parameter in self.named.items():
+            for key in MOMENTS:
+                value = step if key == "step" else safe_get_full_optimizer_state(parameter, key)
+                if self.is_main:
+                    saved[f"{key}/{name}"] = value.cpu().clone()
+        return saved
+
+    def load_optimizer_state(self, saved: Mapping[str, torch.Tensor]) -> None:
+        check_moments(saved, self.named)
+        if not saved or self.stage == 0:
+            return super().load_optimizer_state(saved)
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        steps = max(float(saved[f"step/{name}"]) for name in self.named)
+        for flat in _partitions(self.zero):
+            device = flat.device if self.offloads else "cpu"  # as AdamW makes it: a fused one keeps it by the weights
+            self.optimizer.state[flat] = {
+                "step": torch.tensor(steps, device=device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        _link(self.zero)
+        for name, parameter in self.named.items():
+            for key in MOMENTS[:2]:
+                value = saved[f"{key}/{name}"].float()
+                if self.stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:  # its own way to do this fails on the last rank where the ranks do not divide the size
+                    size = parameter.ds_tensor.numel()
+                    padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+                    safe_set_local_optimizer_state(parameter, padded[self.rank * size :][:size], key)
+
+
+def _partitions(zero: Any) -> Iterator[torch.Tensor]:
+    """This rank's flat pieces of the trained weights, by which the optimizer knows its states."""
+    yield from (
+        zero.fp32_partitioned_groups_flat
+        if hasattr(zero, "fp32_partitioned_groups_flat")
+        else (zero.single_partition_of_fp32_groups)
+    )
+
+
+def _link(zero: Any) -> None:
+    """Has stages 1 and 2 know which piece of which state is which parameter's.
+
+    They do so themselves after the first step, but of the first parameter group alone.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _infinite_norm(zero: Any) -> Iterator[None]:
+    """A step inside is skipped as one with an infinite gradient norm is.
+
+    `zero_grad` alone leaves gradients of a discarded step in stage 2, and they would be part of the next step's.
+    """
+    name = "_get_norm_groups" if hasattr(zero, "fp32_partitioned_groups_flat") else "scaled_global_norm"
+    infinite = torch.tensor(math.inf)
+    setattr(zero, name, lambda: [infinite] if name == "_get_norm_groups" else infinite)
+    try:
+        yield
+    finally:
+        delattr(zero, name)
