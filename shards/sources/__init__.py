@@ -5,7 +5,7 @@ Each `load` takes the options of `harness shards build` by their names, with `_`
 
 from collections.abc import Callable
 
-from shards.sources import coco_captions, easy_vqa, flickr8k, image_folder, karpathy, vqav2
+from shards.sources import coco_captions, easy_vqa, flickr8k, hf, image_folder, karpathy, vqav2
 from shards.sources.source import Item, Skipped, Source
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -15,6 +15,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "karpathy": karpathy.load,  # dataset_*.json of Flickr8k, Flickr30k, COCO
     "easy-vqa": easy_vqa.load,  # from the package, nothing to give
     "image-folder": image_folder.load,  # your own images and a JSONL
+    "hf": hf.load,  # the package `datasets`: hub, parquet, folder
 }
 
 __all__ = ["SOURCES", "Item", "Skipped", "Source"]
