@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
 from shards.manifest import ShardError
 from shards.record import Text
@@ -17,8 +18,10 @@ DEV_IMAGES = 400
 _NEGATIONS = (" no ", " not ")
 
 
-def load() -> Source:
+def load(limit: Annotated[int | None, "Only so many images of each split."] = None) -> Source:
     """Splits train (3,600 images), dev (400) and test (1,000); ShardError where the package is not installed."""
+    if limit is not None and limit < 1:
+        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
     try:
         import easy_vqa
     except ImportError as error:
@@ -39,6 +42,9 @@ def load() -> Source:
                 texts = [_text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)]
                 source.add(split, key, key, texts, path)
     source.skip_rest("no question asks about it")
+    for split, items in source.splits.items():
+        source.notes["images not taken, by --limit"] += len(items[limit:]) if limit else 0
+        source.splits[split] = items[:limit]
     return source
 
 

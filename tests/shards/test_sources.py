@@ -325,6 +325,15 @@ def test_easy_vqa_has_a_fixed_dev_split_taken_from_training_images_alone():
     assert not source.skipped
 
 
+def test_a_limit_takes_the_first_images_of_each_split_of_easy_vqa():
+    pytest.importorskip("easy_vqa", reason="the package easy-vqa is not installed")
+    source, few = easy_vqa.load(), easy_vqa.load(limit=7)
+    assert few.splits == {split: items[:7] for split, items in source.splits.items()}
+    assert few.notes["images not taken, by --limit"] == 5000 - 3 * 7
+    with pytest.raises(ShardError, match="--limit is 0"):
+        easy_vqa.load(limit=0)
+
+
 # Own images
 
 
