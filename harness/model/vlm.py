@@ -24,7 +24,7 @@ from harness.config import ConfigError
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.t5 import Generated, LossOutput, T5Language
-from harness.model.vision import VisionTower, load_vision
+from harness.model.vision import VisionTower, load_vision, without_weights
 from harness.precision import Precision, choose
 
 LANGUAGES = {"t5": T5Language}
@@ -95,7 +95,7 @@ class VisionLanguageModel(PreTrainedModel):
         model.label_smoothing = config.train.label_smoothing
         if config.train.activation_checkpointing:
             model.checkpoint_activations()
-        if config.model.init_from:
+        if config.model.init_from and not without_weights():
             model.load_trained(Path(config.model.init_from))
         return model
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from harness.config import ConfigError
 from harness.config import LanguageModel as LanguageModelConfig
-from harness.model.vision import quiet_transformers
+from harness.model.vision import quiet_transformers, without_weights
 
 # At every import bitsandbytes misses a kernel for a path that `keep_autograd` bars.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
@@ -28,8 +29,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 def load(
     config: LanguageModelConfig, architecture: type[PreTrainedModel], *, dtype: torch.dtype, compute_dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id.
+
+    Without weights (see `without_weights`) there is no tokenizer either.
+    """
     quantisation = None
     if config.tuning == "qlora":
         quantisation = BitsAndBytesConfig(
@@ -40,6 +44,8 @@ def load(
         )
     try:
         with quiet_transformers():
+            if without_weights():
+                return _skeleton(config, architecture, quantisation, dtype), None
             tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
             lm, report = architecture.from_pretrained(
                 config.id,
@@ -65,8 +71,21 @@ def load(
     return lm, tokenizer
 
 
+def _skeleton(config, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The frozen base on the meta device, its layers replaced as from_pretrained does before it reads weights."""
+    found = AutoConfig.from_pretrained(config.id, revision=config.revision)
+    found.dropout_rate = 0.0
+    lm = architecture._from_config(found, dtype=dtype)
+    if quantisation:
+        AutoHfQuantizer.from_config(quantisation).preprocess_model(lm, device_map=None)
+        lm.is_loaded_in_4bit = True
+    return lm.requires_grad_(False)
+
+
 def weights_hash(config: LanguageModelConfig) -> str:
     """sha256 over the weight files of the base as they lie on disk: the same whatever the device or quantisation."""
+    if without_weights():
+        return ""
     digest = hashlib.sha256()
     for file in _weight_files(config):
         with open(file, "rb") as stream:

@@ -53,6 +53,9 @@ class T5Language(nn.Module):
                 f"model.lm.id: {config.id!r} has {base.config.num_decoder_layers} decoder layers and {depth} encoder "
                 "layers: transformers cannot generate with such a T5, use one with as many of both"
             )
+        if self.tokenizer is None and not _scales_output(base.config):
+            # The files of such a T5 hold two matrices; without them transformers >= 5.20 ties every T5's.
+            base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight), requires_grad=False)
         self.lm = quantise.tune(base, config)
 
     @property
@@ -66,7 +69,8 @@ class T5Language(nn.Module):
     @property
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings, the scale that the encoder is used to."""
-        return self.t5.shared.weight.detach().float().pow(2).mean().sqrt().item()
+        weight = self.t5.shared.weight
+        return 1.0 if weight.is_meta else weight.detach().float().pow(2).mean().sqrt().item()
 
     def encode(self, image: BridgeOutput, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """states_CSD and mask_CS of [image tokens][prompt tokens]."""

@@ -1,0 +1,268 @@
+"""The model without its weights, and one micro-batch through it: real classes, real forward and backward, fake tensors.
+
+Config -> skeleton -> Pass: what a step holds in memory when it holds most, and its floating-point operations. Tensors
+have shapes, dtypes and lifetimes, and no content. Legend: I images, C contexts, T targets, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from harness.batch import Batch
+from harness.config import Config
+from harness.model.language.quantise import quantised_layers
+from harness.model.vlm import VisionLanguageModel
+from harness.precision import Precision
+
+ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a collator makes of one image, on average; lengths are those of the longest row of a micro-batch."""
+
+    contexts: float  # per image
+    targets: float  # per image
+    prompt_tokens: int
+    target_tokens: int
+    kept: float  # share of the target positions that are not padding: logits are made for these alone
+    source: str  # where the numbers come from, in words
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch forward and backward. `peak`: bytes by kind at the moment when they are most in all.
+
+    The kinds: "images in flight", "activations" (saved for the backward pass), "logits" (all tensors as wide as the
+    vocabulary), "gradients", "temporaries". `saved`: bytes of all saved tensors at the end of the forward pass, of
+    parameters not counted. `flops`: by the dtype of what is multiplied, forward and backward.
+    """
+
+    peak: Mapping[str, int]
+    saved: int
+    flops: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+class Skeleton:
+    """`model` lives on fake CPU tensors whatever the device planned for: autograd needs no CUDA, and shapes are equal.
+
+    `precision` is the policy of the device planned for. Raises ConfigError for models whose config.json is nowhere.
+    """
+
+    def __init__(self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None):
+        self.config, self.on_gpu = config, precision.device_type == "cuda"
+        self.mode = FakeTensorMode()
+        with torch.device("meta"):
+            self.model = VisionLanguageModel.build(
+                config, encoder, precision=replace(precision, device_type="cpu"), device="meta"
+            )
+        with self.mode:
+            _materialise(self.model)
+        if self.on_gpu:
+            for module in self.model.modules():
+                if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes these in fp32, the CPU's does not
+                    module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+        self.encoder = self.model.config.encoder
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def run(self, sizes: Sizes, images: int, *, checkpointing: bool, gradients_held: bool) -> Pass:
+        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets, are there already."""
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        if checkpointing:
+            self.model.checkpoint_activations()
+        with self.mode:
+            batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter) if gradients_held else None
+            meter = _Meter(self.model, sizes, ALLOCATED if self.on_gpu else 1)
+            meter.add(tensors_of(batch), "images in flight")
+            meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
+            hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
+            with meter:
+                with saved_tensors_hooks(meter.saving, lambda tensor: tensor):
+                    loss = self.model(batch).sum
+                saved = meter.saved
+                if loss.requires_grad:
+                    loss.backward()
+            for hook in hooks:
+                hook.remove()
+            for parameter in self.trained:
+                parameter.grad = None
+        return Pass(meter.peak, saved, dict(meter.flops))
+
+
+def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
+    """A batch of these sizes as the collator lays it out, on the current default device."""
+    contexts, targets = max(1, round(images * sizes.contexts)), max(1, round(images * sizes.targets))
+    pixels_IHW3 = torch.zeros(images, encoder["image_size"], encoder["image_size"], 3, dtype=torch.uint8)
+    labels_TL = torch.ones(targets, sizes.target_tokens, dtype=torch.long)
+    prompt_ids_CL = torch.ones(contexts, sizes.prompt_tokens, dtype=torch.long)
+    return Batch(
+        prompt_ids_CL=prompt_ids_CL,
+        prompt_mask_CL=torch.ones_like(prompt_ids_CL, dtype=torch.bool),
+        image_of_C=torch.arange(contexts) * images // contexts,
+        labels_TL=labels_TL,
+        weight_TL=torch.ones_like(labels_TL, dtype=torch.float),
+        context_of_T=torch.arange(targets) * contexts // targets,
+        pixels_IHW3=None if features else pixels_IHW3,
+        features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half) if features else None,
+    )
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    return [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+
+
+def _materialise(model: nn.Module) -> None:
+    """Fake tensors in the place of meta tensors; a 4-bit layer gets packed weights and a forward of its own."""
+    packed, made = set(map(id, quantised_layers(model))), {}
+    for module in model.modules():
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            if old is None:
+                continue
+            if id(old) not in made:
+                four_bit = id(module) in packed and name == "weight"
+                shape, dtype = ((-(-old.numel() // 2), 1), torch.uint8) if four_bit else (old.shape, old.dtype)
+                new = torch.empty(shape, dtype=dtype)
+                made[id(old)] = nn.Parameter(new, old.requires_grad) if name in module._parameters else new
+            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
+        if id(module) in packed:
+            module.forward = MethodType(_forward_4bit, module)
+
+
+def _forward_4bit(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As bitsandbytes' Linear4bit: in the compute dtype, and back."""
+    shape = (module.out_features, module.in_features)
+    return _Product4bit.apply(x.to(module.compute_dtype), shape).to(x.dtype)
+
+
+class _Product4bit(torch.autograd.Function):
+    """As bitsandbytes' MatMul4Bit: the weight is made anew in each direction, and nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, shape):
+        ctx.shape = shape
+        return nn.functional.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ gradient.new_empty(ctx.shape), None
+
+
+class _Meter(TorchDispatchMode):
+    """Bytes of all storages alive, by kind, and how they stood when they were most; floating-point operations by dtype.
+
+    Operations are counted by the table of torch's FlopCounterMode; that mode itself keeps recomputed tensors alive. It
+    also answers what a fake tensor cannot: everything that is asked to be equal is, every scalar is 0, and of a
+    mask of targets the share `sizes.kept` is true.
+    """
+
+    def __init__(self, model: VisionLanguageModel, sizes: Sizes, rounding: int):
+        super().__init__()
+        self.kept, self.vocabulary, self.rounding = sizes.kept, model.lm.t5.config.vocab_size, rounding
+        self.alive: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self.saved = self._most = self._total = 0
+        held = [*model.parameters(), *model.buffers()]
+        self._of_model = {id(t.untyped_storage()) for t in held}
+        self._known: dict[int, _Held] = {}  # by the storage's id
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
+            return args[0].fake_device  # half of all calls
+        if func is aten.equal.default:
+            return True
+        if func is aten._local_scalar_dense.default:
+            return 0
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self._true(args[0]), args[0].ndim), dtype=torch.long)
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            args = (args[0], [self._positions(i) for i in args[1]], *args[2:])
+            args = (args[0], [i for several in args[1] for i in several], *args[2:])
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            dtype = next(a.dtype for a in tree_leaves(args) if isinstance(a, torch.Tensor))
+            self.flops[str(dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
+        self.add([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], "temporaries")
+        return out
+
+    def _true(self, mask: torch.Tensor) -> int:
+        return max(1, math.ceil(mask.numel() * self.kept))
+
+    def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """A mask as the lists of positions that indexing makes of it."""
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        return [index.new_empty(self._true(index), dtype=torch.long) for _ in range(index.ndim)]
+
+    def add(self, tensors: list[torch.Tensor], kind: str) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if (key := id(storage)) in self._known or key in self._of_model:
+                continue
+            size = -(-storage.nbytes() // self.rounding) * self.rounding
+            wide = kind == "temporaries" and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+            held = _Held("logits" if wide else kind, size)
+            held.ends = weakref.ref(storage, lambda _, key=key: self._gone(key))
+            self._known[key] = held
+            self.alive[held.kind] += size
+            self._total += size
+        if self._total > self._most:
+            self._most, self.peak = self._total, dict(self.alive)
+
+    def _gone(self, key: int) -> None:
+        held = self._known.pop(key)
+        self.alive[held.kind] -= held.bytes
+        self._total -= held.bytes
+
+    def _rename(self, held: _Held, kind: str) -> None:
+        if held.kind == "temporaries":
+            self.alive[held.kind] -= held.bytes
+            self.alive[kind] += held.bytes
+            held.kind = kind
+
+    def saving(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A hook for tensors that autograd saves: views of one storage count once, parameters not at all."""
+        held = self._known.get(id(tensor.untyped_storage()))
+        if held and not held.saved:
+            held.saved = True
+            self.saved += held.bytes
+            self._rename(held, "activations")
+        return tensor
+
+    def gradient(self, parameter: torch.Tensor) -> None:
+        """A hook for gradients as they come to lie in `grad`."""
+        if held := self._known.get(id(parameter.grad.untyped_storage())):
+            self._rename(held, "gradients")
+
+
+@dataclass
+class _Held:
+    """One storage that is alive."""
+
+    kind: str
+    bytes: int
+    saved: bool = False
+    ends: Any = None  # the weak reference that tells its end
