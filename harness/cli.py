@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,35 @@ def train(
     check_before_launch(loaded)
     arguments = [config, *(overrides or ()), *(["--resume", resume] if resume else [])]
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="None: this machine alone.")] = None,
+    overrides: Overrides = None,
+    overfit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Learn N images by heart, a minute.")] = None,
+    launch: LaunchFile = None,
+    zero_stage: ZeroStage = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="None: one for each GPU, or one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
+) -> None:
+    """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
+    from harness import findings
+    from harness.config import ConfigError, load
+    from harness.doctor import diagnose
+    from harness.launcher import read_launch
+
+    if config is None and overfit:
+        raise ConfigError("--overfit needs a config: harness doctor CONFIG --overfit 8")
+    loaded = load(config, overrides or ()) if config else None
+    launched = read_launch(launch, zero_stage)
+    with told("checking") as progress:
+        found = diagnose(loaded, launched, processes, overfit, progress)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+    else:
+        findings.show(found)
+    raise typer.Exit(findings.failed(found))
 
 
 @app.command()

@@ -84,8 +84,11 @@ def driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.partition("\n")[0]
 
 
-def graphics(gpus: Sequence[Gpu], kernels: Sequence[str]) -> Iterator[Finding]:
-    """`kernels`: torch.cuda.get_arch_list(), as in ["sm_75", "sm_80", "compute_90"]."""
+def graphics(gpus: Sequence[Gpu], kernels: Sequence[str] | None = None) -> Iterator[Finding]:
+    """`kernels`: what torch was compiled for, as in ["sm_75", "sm_80", "compute_90"]; none: asked of torch."""
+    import torch
+
+    kernels = torch.cuda.get_arch_list() if kernels is None else kernels
     if not gpus:
         yield Finding("GPU", "OK", "none: training runs on the CPU, in fp32")
     for index, gpu in enumerate(gpus):
@@ -265,15 +268,17 @@ def shared_memory(gpus: int, workers: int = 0, folder: Path = Path("/dev/shm")) 
     return Finding("/dev/shm", "OK", found)
 
 
-def disk(folder: Path, needed: float = LOW_DISK) -> Finding:
-    """Free bytes where `folder` is or will be, against what its checkpoints need."""
+def disk(folder: Path, needed: float | None = None) -> Finding:
+    """Free bytes where `folder` is or will be; `needed`: by the checkpoints that will lie there at once, if known."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     found = f"{free / GB:.1f} GB free at {folder}"
-    if free < needed:
-        fix = "free some, choose another out=, or lower train.keep_checkpoints"
-        return Finding("disk", "error" if needed > LOW_DISK else "warning", f"{found}, {needed / GB:.1f} wanted", fix)
-    return Finding("disk", "OK", found)
+    if needed is not None:
+        found += f", checkpoints take {needed / GB:.2f}"
+    if free >= (LOW_DISK if needed is None else needed):
+        return Finding("disk", "OK", found)
+    fix = "make room, choose another out=, or lower train.keep_checkpoints"
+    return Finding("disk", "warning" if needed is None else "error", found, fix)
 
 
 def host_memory(available: float | None = None) -> Finding:
