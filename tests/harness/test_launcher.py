@@ -1,14 +1,17 @@
 """Launch files and how processes are started by them: what accelerate, DeepSpeed and the shell make of each."""
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from harness import launcher
-from harness.config import ConfigError
+from harness.config import ConfigError, shipped
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():
@@ -84,3 +87,174 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path):
     started.terminate()
     assert started.wait(30) == 0
     assert (tmp_path / "saved").exists()
+
+
+# ---- the files, read by us, by accelerate and by DeepSpeed -----------------------------------------------------------
+
+FILES = sorted((shipped("launch") / "accelerate").glob("*.yaml"))
+ZERO = ("zero2", "zero2_offload", "zero3_offload")
+
+
+def accelerated(file: Path, *flags: str) -> tuple[dict[str, str], argparse.Namespace]:
+    """What `accelerate launch --config_file FILE FLAGS -m harness.train` would start: environment and arguments."""
+    from accelerate.commands import launch as accelerate
+    from accelerate.utils import launch as environments
+
+    given = ["--config_file", str(file), *flags, "-m", "harness.train", "configs/scale.yaml"]
+    args, defaults, from_file = accelerate._validate_launch_command(
+        accelerate.launch_command_parser().parse_args(given)
+    )
+    if args.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if from_file else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        return environments.prepare_deepspeed_cmd_env(args)[1], args
+    if args.multi_gpu:
+        return environments.prepare_multi_gpu_env(args), args
+    return environments.prepare_simple_launcher_cmd_env(args)[1], args
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_accelerate_takes_every_launch_file_as_we_do(file, monkeypatch):
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(key)
+    launch, flags = launcher.read_launch(file.stem), []
+    if launch.machines > 1:
+        flags = ["--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+    environment, args = accelerated(file, *flags)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert environment.get("ACCELERATE_DYNAMO_BACKEND", "NO") == "NO"
+    assert environment.get("ACCELERATE_USE_CPU", "False") == "False"  # beside DeepSpeed it would give plain DDP
+    assert (args.multi_gpu or args.use_deepspeed) is not launch.single
+    assert ("ACCELERATE_USE_DEEPSPEED" in environment) == (file.stem in ZERO)
+    assert args.num_processes == (16 if flags else launch.processes or "gpu")
+    if file.stem in ZERO:
+        assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == f"launch/deepspeed/{file.stem}.json"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+    if file.stem == "cpu":
+        assert set(environment["CUDA_VISIBLE_DEVICES"].split(",")) == {"-1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "with_zero"), [("multi_node", False), ("multi_node", True), *((n, False) for n in ZERO)]
+)
+def test_several_machines_run_torchrun_on_each_with_ddp_and_with_deepspeed(name, with_zero):
+    flags = ["--num_machines", "4", "--machine_rank", "3", "--main_process_ip", "10.0.0.1", "--num_processes", "32"]
+    flags += ["--main_process_port", "29511"]
+    if with_zero:
+        flags += ["--use_deepspeed", "--deepspeed_config_file", "launch/deepspeed/zero2.json"]
+    environment, args = accelerated(launcher.read_launch(name).file, *flags)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("4", "8", 3)
+    assert args.rdzv_endpoint == "10.0.0.1:29511"
+    assert ("ACCELERATE_USE_DEEPSPEED" in environment) == (with_zero or name in ZERO)
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_takes_every_json_with_the_stage_that_was_asked_for(name, monkeypatch):
+    pytest.importorskip("deepspeed")
+    from accelerate import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    class TwoProcesses:
+        def get_data_parallel_world_size(self):
+            return 2
+
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)  # it looks for the world size after that alone
+    for stage in (None, 3) if name == "zero3_offload" else (None, 1, 2, 3):
+        launch = launcher.read_launch(name, stage)
+        environment, _ = accelerated(launch.file, *(["--zero_stage", str(stage)] if stage else []))
+        for key, value in environment.items():
+            if key.startswith("ACCELERATE_DEEPSPEED") or key == "ACCELERATE_CONFIG_DS_FIELDS":
+                monkeypatch.setenv(key, value)
+        plugin = DeepSpeedPlugin(hf_ds_config=str(launcher.deepspeed_file(f"launch/deepspeed/{name}.json")))
+        assert not {"fp16", "bf16", "torch_autocast"} & plugin.deepspeed_config.keys()  # they would cast `wo`
+        assert plugin.zero3_init_flag is False
+        config = {**plugin.deepspeed_config, "train_micro_batch_size_per_gpu": 1, "steps_per_print": 100}
+        read = DeepSpeedConfig(config, mpu=TwoProcesses())
+        assert (read.train_batch_size, read.zero_config.stage) == (2, launch.zero_stage)
+        for ours, theirs in (
+            (launch.offload_optimizer, read.zero_config.offload_optimizer),
+            (launch.offload_parameters, read.zero_config.offload_param),
+        ):
+            assert ours == (theirs is not None and theirs.device == "cpu")
+        assert read.zero_config.reduce_bucket_size == 50_000_000  # nothing is spelled wrong: DeepSpeed refuses others
+
+
+def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    zero2 = launcher.read_launch("launch/accelerate/zero2.yaml")
+    assert zero2 == launcher.read_launch("zero2") == launcher.read_launch(str(zero2.file))
+    assert (zero2.zero_stage, zero2.offload_optimizer, zero2.offload_parameters) == (2, False, False)
+    assert launcher.read_launch("zero2", 1).zero_stage == 1
+    offload = launcher.read_launch("zero3_offload")
+    assert (offload.zero_stage, offload.offload_optimizer, offload.offload_parameters) == (3, True, True)
+    assert launcher.read_launch(None) == launcher.Launch()
+
+    (tmp_path / "mine.yaml").write_text(  # as `accelerate config` writes it
+        "distributed_type: DEEPSPEED\nnum_processes: 4\n"
+        "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none}\n"
+    )
+    mine = launcher.read_launch("mine.yaml")
+    assert (mine.processes, mine.zero_stage, mine.offload_optimizer, mine.offload_parameters) == (4, 3, True, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "said"),
+    [
+        ("zero_2", None, "did you mean zero2?"),
+        ("elsewhere/zero2.yaml", None, "no such launch file"),
+        (None, 2, "--zero-stage 2 needs DeepSpeed: give --launch zero2 too"),
+        ("multi_gpu", 2, "is without DeepSpeed"),
+        ("zero3_offload", 2, "fixes stage 3"),
+        ("list.yaml", None, "expected a mapping"),
+        ("broken.yaml", None, "cannot be read"),
+        ("fsdp.yaml", None, "distributed_type is 'FSDP', expected"),
+        ("gone.yaml", None, "there is no file no/where.json"),
+        ("many.yaml", None, "ZeRO has the stages 0 to 3, found 7"),
+    ],
+)
+def test_a_launch_file_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, name, stage, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
+    zero = "distributed_type: DEEPSPEED\ndeepspeed_config: "
+    (tmp_path / "gone.yaml").write_text(zero + "{deepspeed_config_file: no/where.json}\n")
+    (tmp_path / "many.yaml").write_text(zero + "{zero_stage: 7}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        launcher.read_launch(name, stage)
+    assert "\n" not in str(refused.value)
+
+
+# ---- the command line that harness train starts ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, "cpu", "t4", "multi_gpu", *ZERO])
+def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeypatch):
+    pytest.importorskip("deepspeed")
+    launch = launcher.read_launch(name)
+    given = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    given["ACCELERATE_USE_DEEPSPEED"] = "true"
+    processes = 1 if launch.single else 2
+    line, environment = launcher.command([], processes, launch=launch, environment=given)
+    started, args = accelerated(Path(line[line.index("--config_file") + 1]), *line[6 : line.index("-m", 3)])
+    assert ("ACCELERATE_USE_CPU" in environment) is (launch.zero_stage is None)
+    assert "ACCELERATE_USE_DEEPSPEED" not in environment  # accelerate sets it
+    assert args.use_deepspeed is (launch.zero_stage is not None)
+    assert args.num_processes == processes
+    if launch.zero_stage:
+        assert started["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(launch.zero_stage)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_what_this_machine_cannot_start_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="this machine has 2 GPUs; expected 1 to 2"):
+        launcher.command([], 4, launch=launcher.read_launch("multi_gpu"), environment={})
+    with pytest.raises(ConfigError, match="starts one; multi_gpu is the launch file for more"):
+        launcher.command([], 2, launch=launcher.read_launch("t4"), environment={})
+    with pytest.raises(ConfigError, match=r"is for 2 machines .* use launch/slurm\.sbatch"):
+        launcher.command([], 2, launch=launcher.read_launch("multi_node"), environment={})
+    _, environment = launcher.command([], 4, launch=launcher.read_launch("cpu"), environment={})  # hides the GPUs
+    assert environment["ACCELERATE_USE_CPU"] == "true"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install 'vl-harness\[deepspeed\]'"):
+        launcher.command([], 2, launch=launcher.read_launch("zero2"), environment={})
