@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,10 +165,10 @@ def _build(source: str, out: Path, short_side: int | None, workers: int | None, 
     from shards.build import build
 
     with bar() as progress:
-        tasks = defaultdict(lambda: progress.add_task(source, total=None))
+        task = progress.add_task(source, total=None)  # one line for all splits: a notebook cannot go back up
 
         def show(split: str, done: int, images: int) -> None:
-            progress.update(tasks[split], description=f"{source} {split}", completed=done, total=images)
+            progress.update(task, description=f"{source} {split}", completed=done, total=images)
 
         summary = build(source, out, short_side=short_side, workers=workers, progress=show, **options)
     print(_summary(summary))

@@ -93,6 +93,7 @@ class Terminal:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
+            refresh_per_second=4,  # a notebook gets each as a message
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
         )
@@ -118,6 +119,8 @@ class Terminal:
             self.say(f"step {step}/{total}  {shown}")
 
     def say(self, message: str) -> None:
+        if self.console.is_terminal:  # a notebook erases nothing: what is short would end in the bar it is written over
+            message = message.ljust(self.console.width)
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def parts(self, rows: Sequence[Mapping[str, object]]) -> None:
@@ -129,7 +132,8 @@ class Terminal:
         self.console.print(table)
 
     def answers(self, items: Sequence[Shown]) -> None:
-        table = Table("prompt", "truth", "answer", title="answers to the same images", title_justify="left")
+        self.say("answers to the same images")
+        table = Table("prompt", "truth", "answer")
         for item in items:
             table.add_row(item.prompt, item.expected, item.said)
         self.console.print(table, markup=False)
