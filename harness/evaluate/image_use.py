@@ -67,8 +67,6 @@ class ImageUse:
     distinct_outputs: int
     empty_rate: float
     p_eos_first: float
-    majority_accuracy: float | None = None
-    text_only_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, flat: `shuffled_accuracy`, `loss_gap_nats`, `loss_gap_nats_low` ..., None for what is unknown."""
@@ -174,7 +172,7 @@ class Gate:
             self._said |= zip(new, self.model.generate(select(batch, rows), self.decoding, part).texts, strict=True)
         return [self._said[key] for key in keys]
 
-    def result(self, *, majority: Majority | None = None, text_only_accuracy: float | None = None) -> ImageUse | None:
+    def result(self) -> ImageUse | None:
         """The verdict on what was collected; None if that is nothing."""
         if not self._rows:
             return None
@@ -213,8 +211,6 @@ class Gate:
             distinct_outputs=len({vqa.normalise(p.answer) for p in predictions}),
             empty_rate=empty_rate,
             p_eos_first=p_eos_first,
-            majority_accuracy=majority.accuracy(predictions) if majority and self.task == "vqa" else None,
-            text_only_accuracy=text_only_accuracy,
         )
 
 

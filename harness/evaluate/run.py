@@ -168,7 +168,7 @@ def evaluate_model(
             result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
             result.text_only_accuracy = text_only_accuracy
         if task in gates:
-            result.image_use = gates[task].result(majority=majority, text_only_accuracy=result.text_only_accuracy)
+            result.image_use = gates[task].result()
     return evaluation
 
 
