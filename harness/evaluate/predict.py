@@ -1,19 +1,19 @@
-"""The one generation loop, shared by scores, the image-use gate and `ask`.
+"""What the model says to each context, for scores and the image-use gate; batches cut by task and by context.
 
-Batches -> one Prediction per context, in the batches' order. The image tokens of a batch are made once, by whoever
+A batch of one task -> one Prediction per context, in its order. The image tokens of a batch are made once, by whoever
 calls, and handed on. Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from harness.batch import Batch
-from harness.config import Decoding, Generate
+from harness.config import Decoding
 from harness.evaluate import vqa
 
 
@@ -48,26 +48,6 @@ class Prediction:
     def id(self) -> tuple[str, str, str]:
         """Unique over several sets: question ids of two data sets may coincide."""
         return self.dataset, self.split, self.text_id
-
-
-def predict(
-    model: Any,
-    batches: Iterable[Batch],
-    generate: Generate,
-    tokens_of: Callable[[Batch], ImageTokens] | None = None,
-) -> list[Prediction]:
-    """One prediction per context of every batch; `tokens_of` in place of the model's own image tokens."""
-    tokens_of = tokens_of or model.bridge_tokens
-    predictions: list[Prediction] = []
-    with torch.no_grad():
-        for batch in batches:
-            tokens = tokens_of(batch)
-            found: dict[int, Prediction] = {}
-            for task, part, rows in by_task(batch):
-                part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(tokens.token_row_of_C.device)])
-                found |= zip(rows.tolist(), answers(model, part, getattr(generate, task), part_tokens), strict=True)
-            predictions += [found[row] for row in range(len(batch.contexts))]
-    return predictions
 
 
 def answers(model: Any, batch: Batch, decoding: Decoding, tokens: ImageTokens) -> list[Prediction]:

@@ -22,7 +22,7 @@ from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.image_use import Gate, ImageUse, Majority, sums_per_context
-from harness.evaluate.predict import Prediction, answers, by_task, predict, results
+from harness.evaluate.predict import Prediction, answers, by_task, results
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
@@ -389,4 +389,4 @@ def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
     model = load_model(found, config, with_vision=True)
     collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
     batch = collate([sample]).to(next(model.parameters()).device)
-    return predict(model, [batch], config.generate)[0].answer
+    return model.generate(batch, getattr(config.generate, text.task)).texts[0]

@@ -11,7 +11,7 @@ from PIL import Image
 from harness import checkpoint as checkpoints
 from harness.batch import Collator
 from harness.config import Config, ConfigError, Decoding, Generate
-from harness.evaluate.predict import by_task, predict, results, select
+from harness.evaluate.predict import answers, by_task, results, select
 from harness.evaluate.run import ask, evaluate_model, evaluate_run, table
 from harness.evaluate.vqa import read_results
 from harness.model.processing import encoder_name
@@ -92,44 +92,49 @@ def batch_of(setting, count: int = 4):
     return Collator(model.tokenizer, config.data, config.prompts, training=False)(samples)
 
 
-def test_there_is_one_prediction_per_context_in_order_whatever_the_tasks(setting):
+def test_there_is_one_prediction_per_context_of_a_task_in_order(setting):
     config, model, _ = setting
     batch = batch_of(setting)
-    predictions = predict(model, [batch, batch], config.generate)
-    assert [p.text_id for p in predictions] == [c.text.id for c in batch.contexts] * 2
-    assert {p.task for p in predictions} == {"vqa", "caption"}
-    assert all(0 <= p.p_eos_first <= 1 for p in predictions)
-    first = predictions[0]
+    tokens, tasks = model.bridge_tokens(batch), set()
+    for task, part, rows in by_task(batch):
+        part_tokens = tokens.with_rows(tokens.token_row_of_C[rows])
+        said = answers(model, part, getattr(config.generate, task), part_tokens)
+        assert [p.text_id for p in said] == [c.text.id for c in batch.contexts if c.text.task == task]
+        assert {p.task for p in said} == {task}
+        assert all(0 <= p.p_eos_first <= 1 for p in said)
+        tasks.add(task)
+    assert tasks == {"vqa", "caption"}
+    first = said[0]
     assert first.prompt == "Question: what colour is it? Answer:"
     assert first.question == "what colour is it?"
     assert first.references == ("red",) * 10
 
 
 def test_each_task_is_decoded_by_its_own_settings(setting):
-    _, model, _ = setting
+    config, model, root = setting
     lengths = {}
     for tokens in (1, 4):
         decoding = Generate(
             vqa=Decoding(max_new_tokens=1, min_new_tokens=1),
             caption=Decoding(max_new_tokens=tokens, min_new_tokens=tokens),
         )
-        said = predict(model, [batch_of(setting)], decoding)
+        given = config.model_copy(update={"generate": decoding})
+        found = evaluate_model(model, [str(root / "test")], given, limit=4, counterfactual_texts=0).tasks
         lengths[tokens] = {
-            task: max(len(model.tokenizer(p.answer)["input_ids"]) for p in said if p.task == task)
+            task: max(len(model.tokenizer(p.answer)["input_ids"]) for p in found[task].predictions)
             for task in ("vqa", "caption")
         }
     assert lengths[1]["vqa"] == lengths[4]["vqa"]
     assert lengths[1]["caption"] < lengths[4]["caption"]
 
 
-def test_other_image_tokens_can_be_given(setting):
+def test_the_answer_is_to_the_image_tokens_that_are_given(setting):
     config, model, _ = setting
-    batch = batch_of(setting)
-    swapped = batch.image_of_C.flip(0)
-    given = predict(model, [batch], config.generate, tokens_of=lambda b: model.bridge_tokens(b).with_rows(swapped))
-    own = predict(model, [batch], config.generate)
-    changed = [a.p_eos_first != b.p_eos_first for a, b in zip(given, own, strict=True)]
-    assert any(changed)
+    vqa = next(part for task, part, _ in by_task(batch_of(setting)) if task == "vqa")
+    tokens = model.bridge_tokens(vqa)
+    given = answers(model, vqa, config.generate.vqa, tokens.with_rows(vqa.image_of_C.flip(0)))
+    own = answers(model, vqa, config.generate.vqa, tokens)
+    assert any(a.p_eos_first != b.p_eos_first for a, b in zip(given, own, strict=True))
 
 
 def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(setting):
@@ -165,8 +170,8 @@ def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path)
         assert known[f"{name}_loss_nats"] > 0
         assert report["tasks"]["caption"][f"{name}_loss_nats"] > 0
     assert known["verdict"] in ("not enough evidence", "EOS collapse")
-    answers = read_results(tmp_path / "toy_test_answers.json")
-    assert list(answers) == [t.id for r in records(12) for t in r.texts if t.task == "vqa"]
+    said = read_results(tmp_path / "toy_test_answers.json")
+    assert list(said) == [t.id for r in records(12) for t in r.texts if t.task == "vqa"]
     captions = json.loads((tmp_path / "toy_test_captions.json").read_text())
     assert [c["image_id"] for c in captions] == [100 + i for i in range(0, 12, 2)]
     assert known["verdict"] in table(report)
