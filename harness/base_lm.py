@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 
 from harness.batch import Batch, Collator, Context, drawn, most_common
 from harness.config import Config, LanguageModel
+from harness.evaluate.predict import select
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import T5Language
 from harness.model.vision import quiet_transformers
@@ -193,10 +194,7 @@ def answer(
         for task in ("caption", "vqa"):
             new = {c.prompt: i for i, c in enumerate(batch.contexts) if c.text.task == task and c.prompt not in known}
             if new:
-                rows = torch.tensor(list(new.values()))
-                part = replace(
-                    batch, prompt_ids_CL=batch.prompt_ids_CL[rows], prompt_mask_CL=batch.prompt_mask_CL[rows]
-                )
+                part = select(batch, list(new.values()))
                 nothing = without_images(part, language.width)
                 texts = language.generate(nothing, part, getattr(config.generate, task)).texts
                 known.update(zip(new, texts, strict=True))
