@@ -62,9 +62,10 @@ def train(
     resume: Annotated[str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")] = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where the plan says that it does not fit.")] = False,
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
-    from harness import launcher
+    from harness import launcher, plan
     from harness.config import load
     from harness.doctor import check_before_launch, check_resume
 
@@ -72,8 +73,30 @@ def train(
     launch_file = launcher.read_launch(launch, zero_stage)
     check_resume(loaded, resume)
     check_before_launch(loaded)
+    plan.check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
     arguments = [config, *(overrides or ()), *(["--resume", resume] if resume else [])]
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="here, cpu, t4, l4, a100-40, h100, ...")] = "here",
+    processes: Annotated[int | None, typer.Option(min=1, help="None: as the launch file says, or one.")] = None,
+    launch: LaunchFile = None,
+    zero_stage: ZeroStage = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Says before anything is loaded whether a run fits on a device, how long it takes, and what would make it fit."""
+    from harness.config import load
+    from harness.launcher import read_launch
+    from harness.plan import plan
+
+    loaded, launched = load(config, overrides or ()), read_launch(launch, zero_stage)
+    made = plan(loaded, device, launched, processes)
+    print(json.dumps(made.to_json(), indent=2) if as_json else made.table())
+    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command()

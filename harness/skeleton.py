@@ -20,41 +20,42 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from harness.batch import Batch
 from harness.config import Config
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import Precision
+from harness.workload import Sizes
 
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a collator makes of one image, on average; lengths are those of the longest row of a micro-batch."""
-
-    contexts: float  # per image
-    targets: float  # per image
-    prompt_tokens: int
-    target_tokens: int
-    kept: float  # share of the target positions that are not padding: logits are made for these alone
-    source: str  # where the numbers come from, in words
+# The CPU's attention kernels are not in torch's table.
+FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Pass:
     """One micro-batch forward and backward. `peak`: bytes by kind at the moment when they are most in all.
 
-    The kinds: "images in flight", "activations" (saved for the backward pass), "logits" (all tensors as wide as the
-    vocabulary), "gradients", "temporaries". `saved`: bytes of all saved tensors at the end of the forward pass, of
-    parameters not counted. `flops`: by the dtype of what is multiplied, forward and backward.
+    The kinds: "batch" (images or features, and texts), "activations" (saved for the backward pass), "logits" (all
+    tensors as wide as the vocabulary), "gradients", "temporaries". `saved`: bytes of all saved tensors at the end of
+    the forward pass, of parameters not counted. `logits`: the most there are of them. `flops`: by the dtype of what is
+    multiplied, forward and backward.
     """
 
     peak: Mapping[str, int]
     saved: int
+    logits: int
     flops: Mapping[str, int]
 
     @property
@@ -69,7 +70,7 @@ class Skeleton:
     """
 
     def __init__(self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None):
-        self.config, self.on_gpu = config, precision.device_type == "cuda"
+        self.precision, self.on_gpu = precision, precision.device_type == "cuda"
         self.mode = FakeTensorMode()
         with torch.device("meta"):
             self.model = VisionLanguageModel.build(
@@ -82,7 +83,22 @@ class Skeleton:
                 if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes these in fp32, the CPU's does not
                     module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
         self.encoder = self.model.config.encoder
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = list(trained.values())
+        self.trained_parameters = sum(p.numel() for p in self.trained)
+        self.trained_bytes = sum(map(_bytes, self.trained))
+        self.trained_bridge_bytes = sum(_bytes(p) for name, p in trained.items() if name.startswith("bridge."))
+        self.largest_trained_bytes = max(map(_bytes, self.trained), default=0)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many weights each part has; two of a 4-bit layer's share a byte."""
+        packed = {id(layer.weight) for layer in quantised_layers(self.model)}
+        count = {
+            name: sum(p.numel() * (1 + (id(p) in packed)) for p in part.parameters())
+            for name, part in self.model.parts.items()
+        }
+        return count
 
     def run(self, sizes: Sizes, images: int, *, checkpointing: bool, gradients_held: bool) -> Pass:
         """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets, are there already."""
@@ -96,7 +112,7 @@ class Skeleton:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
             meter = _Meter(self.model, sizes, ALLOCATED if self.on_gpu else 1)
-            meter.add(tensors_of(batch), "images in flight")
+            meter.add(tensors_of(batch), "batch")
             meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
             hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
             with meter:
@@ -109,7 +125,40 @@ class Skeleton:
                 hook.remove()
             for parameter in self.trained:
                 parameter.grad = None
-        return Pass(meter.peak, saved, dict(meter.flops))
+        return Pass(meter.peak, saved, meter.logits, dict(meter.flops))
+
+
+def weights(model: VisionLanguageModel) -> Counter[str]:
+    """Bytes of parameters and buffers by part, of a real model or a skeleton; a tensor that is shared counts once."""
+    parts: Counter[str] = Counter()
+    packed = {id(layer.weight): layer for layer in quantised_layers(model)}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        parts[_part(name, id(tensor) in packed)] += _bytes(tensor)
+    if packed:
+        parts["quantisation constants"] = sum(map(_constants, packed.values()))
+    return parts
+
+
+def _part(name: str, packed: bool) -> str:
+    if packed:
+        return "LM 4-bit"
+    if name.startswith("vision."):
+        return "encoder"
+    if name.startswith("bridge."):
+        return "projection" if name.startswith("bridge.projection.") else "Q-Former"
+    if ".lora_" in name:
+        return "LoRA"
+    return "embeddings and lm_head" if name.endswith(("shared.weight", "lm_head.weight")) else "LM other"
+
+
+def _constants(layer: nn.Module) -> int:
+    """Of NF4 with double quantisation: a byte a block of 64 weights, a float for 256 of these, an offset, 2 codes."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        blocks = -(-layer.in_features * layer.out_features // 64)
+        return blocks + 4 * (-(-blocks // 256)) + 4 + 4 * 16 + 4 * 256
+    tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    return sum(map(_bytes, tensors))
 
 
 def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
@@ -128,6 +177,10 @@ def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: 
         pixels_IHW3=None if features else pixels_IHW3,
         features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half) if features else None,
     )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
@@ -184,7 +237,7 @@ class _Meter(TorchDispatchMode):
         self.alive: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
-        self.saved = self._most = self._total = 0
+        self.saved = self.logits = self._most = self._total = 0
         held = [*model.parameters(), *model.buffers()]
         self._of_model = {id(t.untyped_storage()) for t in held}
         self._known: dict[int, _Held] = {}  # by the storage's id
@@ -202,7 +255,7 @@ class _Meter(TorchDispatchMode):
             args = (args[0], [self._positions(i) for i in args[1]], *args[2:])
             args = (args[0], [i for several in args[1] for i in several], *args[2:])
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func.overloadpacket):
+        if count := FLOPS.get(func.overloadpacket):
             dtype = next(a.dtype for a in tree_leaves(args) if isinstance(a, torch.Tensor))
             self.flops[str(dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
         self.add([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], "temporaries")
@@ -229,6 +282,7 @@ class _Meter(TorchDispatchMode):
             self._known[key] = held
             self.alive[held.kind] += size
             self._total += size
+        self.logits = max(self.logits, self.alive["logits"])
         if self._total > self._most:
             self._most, self.peak = self._total, dict(self.alive)
 

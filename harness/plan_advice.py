@@ -1,0 +1,70 @@
+"""What would make a run fit: the cheapest change first, each kept for the next and planned before it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from harness.devices import DEVICES
+from harness.launcher import read_launch
+from harness.plan_report import gb
+
+if TYPE_CHECKING:
+    from harness.plan import Planner
+
+Change = Callable[["Planner"], "Planner"]
+
+
+def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
+    """One sentence, or none where nothing is to be gained."""
+    images = planner.images
+    if fits:
+        more = min(largest or 0, planner.share)
+        return [f"train.micro_batch={more} fits as well: fewer and larger products"] if more > images else []
+    if largest:
+        return [f"train.micro_batch={largest}, with the same global_batch, fits"]
+    said, now = [], planner
+    for words, change in _changes(planner):
+        now = change(now)
+        said.append(words)
+        if best := images if now.fits(images) else now.largest():
+            smaller = f", train.micro_batch={best}" if best < images else ""
+            return [f"{', '.join(said)}{smaller} fits: {gb(now.bytes(best))}"]
+    tried = ", ".join(["train.micro_batch=1", *said])
+    for device in sorted(DEVICES.values(), key=lambda device: device.memory):
+        there = replace(now, device=device, passes={})
+        if device.usable > now.bytes(1) and there.fits(1):
+            return [f"even {tried} does not fit {planner.device.name}; {device.name} does: {gb(there.bytes(1))}"]
+    return [f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and --launch zero3_offload"]
+
+
+def _changes(planner: Planner) -> list[tuple[str, Change]]:
+    """Words for a change and the change itself, as far as they apply."""
+    found: list[tuple[str, Change]] = []
+    if not planner.config.train.activation_checkpointing:
+        found.append(("train.activation_checkpointing=true", _checkpointing))
+    if not planner.encoder:
+        found.append(("features made beforehand by `harness shards features`", _features))
+    if planner.config.model.lm.tuning in ("lora", "full"):
+        found.append(("model.lm.tuning=qlora", _qlora))
+    if planner.device.is_gpu and planner.skeleton.precision.name != "fp16":  # the engine refuses DeepSpeed with fp16
+        names = ("zero2_offload", "zero3_offload")
+        for name in names[names.index(planner.launch.name) + 1 if planner.launch.name in names else 0 :]:
+            found.append((f"--launch {name}", lambda now, name=name: now.changed(launch=read_launch(name))))
+    return found
+
+
+def _checkpointing(now: Planner) -> Planner:
+    train = now.config.train.model_copy(update={"activation_checkpointing": True})
+    return now.changed(config=now.config.model_copy(update={"train": train}))
+
+
+def _features(now: Planner) -> Planner:
+    return now.changed(encoder=now.skeleton.encoder, same_model=False)
+
+
+def _qlora(now: Planner) -> Planner:
+    lm = now.config.model.lm.model_copy(update={"tuning": "qlora"})
+    model = now.config.model.model_copy(update={"lm": lm})
+    return now.changed(config=now.config.model_copy(update={"model": model}), same_model=False)

@@ -1,0 +1,103 @@
+"""A plan as it is shown: what a run would need, as numbers, as a table for people and as a few lines for its start."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would need; bytes are of one process, but for `host_bytes` (all of one machine's) and `disk_bytes`.
+
+    `parts` are the bytes at the peak and add up to `peak_bytes`. `seconds_per_epoch` is None where the shards are not
+    there. `activation_bytes`: saved for the backward pass of a micro-batch, with and without activation checkpointing.
+    """
+
+    device: str
+    processes: int
+    launch: str
+    precision: str
+    fits: bool
+    usable_bytes: int
+    peak_bytes: int
+    host_bytes: int
+    parts: dict[str, int]
+    peak_is_in: str
+    parameters: dict[str, int]
+    trained_parameters: int
+    micro_batch: int
+    largest_micro_batch: int | None
+    activation_bytes: dict[str, int]
+    logits_bytes: int
+    step_flops: int
+    utilisation: float
+    seconds_per_step: float
+    steps: int | None
+    evaluations: int | None
+    seconds_per_epoch: float | None
+    hours: float | None
+    disk_bytes: int
+    advice: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    status: str = "modelled"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> list[str]:
+        """For the start of a run."""
+        verdict = "fits" if self.fits else "does not fit"
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:4]
+        lines = [
+            f"plan (modelled): {gb(self.peak_bytes)} of {gb(self.usable_bytes)} on {self.device}: {verdict}",
+            "  most: " + ", ".join(f"{name} {gb(size)}" for name, size in largest),
+            f"  main memory {gb(self.host_bytes)}, checkpoints {gb(self.disk_bytes)}",
+        ]
+        if self.hours is not None:
+            lines.append(
+                f"  {self.steps:,} steps, about {hours(self.hours)} at {self.utilisation:.0%} of the device's speed"
+            )
+        return lines + [f"  {sentence}" for sentence in self.advice]
+
+    def table(self) -> str:
+        """The whole plan for people, in Markdown."""
+        rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
+        with_, without = self.activation_bytes["checkpointed"], self.activation_bytes["kept"]
+        time = "the shards are not there: build them to see hours"
+        if self.hours is not None:
+            time = (
+                f"{self.steps:,} steps of {self.seconds_per_step:.2f} s, {self.evaluations} evaluations: "
+                f"{hours(self.seconds_per_epoch / 3600)} an epoch, {hours(self.hours)} in all"
+            )
+        largest = "none fits" if self.largest_micro_batch == 0 else f"{self.largest_micro_batch}"
+        launched = f" by {self.launch}" if self.launch else ""
+        lines = [
+            f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{launched}, {self.precision}; all "
+            f"figures are {self.status}, none was measured",
+            "",
+            f"| part (at the peak: {self.peak_is_in}) | GB |",
+            "|---|---|",
+            *rows,
+            f"| **peak** of {gb(self.usable_bytes)} | **{gb(self.peak_bytes)}: "
+            f"{'fits' if self.fits else 'does not fit'}** |",
+            "",
+            f"- parameters: {', '.join(f'{name} {count / 1e6:.1f} M' for name, count in self.parameters.items())}; "
+            f"{self.trained_parameters / 1e6:.1f} M of them are trained",
+            f"- activations of a micro-batch of {self.micro_batch}: {gb(without)}, with activation checkpointing "
+            f"{gb(with_)}; logits {gb(self.logits_bytes)}",
+            f"- largest micro-batch: {largest}",
+            f"- main memory of the machine: {gb(self.host_bytes)}; checkpoints on disk: {gb(self.disk_bytes)}",
+            f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of the device's speed "
+            "assumed",
+        ]
+        lines += [f"- {note}" for note in self.notes]
+        return "\n".join(lines + [f"- **{sentence}**" for sentence in self.advice])
+
+
+def hours(count: float) -> str:
+    return f"{count:.1f} h" if count >= 1 else f"{count * 60:.0f} min"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

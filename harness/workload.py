@@ -1,0 +1,104 @@
+"""How much there is to do: images an epoch, and what the collator makes of one image.
+
+Config -> Workload, from the shards where they are there, else from the config's limits; it says which.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from harness.batch import Batch, Collator
+from harness.config import Config
+from shards.loader import Loader
+from shards.manifest import Manifest, ShardError, is_remote
+from shards.read import Reader, Sample
+
+LOOKED_AT = 256  # images whose texts are read, spread over the set
+TEXTS_UNKNOWN = 5  # texts of an image where neither shards nor the config say
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a collator makes of one image, on average; lengths are those of the longest row of a micro-batch."""
+
+    contexts: float  # per image
+    targets: float  # per image
+    prompt_tokens: int
+    target_tokens: int
+    kept: float  # share of the target positions that are not padding: logits are made for these alone
+
+    @classmethod
+    def of(cls, batch: Batch) -> Sizes:
+        """Those of one batch."""
+        contexts, targets = len(batch.prompt_ids_CL), len(batch.labels_TL)
+        kept = float((batch.weight_TL != 0).float().mean())
+        lengths = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
+        return cls(contexts / batch.images, targets / batch.images, *lengths, kept)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`images`: an epoch's; None where the shards are not there. `encoder`: of feature sets. `source`: in words."""
+
+    sizes: Sizes
+    images: int | None
+    encoder: Mapping[str, Any] | None
+    source: str
+
+
+def workload(config: Config) -> Workload:
+    """Raises ShardError for a set that is there and cannot be used."""
+    sizes = Sizes(
+        contexts := config.data.texts_per_image or TEXTS_UNKNOWN,
+        contexts,
+        config.data.max_prompt_tokens if config.prompts.vqa != "none" else 1,
+        config.data.max_target_tokens,
+        1.0,
+    )
+    assumed = f"{contexts} questions an image, each text as long as the config's limits"
+    try:
+        sets = [Manifest.open(each.path) for each in config.data.train if not is_remote(each.path)]
+    except ShardError as error:
+        return Workload(sizes, None, None, f"{assumed}: {error}")
+    if not sets or len(sets) < len(config.data.train):
+        return Workload(sizes, None, None, f"{assumed}: the shards are not on this machine")
+    data, weights = config.data, [each.weight for each in config.data.train]
+    loader = Loader(
+        [each.path for each in data.train],
+        weights if any(weights) else None,
+        global_batch=config.train.global_batch,
+        window_shards=data.window_shards,
+    )
+    encoder = sets[0].encoder if sets[0].kind == "features" else None
+    if (tokenizer := _tokenizer(config)) is None:
+        return Workload(sizes, loader.samples, encoder, f"{assumed}: there is no tokenizer of {config.model.lm.id}")
+    collate = Collator(tokenizer, data, config.prompts, config.seed)
+    quiet = logging.getLogger("harness.batch")
+    level, seen = quiet.level, quiet.setLevel(logging.ERROR)
+    seen = collate([sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))])
+    quiet.setLevel(level)
+    if seen is None:
+        return Workload(sizes, loader.samples, encoder, f"{assumed}: the shards' first texts teach nothing")
+    return Workload(Sizes.of(seen), loader.samples, encoder, f"the texts of {seen.images} images of the shards")
+
+
+def _tokenizer(config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    from harness.model.vision import quiet_transformers
+
+    with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
+        return AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)
+
+
+def _samples(manifest: Manifest, count: int) -> list[Sample]:
+    """Records spread evenly over a set, without their images."""
+    reader = Reader(manifest)
+    places = np.unique(np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int))
+    return [replace(reader.read(int(place)), payload=np.zeros((1, 1, 3), np.uint8)) for place in places]
