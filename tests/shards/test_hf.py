@@ -115,6 +115,10 @@ def test_vqav2_as_the_hub_has_it_is_one_record_an_image_with_ids_types_and_ten_a
             ["7", "8"] if id_column else ["00000000", "00000001"]
         )
         assert source.notes["rows that show the image of an earlier one, joined with it"] == 1
+    table(path, image=[stored(n) for n in "abc"], q=[" ", "Why?", "Why?"], a=["x", "", "so"])
+    source = hf.load(str(path), "val", question_column="q", answer_column="a")
+    assert said(source, "val") == [[("vqa", "Why?", ("so",))]]
+    assert [s.name for s in source.skipped if s.kind == "empty text"] == ["row 0", "row 1"]
     table(path, image=[stored("a"), stored("b")], n=[1, 1], q=["?", "?"], a=["x", "y"])
     with pytest.raises(ShardError, match="row 1: n '1' came before, with another image"):
         hf.load(str(path), "val", question_column="q", answer_column="a", id_column="n")
@@ -152,11 +156,14 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "http://localhost/x.jpg", "file:///etc/hostname"])
-def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_server(path):
+def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_server(tmp_path, path):
     images = hf.RowImages(hf.Path("owner/name"))
     with pytest.raises(ValueError, match="is not there"):
         images.add(0, {"bytes": None, "path": path})
-    assert images.add(1, {"bytes": None, "path": "hf://datasets/owner/name@main/1.jpg"})[0].startswith("hf://")
+    inside = "hf://datasets/owner/name@main/1.jpg"
+    assert images.add(1, {"bytes": None, "path": inside}) == (inside, inside)
+    with pytest.raises(ValueError, match="is not there"):
+        hf.RowImages(tmp_path).add(0, inside)
 
 
 @pytest.mark.parametrize(
