@@ -43,8 +43,6 @@ def make_engine(train: Train) -> Engine:
 class Engine:
     """Accelerate with DDP where there are several processes, and our own loss scaler where fp16 needs one."""
 
-    partitioned = False  # True: every rank holds a part of each weight, and all have to run the model together
-
     def __init__(self, train: Train):
         self.accelerator = self._accelerator(train)
         if self.accelerator.num_processes != wanted_world_size():
@@ -140,6 +138,10 @@ class Engine:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def whole(self) -> AbstractContextManager:
+        """All weights are whole inside, on every rank: the main process alone may run the model."""
+        return nullcontext()
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Trained weights by name, gathered; the same on every rank."""

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -193,22 +193,22 @@ def too_many_skipped(run: Run) -> str:
 def evaluate(run: Run, again: bool = True) -> None:
     """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait.
 
-    Where the weights are partitioned, all ranks run the model over the same images, and the main process reports.
     `again` False: only where this step's answers are not there yet. Raises GuardError as `stop_if_image_ignored` says.
     """
     config, engine, state, ignored = run.config, run.engine, run.state, ""
-    page = config.out_dir / "answers" / f"step-{state.step:06d}.html"
+    page, result = config.out_dir / "answers" / f"step-{state.step:06d}.html", None
     (wanted,) = engine.sum([engine.is_main and bool(config.data.dev) and (again or not page.exists())])
-    result = None
-    if wanted and (engine.is_main or engine.partitioned):
-        result = evaluate_model(
-            run.model,
-            [s.path for s in config.data.dev],
-            config,
-            limit=config.evaluation.dev_images,
-            counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-        )
-    if result and engine.is_main:
+    with engine.whole() if wanted else nullcontext():
+        if wanted and engine.is_main:
+            result = evaluate_model(
+                run.model,
+                [s.path for s in config.data.dev],
+                config,
+                limit=config.evaluation.dev_images,
+                counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+            )
+        engine.wait()
+    if result:
         values = {**result.metrics(), "unreadable_samples": result.unreadable}
         run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)
         run.tracker.predictions(result.shown_images, state.step)

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO behind the engine's interface: stages 0 to 3, optimizer and parameters offloaded to the CPU or not.
 
-Which stage and what is offloaded is the launcher's to say (launch/accelerate/zero2.yaml and its DeepSpeed JSON); nothing
-else about a run changes. What DeepSpeed would do in silence is taken out of its hands: the summing of micro-batches, the
-scaling by their number, precision, clipping, the learning rate, checkpoints, and everything it would compile.
+Which stage and what is offloaded is the launcher's to say (launch/accelerate/zero2.yaml and its DeepSpeed JSON);
+nothing else about a run changes. What DeepSpeed would do in silence is taken out of its hands: the summing of
+micro-batches and the scaling by their number, precision, the learning rate, checkpoints, and what it would compile.
 Private names of DeepSpeed are used in the functions at the end alone; a version older than the tested one is refused.
 """
 
@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,23 +22,23 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from packaging.version import Version
 from torch import nn
 
-from harness.config import ConfigError, Train, shipped
+from harness.config import ConfigError, Train
 from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
+from harness.launcher import deepspeed_file
 
 OLDEST = "0.19.8"  # its private names were read, and it skips a step whose norm is not finite in every stage
 
 
-def settings_file(named: str) -> Path:
-    """The DeepSpeed JSON that a launch file names: as it stands, or the one that comes with harness."""
-    inside = shipped("launch") / Path(*Path(named).parts[1:]) if named.startswith("launch/") else Path(named)
-    for file in (Path(named), inside):
-        if file.is_file():
-            return file
-    raise ConfigError(f"deepspeed_config_file: there is no file {named}, here or among those that come with harness")
-
-
 class ZeroEngine(Engine):
     """The optimizer's states (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
+
+    def __init__(self, train: Train):
+        super().__init__(train)
+        if self.precision.loss_scaler:
+            raise ConfigError(
+                f"DeepSpeed and fp16 do not go together ({self.precision.reason}): its own scaler stalls a run in "
+                "silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with bf16"
+            )
 
     def _accelerator(self, train: Train) -> Accelerator:
         import deepspeed
@@ -56,13 +55,12 @@ class ZeroEngine(Engine):
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        settings = json.loads(settings_file(named).read_text()) if named != "none" else {"zero_optimization": {}}
+        settings = json.loads(deepspeed_file(named).read_text()) if named != "none" else _in_accelerates_own_words()
         for engine in ("fp16", "bf16", "torch_autocast"):
             if settings.pop(engine, {}).get("enabled"):
                 raise ConfigError(
                     f"{named}: {engine} casts the whole model, T5's `wo` with it: leave it out, train.precision says it"
                 )
-        settings["zero_optimization"].setdefault("stage", "auto")
         settings |= {
             "train_micro_batch_size_per_gpu": 1,  # never used: batches are ours
             "gradient_accumulation_steps": 1,
@@ -89,10 +87,6 @@ class ZeroEngine(Engine):
         return self.plugin.deepspeed_config["zero_optimization"]["stage"]
 
     @property
-    def partitioned(self) -> bool:
-        return self.stage == 3
-
-    @property
     def offloads(self) -> bool:
         return (self.plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
@@ -100,25 +94,27 @@ class ZeroEngine(Engine):
         return {**super().facts(), "engine": f"DeepSpeed ZeRO {self.stage}", "offload_optimizer": str(self.offloads)}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        if self.precision.loss_scaler:
-            raise ConfigError(
-                f"DeepSpeed and fp16 do not go together ({self.precision.reason}): its own scaler stalls a run in "
-                "silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with bf16"
-            )
         self.bare = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.named, self.train)
         optimizer = torch.optim.AdamW(groups, betas=self.train.betas, fused=True if self.offloads else None)
         if self.stage == 0:
             self.plugin.deepspeed_config["gradient_clipping"] = 0.0  # clipped here, where the norm is looked at first
-        self.model, wrapped = self.accelerator.prepare(model, optimizer)
-        self.zero = self.model.optimizer
-        self.optimizer = wrapped.optimizer
+        self.model, _ = self.accelerator.prepare(model, optimizer)
+        self.optimizer = self.model.optimizer  # DeepSpeed's, around AdamW; at stage 0 AdamW itself
         if not hasattr(self.model, "zero_optimization_stage") or self.model.zero_optimization_stage() != self.stage:
             raise RuntimeError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
-        if self.partitioned:
-            self.plugin.set_deepspeed_weakref()  # tells generate() that all ranks have to take every step together
         return self.model
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self.bare.parameters())), _without_hooks(self.optimizer.parameter_offload):
+            yield
 
     def micro_step(self, last: bool) -> AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(last)
@@ -142,12 +138,12 @@ class ZeroEngine(Engine):
                 self.model.step()
             return None if skip else norm
         # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what they hold.
-        with _infinite_norm(self.zero) if skip else nullcontext():
+        with _infinite_norm(self.optimizer) if skip else nullcontext():
             self.model.step()
-        return None if self.zero.overflow else float(self.model.get_global_grad_norm())
+        return None if self.optimizer.overflow else float(self.model.get_global_grad_norm())
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        if not self.partitioned:
+        if self.stage < 3:
             return super().trained_state()
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -164,11 +160,11 @@ class ZeroEngine(Engine):
             return super().optimizer_state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states = [self.optimizer.state.get(flat) for flat in _partitions(self.zero)]
+        states = [self.optimizer.state.get(flat) for flat in _partitions(self.optimizer)]
         # Before the first step there is nothing to read, and trying raises on some ranks while others wait for ever.
-        if not self.sum([float(bool(states) and all(states))])[0] == self.world_size:
+        if self.sum([bool(states) and all(states)])[0] != self.world_size:
             return {}
-        _link(self.zero)
+        _link(self.optimizer)
         step, saved = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu(), {}
         for name, parameter in self.named.items():
             for key in MOMENTS:
@@ -184,14 +180,14 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         steps = max(float(saved[f"step/{name}"]) for name in self.named)
-        for flat in _partitions(self.zero):
+        for flat in _partitions(self.optimizer):
             device = flat.device if self.offloads else "cpu"  # as AdamW makes it: a fused one keeps it by the weights
             self.optimizer.state[flat] = {
                 "step": torch.tensor(steps, device=device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        _link(self.zero)
+        _link(self.optimizer)
         for name, parameter in self.named.items():
             for key in MOMENTS[:2]:
                 value = saved[f"{key}/{name}"].float()
@@ -201,6 +197,12 @@ class ZeroEngine(Engine):
                     size = parameter.ds_tensor.numel()
                     padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
                     safe_set_local_optimizer_state(parameter, padded[self.rank * size :][:size], key)
+
+
+def _in_accelerates_own_words() -> dict[str, Any]:
+    """Settings of a launch file that names no DeepSpeed JSON: Accelerate's plugin puts its own keys in these places."""
+    auto = {"device": "auto"}
+    return {"zero_optimization": {"stage": "auto", "offload_optimizer": dict(auto), "offload_param": dict(auto)}}
 
 
 def _partitions(zero: Any) -> Iterator[torch.Tensor]:
@@ -220,6 +222,18 @@ def _link(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _without_hooks(offload: Any) -> Iterator[None]:
+    """Modules inside neither fetch their weights before a forward pass nor give them back after it."""
+    offload._remove_module_hooks()
+    try:
+        yield
+    finally:
+        offload.forward_hooks.clear()
+        offload.backward_hooks.clear()
+        offload.setup_zero_stage3_hooks()
 
 
 @contextmanager
