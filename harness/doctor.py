@@ -91,7 +91,13 @@ def diagnose(
 def _told(key: str, check: Callable[[], object], config: Config) -> Finding | None:
     """One of the checks before a launch, with a line for models and prompts that are fine."""
     check()
-    return Finding(key, "OK", flatten(config)[key]) if key.startswith(("model.", "prompts.")) else None
+    if not key.startswith(("model.", "prompts.")):
+        return None
+    value = flatten(config)[key]
+    if key == "model.vision.id" and config.model.vision.kind != "clip":
+        return Finding(key, "OK", f"{config.model.vision.kind}, a package")
+    where = "" if key.startswith("prompts.") else ", a folder" if Path(value).is_dir() else ", from the hub's cache"
+    return Finding(key, "OK", f"{value}{where}")
 
 
 def _diagnose_machine(config: Config | None, gpus: int, processes: int) -> list[Finding]:
@@ -141,7 +147,7 @@ def checks_before_launch(
     yield "train.precision", partial(_check_precision, config)
     for task in ("caption", "vqa"):
         yield f"prompts.{task}", partial(prompts.template, task, getattr(config.prompts, task))
-    if "images" in kinds.values():
+    if set(kinds.values()) != {"features"}:
         yield "model.vision.id", partial(check_vision, config)
     yield "model.lm.id", partial(check_models, config, with_vision=False)
     yield "out", partial(_check_out, config.out_dir)

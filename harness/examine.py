@@ -91,10 +91,6 @@ def options(config: Config, launch: Launch) -> Iterator[Finding]:
     if not config.model.bridge.trainable and lm.tuning == "frozen":
         found = "bridge and language model are both frozen: nothing is trained"
         yield Finding("model", "error", found, "model.bridge.trainable=true, or tuning=qlora")
-    for task in ("caption", "vqa"):
-        if (wanted := getattr(config.generate, task).max_new_tokens) > config.data.max_target_tokens:
-            found = f"{wanted} tokens may be said, {config.data.max_target_tokens} at most were ever trained on"
-            yield Finding(f"generate.{task}", "OK", found)
 
 
 def encoder_for_later(config: Config) -> Iterator[Finding]:

@@ -247,7 +247,7 @@ def threads(processes: int = 1) -> Finding:
     policy = os.environ.get("OMP_WAIT_POLICY", "")
     found = f"{cores} cores, OMP_NUM_THREADS={given or 'not set'}, OMP_WAIT_POLICY={policy or 'not set'}"
     if given.isdecimal() and int(given) * processes > cores:
-        fix = f"export OMP_NUM_THREADS={max(1, cores // processes)}"
+        fix = f"export OMP_NUM_THREADS={cores // processes}" if processes <= cores else f"--processes {cores} or fewer"
         return Finding("threads", "warning", f"{found}: more threads than cores with {processes} processes", fix)
     if policy.upper() != "PASSIVE":
         return Finding("threads", "warning", f"{found}: threads that wait spin", "export OMP_WAIT_POLICY=PASSIVE")
