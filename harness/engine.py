@@ -165,6 +165,10 @@ class Engine:
                 for key in MOMENTS
             }
 
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.get_scale()  # 1 where none is needed
+
     def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict()
 

@@ -31,7 +31,7 @@ from harness.doctor import check_before_launch, check_resume, explain
 from harness.engine import Engine, make_engine
 from harness.evaluate.run import evaluate_model
 from harness.features import check_encoder
-from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
+from harness.guards import GradientGuard, GuardError, check_frozen, first_nonfinite, frozen_hash
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate
@@ -121,7 +121,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
                 state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
                 terminal.say(f"step {state.step}: loss or gradient not finite, step skipped ({state.skipped} so far)")
                 if state.skipped_in_a_row >= train.max_skipped_in_a_row:
-                    raise GuardError(too_many_skipped(run))
+                    raise GuardError(too_many_skipped(run, batches))
             else:
                 state.skipped_in_a_row = 0
             if guard and norm is None:
@@ -138,7 +138,8 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
             ends = state.step == last_step
             numbers = {"loss": loss, "learning_rate": rate, "grad_norm": math.nan if norm is None else norm}
             numbers |= {"epoch": stream.epoch, "skipped_steps": state.skipped, "quarantined_samples": quarantined}
-            numbers |= {"truncated_texts": truncated, "memory_mb": memory_mb(engine.device), **clock.rates()}
+            numbers |= {"truncated_texts": truncated, "loss_scale": engine.loss_scale}
+            numbers |= {"memory_mb": memory_mb(engine.device), **clock.rates()}
             terminal.advance(state.step, numbers)
             if state.step % train.log_every == 0 or ends or stop:
                 run.tracker.metrics({f"train/{name}": value for name, value in numbers.items()}, state.step)
@@ -182,10 +183,16 @@ def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:
     return max(0, in_epoch + (epochs - stream.epoch - 1) * loader.steps_per_epoch)
 
 
-def too_many_skipped(run: Run) -> str:
-    good = checkpoints.newest(run.config.out_dir)
+def too_many_skipped(run: Run, batches: Sequence[Batch]) -> str:
+    """Why the run cannot go on: what was not finite first in this rank's share of the last step."""
+    engine, good = run.engine, checkpoints.newest(run.config.out_dir)
+    with engine.whole():
+        seen = (first_nonfinite(run.model, batch.to(engine.device), engine.loss_scale) for batch in batches)
+        first = next(filter(None, seen), "nothing on this rank")
+        engine.wait()
     return (
-        f"{run.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; "
+        f"{run.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the first of the last "
+        f"one: {first} (loss scale {engine.loss_scale:g}); lower train.learning_rate, or ask for train.precision=fp32; "
         f"the last good checkpoint is {good.path if good else 'none: none was written yet'}"
     )
 

@@ -240,7 +240,7 @@ def _without_hooks(offload: Any) -> Iterator[None]:
 def _infinite_norm(zero: Any) -> Iterator[None]:
     """A step inside is skipped as one with an infinite gradient norm is.
 
-    `zero_grad` alone leaves gradients of a discarded step in stage 2, and they would be part of the next step's.
+    `zero_grad` alone leaves gradients of a discarded step in what is offloaded: they would be part of the next one's.
     """
     name = "_get_norm_groups" if hasattr(zero, "fp32_partitioned_groups_flat") else "scaled_global_norm"
     infinite = torch.tensor(math.inf)

@@ -17,9 +17,8 @@ from harness import checkpoint as checkpoints
 from harness import engine as engines
 from harness import train
 from harness.batch import Collator
-from harness.diagnose import first_nonfinite
 from harness.engine import Engine
-from harness.guards import GuardError
+from harness.guards import GuardError, first_nonfinite
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 
@@ -133,7 +132,7 @@ def halve_wo(model):
 def test_any_other_policy_learns_nothing_and_the_run_stops(config_of, monkeypatch, precision, change):
     when_built(monkeypatch, change)
     config = config_of(precision=precision, max_skipped_in_a_row=3)
-    with pytest.raises(GuardError, match="3 steps in a row"):
+    with pytest.raises(GuardError, match=r"3 steps in a row .* of the last one: the (input|output) of lm\.lm\..*\.wo"):
         train.run(config)
     assert steps_taken(config) == set()
 
@@ -150,7 +149,7 @@ def test_an_overflow_on_purpose_is_counted_and_said_and_the_run_learns_on(config
     assert steps_taken(config) == {STEPS - count}
     saved = checkpoints.newest(config.out_dir).state
     assert saved["train"]["skipped"] == count
-    assert saved["scaler"]["scale"] == 2.0 ** (22 - count)
+    assert saved["scaler"]["scale"] == logged(config, "loss_scale")[-1] == 2.0 ** (22 - count)
     loss = losses(config.out_dir)
     assert loss[STEPS] < loss[1] - 1
     said = capfd.readouterr().err
@@ -160,7 +159,7 @@ def test_an_overflow_on_purpose_is_counted_and_said_and_the_run_learns_on(config
 def test_a_run_that_skips_every_step_stops(config_of, monkeypatch):
     scale_at_first(monkeypatch, 2.0**120)
     config = config_of(max_skipped_in_a_row=4)
-    with pytest.raises(GuardError, match="4 steps in a row"):
+    with pytest.raises(GuardError, match=r"4 steps in a row .* the gradient of .* \(loss scale 8\.3\d+e\+34\)"):
         train.run(config)
     assert logged(config, "skipped_steps") == [1, 2, 3]
 
