@@ -130,7 +130,7 @@ def stats(sets: Sets) -> None:
 
 @app.command()
 def features(
-    shards: Annotated[str, typer.Argument(metavar="DIR", help="A folder of image shards.")],
+    shards: Annotated[str, typer.Argument(metavar="DIR", help="A folder of image shards, or one of all splits.")],
     config: Annotated[str, typer.Option(help="Its model.vision names the encoder.")],
     out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value")] = None,
@@ -144,21 +144,24 @@ def features(
     check_vision(loaded)
     from harness.features import encode_set, skipped
 
+    splits = [index.parent.name for index in sorted(Path(shards).glob("*/index.json"))]
+    lines = []
     with told("encoding") as progress:
-        made = encode_set(
-            shards,
-            out,
-            loaded.model.vision,
-            precision=loaded.train.precision,
-            max_image_pixels=loaded.data.max_image_pixels,
-            workers=loaded.data.workers,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    left_out = f"{len(skipped(made)):,} images that could not be read left out"
-    print(
-        f"{made.folder}: {made.samples:,} samples, {made.bytes / 1e6:,.1f} MB, made by {made.encoder['id']}; {left_out}"
-    )
+        for split in splits or [""]:
+            made = encode_set(
+                f"{shards}/{split}" if split else shards,
+                out / split,
+                loaded.model.vision,
+                precision=loaded.train.precision,
+                max_image_pixels=loaded.data.max_image_pixels,
+                workers=loaded.data.workers,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            left_out = f"{len(skipped(made)):,} images that could not be read left out"
+            size = f"{made.samples:,} samples, {made.bytes / 1e6:,.1f} MB"
+            lines.append(f"{made.folder}: {size}, made by {made.encoder['id']}; {left_out}")
+    print(*lines, sep="\n")
 
 
 def _build(source: str, out: Path, short_side: int | None, workers: int | None, **options: object) -> None:

@@ -220,8 +220,7 @@ def journal(out: Path) -> list[dict[str, Any]]:
 
 def picture(out: Path) -> Path:
     """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question, answer and prediction."""
-    from harness.evaluate import vqa
-    from harness.evaluate.run import FOLDER
+    from harness.evaluate import FOLDER, vqa
     from harness.report import Shown, predictions_picture
     from shards.manifest import Manifest
     from shards.read import Reader

@@ -20,7 +20,7 @@ from PIL import Image
 from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError
-from harness.evaluate import vqa
+from harness.evaluate import FOLDER, vqa
 from harness.evaluate.image_use import Gate, ImageUse, Majority, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task, results
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
@@ -33,7 +33,6 @@ from shards.manifest import Manifest, ShardError, is_remote, write_whole
 from shards.read import Cache, Reader, Sample
 from shards.record import Record, Text
 
-FOLDER = "evaluation"
 _ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
 _MAJORITY_IMAGES = 20_000  # training images whose texts make the majority answers
 _IN_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "shuffled_accuracy", "no_image_accuracy", "blank_accuracy")
