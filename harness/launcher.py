@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,27 +184,29 @@ def launch(
     launch_file: Launch | None = None,
     module: str = "harness.train",
 ) -> int:
-    """Runs it to its end and returns its exit code. A signal goes on to the run: it saves and stops; the third kills.
+    """Runs it to its end and returns its exit code, 128 + the signal's number for a run that was stopped by one.
+
+    A signal goes on to the run: it saves and stops; the third kills.
 
     `accelerate launch` itself would die of the signal and leave the run behind, so the run has a session of its own.
     """
     line, environment = command(arguments, processes, launch=launch_file, module=module)
     child = subprocess.Popen(line, env=environment, start_new_session=True)
-    signals = 0
+    came: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 2:
+        came.append(number)
+        if len(came) > 2:
             os.killpg(child.pid, signal.SIGKILL)
         else:  # not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves them behind
             for process in psutil.Process(child.pid).children() or [child]:
-                process.send_signal(number)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        code = child.wait()
-        return code if code >= 0 else 128 - code
+        code = child.wait()  # a launcher makes 1 of every exit code that is not 0
+        return 128 + came[0] if came and code else code if code >= 0 else 128 - code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -26,7 +26,13 @@ torchrun=$!
 asked=""
 forward() {
     asked=yes
-    "$python" -c 'import psutil, sys; [p.terminate() for p in psutil.Process(int(sys.argv[1])).children()]' "$torchrun"
+    "$python" - "$torchrun" <<'PY' || true # one that has ended already is no reason to leave the others
+import psutil, sys
+torchrun = psutil.Process(int(sys.argv[1]))
+for process in torchrun.children() or [torchrun]:
+    if process.is_running():
+        process.terminate()
+PY
 }
 trap forward TERM INT HUP
 code=0

@@ -11,11 +11,11 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
-# In place of python. As a program of ours (-c) it is the real one. As the run, it writes down what it was given, waits
+# In place of python. As a program of ours (-c, -) it is the real one. As the run, it writes down what it was given, waits
 # for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does. torchrun is a parent of it.
 PYTHON = """#!/bin/bash
 case "$*" in
-"-c "*) exec {python} "$@" ;;
+"-c "* | "- "*) exec {python} "$@" ;;
 "-m torch.distributed.run "*)
     echo "$@" >>"$TOLD/torchrun"
     trap 'touch "$TOLD/torchrun-signalled"' TERM

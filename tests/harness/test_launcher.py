@@ -70,23 +70,28 @@ def test_a_failed_run_gives_back_its_own_words_and_no_traceback_of_the_launcher(
     assert capfd.readouterr().err == "harness: no\n"
 
 
-def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, processes):
     (tmp_path / "probe.py").write_text(
-        "import pathlib, signal, sys, time\n"
-        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved').touch()\n    sys.exit(0)\n"
+        "import os, pathlib, signal, sys, time\n"
+        "rank = os.environ.get('RANK', '0')\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved' + rank).touch()\n    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path(sys.argv[1], 'started').touch()\n"
+        "pathlib.Path(sys.argv[1], 'started' + rank).touch()\n"
         "time.sleep(60)\n"
     )
-    program = "import sys\nfrom harness.launcher import launch\nsys.exit(launch([sys.argv[1]], 1, module='probe'))"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    program = (
+        "import sys\nfrom harness.launcher import launch\nsys.exit(launch([sys.argv[1]], PROCESSES, module='probe'))"
+    )
+    program = program.replace("PROCESSES", str(processes))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "CUDA_VISIBLE_DEVICES": ""}
     started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("started*"))) < processes and time.monotonic() < deadline:
         time.sleep(0.05)
     started.terminate()
-    assert started.wait(30) == 0
-    assert (tmp_path / "saved").exists()
+    assert started.wait(30) == 143
+    assert len(list(tmp_path.glob("saved*"))) == processes
 
 
 # ---- the files, read by us, by accelerate and by DeepSpeed -----------------------------------------------------------
