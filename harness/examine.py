@@ -174,8 +174,6 @@ def tracking(config: Config) -> Finding:
 
 def texts(config: Config) -> Iterator[Finding]:
     """Real batches of the first images: what `max_prompt_tokens` and `max_target_tokens` cut, and what has no label."""
-    import logging
-
     from transformers import AutoTokenizer
 
     from harness.batch import Collator
@@ -183,7 +181,6 @@ def texts(config: Config) -> Iterator[Finding]:
     from harness.train import make_loader, micro_batches
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)
-    logging.getLogger("harness.batch").setLevel(logging.ERROR)  # which says what is said below
     collate = Collator(tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
     loader, batches, images = make_loader(config, None), [], 0
     with closing(loader.iterate(epochs=1)) as steps:

@@ -43,7 +43,7 @@ class Signal:
 
     @property
     def silent(self) -> bool:
-        return not self.gradient or self.gradient < EPSILON * self.parameters**0.5
+        return not (self.gradient and self.gradient >= EPSILON * self.parameters**0.5)  # nan is no signal either
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def overfit(
     )
     if not config.model.init_from:
         calibrate(model, config)
-    engine.prepare(model)
-    if not engine.named:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trainable: the bridge and the language model are both frozen")
+    engine.prepare(model)
     with closing(loader.iterate()) as first:
         samples = one_text_each(next(first)[1])
     collate = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
@@ -229,9 +229,8 @@ def findings(result: Result) -> Iterator[Finding]:
         why = "learnt by heart without the images: the words alone tell the texts apart"
         yield Finding(name, "warning", f"{why}; {found}", "more images, or texts that share a question")
     elif silent:
-        yield Finding(
-            name, "error", f"not learnt by heart: {found}", f"first see why {', '.join(silent)} gets no signal"
-        )
+        fix = f"first find what cuts off the {' and the '.join(silent)}"
+        yield Finding(name, "error", f"not learnt by heart: {found}", fix)
     elif alike:
         fix = "look at the image tokens' scale, the encoder's layer, and whether the images are the right ones"
         yield Finding(name, "error", f"not learnt by heart, and the images make no difference: {found}", fix)

@@ -1,10 +1,17 @@
-"""What is wrong with a config is said before a launch: data, encoder, model ids, output folder."""
+"""What is wrong with a config is said before a launch (data, encoder, model ids, output folder), and by the doctor."""
+
+import json
+import sys
 
 import pytest
 
+from harness import cli
 from harness.config import ConfigError, load
-from harness.doctor import check_before_launch, check_models, explain
+from harness.doctor import check_before_launch, check_models, diagnose, explain
+from harness.findings import Finding, failed
+from harness.launcher import Launch
 from harness.model.processing import encoder_name
+from harness.overfit import Result
 from shards.manifest import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards
@@ -48,7 +55,7 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
         ("data.dev.0.path=/nowhere", "data.dev.0.path: there is no folder of shards at /nowhere"),
         ("data.train=[{path: a, weight: 1}, {path: b}]", "some sets have a weight and some have none"),
         ("model.vision.image_size=224", "image_size 128 instead of 224"),
-        ("prompts.vqa=Question:", "prompts.vqa"),
+        ("prompts.vqa='Question:'", "prompts.vqa: 'Question:' is neither one of"),
         ("model.lm.id=runs/gone", "there is no folder runs/gone: make it by `harness base-lm`"),
         ("model.lm.id=./gone", "model.lm.id: there is no folder ./gone"),
         ("model.lm.id=google/flan-t5-base", "model.lm.id: google/flan-t5-base is neither a folder nor in the cache"),
@@ -116,3 +123,95 @@ def test_errors_of_the_user_are_sentences_and_bugs_are_not():
     assert "pip install 'vl-harness[demo]'" in explain(ModuleNotFoundError("No module", name="easy_vqa.data"))
     assert explain(ValueError("bug")) is None
     assert explain(ModuleNotFoundError("No module", name="harness.typo")) is None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the seconds of two real processes and a 4-bit layer: test_machine.py has them."""
+    monkeypatch.setattr("harness.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", ""))
+    monkeypatch.setattr("harness.machine.four_bit", lambda: Finding("bitsandbytes", "OK", ""))
+
+
+def test_the_machine_alone_is_examined_without_a_config(quick):
+    found = diagnose()
+    names = ("Python", "torch", "GPU", "bitsandbytes", "DeepSpeed", "build locks", "threads", "memory", "disk")
+    assert not {*names, "all-reduce"} - {finding.name for finding in found}
+
+
+def test_a_check_of_the_machine_that_breaks_is_a_line_and_the_others_go_on(quick, monkeypatch):
+    def broken(*_):
+        raise OSError("libcudart.so is missing")
+
+    monkeypatch.setattr("harness.machine.all_reduce", broken)
+    monkeypatch.setattr("harness.machine.four_bit", broken)
+    found = {finding.name: finding for finding in diagnose()}
+    assert found["bitsandbytes"] == Finding("bitsandbytes", "error", "libcudart.so is missing")
+    assert found["all-reduce"].state == "error"
+    assert found["disk"].state != "error"
+
+
+def test_every_refusal_of_a_launch_is_a_line_of_its_own(config, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    wrong = config("data.dev=[{path: /nowhere}]", "model.lm.id=some/t5", "prompts.vqa='Question:'", "out=/dev/null/x")
+    found = {finding.name: finding for finding in diagnose(wrong)}
+    assert {name for name, finding in found.items() if finding.state == "error"} >= {
+        "data.dev.0.path",
+        "model.lm.id",
+        "prompts.vqa",
+        "out",
+    }
+    assert found["prompts.caption"].state == "OK"
+    assert found["data and model"] == Finding(
+        "data and model", "warning", "not looked at", "put the errors above right first"
+    )
+
+
+def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
+    quick, monkeypatch, tmp_path, tiny_clip_folder, tiny_t5_folder
+):
+    from runs import make_config
+
+    monkeypatch.setattr("harness.plan.check", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "harness.overfit.overfit", lambda config, images, progress: Result(images, 5, 4.0, 0.1, 1.0, images, ())
+    )
+    found = diagnose(make_config(tmp_path, tiny_clip_folder, tiny_t5_folder), overfit=3)
+    assert not failed(found)
+    looked_at = {finding.name for finding in found}
+    assert {"model.lm.id", "data.train.0.path", "prompts", "targets", "labels", "image tokens", "plan"} <= looked_at
+    assert looked_at >= {"overfit 3", "MLflow", "global batch", "learning rate", "steps"}
+
+
+@pytest.mark.parametrize("state", ["OK", "warning", "error"])
+def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, capsys, state):
+    said = [Finding("disk", state, "3 GB free [at] /x", "make room")]
+    asked = []
+    monkeypatch.setattr("harness.doctor.diagnose", lambda *given: asked.append(given) or said)
+    codes = []
+    for arguments in (
+        ["--json"],
+        ["demo", "train.epochs=2", "--overfit", "8", "--launch", "zero2", "--processes", "4"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["harness", "doctor", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        codes.append(int(left.value.code or 0))
+        out = capsys.readouterr().out
+        if arguments == ["--json"]:
+            assert json.loads(out) == [
+                {"name": "disk", "state": state, "found": "3 GB free [at] /x", "fix": "make room"}
+            ]
+        else:
+            assert "3 GB free [at] /x" in out
+    assert codes == [int(state == "error")] * 2
+    assert asked[0][:4] == (None, Launch(), None, None)
+    config, launch, processes, overfit, _ = asked[1]
+    assert (config.train.epochs, launch.name, processes, overfit) == (2, "zero2", 4, 8)
+
+
+def test_learning_by_heart_needs_a_config(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["harness", "doctor", "--overfit", "8"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "--overfit needs a config" in capsys.readouterr().err
