@@ -11,8 +11,8 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
-# In place of python. As a program of ours (-c, -) it is the real one. As the run, it writes down what it was given, waits
-# for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does. torchrun is a parent of it.
+# In place of python. For a program of ours (-c, -) it is the real one. As the run, it writes down what it was given,
+# waits for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does. torchrun is its parent.
 PYTHON = """#!/bin/bash
 case "$*" in
 "-c "* | "- "*) exec {python} "$@" ;;
@@ -24,8 +24,8 @@ case "$*" in
 "-m harness.train"*)
     echo "$@" >>"$TOLD/train$RANK"
     env | grep -E '^(ACCELERATE|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD|MASTER|OMP)' >>"$TOLD/environment$RANK"
-    trap 'sleep 0.2; touch "$TOLD/saved$RANK"; exit 143' TERM
-    touch "$TOLD/started$RANK"
+    trap 'sleep 0.2; touch "$TOLD/saved$RANK"; exit "${{FAKE_AFTER:-143}}"' TERM
+    touch "$TOLD/${{TRAPPED:-started$RANK}}"
     for _ in $(seq "${{FAKE_WAITS:-0}}"); do sleep 0.1; done
     exit "${{FAKE_CODE:-0}}" ;;
 esac
@@ -164,4 +164,6 @@ def test_a_job_that_failed_is_not_requeued_also_when_its_time_is_up(start):
     assert start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_CODE="3").wait(60) == 3
     job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="10", FAKE_CODE="143")
     assert job.wait(60) == 143  # a SIGTERM that nobody asked for
+    job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300", FAKE_AFTER="1", TRAPPED="asked5")
+    assert signalled(job, start, ["asked5"], signal.SIGUSR1) == 1  # it could not save
     assert not start.there("scontrol")
