@@ -19,8 +19,9 @@ case "$*" in
 "-m torch.distributed.run "*)
     echo "$@" >>"$TOLD/torchrun"
     trap 'touch "$TOLD/torchrun-signalled"' TERM
-    for rank in 0 1; do RANK=$rank "$0" -m harness.train & done
-    wait -n && exit 0 || exit 1 ;;
+    for rank in 0 1; do RANK=$rank "$0" -m harness.train & runs+=" $!"; done
+    for run in $runs; do wait "$run" || exit_code=1; done
+    exit "${{exit_code:-0}}" ;;
 "-m harness.train"*)
     echo "$@" >>"$TOLD/train$RANK"
     env | grep -E '^(ACCELERATE|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD|MASTER|OMP)' >>"$TOLD/environment$RANK"
