@@ -33,6 +33,11 @@ def wanted_world_size() -> int:
 
 def make_engine(train: Train) -> Engine:
     """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain Accelerate."""
+    if "MASTER_PORT" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise ConfigError(  # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one
+            "accelerate launch was asked for several processes and has started one: take --config_file "
+            "launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own options"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
         from harness.zero import ZeroEngine
 

@@ -123,6 +123,18 @@ def test_a_launcher_that_started_fewer_processes_than_it_said_is_caught(monkeypa
         Engine(Train())
 
 
+def test_accelerate_that_started_one_process_in_place_of_two_and_said_nothing_is_caught(monkeypatch):
+    """What `accelerate launch --cpu --num_processes 2` leaves in the environment."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"has started one: take --config_file launch/accelerate/cpu\.yaml"):
+        engines.make_engine(Train())
+    monkeypatch.delenv("MASTER_PORT")
+    assert type(engines.make_engine(Train())) is Engine
+
+
 def test_an_evaluation_may_take_longer_than_the_usual_time_out():
     assert Engine(Train()).accelerator.init_handler.timeout.total_seconds() >= 7200
 
