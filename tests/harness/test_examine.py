@@ -1,6 +1,7 @@
 """Each check of a config, its data and its model, once where its trouble is really there and once where it is not."""
 
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -166,8 +167,9 @@ def test_a_cache_too_small_for_its_windows_is_an_error(base):
 
 
 def test_a_store_that_does_not_answer_is_warned_of_and_one_that_does_is_not(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "set, so that the test's end takes it back")
+        monkeypatch.delenv(name)
     assert examine.tracking(base).state == "OK"
 
     def tracked(uri: str | None) -> Finding:
@@ -178,6 +180,7 @@ def test_a_store_that_does_not_answer_is_warned_of_and_one_that_does_is_not(base
     assert tracked(f"sqlite:///{tmp_path}/broken.db").state == "warning"
     dead = tracked("http://user:secret@127.0.0.1:9")
     assert (dead.state, "secret" in dead.found) == ("warning", False)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"  # else it takes 246 s
 
     class Store(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -97,6 +97,18 @@ def test_lora_has_a_signal_although_half_of_it_starts_at_zero(base):
     assert all(signal.moved > 0 for signal in result.signals)
 
 
+def test_nothing_keeps_a_text_from_being_learnt(base, monkeypatch):
+    seen = []
+    monkeypatch.setattr("harness.overfit.calibrate", lambda model, config: seen.append(config))
+    random = {"model__bridge__dropout": 0.5, "model__lm__lora__dropout": 0.5, "data__last_batch": "drop"}
+    regular = {"train__label_smoothing": 0.5, "train__weight_decay": 0.5, "data__texts_per_image": 1}
+    overfit(changed(base, **random, **regular), 20, steps=0)
+    (config,) = seen
+    assert config.model.bridge.dropout == config.model.lm.lora.dropout == 0
+    assert config.train.label_smoothing == config.train.weight_decay == 0
+    assert (config.train.global_batch, config.data.last_batch, config.data.texts_per_image) == (20, "short", None)
+
+
 def test_nothing_trainable_is_refused(base):
     with pytest.raises(ConfigError, match="both frozen"):
         overfit(changed(base, model__lm__tuning="frozen", model__bridge__trainable=False), 2)
