@@ -79,8 +79,7 @@ def diagnose(
     found += run("global batch", lambda: examine.world(config, processes))
     found += run("texts", lambda: examine.texts(config))
     found += run("model", lambda: examine.model(config, "cuda" if count else "cpu"))
-    if importlib.util.find_spec("harness.plan"):
-        found += run("plan", lambda: examine.plan(config, launch, processes))
+    found += run("plan", lambda: examine.plan(config, launch, processes))
     if overfit:
         from harness import overfit as trial
 
@@ -96,7 +95,9 @@ def _told(key: str, check: Callable[[], object], config: Config) -> Finding | No
     value = flatten(config)[key]
     if key == "model.vision.id" and config.model.vision.kind != "clip":
         return Finding(key, "OK", f"{config.model.vision.kind}, a package")
-    where = "" if key.startswith("prompts.") else ", a folder" if Path(value).is_dir() else ", from the hub's cache"
+    where = (
+        "" if key.startswith("prompts.") else ", a folder" if Path(value).is_dir() else ", from the hub or its cache"
+    )
     return Finding(key, "OK", f"{value}{where}")
 
 
