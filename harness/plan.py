@@ -89,7 +89,7 @@ class Planner:
     processes: int
     work: Workload
     encoder: Mapping[str, Any] | None
-    passes: dict[tuple[int, bool], Pass] = field(default_factory=dict)
+    passes: dict[int, Pass] = field(default_factory=dict)
 
     def changed(self, same_model: bool = True, **changes: Any) -> Planner:
         """Another one; what was built already is used again where the model stays the same."""
@@ -137,15 +137,14 @@ class Planner:
         """Images of a global batch that one process gets."""
         return -(-self.config.train.global_batch // self.processes)
 
-    def run(self, images: int, checkpointing: bool | None = None) -> Pass:
-        if checkpointing is None:
+    def run(self, images: int) -> Pass:
+        if images not in self.passes:
             checkpointing = self.config.train.activation_checkpointing
-        if (images, checkpointing) not in self.passes:
             held = self.share > images or (self.processes > 1 and self.stage < 2)
-            self.passes[images, checkpointing] = self.skeleton.run(
+            self.passes[images] = self.skeleton.run(
                 self.work.sizes, images, checkpointing=checkpointing, gradients_held=held
             )
-        return self.passes[images, checkpointing]
+        return self.passes[images]
 
     def peak(self, images: int) -> tuple[dict[str, int], str]:
         """Bytes by part when they are most, and when that is."""
@@ -199,9 +198,13 @@ class Planner:
             each += sum(self.weights.values())  # models are loaded in main memory, then moved
         return each * -(-world // self.launch.machines)
 
-    def fits(self, images: int) -> bool:
+    def needs(self, images: int) -> int:
+        """Bytes of the device's memory; a CPU's is shared by all processes."""
         peak = self.bytes(images)
-        return (peak if self.device.is_gpu else self.host(images, peak)) <= self.device.usable
+        return peak if self.device.is_gpu else self.host(images, peak)
+
+    def fits(self, images: int) -> bool:
+        return self.needs(images) <= self.device.usable
 
     def largest(self) -> int:
         """The largest micro-batch that fits, 0 where none does: halving the interval, guided by the last two peaks."""
@@ -220,15 +223,14 @@ class Planner:
 
     def _next(self, low: int, high: int | None) -> int:
         """Where the line through two peaks meets the memory, a little below; between `low` and `high`."""
-        ours = self.config.train.activation_checkpointing
-        known = sorted(images for images, checkpointing in self.passes if checkpointing == ours)
-        peaks = {images: self.bytes(images) for images in known}
-        factor = 1 if self.device.is_gpu else -(-self.processes // self.launch.machines)
-        room = self.device.usable // factor
+        known = sorted(self.passes)
         first, last = (known[0], known[-1]) if len(known) > 1 else (0, known[0])
-        at_first = peaks[first] if first else peaks[last] - self.run(last).bytes
-        slope = max((peaks[last] - at_first) / (last - first), 1.0)
-        guess = int(last + (room - peaks[last]) / slope)
+        if high is not None and len(known) > 1:  # the two that enclose it
+            first, last = max(k for k in (0, *known) if k <= low), high
+        need = self.needs(last)
+        before = self.needs(first) if first else need - self.run(last).bytes
+        slope = max((need - before) / (last - first), 1.0)
+        guess = int(last + (self.device.usable - need) / slope)
         if high is None and first:
             return guess
         return max(low + 1, guess) if high is None else min(max(low + 1, guess), high - 1)
@@ -251,11 +253,11 @@ class Planner:
             each = seconds / train.global_batch / 3 * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
             epoch_seconds = in_epoch * seconds + each * evaluations * in_epoch / steps
             all_hours = (steps * seconds + evaluations * each * self.processes) / 3600
-        activations = {"checkpointed" if train.activation_checkpointing else "kept": passed.saved}
+        ours = train.activation_checkpointing
+        activations = {"checkpointed" if ours else "kept": passed.saved}
         if not brief:
-            activations["kept"], activations["checkpointed"] = (
-                self.run(images, checkpointing).saved for checkpointing in (False, True)
-            )
+            other = skeleton.run(work.sizes, images, checkpointing=not ours, gradients_held=False, backward=False)
+            activations["kept" if ours else "checkpointed"] = other.saved
         launch = self.launch.name or ("multi_gpu" if self.processes > 1 else "")
         largest = None if brief and fits else self.largest()
         checkpoint = skeleton.trained_bytes * 3

@@ -63,14 +63,15 @@ class Plan:
     def table(self) -> str:
         """The whole plan for people, in Markdown."""
         rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
-        with_, without = self.activation_bytes["checkpointed"], self.activation_bytes["kept"]
+        saved = {"kept": "", "checkpointed": " with activation checkpointing"}
+        activations = [f"{gb(size)}{saved[name]}" for name, size in sorted(self.activation_bytes.items())[::-1]]
         time = "the shards are not there: build them to see hours"
         if self.hours is not None:
             time = (
                 f"{self.steps:,} steps of {self.seconds_per_step:.2f} s, {self.evaluations} evaluations: "
                 f"{hours(self.seconds_per_epoch / 3600)} an epoch, {hours(self.hours)} in all"
             )
-        largest = "none fits" if self.largest_micro_batch == 0 else f"{self.largest_micro_batch}"
+        largest = {0: "none fits", None: "not looked for"}.get(self.largest_micro_batch, self.largest_micro_batch)
         launched = f" by {self.launch}" if self.launch else ""
         lines = [
             f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{launched}, {self.precision}; all "
@@ -84,8 +85,8 @@ class Plan:
             "",
             f"- parameters: {', '.join(f'{name} {count / 1e6:.1f} M' for name, count in self.parameters.items())}; "
             f"{self.trained_parameters / 1e6:.1f} M of them are trained",
-            f"- activations of a micro-batch of {self.micro_batch}: {gb(without)}, with activation checkpointing "
-            f"{gb(with_)}; logits {gb(self.logits_bytes)}",
+            f"- activations of a micro-batch of {self.micro_batch}: {', '.join(activations)}; "
+            f"logits {gb(self.logits_bytes)}",
             f"- largest micro-batch: {largest}",
             f"- main memory of the machine: {gb(self.host_bytes)}; checkpoints on disk: {gb(self.disk_bytes)}",
             f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of the device's speed "

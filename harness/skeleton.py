@@ -6,10 +6,12 @@ have shapes, dtypes and lifetimes, and no content. Legend: I images, C contexts,
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -100,11 +102,17 @@ class Skeleton:
         }
         return count
 
-    def run(self, sizes: Sizes, images: int, *, checkpointing: bool, gradients_held: bool) -> Pass:
-        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets, are there already."""
-        for module in self.model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+    def run(
+        self, sizes: Sizes, images: int, *, checkpointing: bool, gradients_held: bool, backward: bool = True
+    ) -> Pass:
+        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets, are there already.
+
+        Without `backward`, `saved` alone is whole.
+        """
+        t5 = self.model.lm.t5  # the method's name changed in transformers 5
+        (getattr(t5, "activation_checkpointing_disable", None) or t5.gradient_checkpointing_disable)()
+        with suppress(AttributeError):  # where it was never on
+            t5.disable_input_require_grads()
         if checkpointing:
             self.model.checkpoint_activations()
         with self.mode:
@@ -115,11 +123,11 @@ class Skeleton:
             meter.add(tensors_of(batch), "batch")
             meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
             hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
-            with meter:
+            with _no_collection(), meter:
                 with saved_tensors_hooks(meter.saving, lambda tensor: tensor):
                     loss = self.model(batch).sum
                 saved = meter.saved
-                if loss.requires_grad:
+                if backward and loss.requires_grad:
                     loss.backward()
             for hook in hooks:
                 hook.remove()
@@ -159,6 +167,18 @@ def _constants(layer: nn.Module) -> int:
         return blocks + 4 * (-(-blocks // 256)) + 4 + 4 * 16 + 4 * 256
     tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
     return sum(map(_bytes, tensors))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's garbage collector, whose moments are chance: equal runs give equal bytes, and sooner."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:

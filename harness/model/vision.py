@@ -86,7 +86,7 @@ def content_hash(module: nn.Module) -> str:
 
 
 def without_weights() -> bool:
-    """Inside `torch.device("meta")` models are built from config.json alone, their weights are shapes: see skeleton.py."""
+    """Inside `torch.device("meta")` a model is built from config.json alone; its weights are shapes (skeleton.py)."""
     return torch.get_default_device().type == "meta"
 
 
@@ -182,6 +182,11 @@ def _clip_statistics(config: Vision) -> tuple[tuple[float, ...], tuple[float, ..
 
 def _cannot_load(config: Vision, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()).partition(". ")[0]
+    if without_weights():
+        return ConfigError(
+            f"model.vision.id: {config.id!r} cannot be planned ({reason}): its config.json is all that is needed, in a "
+            f"folder (model.vision.id=DIR), or once where there is a network (hf download {config.id} config.json)"
+        )
     return ConfigError(
         f"model.vision.id: {config.id!r} cannot be loaded ({reason}): give a folder that holds config.json and "
         f"model.safetensors, or fetch the model once where there is a network (hf download {config.id})"

@@ -115,6 +115,11 @@ def _weight_files(config: LanguageModelConfig) -> list[Path]:
 
 def _cannot_load(config: LanguageModelConfig, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()).partition(". ")[0]
+    if without_weights():
+        return ConfigError(
+            f"model.lm.id: {config.id!r} cannot be planned ({reason}): its config.json is all that is needed, in a "
+            f"folder (model.lm.id=DIR), or once where there is a network (hf download {config.id} config.json)"
+        )
     return ConfigError(
         f"model.lm.id: {config.id!r} cannot be loaded ({reason}): give a local folder in the hub's format, or an id "
         "that is on the hub or in its local cache; for a saved model whose base was moved, lm=PATH"

@@ -1,0 +1,300 @@
+"""A plan is right where it can be held against the real thing: bytes of weights and of saved tensors, operations."""
+
+import json
+import random
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs import make_config, texts
+from tiny import tiny_clip, tiny_t5
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import cli, devices
+from harness.batch import Collator
+from harness.config import Config, ConfigError
+from harness.devices import DEVICES
+from harness.launcher import read_launch
+from harness.model.vlm import VisionLanguageModel
+from harness.plan import Planner, check, plan
+from harness.precision import choose
+from harness.skeleton import Skeleton, weights
+from harness.workload import Sizes, workload
+from shards.read import Sample
+from shards.record import Record
+
+CPU = torch.device("cpu")
+KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation largest_micro_batch disk_bytes advice"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_clip_folder, tiny_t5_folder) -> Config:
+    return make_config(tmp_path_factory.mktemp("plan"), tiny_clip_folder, tiny_t5_folder)
+
+
+def changed(config: Config, **sections) -> Config:
+    """The config with keys of `train`, `lm`, `bridge`, `data` changed."""
+    document = config.model_dump(mode="json")
+    places = {"lm": document["model"]["lm"], "bridge": document["model"]["bridge"]}
+    for section, keys in sections.items():
+        places.get(section, document.get(section)).update(keys)
+    return Config(**document)
+
+
+def collated(config: Config, model: VisionLanguageModel, images: int):
+    samples = [
+        Sample(Record(f"{i}", "toy", "train", f"{i}", texts(i)), np.zeros((32, 32, 3), np.uint8), "png", 0, i)
+        for i in range(images)
+    ]
+    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(samples)
+
+
+def planner(config: Config, device=None, **launch) -> Planner:
+    work = workload(config)
+    return Planner(config, device or devices.cpu(), read_launch(launch.get("name")), launch.get("n", 1), work, None)
+
+
+def room(needed: int) -> int:
+    """Memory of a device on which just so much fits."""
+    return int((needed + 1000) / devices.FREE_SHARE)
+
+
+@pytest.mark.parametrize("tuning", ["qlora", "lora", "full", "frozen"])
+def test_bytes_of_weights_are_those_of_the_loaded_model_part_by_part(config, tuning):
+    config = changed(config, lm={"tuning": tuning})
+    real = VisionLanguageModel.build(config, precision=choose("fp32", CPU))
+    skeleton = Skeleton(config, choose("fp32", CPU))
+    assert weights(skeleton.model) == weights(real)
+    assert ("LM 4-bit" in weights(real)) == ("quantisation constants" in weights(real)) == (tuning == "qlora")
+    assert skeleton.trained_bytes == sum(p.numel() * 4 for p in real.parameters() if p.requires_grad)
+    assert skeleton.parameters["language model"] == sum(
+        p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in real.lm.parameters()
+    )
+
+
+def test_a_plan_for_features_has_no_encoder(config):
+    real = VisionLanguageModel.build(config, precision=choose("fp32", CPU))
+    skeleton = Skeleton(config, choose("fp32", CPU), real.config.encoder)
+    expected = weights(real)
+    assert expected.pop("encoder") > 0
+    assert weights(skeleton.model) == expected
+
+
+def measured_saved(model: VisionLanguageModel, batch) -> int:
+    """Bytes of the storages that a real forward pass saves for its backward pass, of parameters not counted."""
+    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model(batch)  # alive, so that no storage is used a second time
+    assert torch.isfinite(kept.sum)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, tmp_path, seed):
+    draw = random.Random(seed)
+    width, layers = draw.choice([64, 128]), draw.choice([1, 2])
+    config = changed(
+        config,
+        lm={"id": str(tiny_t5(tmp_path / "t5", width=width, layers=layers)), "tuning": draw.choice(["qlora", "full"])},
+        bridge={
+            "kind": draw.choice(["qformer", "qformer", "linear", "mean_pool"]),
+            "query_tokens": draw.choice([2, 8, 16]),
+            "width": draw.choice([32, 64]),
+            "layers": draw.choice([1, 2]),
+        },
+        data={"texts_per_image": draw.choice([None, 1, 3])},
+        train={"activation_checkpointing": draw.random() < 0.5},
+    )
+    model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
+    batch = collated(config, model, draw.choice([1, 4, 9]))
+    skeleton = Skeleton(config, choose("fp32", CPU))
+    checkpointing = config.train.activation_checkpointing
+    planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)
+    assert planned.saved == pytest.approx(measured_saved(model, batch), rel=0.1)
+    assert planned.bytes >= planned.saved
+    for other in (not checkpointing, checkpointing):  # one pass leaves nothing behind for the next
+        again = skeleton.run(Sizes.of(batch), batch.images, checkpointing=other, gradients_held=False)
+    assert again == planned
+
+
+def test_operations_are_those_that_torchs_own_counter_finds_in_a_real_step(config):
+    config = changed(config, lm={"tuning": "lora"})  # of 4-bit products the counter knows nothing
+    model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
+    model.lm.t5.set_attn_implementation("eager")  # nor of the CPU's attention
+    batch = collated(config, model, 4)
+    with FlopCounterMode(display=False) as counter:
+        model(batch).sum.backward()
+    skeleton = Skeleton(config, choose("fp32", CPU))
+    planned = skeleton.run(Sizes.of(batch), 4, checkpointing=False, gradients_held=False)
+    assert set(planned.flops) == {"float32"}
+    assert planned.flops["float32"] == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_the_dtype_of_each_operation_is_the_policys(config):
+    skeleton = Skeleton(config, choose("fp16", torch.device("cuda"), (7, 5)))
+    planned = skeleton.run(Sizes(1, 1, 8, 4, 1.0), 2, checkpointing=False, gradients_held=False)
+    assert set(planned.flops) == {"float16", "float32"}  # wo, LoRA and lm_head stay in fp32 on a T4
+
+
+def test_the_json_has_the_keys_that_scripts_read_and_its_parts_add_up(config, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["harness", "plan", str(file), "--device", "t4", "--json"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = json.loads(capsys.readouterr().out)
+    assert left.value.code == 0
+    assert said["fits"] is True
+    assert not set(KEYS.split()) - said.keys()
+    assert sum(said["parts"].values()) == said["peak_bytes"]
+    assert said["status"] == "modelled"
+    assert "fp16" in said["precision"]
+    assert said["steps"] == 2 * 4  # 14 images in global batches of 4, two epochs
+    assert any("14 images of the shards" in note for note in said["notes"])
+
+
+def test_without_shards_the_plan_says_what_it_assumes_and_names_no_hours(config, tmp_path):
+    made = plan(changed(config, data={"train": [{"path": str(tmp_path / "gone")}]}), "cpu", brief=True)
+    assert made.hours is None
+    assert made.seconds_per_epoch is None
+    assert any("as long as the config's limits" in note for note in made.notes)
+    assert "the shards are not there" in made.table()
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(config):
+    config = changed(config, train={"global_batch": 4096, "micro_batch": 2})
+    wanted = planner(config, DEVICES["t4"])
+    found = planner(config, replace(DEVICES["t4"], memory=room(wanted.bytes(37))))
+    assert found.largest() == 37
+    assert found.fits(37)
+    assert not found.fits(38)
+
+
+def test_a_smaller_micro_batch_is_advised_first(config):
+    config = changed(config, train={"global_batch": 64, "micro_batch": 64})
+    small = replace(DEVICES["a10"], name="small", memory=room(planner(config, DEVICES["a10"]).bytes(20)))
+    made = planner(config, small).plan(brief=False)
+    assert not made.fits
+    assert made.largest_micro_batch == 20
+    (advice,) = made.advice
+    assert advice.startswith("train.micro_batch=20")
+
+
+def test_where_no_micro_batch_fits_the_next_cheapest_change_is_found(config):
+    document = {"train": [{"path": "gone"}], "texts_per_image": 64}  # activations are the most by far
+    config = changed(config, lm={"tuning": "full"}, train={"micro_batch": 1}, data=document)
+    whole = planner(config, DEVICES["a10"])
+    for change, name in (
+        (changed(config, train={"activation_checkpointing": True}), "activation_checkpointing"),
+        (changed(config, lm={"tuning": "qlora"}, train={"activation_checkpointing": True}), "qlora"),
+    ):
+        needed = planner(change, DEVICES["a10"]).bytes(1)
+        assert needed < whole.bytes(1)
+        small = replace(DEVICES["a10"], memory=room(needed))
+        (advice,) = planner(config, small).plan(brief=False).advice
+        assert name in advice
+        assert "fits" in advice
+    tiny = replace(DEVICES["a10"], name="tiny", memory=1)
+    (advice,) = planner(config, tiny).plan(brief=False).advice
+    assert "zero3_offload does not fit tiny; t4 does" in advice
+
+
+def test_zero_divides_by_processes_and_offload_moves_to_main_memory(config):
+    config = changed(config, lm={"tuning": "full"})
+    a10 = DEVICES["a10"]
+    alone, plain = planner(config, a10), planner(config, a10, n=4)
+    two, offloaded = planner(config, a10, name="zero2", n=4), planner(config, a10, name="zero2_offload", n=4)
+    three = planner(config, a10, name="zero3_offload", n=4)
+    trained = alone.skeleton.trained_bytes
+    states = {p.launch.name or str(p.processes): p.peak(1)[0]["optimizer states"] for p in (alone, plain, two)}
+    assert states == {"1": 2 * trained, "4": 2 * trained, "zero2": 3 * -(-trained // 4)}
+    assert two.peak(1)[0]["gradients"] == -(-trained // 4)
+    assert plain.peak(1)[0]["gradients"] >= trained
+    for moved in (offloaded, three):
+        assert moved.peak(1)[0]["optimizer states"] == moved.peak(1)[0]["gradients"] == 0
+        assert moved.host(1, 0) >= two.host(1, 0) + 4 * trained
+    assert three.peak(1)[0]["encoder"] == 0 < two.peak(1)[0]["encoder"]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_launch_unless_forced(config):
+    said = []
+    huge = changed(config, train={"global_batch": 10**6, "micro_batch": 10**6})
+    with pytest.raises(ConfigError, match=r"the run needs .* that cpu has: train.micro_batch=\d+.*--force"):
+        check(huge, None, 1, said.append)
+    assert any("does not fit" in line for line in said)
+    assert len(said) <= 6
+
+
+def test_a_forced_run_goes_on(config, monkeypatch):
+    made = replace(plan(config, "cpu", brief=True), fits=False)
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_, **__: _Done(made))
+    check(config, None, 1, [].append, force=True)
+    with pytest.raises(ConfigError):
+        check(config, None, 1, [].append)
+
+
+class _Done:
+    """An executor whose result is there."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, *_):
+        return self
+
+    def result(self):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("sections", "device", "sentence"),
+    [
+        ({"lm": {"id": "google/flan-t5-gone"}}, "t4", "its config.json is all that is needed"),
+        ({}, "t44", "did you mean t4?"),
+        ({"train": {"precision": "bf16"}}, "t4", "has no native bf16"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(config, sections, device, sentence):
+    with pytest.raises(ConfigError, match=sentence.replace("?", r"\?")):
+        plan(changed(config, **sections), device)
+
+
+def test_a_gpu_that_is_here_is_known_by_its_name_and_keeps_its_own_memory(monkeypatch, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 81920, 8.0'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = devices.here()
+    assert (found.name, found.capability, found.float16) == ("NVIDIA A100-SXM4-80GB", (8, 0), 312)
+    assert found.memory == pytest.approx(DEVICES["a100-80"].memory, rel=0.03)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.here().name == "cpu"
+
+
+def test_the_skeleton_of_a_clip_in_the_hubs_form_is_its_vision_tower_up_to_the_layer_used(config, tmp_path):
+    folder = tiny_clip(tmp_path / "clip", layers=3)
+    for weight in folder.glob("*.safetensors"):
+        weight.unlink()  # config.json is all that is needed
+    document = config.model_dump(mode="json")
+    document["model"]["vision"] |= {"id": str(folder), "layer": -2}
+    three = weights(Skeleton(Config(**document), choose("fp32", CPU)).model)["encoder"]
+    document["model"]["vision"] |= {"layer": -3}
+    two = weights(Skeleton(Config(**document), choose("fp32", CPU)).model)["encoder"]
+    assert two < three
