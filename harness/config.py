@@ -11,7 +11,7 @@ import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -31,22 +31,25 @@ Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
+S = TypeVar("S", bound="Section")
+
+
 class ConfigError(ValueError):
     """A config that cannot be used: the message names the file, the key, what was found and what would be right."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
-class DataSet(_Section):
+class DataSet(Section):
     """One set of shards. `weight` is its share of a mixture; without weights every record comes once an epoch."""
 
     path: str
     weight: Above0 | None = None
 
 
-class Data(_Section):
+class Data(Section):
     train: tuple[DataSet, ...] = ()
     dev: tuple[DataSet, ...] = ()  # scored during training; everything is chosen on it
     test: tuple[DataSet, ...] = ()  # scored by `harness evaluate`, at the end
@@ -63,7 +66,7 @@ class Data(_Section):
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
 
 
-class Vision(_Section):
+class Vision(Section):
     kind: Literal["clip", "efficientnet_lite0"] = "clip"
     id: str = "openai/clip-vit-base-patch32"  # hub id or local folder (unused by efficientnet_lite0)
     revision: str | None = None
@@ -71,7 +74,7 @@ class Vision(_Section):
     image_size: Positive = 224  # pixels, both sides
 
 
-class Bridge(_Section):
+class Bridge(Section):
     kind: Literal["qformer", "mean_pool", "linear"] = "qformer"
     query_tokens: Positive = 32
     layers: Positive = 2
@@ -79,7 +82,8 @@ class Bridge(_Section):
     heads: Positive = 12
     cross_attention_frequency: Positive = 1  # every how many layers the queries look at the image
     dropout: Fraction = 0.0
-    trainable: bool = True  # false: frozen at its random start, the control experiment
+    # false: frozen whole at its random start, the control experiment; projection: all of it but the projection
+    trainable: bool | Literal["projection"] = True
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Bridge:
@@ -88,14 +92,14 @@ class Bridge(_Section):
         return self
 
 
-class Lora(_Section):
+class Lora(Section):
     r: Positive = 16
     alpha: Above0 = 32.0
     dropout: Fraction = 0.0
     targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
 
 
-class LanguageModel(_Section):
+class LanguageModel(Section):
     kind: Literal["t5"] = "t5"
     id: str = "google/flan-t5-base"  # hub id or local folder
     revision: str | None = None
@@ -103,33 +107,33 @@ class LanguageModel(_Section):
     lora: Lora = Lora()
 
 
-class Model(_Section):
+class Model(Section):
     vision: Vision = Vision()
     bridge: Bridge = Bridge()
     lm: LanguageModel = LanguageModel()
     init_from: str | None = None  # folder of an earlier model whose trained weights are the start
 
 
-class Prompts(_Section):
+class Prompts(Section):
     """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out."""
 
     caption: str = "describe"
     vqa: str = "question"
 
 
-class Decoding(_Section):
+class Decoding(Section):
     max_new_tokens: Positive = 40
     min_new_tokens: NonNegative = 0
     beams: Positive = 1
     length_penalty: Number = 1.0
 
 
-class Generate(_Section):
+class Generate(Section):
     caption: Decoding = Decoding(max_new_tokens=40)
     vqa: Decoding = Decoding(max_new_tokens=10)
 
 
-class Train(_Section):
+class Train(Section):
     epochs: Positive = 5
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
@@ -154,7 +158,7 @@ class Train(_Section):
     stop_if_image_ignored: bool = False
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     batch_images: Positive = 64
     dev_images: Positive | None = 400  # images scored during training; none: all
     counterfactual_texts: Positive = 2000  # texts on which the images are shuffled, blanked and left out
@@ -164,14 +168,15 @@ class Evaluation(_Section):
     bootstrap: Positive = 1000  # resamples over images
 
 
-class Tracking(_Section):
+class Tracking(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = None  # none: MLFLOW_TRACKING_URI, else sqlite in the output folder
     experiment: str = "harness"
     run_name: str | None = None  # none: the config's name
+    parent_run_id: str | None = None  # the MLflow run whose child this one is, as `harness ablate` says
 
 
-class Config(_Section):
+class Config(Section):
     name: str
     out: str | None = None  # none: runs/<name>
     seed: NonNegative = 0
@@ -202,6 +207,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError naming the file, the dotted key, the value found and what is expected.
     """
     file = _find(path)
+    return validated(Config, apply_overrides(read_yaml(file), overrides), file, overrides)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError naming the file."""
     try:
         document = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -211,11 +221,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: is not YAML: {why}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model")
-    changed = apply_overrides(document, overrides)
+    return document
+
+
+def validated(kind: type[S], document: Mapping[str, Any], file: Path, overrides: Sequence[str] = ()) -> S:
+    """The document as a section of that kind. Raises ConfigError naming the file, or the override that was wrong."""
     try:
-        return Config.model_validate(changed)
+        return kind.model_validate(document)
     except ValidationError as error:
-        message, key = _explain(error)
+        message, key = _explain(error, kind)
         given = next((o for o in overrides if key == (name := o.partition("=")[0]) or key.startswith(name + ".")), None)
         where = f"override {given!r}" if given else str(file)
         raise ConfigError(f"{where}: {message}") from error
@@ -306,7 +320,7 @@ def _find(path: str | Path) -> Path:
     raise ConfigError(f"{file}: no such config file; {hint}")
 
 
-def _explain(error: ValidationError) -> tuple[str, str]:
+def _explain(error: ValidationError, root: type[Section]) -> tuple[str, str]:
     """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often why another lacks."""
     errors = error.errors()
     unknown = [problem for problem in errors if problem["type"] in ("extra_forbidden", "invalid_key")]
@@ -314,34 +328,34 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     path = _field_path(first["loc"])
     key = ".".join(map(str, path))
     if unknown:
-        return f"no key {key}; {_closest(path)}", key
+        return f"no key {key}; {_closest(path, root)}", key
     if first["type"] == "missing" and isinstance(path[-1], str):
         return f"{key} is missing: the config needs it", key
     if first["type"] == "value_error":
         return f"{key or 'the config'}: {first['ctx']['error']}", key
     here = [problem for problem in errors if _field_path(problem["loc"]) == path]
-    expected = " or ".join(dict.fromkeys(_expected(problem) for problem in here))
+    expected = " or ".join(dict.fromkeys(_expected(problem, root) for problem in here))
     return f"{key}: found {_short(first['input'])}, expected {expected}", key
 
 
-def _expected(problem: Mapping[str, Any]) -> str:
+def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:
     if problem["type"] == "model_type":
-        return f"a section with keys such as {', '.join(list(_section_at(problem['loc']).model_fields)[:3])}"
+        return f"a section with keys such as {', '.join(list(_section_at(problem['loc'], root).model_fields)[:3])}"
     if problem["type"] == "missing":  # of a list with a fixed length
         return "one value more"
     text = problem["msg"].removeprefix("Input should be ").partition(", unable to")[0]
     return text.replace("a valid integer", "an integer").replace("valid tuple", "list").replace("valid ", "")
 
 
-def _section_at(location: Sequence[str | int]) -> type[_Section]:
+def _section_at(location: Sequence[str | int], root: type[Section]) -> type[Section]:
     """The deepest section on the way to a location: its keys are the valid ones there."""
 
-    def inner(annotation: Any) -> type[_Section] | None:
-        if isinstance(annotation, type) and issubclass(annotation, _Section):
+    def inner(annotation: Any) -> type[Section] | None:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
             return annotation
         return next(filter(None, map(inner, get_args(annotation))), None)
 
-    section: type[_Section] = Config
+    section = root
     for part in location:
         if part in section.model_fields:
             section = inner(section.model_fields[part].annotation) or section
@@ -353,11 +367,11 @@ def _field_path(location: Sequence[str | int]) -> list[str | int]:
     return list(itertools.takewhile(lambda part: "[" not in str(part), location))
 
 
-def _closest(location: Sequence[str | int]) -> str:
-    section, *above, wrong = _section_at(location[:-1]), *location
+def _closest(location: Sequence[str | int], root: type[Section]) -> str:
+    section, *above, wrong = _section_at(location[:-1], root), *location
     here = {key: ".".join(map(str, [*above, key])) for key in section.model_fields}
     everywhere = {key.rpartition(".")[2]: key for key in flatten(Config(name="-"))}
-    for known in (here, everywhere):
+    for known in (here, everywhere) if root is Config else (here,):
         if near := difflib.get_close_matches(str(wrong), known, n=1):
             return f"did you mean {known[near[0]]}?"
     return f"the keys there are {', '.join(here)}"

@@ -222,7 +222,9 @@ class MLflowTracker(NoTracker):
         run = self._find_run(client) if self.run_id else None
         if run is None:
             name = self._config.tracking.run_name or self._config.name
-            run = client.create_run(self._experiment(client), tags=source_tags(), run_name=name)
+            parent = self._config.tracking.parent_run_id
+            tags = source_tags() | ({"mlflow.parentRunId": parent} if parent else {})
+            run = client.create_run(self._experiment(client), tags=tags, run_name=name)
             self._adds_only = False
         elif not self._adds_only:
             client.update_run(run.info.run_id, status="RUNNING")

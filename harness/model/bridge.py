@@ -114,8 +114,10 @@ class Bridge(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         self.projection = Projection(self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms))
         self.embedding_rms = float(embedding_rms)
-        if not config.trainable:
+        if config.trainable is not True:
             self.requires_grad_(False)
+        if config.trainable == "projection":
+            self.projection.requires_grad_(True)
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         return self.projection(self.body(self.patch_norm(patches_IPD.to(self.patch_norm.weight.dtype))))
