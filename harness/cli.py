@@ -66,11 +66,13 @@ def train(
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
     from harness import launcher, plan
-    from harness.config import load
+    from harness.config import ConfigError, load
     from harness.doctor import check_before_launch, check_resume
 
     loaded = load(config, overrides or ())
     launch_file = launcher.read_launch(launch, zero_stage)
+    if launch_file.zero_stage is not None and loaded.train.precision == "fp16":
+        raise ConfigError("train.precision is fp16: DeepSpeed would stall it in silence, take --launch multi_gpu (DDP)")
     check_resume(loaded, resume)
     check_before_launch(loaded)
     plan.check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)

@@ -86,6 +86,7 @@ def test_a_mistyped_verb_or_a_missing_flag_exits_with_2(harness):
         (("train", "flickr8k_t4", "train.epoch=3"), "did you mean train.epochs?"),
         (("train", "flickr8k_t4", "data.train=[]"), "data.train is empty"),
         (("train", "flickr8k_t4", "--resume", "gone"), "--resume gone: there is no such folder"),
+        (("train", "flickr8k_t4", "--launch", "zero2"), "DeepSpeed would stall it in silence, take --launch multi_gpu"),
         (("train", "flickr8k_t4"), "data.train.0.path: there is no folder of shards at data/flickr8k/train"),
         (("shards", "verify", "nope"), "there is no folder of shards at nope"),
         (("shards", "stats", "nope"), "nope"),
