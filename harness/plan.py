@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CUDA_CONTEXT = int(0.55 * GIB)  # and the workspace of cuBLAS, about
 PROCESS = {True: int(2.5 * GIB), False: int(0.9 * GIB)}  # Python, torch and its libraries; with CUDA's, without
+MALLOC_KEEPS = 0.9  # of the tensors that a step holds at most, on a CPU: measured, see docs/scaling.md
 WORKER = int(0.4 * GIB)  # a reading process
 EVALUATION_FORWARDS = 4  # an evaluation answers with the image, twice without it and once more for the floor, about
 TRIES = 5  # runs to find the largest micro-batch; the answer is always one that was run
@@ -171,6 +172,8 @@ class Planner:
         batch = {"images": "images in flight", "features": "features in flight"}
         micro[batch["features" if self.encoder else "images"]] = micro.pop("batch", 0)
         micro["optimizer and gather temporaries"] = bucket + gathered
+        if not self.device.is_gpu:
+            parts["kept by malloc"] = int(MALLOC_KEEPS * sum(micro.values()))
         # AdamW on a GPU takes the root of all second moments at once; on the CPU one tensor at a time.
         root = split[1] if self.device.is_gpu else self.skeleton.largest_trained_bytes
         flat = split[1] if self.stage else 0  # gradients in the dtype and layout of the flat copy

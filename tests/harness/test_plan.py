@@ -1,20 +1,17 @@
 """A plan is right where it can be held against the real thing: bytes of weights and of saved tensors, operations."""
 
 import json
-import random
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from runs import make_config, texts
-from tiny import tiny_clip, tiny_t5
-from torch.autograd.graph import saved_tensors_hooks
+from planned import changed, collated, drawn, measured_saved
+from runs import make_config
+from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import cli, devices
-from harness.batch import Collator
 from harness.config import Config, ConfigError
 from harness.devices import DEVICES
 from harness.launcher import read_launch
@@ -23,8 +20,6 @@ from harness.plan import Planner, check, plan
 from harness.precision import choose
 from harness.skeleton import Skeleton, weights
 from harness.workload import Sizes, workload
-from shards.read import Sample
-from shards.record import Record
 
 CPU = torch.device("cpu")
 KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation largest_micro_batch disk_bytes advice"
@@ -33,23 +28,6 @@ KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisatio
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_clip_folder, tiny_t5_folder) -> Config:
     return make_config(tmp_path_factory.mktemp("plan"), tiny_clip_folder, tiny_t5_folder)
-
-
-def changed(config: Config, **sections) -> Config:
-    """The config with keys of `train`, `lm`, `bridge`, `data` changed."""
-    document = config.model_dump(mode="json")
-    places = {"lm": document["model"]["lm"], "bridge": document["model"]["bridge"]}
-    for section, keys in sections.items():
-        places.get(section, document.get(section)).update(keys)
-    return Config(**document)
-
-
-def collated(config: Config, model: VisionLanguageModel, images: int):
-    samples = [
-        Sample(Record(f"{i}", "toy", "train", f"{i}", texts(i)), np.zeros((32, 32, 3), np.uint8), "png", 0, i)
-        for i in range(images)
-    ]
-    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(samples)
 
 
 def planner(config: Config, device=None, **launch) -> Planner:
@@ -83,40 +61,11 @@ def test_a_plan_for_features_has_no_encoder(config):
     assert weights(skeleton.model) == expected
 
 
-def measured_saved(model: VisionLanguageModel, batch) -> int:
-    """Bytes of the storages that a real forward pass saves for its backward pass, of parameters not counted."""
-    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(batch)  # alive, so that no storage is used a second time
-    assert torch.isfinite(kept.sum)
-    return sum(storage.nbytes() for storage in saved.values())
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, tmp_path, seed):
-    draw = random.Random(seed)
-    width, layers = draw.choice([64, 128]), draw.choice([1, 2])
-    config = changed(
-        config,
-        lm={"id": str(tiny_t5(tmp_path / "t5", width=width, layers=layers)), "tuning": draw.choice(["qlora", "full"])},
-        bridge={
-            "kind": draw.choice(["qformer", "qformer", "linear", "mean_pool"]),
-            "query_tokens": draw.choice([2, 8, 16]),
-            "width": draw.choice([32, 64]),
-            "layers": draw.choice([1, 2]),
-        },
-        data={"texts_per_image": draw.choice([None, 1, 3])},
-        train={"activation_checkpointing": draw.random() < 0.5},
-    )
+    config, images = drawn(config, seed, tmp_path / "t5")
     model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
-    batch = collated(config, model, draw.choice([1, 4, 9]))
+    batch = collated(config, model, images)
     skeleton = Skeleton(config, choose("fp32", CPU))
     checkpointing = config.train.activation_checkpointing
     planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)

@@ -1,0 +1,70 @@
+"""Random tiny models and what a real pass through them holds, for the plan's tests and benchmarks/plan_errors.py."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from runs import texts
+from tiny import tiny_t5
+from torch.autograd.graph import saved_tensors_hooks
+
+from harness.batch import Batch, Collator
+from harness.config import Config
+from harness.model.vlm import VisionLanguageModel
+from shards.read import Sample
+from shards.record import Record
+
+
+def changed(config: Config, **sections: Mapping) -> Config:
+    """The config with keys of `train`, `data`, `lm` or `bridge` changed."""
+    document = config.model_dump(mode="json")
+    places = {"lm": document["model"]["lm"], "bridge": document["model"]["bridge"]}
+    for section, keys in sections.items():
+        places.get(section, document.get(section)).update(keys)
+    return Config(**document)
+
+
+def drawn(config: Config, seed: int, folder: Path) -> tuple[Config, int]:
+    """A config with a language model of its own, and a number of images; the same for the same seed."""
+    draw = random.Random(f"plan {seed}")
+    width, layers = draw.choice([64, 128]), draw.choice([1, 2])
+    config = changed(
+        config,
+        lm={"id": str(tiny_t5(folder, width=width, layers=layers)), "tuning": draw.choice(["qlora", "full"])},
+        bridge={
+            "kind": draw.choice(["qformer", "qformer", "linear", "mean_pool"]),
+            "query_tokens": draw.choice([2, 8, 16]),
+            "width": draw.choice([32, 64]),
+            "layers": draw.choice([1, 2]),
+        },
+        data={"texts_per_image": draw.choice([None, 1, 3])},
+        train={"activation_checkpointing": seed % 2 == 1},
+    )
+    return config, draw.choice([1, 4, 9])
+
+
+def collated(config: Config, model: VisionLanguageModel, images: int) -> Batch:
+    """What the collator makes of so many pictures with the toy set's texts."""
+    samples = [
+        Sample(Record(f"{i}", "toy", "train", f"{i}", texts(i)), np.zeros((32, 32, 3), np.uint8), "png", 0, i)
+        for i in range(images)
+    ]
+    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(samples)
+
+
+def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
+    """Bytes of the storages that a real forward pass saves for its backward pass, of parameters not counted."""
+    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch).sum  # alive until the end, so that no storage is used a second time
+    assert torch.isfinite(loss)
+    return sum(storage.nbytes() for storage in saved.values())
