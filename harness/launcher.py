@@ -168,8 +168,6 @@ def command(
     changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
     if launch.zero_stage is None and not found:
         changed["ACCELERATE_USE_CPU"] = "true"
-    if not found:
-        changed.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says in two lines that it has found no GPU
     line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed JSON.
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
