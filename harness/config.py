@@ -206,7 +206,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where that is not a file).
     Raises ConfigError naming the file, the dotted key, the value found and what is expected.
     """
-    file = _find(path)
+    file = find(path)
     return validated(Config, apply_overrides(read_yaml(file), overrides), file, overrides)
 
 
@@ -306,17 +306,18 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _find(path: str | Path) -> Path:
+def find(path: str | Path, folder: str = "configs") -> Path:
+    """A YAML file by its path, or a shipped one of `folder` by its bare name. Raises ConfigError."""
     file = Path(path)
     if file.is_file():
         return file
     if file.is_dir():
         raise ConfigError(f"{file}: is a folder, expected a YAML file")
-    ours = {f.stem: f for f in sorted(shipped("configs").glob("*.yaml"))}
-    if str(file.parent) in (".", "configs") and file.suffix in ("", ".yaml") and file.stem in ours:
+    ours = {f.stem: f for f in sorted((shipped("configs") / folder.partition("/")[2]).glob("*.yaml"))}
+    if str(file.parent) in (".", folder) and file.suffix in ("", ".yaml") and file.stem in ours:
         return ours[file.stem]
     near = difflib.get_close_matches(file.stem, ours, n=1)
-    hint = f"did you mean configs/{near[0]}.yaml?" if near else f"the shipped ones are {', '.join(ours)}"
+    hint = f"did you mean {folder}/{near[0]}.yaml?" if near else f"the shipped ones are {', '.join(ours)}"
     raise ConfigError(f"{file}: no such config file; {hint}")
 
 
