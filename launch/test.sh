@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-make_environment demo,dev,hub
+make_environment demo,dev,hub,deepspeed
 "$venv_python" -m ruff check --quiet .
 "$venv_python" -m ruff format --check --quiet . || stop "some files are not formatted; run: $venv_python -m ruff format ."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # threads that spin beside another process are 100 times slower
