@@ -151,7 +151,7 @@ def ask(
     prompt: Annotated[str | None, typer.Option(help="A question; without it the picture is described.")] = None,
 ) -> None:
     """Asks a trained model about one picture."""
-    from harness.evaluate.run import ask
+    from harness.evaluate.ask import ask
 
     print(ask(run, image, prompt))
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError
 from harness.evaluate import FOLDER, vqa
-from harness.evaluate.image_use import Gate, ImageUse, Majority, sums_per_context
+from harness.evaluate.floor import Majority, trained_on, training_records
+from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task, results
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
 from harness.model.processing import ImageDecoder
@@ -29,12 +31,10 @@ from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from harness.report import Shown, markdown_table
 from shards.loader import Loader
-from shards.manifest import Manifest, ShardError, is_remote, write_whole
-from shards.read import Cache, Reader, Sample
-from shards.record import Record, Text
+from shards.manifest import Manifest, write_whole
+from shards.read import Cache, Sample
 
 _ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
-_MAJORITY_IMAGES = 20_000  # training images whose texts make the majority answers
 _IN_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "shuffled_accuracy", "no_image_accuracy", "blank_accuracy")
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -60,6 +60,7 @@ class TaskResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; figures of the whole set go before those of the gate's subset where both are there."""
         gate = self.image_use.to_dict() if self.image_use else {}
+        right, pairs = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
         own = {
             "texts": len(self.predictions),
@@ -67,6 +68,8 @@ class TaskResult:
             "accuracy": self.scores.overall if self.scores else None,
             "per_answer_type": self.scores.per_answer_type if self.scores else {},
             "per_question_type": self.scores.per_question_type if self.scores else {},
+            "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
+            "complementary_pairs": pairs,
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
@@ -109,12 +112,17 @@ def evaluate_model(
     text_only_accuracy: float | None = None,
     progress: Progress | None = None,
     quarantine: Path | None = None,
+    epochs: float | None = None,
+    decode: Callable[[Sample], Any] | None = None,
+    collate: Collator | None = None,
+    controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
 ) -> Evaluation:
     """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval mode.
 
     `limit`: so many images, the first of a seeded order that no config changes; the gate takes the first
-    `counterfactual_texts` texts of that order, none: as many as the config says. One process does it all.
-    Raises ShardError.
+    `counterfactual_texts` texts of that order, none: as many as the config says. `epochs`: how often the model saw its
+    training set, none: unknown. `decode`, `collate` and `controls_of` are another's that reads images otherwise
+    (published.py). One process does it all. Raises ShardError.
     """
     settings, device = config.evaluation, next(model.parameters()).device
     gate_texts = settings.counterfactual_texts if counterfactual_texts is None else counterfactual_texts
@@ -125,12 +133,14 @@ def evaluate_model(
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         window_shards=config.data.window_shards,
-        decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
+        decode=decode or ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         cache_dir=config.data.cache_dir,
         cache_bytes=int(config.data.cache_gb * 1e9),
         quarantine=quarantine,
     )
-    collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
+    collate = collate or Collator(model.tokenizer, config.data, config.prompts, training=False)
+    as_trained = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
+    known = trained_on(config, loader.manifests)
     evaluation, gates = Evaluation(), {}
     place: dict[tuple[str, str, str], tuple[int, int]] = {}
     images = min(loader.samples, limit or loader.samples)
@@ -144,7 +154,7 @@ def evaluate_model(
                 batch = batch.to(device)
                 tokens = model.bridge_tokens(batch)
                 if in_gate and controls is None:
-                    controls = control_tokens(model, batch, loader.manifests[0])
+                    controls = (controls_of or control_tokens)(model, batch, loader.manifests[0])
                 for task, part, rows in by_task(batch):
                     decoding = getattr(config.generate, task)
                     part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(device)])
@@ -154,8 +164,14 @@ def evaluate_model(
                     result.predictions += said
                     result.nats, result.weight = result.nats + nats_C.sum(), result.weight + weight_C.sum()
                     if in_gate:
-                        gate = gates.setdefault(task, Gate(model, task, decoding, settings, controls))
-                        gate.add(part, part_tokens, nats_C, weight_C, said)
+                        if task not in gates:
+                            gates[task] = Gate(
+                                *(model, task, decoding, settings, controls),
+                                trained_on=known,
+                                epochs=epochs,
+                                training_batch=partial(as_trained, samples),
+                            )
+                        gates[task].add(part, part_tokens, nats_C, weight_C, said)
                 _show(evaluation, batch, samples, settings.show_images)
             if progress:
                 progress(evaluation.images, images)
@@ -325,24 +341,6 @@ def load_model(found: checkpoints.Checkpoint, config: Config, *, with_vision: bo
     return VisionLanguageModel.from_pretrained(found.model, with_vision=with_vision, precision=precision, device=device)
 
 
-def training_records(config: Config) -> Iterator[Record]:
-    """Records of the local training sets, at most `_MAJORITY_IMAGES` of each, evenly spaced; a set that was moved
-    since gives none: the majority floor is then unknown, and reported so."""
-    for dataset in config.data.train:
-        if is_remote(dataset.path):
-            continue
-        try:
-            manifest = Manifest.open(dataset.path)
-        except ShardError:
-            continue
-        reader = Reader(manifest)
-        for index in np.unique(np.linspace(0, manifest.samples - 1, _MAJORITY_IMAGES).astype(int)):
-            try:
-                yield reader.read(int(index)).record
-            except ShardError:  # named by the training run that read it, and by `harness shards verify`
-                continue
-
-
 def write_json(path: Path, document: Any) -> Path:
     write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode())
     return path
@@ -372,20 +370,3 @@ def table(report: Mapping[str, Any]) -> str:
             block += f"\n{task}: {known['verdict']}: {known['reason']}\n"
         blocks.append(block)
     return "\n".join(blocks)
-
-
-def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
-    """What a run's newest model says to one picture; without a prompt it describes it. Raises ConfigError, OSError."""
-    found = find_checkpoint(Path(run_dir))
-    config = Config(**found.state["config"])
-    decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
-    text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)
-    sample = Sample(Record("asked", "asked", "asked", "asked", (text,)), Path(image).read_bytes(), "image", 0, 0)
-    try:
-        sample.payload = decode(sample)
-    except ValueError as error:
-        raise ConfigError(f"{image}: {error}") from error
-    model = load_model(found, config, with_vision=True)
-    collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
-    batch = collate([sample]).to(next(model.parameters()).device)
-    return model.generate(batch, getattr(config.generate, text.task)).texts[0]

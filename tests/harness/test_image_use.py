@@ -10,10 +10,10 @@ import torch
 from harness.batch import Batch, Context
 from harness.config import Decoding
 from harness.config import Evaluation as Settings
+from harness.evaluate.floor import Majority
 from harness.evaluate.image_use import (
     Gate,
     Interval,
-    Majority,
     bootstrap,
     changed_where_truth_differs,
     donors,

@@ -11,8 +11,9 @@ from PIL import Image
 from harness import checkpoint as checkpoints
 from harness.batch import Collator
 from harness.config import Config, ConfigError, Decoding, Generate
+from harness.evaluate.ask import ask
 from harness.evaluate.predict import answers, by_task, results, select
-from harness.evaluate.run import ask, evaluate_model, evaluate_run, table
+from harness.evaluate.run import evaluate_model, evaluate_run, table
 from harness.evaluate.vqa import read_results
 from harness.model.processing import encoder_name
 from harness.model.vlm import VisionLanguageModel
