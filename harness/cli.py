@@ -145,6 +145,31 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    file: Annotated[str, typer.Argument(help="A YAML file of variants, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    offline: Annotated[bool, typer.Option("--offline", help="The form for two CPU cores.")] = False,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="None: those of the file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="None: runs/ablations/NAME.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Children at a time; with GPUs, one on each.")] = 1,
+) -> None:
+    """Runs named variants x seeds as one experiment, goes on where it stopped, and reports what was expected and seen.
+
+    Exit code 1 where some children failed: the report names them.
+    """
+    from harness import ablate
+    from harness.config import ConfigError
+
+    numbers = seeds.split(",") if seeds else []
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise ConfigError(f"--seeds {seeds}: expected whole numbers, as in --seeds 0,1,2")
+    chosen = [int(number) for number in numbers]
+    report = ablate.run(file, overrides or (), offline=offline, seeds=chosen, out=out, jobs=jobs)
+    print(report["markdown"], f"{report['folder']}/report.html", sep="\n")
+    raise typer.Exit(1 if report["failed"] else 0)
+
+
+@app.command()
 def ask(
     run: Run,
     image: Annotated[Path, typer.Option(help="The picture.")],
