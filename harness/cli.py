@@ -165,7 +165,6 @@ def ablate(
         raise ConfigError(f"--seeds {seeds}: expected whole numbers, as in --seeds 0,1,2")
     chosen = [int(number) for number in numbers]
     report = ablate.run(file, overrides or (), offline=offline, seeds=chosen, out=out, jobs=jobs)
-    print(report["markdown"], f"{report['folder']}/report.html", sep="\n")
     raise typer.Exit(1 if report["failed"] else 0)
 
 
