@@ -41,14 +41,15 @@ class Context:
 class Batch:
     """Tensors of one micro-batch. Exactly one of `pixels_IHW3` and `features_IPD` is there.
 
-    `weight_TL` is 0 on padding and on everything that must not count: a filler, a sample that could not be read. Its
-    other values carry the EOS weight and the annotator weight. The loss is sum(weight x cross entropy) / sum(weight).
+    `weight_TL` is 0 on padding (but for `data.loss_on_padding`, a known mistake) and on everything that must not count:
+    a filler, a sample that could not be read. Its other values carry the EOS weight and the annotator weight. The loss
+    is sum(weight x cross entropy) / sum(weight).
     """
 
     prompt_ids_CL: torch.Tensor  # int64, padded on the right
     prompt_mask_CL: torch.Tensor  # bool
     image_of_C: torch.Tensor  # int64 in [0, I)
-    labels_TL: torch.Tensor  # int64, pad id on padding
+    labels_TL: torch.Tensor  # int64, `padding_id` on padding
     weight_TL: torch.Tensor  # float32
     context_of_T: torch.Tensor  # int64 in [0, C)
     pixels_IHW3: torch.Tensor | None = None  # uint8; normalised on the device
@@ -152,13 +153,16 @@ class Collator:
 
     def assemble(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
         """The tensors of given rows: arrays of images, Contexts, and texts with what they point at."""
-        prompts = self._ids("prompt", [c.prompt for c in contexts], self.data.max_prompt_tokens)
+        eos, pad, data = self.tokenizer.eos_token_id, padding_id(self.tokenizer), self.data
+        # As the tokenizer itself ends a text: T5's with EOS, GPT-2's with nothing.
+        end = [eos] if self.tokenizer("")["input_ids"] else []
+        prompts = self._ids("prompt", [c.prompt for c in contexts], data.max_prompt_tokens, end)
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
-        labels = self._ids("target", targets, self.data.max_target_tokens)
-        prompt_ids_CL, lengths_C = _padded(prompts, self.tokenizer.pad_token_id)
-        labels_TL, lengths_T = _padded(labels, self.tokenizer.pad_token_id)
-        weight_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]).float()
-        weight_TL[torch.arange(len(labels)), lengths_T - 1] = self.eos_weight
+        labels = self._ids("target", targets, data.max_target_tokens, [eos])
+        prompt_ids_CL, lengths_C = _padded(prompts, pad)
+        labels_TL, lengths_T = _padded(labels, pad, data.max_target_tokens if data.loss_on_padding else 1)
+        counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | data.loss_on_padding
+        weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
         tensor = torch.from_numpy(np.asarray(images))
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
@@ -173,23 +177,28 @@ class Collator:
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
         )
 
-    def _ids(self, kind: str, texts: list[str], limit: int) -> list[list[int]]:
-        """Token ids that end in EOS also where a text is cut."""
+    def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
+        """Token ids that close with `end` also where a text is cut."""
         rows = self.tokenizer([text.strip() for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        if cut := [text for text, row in zip(texts, rows, strict=True) if len(row) >= limit]:
+        if cut := [text for text, row in zip(texts, rows, strict=True) if len(row) + len(end) > limit]:
             if not self.truncated[kind]:
                 logger.warning(
                     "%ss longer than data.max_%s_tokens=%d are cut (and counted), the first is %r",
                     *(kind, kind, limit, cut[0]),
                 )
             self.truncated[kind] += len(cut)
-        return [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows]
+        return [[*row[: limit - len(end)], *end] for row in rows]
 
 
-def _padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """GPT-2's tokenizer has none: EOS pads, which teaches nothing, since weights go by lengths and not by ids."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _padded(rows: list[list[int]], pad: int, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     # At least one column: a model with neither image tokens nor prompt still needs a position to attend to.
-    out = torch.full((len(rows), max(1, int(lengths.max()))), pad)
+    out = torch.full((len(rows), max(least, int(lengths.max()))), pad)
     for index, row in enumerate(rows):
         out[index, : len(row)] = torch.tensor(row, dtype=torch.long)
     return out, lengths

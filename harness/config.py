@@ -57,6 +57,7 @@ class Data(Section):
     answer: Literal["most_common", "drawn"] = "most_common"  # vqa training target; drawn: by annotator frequency
     max_prompt_tokens: Positive = 64
     max_target_tokens: Positive = 48
+    loss_on_padding: bool = False  # targets padded to max_target_tokens and trained on: docs/why-is-my-caption-empty.md
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
@@ -100,11 +101,19 @@ class Lora(Section):
 
 
 class LanguageModel(Section):
-    kind: Literal["t5"] = "t5"
+    kind: Literal["t5", "gpt2"] = "t5"
     id: str = "google/flan-t5-base"  # hub id or local folder
     revision: str | None = None
     tuning: Literal["qlora", "lora", "frozen", "full"] = "qlora"
     lora: Lora = Lora()
+    cross_attention: bool = False  # gpt2: new layers look at the image tokens, which else stand before the prompt
+    bos: Literal["always", "generation_only"] = "always"  # gpt2: generation_only is a known mistake, as loss_on_padding
+
+    @model_validator(mode="after")
+    def _only_gpt2_has_it(self) -> LanguageModel:
+        if self.kind != "gpt2" and (self.cross_attention or self.bos != "always"):
+            raise ValueError(f"cross_attention and bos are keys of kind gpt2, this is {self.kind}")
+        return self
 
 
 class Model(Section):

@@ -31,6 +31,7 @@ from harness.model.vlm import VisionLanguageModel
 from harness.precision import Precision
 from harness.workload import Sizes
 
+EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this
 aten = torch.ops.aten
 # The CPU's attention kernels are not in torch's table.
@@ -109,10 +110,10 @@ class Skeleton:
 
         Without `backward`, `saved` alone is whole.
         """
-        t5 = self.model.lm.t5  # the method's name changed in transformers 5
-        (getattr(t5, "activation_checkpointing_disable", None) or t5.gradient_checkpointing_disable)()
+        lm = self.model.lm.base  # the method's name changed in transformers 5
+        (getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable)()
         with suppress(AttributeError):  # where it was never on
-            t5.disable_input_require_grads()
+            lm.disable_input_require_grads()
         if checkpointing:
             self.model.checkpoint_activations()
         with self.mode:
@@ -156,7 +157,7 @@ def _part(name: str, packed: bool) -> str:
         return "projection" if name.startswith("bridge.projection.") else "Q-Former"
     if ".lora_" in name:
         return "LoRA"
-    return "embeddings and lm_head" if name.endswith(("shared.weight", "lm_head.weight")) else "LM other"
+    return "embeddings and lm_head" if name.endswith(EMBEDDINGS) else "LM other"
 
 
 def _constants(layer: nn.Module) -> int:
@@ -253,7 +254,7 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, model: VisionLanguageModel, sizes: Sizes, rounding: int):
         super().__init__()
-        self.kept, self.vocabulary, self.rounding = sizes.kept, model.lm.t5.config.vocab_size, rounding
+        self.kept, self.vocabulary, self.rounding = sizes.kept, model.lm.base.config.vocab_size, rounding
         self.alive: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.peak: dict[str, int] = {}

@@ -23,11 +23,13 @@ from harness.batch import Batch
 from harness.config import ConfigError
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.t5 import Generated, LossOutput, T5Language
+from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.outputs import Generated, LossOutput
+from harness.model.language.t5 import T5Language
 from harness.model.vision import VisionTower, load_vision, without_weights
 from harness.precision import Precision, choose
 
-LANGUAGES = {"t5": T5Language}
+LANGUAGES = {"t5": T5Language, "gpt2": GPT2Language}
 WEIGHTS = "model.safetensors"
 
 
@@ -61,7 +63,7 @@ class VisionLanguageModel(PreTrainedModel):
     main_input_name = "batch"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: T5Language):
+    def __init__(self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: nn.Module):
         super().__init__(config)
         self.vision, self.bridge, self.lm = vision, bridge, lm
         self.precision: Precision = choose("fp32", torch.device("cpu"))
@@ -121,8 +123,8 @@ class VisionLanguageModel(PreTrainedModel):
         return {name: part for name, part in {**named, "language model": self.lm}.items() if part is not None}
 
     def checkpoint_activations(self) -> None:
-        t5 = self.lm.t5  # the method's name changed in transformers 5
-        enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
+        base = self.lm.base  # the method's name changed in transformers 5
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
     def patch_tokens(self, batch: Batch) -> torch.Tensor:

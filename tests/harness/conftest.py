@@ -19,3 +19,11 @@ def tiny_t5_folder(tmp_path_factory) -> Path:
     from tiny import tiny_t5
 
     return tiny_t5(tmp_path_factory.mktemp("models") / "tiny-t5")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_folder(tmp_path_factory) -> Path:
+    """A GPT-2 of width 64, 2 layers, 4 heads, 256 positions and a byte-level BPE tokenizer of 400 pieces at most."""
+    from tiny import tiny_gpt2
+
+    return tiny_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")

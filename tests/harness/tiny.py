@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -132,5 +135,41 @@ def tiny_t5(
     fields = json.loads(config.read_text()) | {"tie_word_embeddings": False}
     fields.pop("scale_decoder_outputs", None)  # the hub's config does not know it; transformers derives it
     config.write_text(json.dumps(fields, indent=2))
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_gpt2_tokenizer(sentences: Iterable[str] = SENTENCES, vocabulary: int = 400) -> GPT2Tokenizer:
+    """Byte-level BPE as GPT-2's: <|endoftext|> is BOS and EOS, there is no padding, and no text gets a token added."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        sentences, trainers.BpeTrainer(vocab_size=vocabulary - 1, initial_alphabet=alphabet, show_progress=False)
+    )
+    learnt = json.loads(trained.to_str())["model"]
+    vocab = learnt["vocab"] | {"<|endoftext|>": len(learnt["vocab"])}
+    return GPT2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=256)
+
+
+def tiny_gpt2(
+    folder: Path, sentences: Iterable[str] = SENTENCES, *, width: int = 64, layers: int = 2, vocabulary: int = 400
+) -> Path:
+    """Saves a random GPT-2 (tied embeddings, dropout as published) with its tokenizer."""
+    tokenizer = tiny_gpt2_tokenizer(sentences, vocabulary)
+    end = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=256,
+            n_embd=width,
+            n_layer=layers,
+            n_head=4,
+            initializer_range=0.2,  # a random model whose answers differ
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

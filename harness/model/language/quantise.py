@@ -9,11 +9,14 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
@@ -28,11 +31,19 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 
 def load(
-    config: LanguageModelConfig, architecture: type[PreTrainedModel], *, dtype: torch.dtype, compute_dtype: torch.dtype
+    config: LanguageModelConfig,
+    architecture: type[PreTrainedModel],
+    fields: Mapping[str, Any],
+    *,
+    new: str | None = None,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id.
 
-    Without weights (see `without_weights`) there is no tokenizer either.
+    `fields` of the base's config.json are set whatever it says: dropout is 0 unless asked for in LoRA or the bridge,
+    since equal losses across world sizes need it. `new` is a part of the names of layers that its files do not hold:
+    they are drawn at random and never quantised. Without weights (see `without_weights`) there is no tokenizer either.
     """
     quantisation = None
     if config.tuning == "qlora":
@@ -41,24 +52,28 @@ def load(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=[f".*{new}.*", "lm_head"] if new else None,  # for 4 bits too, whatever its name
         )
     try:
         with quiet_transformers():
+            found = AutoConfig.from_pretrained(config.id, revision=config.revision)
+            if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
+                raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
             if without_weights():
-                return _skeleton(config, architecture, quantisation, dtype), None
+                found.update(fields)
+                return _skeleton(found, architecture, quantisation, dtype), None
             tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
             lm, report = architecture.from_pretrained(
                 config.id,
                 revision=config.revision,
                 quantization_config=quantisation,
                 dtype=dtype,
-                # Dropout is 0 unless asked for in LoRA or the bridge: equal losses across world sizes need it.
-                dropout_rate=0.0,
                 output_loading_info=True,
+                **fields,
             )
     except Exception as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
         raise _cannot_load(config, error) from error
-    if absent := sorted(report["missing_keys"]):
+    if absent := sorted(key for key in report["missing_keys"] if not (new and new in key)):
         raise ConfigError(
             f"model.lm.id: {config.id!r} lacks {len(absent)} weights of a {architecture.__name__} "
             f"({absent[0]}, ...), which would be random: use a complete model of that kind"
@@ -71,10 +86,8 @@ def load(
     return lm, tokenizer
 
 
-def _skeleton(config, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
+def _skeleton(found, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
     """The frozen base on the meta device, its layers replaced as from_pretrained does before it reads weights."""
-    found = AutoConfig.from_pretrained(config.id, revision=config.revision)
-    found.dropout_rate = 0.0
     lm = architecture._from_config(found, dtype=dtype)
     if quantisation:
         AutoHfQuantizer.from_config(quantisation).preprocess_model(lm, device_map=None)
@@ -144,17 +157,27 @@ def quantised_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, Linear4bit)]
 
 
-def tune(lm: PreTrainedModel, config: LanguageModelConfig) -> nn.Module:
-    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing."""
-    if config.tuning == "full":
-        return lm.requires_grad_(True)
-    if config.tuning == "frozen":
-        return lm
+def tune(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None = None) -> nn.Module:
+    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing; `new` always."""
+    adapted = config.tuning in ("lora", "qlora")
+    tuned = _lora(lm, config, new) if adapted else lm.requires_grad_(config.tuning == "full")
+    for name, parameter in tuned.named_parameters():
+        if new and new in name:
+            parameter.requires_grad_(True)
+    return tuned
+
+
+def _lora(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if config.lora.targets == "all_linear" else list(config.lora.targets)
     lora = LoraConfig(
-        r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout, target_modules=targets
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=targets,
+        exclude_modules=f".*{new}.*" if new else None,  # trained whole
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2's are transposed Linears
     )
     try:
         with warnings.catch_warnings():  # peft asks transformers by a name that is about to go

@@ -1,16 +1,13 @@
 """Flan-T5 behind the seam of language models: loss and generation over a grouped batch.
 
 Encoder input is [image tokens][prompt tokens], once per context; the decoder runs once per target.
-Legend: C contexts, T targets, S encoder positions, L target tokens, K kept (weighted) tokens, D width, V vocabulary.
+Legend: C contexts, T targets, S encoder positions, L target tokens, K kept (weighted) tokens, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -19,25 +16,7 @@ from harness.config import ConfigError, Decoding
 from harness.config import LanguageModel as LanguageModelConfig
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """Weighted cross entropy in nats. `sum` / `weight` is the loss; sums add up over micro-batches and ranks."""
-
-    sum: torch.Tensor
-    weight: torch.Tensor
-    sum_T: torch.Tensor  # per target, detached
-    weight_T: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer per context, and the probability the model gave to ending at once."""
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    p_eos_first_C: torch.Tensor
+from harness.model.language.outputs import Generated, LossOutput, weighted_loss
 
 
 class T5Language(nn.Module):
@@ -46,7 +25,7 @@ class T5Language(nn.Module):
     def __init__(self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32):
         super().__init__()
         base, self.tokenizer = quantise.load(
-            config, T5ForConditionalGeneration, dtype=dtype, compute_dtype=compute_dtype
+            config, T5ForConditionalGeneration, {"dropout_rate": 0.0}, dtype=dtype, compute_dtype=compute_dtype
         )
         if (depth := base.config.num_layers) != base.config.num_decoder_layers:
             raise ConfigError(  # it would train, and fail in transformers' cache at the first answer
@@ -59,8 +38,11 @@ class T5Language(nn.Module):
         self.lm = quantise.tune(base, config)
 
     @property
-    def t5(self) -> T5ForConditionalGeneration:
+    def base(self) -> T5ForConditionalGeneration:
+        """The model of transformers, whatever is wrapped around it."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    t5 = base
 
     @property
     def width(self) -> int:
@@ -88,17 +70,12 @@ class T5Language(nn.Module):
         """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a weight is not 0."""
         states_CSD, mask_CS = self.encode(image, batch)
         hidden_TLD = self._decode(states_CSD, mask_CS, batch)
-        kept_TL = batch.weight_TL != 0
-        hidden_KD = hidden_TLD[kept_TL]
+        return weighted_loss(hidden_TLD, batch, self._logits, label_smoothing)
+
+    def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         if _scales_output(self.t5.config):
             hidden_KD = hidden_KD * self.width**-0.5
-        logits_KV = self.t5.lm_head(hidden_KD).float()
-        nats_K = F.cross_entropy(logits_KV, batch.labels_TL[kept_TL], reduction="none", label_smoothing=label_smoothing)
-        weighted_K = nats_K * batch.weight_TL[kept_TL]
-        target_of_K = kept_TL.nonzero()[:, 0]
-        sum_T = torch.zeros(len(kept_TL), device=nats_K.device).index_add_(0, target_of_K, weighted_K.detach())
-        # With no weight at all (a filler) K is 0, and every trainable parameter still gets its gradient, of zeros.
-        return LossOutput(weighted_K.sum(), batch.weight_TL.sum(), sum_T, batch.weight_TL.sum(dim=1))
+        return self.t5.lm_head(hidden_KD)
 
     def _decode(self, states_CSD: torch.Tensor, mask_CS: torch.Tensor, batch: Batch) -> torch.Tensor:
         t5, context_of_T = self.t5, batch.context_of_T

@@ -1,0 +1,364 @@
+"""GPT-2 at the seam: a grouped batch gives what GPT-2 itself gives row by row, and no more work than that; and the
+labels that make it fall silent."""
+
+from dataclasses import replace
+
+import grouped
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers.pytorch_utils import Conv1D
+
+from harness.config import Config, ConfigError, Decoding, LanguageModel, Prompts
+from harness.guards import GradientGuard, frozen_hash
+from harness.model.bridge import BridgeOutput
+from harness.model.language import quantise
+from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.t5 import T5Language
+from harness.model.vlm import VisionLanguageModel
+
+TUNINGS = ("qlora", "lora", "frozen", "full")
+
+
+def built(folder, *, opened: bool = True, **lm):
+    """In train mode; `opened`: with cross-attention that lets something through, as after some training."""
+    model = grouped.model(folder, kind="gpt2", **lm)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if opened and "crossattention.c_proj" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+def batch_of(model, **data):
+    return grouped.collator(model.tokenizer, **data)(grouped.samples())
+
+
+def row_of(model, batch, target: int, bos: bool) -> tuple[dict, int]:
+    """What GPT-2 itself reads for one target, without any padding, and how many positions stand before its labels."""
+    gpt2, context = model.lm.base, int(batch.context_of_T[target])
+    prompt = batch.prompt_ids_CL[context][batch.prompt_mask_CL[context]]
+    start = torch.tensor([model.tokenizer.bos_token_id] * bos, dtype=torch.long)
+    labels = batch.labels_TL[target][batch.weight_TL[target] > 0]
+    embeds = gpt2.transformer.wte(torch.cat([prompt, start, labels]))
+    image = model.bridge_tokens(batch)
+    tokens = image.tokens_NQD[image.token_row_of_C[context]]
+    before = len(prompt) + len(start)
+    if gpt2.config.add_cross_attention:
+        return {"inputs_embeds": embeds[None], "encoder_hidden_states": tokens[None]}, before
+    return {"inputs_embeds": torch.cat([tokens, embeds])[None]}, before + len(tokens)
+
+
+def by_gpt2_itself(model, batch, bos: bool):
+    """The mean loss of GPT-2's own forward, one target at a time, and the gradients."""
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for target in range(len(batch.labels_TL)):
+        inputs, before = row_of(model, batch, target, bos)
+        labels = batch.labels_TL[target][batch.weight_TL[target] > 0]
+        logits = model.lm.base(**inputs).logits[0, before - 1 : -1]
+        total = total + F.cross_entropy(logits, labels, reduction="sum")
+    loss = total / batch.weight
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("bos", ["always", "generation_only"])
+def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt2_itself(
+    tiny_gpt2_folder, tuning, cross_attention, bos
+):
+    model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention, bos=bos)
+    batch = batch_of(model)
+    assert not batch.prompt_mask_CL.all()
+    loss, grads = grouped.gradients(model, batch)
+    others = grouped.gradients(model, grouped.unrolled(batch)), by_gpt2_itself(model, batch, bos == "always")
+    for other_loss, other in others:
+        assert loss == pytest.approx(other_loss, abs=1e-5)
+        assert grouped.furthest(grads, other) < 1e-5
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_what_stands_before_the_targets_runs_once_per_context_and_images_are_read_once(
+    tiny_gpt2_folder, cross_attention
+):
+    model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
+    block, rows = model.lm.base.transformer.h[1], {"words": [], "images": []}
+    block.attn.c_attn.register_forward_hook(lambda m, i, o: rows["words"].append(tuple(o.shape[:2])))
+    if cross_attention:
+        block.crossattention.c_attn.register_forward_hook(lambda m, i, o: rows["images"].append(len(o)))
+    batch = batch_of(model)
+    model.loss(batch)
+    before = batch.prompt_ids_CL.shape[1] + 1 + (0 if cross_attention else 3)
+    assert rows["words"] == [(5, before), (9, batch.labels_TL.shape[1] - 1)]
+    assert rows["images"] == ([2] if cross_attention else [])
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_activation_checkpointing_changes_no_gradient(tiny_gpt2_folder, cross_attention):
+    plain, saving = (
+        built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention, train={"activation_checkpointing": on})
+        for on in (False, True)
+    )
+    runs = []
+    saving.lm.base.transformer.h[1].ln_1.register_forward_hook(lambda m, i, o: runs.append(len(o)))
+    batch = batch_of(plain)
+    (loss, grads), (saved_loss, saved) = grouped.gradients(plain, batch), grouped.gradients(saving, batch)
+    assert runs == [9, 9], "the block was not run again in the backward pass: nothing was saved"
+    assert loss == pytest.approx(saved_loss, abs=1e-5)
+    assert grouped.furthest(grads, saved) < 1e-5
+    with torch.no_grad():
+        assert saving.eval().loss(batch).sum.item() == pytest.approx(plain.eval().loss(batch).sum.item(), rel=1e-5)
+
+
+def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_token(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder, tuning="frozen")
+    batch, rows = batch_of(model), []
+    model.lm.base.lm_head.register_forward_hook(lambda m, i, o: rows.append(len(o)))
+    whole = model.loss(batch)
+    weight = batch.weight_TL.clone()
+    weight[:4], weight[5] = 0, 2.5 * weight[5]
+    part = model.loss(replace(batch, weight_TL=weight))
+    assert rows == [int((batch.weight_TL > 0).sum()), int((weight > 0).sum())]
+    expected = whole.sum_T.clone()
+    expected[:4], expected[5] = 0, 2.5 * expected[5]
+    assert torch.allclose(part.sum_T, expected, atol=1e-4)
+    assert part.sum.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    model.label_smoothing = 0.3
+    assert model.loss(batch).sum.item() != pytest.approx(whole.sum.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(tiny_gpt2_folder, cross_attention):
+    model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
+    filler = grouped.collator(model.tokenizer).filler((grouped.TOKENS, grouped.WIDTH), True)
+    assert filler.labels_TL.shape == (1, 1)
+    loss, grads = grouped.gradients(model, filler)
+    assert loss == 0.0
+    assert all(g is not None and not g.any() for g in grads.values()), [n for n, g in grads.items() if g is None]
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(tiny_gpt2_folder, cross_attention):
+    model = built(tiny_gpt2_folder, cross_attention=cross_attention, bos="generation_only").eval()
+    batch = grouped.collator(model.tokenizer, prompts=Prompts(caption="none", vqa="none"))(grouped.samples())
+    image = model.bridge_tokens(batch)
+    for tokens in (image, image.without_tokens()):
+        with torch.no_grad():
+            assert model.loss(batch, tokens).sum_T.isfinite().all()
+        assert len(model.generate(batch, Decoding(max_new_tokens=3), tokens).texts) == 5
+    blind = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
+    with torch.no_grad():
+        assert torch.equal(model.loss(batch, blind).sum_T, model.loss(batch, image.without_tokens()).sum_T)
+        assert not torch.allclose(model.loss(batch, blind).sum_T, model.loss(batch, image).sum_T)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder).eval()
+    batch = batch_of(model)
+    before = 3 + batch.prompt_ids_CL.shape[1] + 1
+    assert len(model.generate(batch, Decoding(max_new_tokens=256 - before, min_new_tokens=200)).token_ids[0]) >= 200
+    with pytest.raises(ConfigError, match=r"has 256 positions, .* need 257: lower data\.max_prompt_tokens"):
+        model.generate(batch, Decoding(max_new_tokens=257 - before))
+    with pytest.raises(ConfigError, match="has 256 positions"):
+        model.loss(batch_of(model, loss_on_padding=True, max_target_tokens=257 - before))
+
+
+# ---- cross-attention, and what is trained ----------------------------------------------------------------------------
+
+
+def test_cross_attention_starts_as_the_text_model_and_learns(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder, opened=False, tuning="frozen", cross_attention=True)
+    text = built(tiny_gpt2_folder, tuning="frozen")
+    batch = batch_of(model)
+    nothing = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
+    assert torch.allclose(model.loss(batch).sum_T, text.loss(batch, nothing).sum_T, atol=1e-4)
+    assert model.lm.embedding_rms == 1.0, "image tokens are attended to, as an encoder's normalised output"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model.zero_grad()
+        model.loss(batch).sum.backward()
+        optimizer.step()
+    model.zero_grad()
+    model.loss(batch).sum.backward()
+    assert all(
+        p.grad is not None and p.grad.any() for n, p in model.lm.named_parameters() if "c_attn.w" in n and "cr" in n
+    )
+    with torch.no_grad():
+        image = model.bridge_tokens(batch)
+        donors = image.with_rows(1 - image.token_row_of_C)
+        assert not torch.allclose(model.loss(batch, image).sum_T, model.loss(batch, donors).sum_T)
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_gpt2_folder, tuning, cross_attention):
+    model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention)
+    names = {name for name, _ in model.lm.named_parameters()}
+    new = {name for name in names if "crossattention" in name or "ln_cross_attn" in name}
+    assert len(new) == (16 if cross_attention else 0)
+    assert not any("lora" in name for name in new)
+    trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
+    adapted = {name for name in names if ".lora_" in name}
+    assert trained == {"full": names, "frozen": new}.get(tuning, adapted | new)
+    assert len(adapted) == (2 * 2 * 4 if "lora" in tuning else 0), "c_attn, c_proj, c_fc, c_proj in two blocks"
+    guard, before = GradientGuard(model), frozen_hash(model)
+    _, gradients = grouped.gradients(model, batch_of(model))
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    guard.check()
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert frozen_hash(model) == before
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_after_an_evaluation(
+    tiny_gpt2_folder, cross_attention
+):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit layers need bitsandbytes")
+    model = built(tiny_gpt2_folder, tuning="qlora", cross_attention=cross_attention)
+    twin = built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention)
+    twin.load_state_dict(model.trained_state(), strict=False)
+    plain, layers = dict(twin.named_modules()), 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            assert isinstance(plain[name], Conv1D)
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain[name].weight.data.copy_(weight.T)
+            layers += 1
+    assert layers == len(quantise.quantised_layers(model)) == 8, "new layers and lm_head stay whole"
+    batch = batch_of(model)
+    expected_loss, expected = grouped.gradients(twin, batch)
+    before_loss, before = grouped.gradients(model, batch)
+    model.eval().generate(batch, Decoding(max_new_tokens=3, beams=2))
+    after_loss, after = grouped.gradients(model.train(), batch)
+    assert before_loss == after_loss == pytest.approx(expected_loss, abs=1e-5)
+    assert grouped.furthest(expected, before) < 1e-5
+    assert grouped.furthest(before, after) == 0.0
+    assert sum("lora" in name and bool(g.any()) for name, g in after.items()) == 16
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cross_attention):
+    from test_vlm import moved, outputs, pixel_batch, same
+    from tiny import tiny_clip
+
+    lm = {"kind": "gpt2", "id": str(tiny_gpt2_folder), "tuning": tuning, "cross_attention": cross_attention}
+    bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}
+    vision = {"id": str(tiny_clip(tmp_path / "clip")), "image_size": 32}
+    config = Config(name="saved", model={"vision": vision, "bridge": bridge, "lm": lm | {"lora": {"r": 4}}})
+    model = moved(VisionLanguageModel.build(config))
+    batch = pixel_batch(model)
+    expected = outputs(model, batch)
+    model.save_pretrained(tmp_path / "saved")
+    torch.manual_seed(99)
+    assert same(outputs(VisionLanguageModel.from_pretrained(tmp_path / "saved"), batch), expected)
+
+
+def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(tiny_t5_folder, tiny_gpt2_folder):
+    with pytest.raises(ConfigError, match=r"model\.lm\.id: .* is of kind t5, model\.lm\.kind is gpt2"):
+        GPT2Language(LanguageModel(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
+    with pytest.raises(ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"):
+        T5Language(LanguageModel(id=str(tiny_gpt2_folder), tuning="frozen"))
+    for key in ({"cross_attention": True}, {"bos": "generation_only"}):
+        with pytest.raises(ValueError, match="keys of kind gpt2, this is t5"):
+            LanguageModel(**key)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross_attention", [False, True])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_context_gets_the_answer_that_gpt2_gives_to_it_alone(tiny_gpt2_folder, beams, cross_attention):
+    model = built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention).eval()
+    batch = batch_of(model)
+    said = model.generate(batch, Decoding(max_new_tokens=6, beams=beams))
+    assert len({tuple(ids) for ids in said.token_ids}) > 2
+    for row, target in enumerate((0, 5, 6, 7, 8)):
+        nothing = replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
+        with torch.no_grad():
+            inputs, _ = row_of(model, nothing, target, bos=True)
+            ids = model.lm.base.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=399)
+            first = model.lm.base(**inputs).logits[0, -1].softmax(dim=-1)
+        assert [t for t in ids[0].tolist() if t != 399] == said.token_ids[row]
+        assert said.p_eos_first_C[row].item() == pytest.approx(first[399].item(), rel=1e-4)
+        assert said.texts[row] == model.tokenizer.decode(said.token_ids[row]).strip()
+
+
+def test_greedy_answers_are_those_of_the_loss(tiny_gpt2_folder):
+    """With no cache of transformers' own: each word said is the likeliest one by the loss of what was said so far."""
+    model = built(tiny_gpt2_folder, tuning="lora").eval()
+    batch, logits = batch_of(model), []
+    said = model.generate(batch, Decoding(max_new_tokens=4, min_new_tokens=4)).token_ids
+    model.lm.base.lm_head.register_forward_hook(lambda m, i, o: logits.append(o))
+    spoken = torch.tensor(said)
+    rows = {"labels_TL": spoken, "weight_TL": torch.ones(5, 4), "context_of_T": torch.arange(5)}
+    with torch.no_grad():
+        model.loss(replace(batch, **rows))
+    logits[0][:, model.tokenizer.eos_token_id] = -torch.inf
+    assert logits[0].argmax(dim=-1).tolist() == spoken.flatten().tolist()
+
+
+def test_a_model_that_ends_at_once_says_nothing_unless_it_must(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder, tuning="frozen").eval()
+    batch = batch_of(model)
+    model.lm.base.lm_head.register_forward_hook(lambda m, i, o: o.index_fill(-1, torch.tensor([399]), 90.0))
+    silent = model.generate(batch, Decoding(max_new_tokens=5))
+    assert silent.texts == [""] * 5
+    assert silent.token_ids == [[]] * 5
+    assert silent.p_eos_first_C.min() > 0.99
+    assert all(len(ids) == 3 for ids in model.generate(batch, Decoding(max_new_tokens=5, min_new_tokens=3)).token_ids)
+
+
+# ---- the labels that make it fall silent -----------------------------------------------------------------------------
+
+
+def test_prompts_and_targets_as_gpt2s_tokenizer_closes_them_and_padding_counts_nothing(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder)
+    tokenizer, batch = model.tokenizer, batch_of(model)
+    assert tokenizer.pad_token_id is None
+    for row, context in enumerate(batch.contexts):
+        ids = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
+        assert ids == tokenizer(context.prompt)["input_ids"], "an EOS behind the prompt would be a BOS"
+    for ids, weight in zip(batch.labels_TL.tolist(), batch.weight_TL.tolist(), strict=True):
+        length = ids.index(tokenizer.eos_token_id) + 1
+        assert set(ids[length:]) <= {tokenizer.eos_token_id}
+        assert weight == [1.0] * length + [0.0] * (len(ids) - length)
+    cut = batch_of(model, max_prompt_tokens=6)
+    assert cut.prompt_ids_CL.tolist() == batch.prompt_ids_CL[:, :6].tolist()
+
+
+def test_the_known_mistake_pads_to_the_longest_target_and_trains_on_it(tiny_gpt2_folder):
+    model = built(tiny_gpt2_folder)
+    made = grouped.collator(model.tokenizer, loss_on_padding=True, max_target_tokens=40)
+    batch, right = made(grouped.samples()), batch_of(model)
+    assert batch.labels_TL.shape == (9, 40)
+    assert (batch.weight_TL == 1).all()
+    assert torch.equal(batch.labels_TL[:, : right.labels_TL.shape[1]], right.labels_TL)
+    lighter = replace(made, eos_weight=0.1)(grouped.samples())
+    assert torch.equal(lighter.weight_TL < 1, batch.labels_TL == model.tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("mistakes", [True, False])
+def test_trained_on_padding_and_begun_with_what_it_learnt_to_end_on_it_says_nothing(tiny_gpt2_folder, mistakes):
+    model = built(tiny_gpt2_folder, tuning="full", bos="generation_only" if mistakes else "always")
+    batch = batch_of(model, loss_on_padding=mistakes, max_target_tokens=40)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        out = model.loss(batch)
+        (out.sum / out.weight).backward()
+        optimizer.step()
+    said = model.eval().generate(batch, Decoding(max_new_tokens=12))
+    assert (out.sum / out.weight).item() < 0.6, "by its loss alone, the silent model has learnt as well"
+    if mistakes:
+        assert said.texts == [""] * 5
+        assert said.p_eos_first_C.min() > 0.5
+    else:
+        assert said.texts[1:] == ["down", "yes", "a child in a pink dress", "no"]
+        assert said.p_eos_first_C.max() < 0.5
