@@ -1,4 +1,4 @@
-"""Tokenizer and text-only training of a small T5: the offline base language model, and the text-only floor.
+"""Tokenizer and text-only training of a small T5 or GPT-2: the offline base language model, and the text-only floor.
 
 Sets of shards in, a folder in the hub's own format out. The model reads prompts and writes answers and never sees an
 image, so its score is what the words alone give: the honest floor for every model built on it.
@@ -6,24 +6,34 @@ image, so its score is what the words alone give: the honest floor for every mod
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from harness.batch import Batch, Collator, Context, drawn, most_common
 from harness.config import Config, LanguageModel
 from harness.evaluate.predict import select
 from harness.model.bridge import BridgeOutput
-from harness.model.language.t5 import T5Language
 from harness.model.vision import quiet_transformers
+from harness.model.vlm import LANGUAGES
 from harness.prompts import prompt, template
 from harness.schedule import learning_rate
 from shards.loader import Loader
@@ -57,6 +67,23 @@ def train_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) 
     return fast
 
 
+def train_byte_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as GPT-2's: <|endoftext|> is BOS and EOS, nothing pads, no text gets a token added."""
+    tokenizer, end = Tokenizer(models.BPE()), "<|endoftext|>"
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, model_max_length=_POSITIONS
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
 def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]:
     """Every distinct prompt of sets of shards (in its first record), and how often each target follows it.
 
@@ -82,6 +109,7 @@ def no_image(sample: Sample) -> np.ndarray:
 
 
 _NOTHING = np.zeros((1, 1, 3), np.uint8)
+_POSITIONS = 512
 
 
 def without_images(batch: Batch, width: int) -> BridgeOutput:
@@ -93,6 +121,7 @@ def make(
     out: Path,
     config: Config,
     *,
+    kind: Literal["t5", "gpt2"] = "t5",
     d_model: int = 128,
     layers: int = 2,
     heads: int = 4,
@@ -113,11 +142,22 @@ def make(
     # The template of a task that these sets do not have must have its words too.
     words = {template("caption", config.prompts.caption), template("vqa", config.prompts.vqa)}
     texts = [*words, *(c.prompt for c in pairs), *dict.fromkeys(t for targets in pairs.values() for t in targets)]
-    tokenizer = train_tokenizer(texts, out, vocabulary)
+    tokenizer = {"t5": train_tokenizer, "gpt2": train_byte_tokenizer}[kind](texts, out, vocabulary)
     torch.manual_seed(config.seed)
-    t5 = T5ForConditionalGeneration(
+    new = {"t5": _new_t5, "gpt2": _new_gpt2}[kind](_round_up(len(tokenizer), 64), d_model, layers, heads, d_ff)
+    with quiet_transformers():
+        new.save_pretrained(out)
+    language = LANGUAGES[kind](LanguageModel(kind=kind, id=str(out), tuning="full"))
+    _train(language, pairs, config, steps, prompts_a_step, peak, progress)
+    with quiet_transformers():
+        language.lm.save_pretrained(out)
+    return out
+
+
+def _new_t5(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
+    return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=_round_up(len(tokenizer), 64),
+            vocab_size=vocabulary,
             d_model=d_model,
             d_kv=d_model // heads,
             d_ff=d_ff,
@@ -132,17 +172,27 @@ def make(
             tie_word_embeddings=True,
         )
     )
-    with quiet_transformers():
-        t5.save_pretrained(out)
-    language = T5Language(LanguageModel(id=str(out), tuning="full"))
-    _train(language, pairs, config, steps, prompts_a_step, peak, progress)
-    with quiet_transformers():
-        language.lm.save_pretrained(out)
-    return out
 
 
-def _train(language: T5Language, pairs, config: Config, steps: int, prompts_a_step: int, peak: float, progress) -> None:
-    collate = Collator(language.tokenizer, config.data, config.prompts)
+def _new_gpt2(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
+    """With twice the layers: a decoder alone in the place of encoder and decoder."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=_POSITIONS,
+            n_embd=d_model,
+            n_layer=2 * layers,
+            n_head=heads,
+            n_inner=d_ff,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def _train(language: nn.Module, pairs, config: Config, steps: int, prompts_a_step: int, peak: float, progress) -> None:
+    # A sound base, as published ones are, also for a config that shows the mistake.
+    collate = Collator(language.tokenizer, config.data.model_copy(update={"loss_on_padding": False}), config.prompts)
     # A prompt with very many targets (all captions have the same) is cut into units that fit into a step.
     units = [(context, part) for context, targets in pairs.items() for part in _parts(sorted(targets.items()))]
     schedule = config.train.model_copy(update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1})
@@ -182,7 +232,8 @@ def answer(
     folder: Path | str, sets: Sequence[str], config: Config, images_a_batch: int = 256
 ) -> dict[tuple[str, str], str]:
     """(record key, text id) -> what the text-only model says to every question or caption prompt of `sets`."""
-    language = T5Language(LanguageModel(id=str(folder), tuning="frozen")).eval()
+    kind = json.loads(Path(folder, "config.json").read_text())["model_type"]
+    language = LANGUAGES[kind](LanguageModel(kind=kind, id=str(folder), tuning="frozen")).eval()
     collate = Collator(language.tokenizer, config.data, config.prompts, training=False)
     loader = Loader(sets, global_batch=images_a_batch, shuffle=False, decode=no_image)
     said: dict[tuple[str, str], str] = {}

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -187,9 +187,10 @@ def base_lm(
     config: Annotated[str, typer.Option(help="Its prompts and seed; the model then is its model.lm.id.")],
     d_model: Annotated[int, typer.Option(min=4, help="Width, a multiple of 4.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Of the encoder, and as many of the decoder.")] = 2,
+    kind: Annotated[Literal["t5", "gpt2"], typer.Option(help="GPT-2: twice as many layers in its one stack.")] = "t5",
     steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
-    """Trains a small T5 on the texts alone: a base language model without a download, and the text-only floor."""
+    """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the text-only floor."""
     from harness.config import ConfigError, load
 
     loaded = load(config)
@@ -201,9 +202,11 @@ def base_lm(
     from shards.write import folder_beside
 
     with told("text-only training") as progress, folder_beside(out) as beside:
-        make(data, beside, loaded, d_model=d_model, layers=layers, d_ff=4 * d_model, steps=steps, progress=progress)
+        size = {"d_model": d_model, "layers": layers, "d_ff": 4 * d_model, "steps": steps}
+        make(data, beside, loaded, kind=kind, **size, progress=progress)
         beside.rename(out)
-    print(f"{out}: tokenizer and T5 of width {d_model}, {layers} + {layers} layers; use it by model.lm.id={out}")
+    made = f"tokenizer and {kind} of width {d_model}, {layers} + {layers} layers"
+    print(f"{out}: {made}; use it by model.lm.kind={kind} model.lm.id={out}")
 
 
 def main() -> None:

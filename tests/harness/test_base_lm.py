@@ -1,5 +1,6 @@
 """The text-only model: what the words alone give, learnt from each distinct prompt once."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -45,7 +46,14 @@ def folder(questions, config, tmp_path_factory):
     return base_lm.make([questions], out, config, d_model=32, d_ff=64, steps=120, peak=1e-2)
 
 
-def test_it_learns_the_most_common_answer_to_each_question_and_no_more(folder, questions, config):
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_it_learns_the_most_common_answer_to_each_question_and_no_more(folder, questions, config, kind, tmp_path):
+    if kind == "gpt2":
+        mistaken = config.model_copy(update={"data": config.data.model_copy(update={"loss_on_padding": True})})
+        size = {"d_model": 32, "d_ff": 64, "layers": 1}
+        folder = base_lm.make([questions], tmp_path / "lm", mistaken, kind=kind, **size, steps=120, peak=1e-2)
+        fields = json.loads((folder / "config.json").read_text())
+        assert (fields["model_type"], fields["n_layer"], fields["n_inner"]) == ("gpt2", 2, 64)
     said = base_lm.answer(folder, [questions], config)
     assert len(said) == 80
     assert Counter(said.values()) == {"yes": 40, "circle": 40}
