@@ -1,0 +1,203 @@
+"""What the finished children of an ablation have shown: scores with intervals, and whether the expectation held.
+
+scores.json and the predictions of each child -> one Observed for each variant and task -> rows of the report.
+Legend: S seeds, I test images, R resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.config import Evaluation
+from harness.evaluate import vqa
+from harness.evaluate.image_use import Interval
+from harness.journal import METRICS
+from shards.manifest import Manifest
+from shards.read import Reader
+from shards.record import Text
+
+if TYPE_CHECKING:
+    from harness.ablate import Child, Variant
+
+SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
+CURVE_POINTS = 60
+Id = tuple[str, str, str]  # dataset, split, id of the text (vqa) or of the image (captions)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What data.test holds, by task: who is asked what, about which image, and the truth."""
+
+    paths: tuple[str, ...]
+    texts: dict[str, dict[Id, tuple[str, Text]]]  # task -> id -> (key of the image's record, text)
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> TestSet:
+        texts: dict[str, dict[Id, tuple[str, Text]]] = defaultdict(dict)
+        for reader in map(Reader, map(Manifest.open, paths)):
+            for index in range(reader.manifest.samples):
+                record = reader.read(index).record
+                for text in record.texts:
+                    name = text.id if text.task == "vqa" else record.image_id
+                    texts[text.task][record.dataset, record.split, name] = (record.key, text)
+        return cls(tuple(paths), dict(texts))
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One task of one variant. Scores are sums over the texts of an image: a mean is sum / texts."""
+
+    variant: str
+    task: str
+    test: TestSet
+    seeds: tuple[int, ...]
+    scores_SI: np.ndarray
+    texts_I: np.ndarray
+    loss_nats: float  # per target token, mean over seeds
+    verdicts: Counter[str]
+    said: dict[Id, str]  # of the first seed
+
+
+def observe(finished: Sequence[Child]) -> list[Observed]:
+    """In the order of the variants; each child's predictions are read from its result files and scored again, by image.
+
+    Raises ShardError for a test set that is gone and ConfigError for predictions that do not fit it.
+    """
+    tests: dict[tuple[str, ...], TestSet] = {}
+    by_variant: dict[str, list[Child]] = defaultdict(list)
+    for child in finished:
+        by_variant[child.variant].append(child)
+    made = []
+    for variant, children in by_variant.items():
+        scores = [json.loads((child.out / "evaluation" / "scores.json").read_text()) for child in children]
+        paths = tuple(scores[0]["data"])
+        test = tests.get(paths) or tests.setdefault(paths, TestSet.of(paths))
+        for task, texts in sorted(test.texts.items()):
+            said = [predictions(child.out / "evaluation", task, texts) for child in children]
+            images, image_of_text = np.unique(
+                [f"{i[0]}/{i[1]}/{key}" for i, (key, _) in texts.items()], return_inverse=True
+            )
+            points_S = [points(task, texts, answers) for answers in said]
+            sums = [np.bincount(image_of_text, points, len(images)) for points in points_S]
+            known = [score["tasks"][task] for score in scores]
+            made.append(
+                Observed(
+                    variant=variant,
+                    task=task,
+                    test=test,
+                    seeds=tuple(child.seed for child in children),
+                    scores_SI=np.array(sums),
+                    texts_I=np.bincount(image_of_text, minlength=len(images)).astype(float),
+                    loss_nats=float(np.mean([one["loss_nats"] for one in known])),
+                    verdicts=Counter(one.get("verdict") or "no verdict" for one in known),
+                    said=said[0],
+                )
+            )
+    return made
+
+
+def predictions(folder: Path, task: str, texts: Mapping[Id, Any]) -> dict[Id, str]:
+    """From the official results files, one for each data set and split."""
+    kind, field = ("answers", "answer") if task == "vqa" else ("captions", "caption")
+    name = "question_id" if task == "vqa" else "image_id"
+    return {
+        (dataset, split, str(entry[name])): entry[field]
+        for dataset, split in dict.fromkeys(i[:2] for i in texts)
+        for entry in json.loads((folder / f"{dataset}_{split}_{kind}.json").read_text())
+    }
+
+
+def points(task: str, texts: Mapping[Id, tuple[str, Text]], said: Mapping[Id, str]) -> list[float]:
+    """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of this test set."""
+    if task == "vqa":
+        return [100 * vqa.accuracy(said[i], text.targets) for i, (_, text) in texts.items()]
+    from harness.evaluate import captions
+
+    names = {"/".join(i): i for i in texts}
+    hypotheses = {name: said[i] for name, i in names.items()}
+    each = captions.cider_d_per_image(hypotheses, {name: texts[i][1].targets for name, i in names.items()})
+    return [each[name] for name in names]
+
+
+def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: Evaluation) -> Interval:
+    """Of the mean score, over seeds and over images at once, each resampled on its own: the pigeonhole bootstrap.
+
+    (Owen 2007, The pigeonhole bootstrap, section 3: for crossed factors, rather too wide than too narrow.) With one
+    seed only the images vary. The resamples are the same for all variants: differences are paired.
+    """
+    rng = np.random.default_rng(0)
+    seeds, images = scores_SI.shape
+    seeds_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=settings.bootstrap)
+    images_RI = rng.multinomial(images, np.full(images, 1 / images), size=settings.bootstrap)
+    means_R = np.einsum("rs,si,ri->r", seeds_RS, scores_SI, images_RI, optimize=True) / seeds / (images_RI @ texts_I)
+    low, high = np.quantile(means_R, [(1 - settings.confidence) / 2, (1 + settings.confidence) / 2])
+    return Interval(float(scores_SI.sum() / seeds / texts_I.sum()), float(low), float(high))
+
+
+def row_of(one: Observed, variant: Variant, observed: Sequence[Observed], settings: Evaluation) -> dict[str, Any]:
+    """What report.json and the tables say of one variant and task."""
+    score = interval(one.scores_SI, one.texts_I, settings)
+    claim, difference = held(one, variant, observed, settings)
+    return {
+        "variant": one.variant,
+        "task": one.task,
+        "measure": SCORE_OF[one.task],
+        "expected": variant.expected,
+        "score": score.value,
+        "score_low": score.low,
+        "score_high": score.high,
+        "per_seed": dict(zip(map(str, one.seeds), (one.scores_SI.sum(1) / one.texts_I.sum()).tolist(), strict=True)),
+        "difference": difference and asdict(difference),
+        "observed": claim,
+        "loss_nats": one.loss_nats,
+        "verdicts": dict(one.verdicts),
+        "images": len(one.texts_I),
+    }
+
+
+def held(
+    one: Observed, variant: Variant, observed: Sequence[Observed], settings: Evaluation
+) -> tuple[str, Interval | None]:
+    """Did what was expected come true? In words, with the paired difference to the variant it was compared with."""
+    other = variant.below or variant.above
+    if other is None:
+        return "nothing to compare with", None
+    same = (o for o in observed if (o.variant, o.task, o.test.paths) == (other, one.task, one.test.paths))
+    against = next(same, None)
+    seeds = [seed for seed in one.seeds if against and seed in against.seeds]
+    if not seeds:
+        return f"{other} has no seed in common with it on these images", None
+    rows, others = ([o.seeds.index(seed) for seed in seeds] for o in (one, against))
+    found = interval(one.scores_SI[rows] - against.scores_SI[others], one.texts_I, settings)
+    lower, higher = found.high < 0, found.low > 0
+    if not (lower or higher):
+        verdict = "cannot be told"
+    else:
+        verdict = "as expected" if lower == bool(variant.below) else "THE OTHER WAY ROUND"
+    return f"{verdict}: {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}] against {other}", found
+
+
+def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]]]:
+    """Loss on the training images by step, the mean over the seeds that got there; at most CURVE_POINTS points."""
+    logged: dict[str, dict[int, list[float]]] = {}
+    for child in children:
+        file = child.out / METRICS
+        for line in file.read_text().splitlines() if file.exists() else ():
+            row = json.loads(line)
+            if "train/loss" in row["values"]:
+                logged.setdefault(child.variant, {}).setdefault(row["step"], []).append(
+                    float(row["values"]["train/loss"])
+                )
+    curves = {}
+    for name, by_step in logged.items():
+        steps = sorted(by_step)
+        windows = np.array_split(steps, min(CURVE_POINTS, len(steps)))
+        curves[name] = [(float(w[-1]), float(np.mean([np.mean(by_step[s]) for s in w]))) for w in windows]
+    return curves

@@ -1,0 +1,285 @@
+"""Ablations: every shipped file at toy length, stopping and going on, failing variants, and what the report says."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from runs import make_shards
+from typer.testing import CliRunner
+
+from harness import ablate, train
+from harness.ablation_scores import interval
+from harness.cli import app
+from harness.config import ConfigError, Evaluation, load, shipped
+from harness.doctor import explain
+from harness.evaluate.run import evaluate_run
+
+FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
+SMALL = {"name": "toy", "question": "Which?", "base": "demo", "seeds": [0], "offline": {"base": "demo"}}
+PLAIN = {"a": {"expected": "as good as any"}, "b": {"expected": "worse", "below": "a"}}
+
+
+class InProcess:
+    """A child in this process, which is quicker than a launch; what it dies of stands in its log, as there."""
+
+    started: list = []  # noqa: RUF012
+
+    def __init__(self, child, environment):
+        self.started.append(child)
+        try:
+            train.run(load(child.out / ablate.CONFIG), "auto")
+            evaluate_run(child.out)
+            self.code = 0
+        except Exception as error:
+            (child.out / ablate.LOG).write_text(f"harness: {explain(error) or repr(error)}\n")
+            self.code = 2
+
+    def poll(self):
+        return self.code
+
+    def send_signal(self, number):
+        raise AssertionError("it is over already")
+
+
+@pytest.fixture(scope="session")
+def toy_sets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sets")
+    for split, count, first in (("train", 8, 0), ("test", 5, 100)):
+        make_shards(root / split, count, split, first, captions=False)
+    return root
+
+
+@pytest.fixture
+def tiny(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
+    """Overrides of every child: tiny sets and models, one step."""
+    InProcess.started.clear()
+    return [
+        *(f"data.{part}=[{{path: {toy_sets / part}}}]" for part in ("train", "test")),
+        "data.dev=[]",
+        f"model.vision={{id: {tiny_clip_folder}, image_size: 32}}",
+        "model.bridge.width=32",
+        "model.bridge.heads=4",
+        "model.bridge.layers=1",
+        f"model.lm.id={tiny_t5_folder}",
+        "train.max_steps=1",
+        "train.global_batch=4",
+        "train.micro_batch=4",
+        "train.precision=fp32",
+        "train.log_every=1",
+        "evaluation={batch_images: 5, counterfactual_texts: 4, bootstrap: 50}",
+        "tracking.kind=none",
+    ]
+
+
+def file_of(folder: Path, **changes) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"variants": PLAIN} | changes))
+    return path
+
+
+def run(file, overrides, out, **options):
+    return ablate.run(file, overrides, out=out, start=InProcess, say=lambda line: None, **options)
+
+
+def test_a_child_is_run_once_its_report_says_expectation_and_observation_and_a_new_seed_is_added(tmp_path, tiny):
+    file = file_of(tmp_path)
+    first = run(file, tiny, tmp_path / "out")
+    assert [(c.variant, c.seed) for c in InProcess.started] == [("a", 0), ("b", 0)]
+    assert not first["failed"]
+    rows = {(row["variant"], row["task"]): row for row in first["rows"]}
+    assert set(rows) == {("a", "vqa"), ("b", "vqa")}
+    told = json.loads((tmp_path / "out" / "a" / "seed-0" / "evaluation" / "scores.json").read_text())
+    assert rows["a", "vqa"]["score"] == pytest.approx(told["tasks"]["vqa"]["accuracy"], abs=0.01)
+    assert rows["a", "vqa"]["score_low"] <= rows["a", "vqa"]["score"] <= rows["a", "vqa"]["score_high"]
+    assert rows["b", "vqa"]["observed"].startswith("cannot be told"), "the same model twice"
+
+    InProcess.started.clear()
+    both = run(file, tiny, tmp_path / "out", seeds=[0, 1])
+    assert [(c.variant, c.seed) for c in InProcess.started] == [("a", 1), ("b", 1)]
+    assert {tuple(row["per_seed"]) for row in both["rows"]} == {("0", "1")}
+    with pytest.raises(ConfigError, match=r"begun with train.learning_rate=0.002, now it is 0.5: choose another"):
+        run(file, [*tiny, "train.learning_rate=0.5"], tmp_path / "out")
+
+
+def test_a_child_that_was_killed_goes_on_from_its_checkpoint(tmp_path, tiny):
+    file, out = file_of(tmp_path), tmp_path / "out"
+    two_steps = [*tiny, "train.max_steps=2", "train.save_every=1"]
+    run(file, two_steps, out)
+    child = out / "a" / "seed-0"
+    (child / ablate.SCORES).unlink()
+    for name in ("checkpoints/step-000002", "evaluation/scores.json"):
+        path = child / name
+        if path.is_dir():
+            (path / "files.json").unlink()  # the mark of a whole checkpoint
+    InProcess.started.clear()
+    report = run(file, two_steps, out)
+    assert [c.variant for c in InProcess.started] == ["a"]
+    assert not report["failed"]
+    logged = [json.loads(line)["step"] for line in (child / "metrics.jsonl").read_text().splitlines()]
+    assert logged.count(1) >= 1
+    assert sorted(set(logged)) == [1, 2]
+
+
+def test_one_failing_variant_does_not_end_the_others_and_its_error_is_in_the_report(tmp_path, tiny, toy_sets):
+    variants = {
+        "a": {"expected": "fails at once", "overrides": ["data.train=[{path: nowhere}]"]},
+        "b": {"expected": "starts from nothing", "overrides": ["model.init_from=<model>"], "after": "a"},
+        "c": {"expected": "fails in training", "overrides": ["train.learning_rate=1e30", "train.max_steps=9"]},
+        "d": {"expected": "<b>runs</b>", "below": "a"},
+    }
+    variants["c"]["overrides"] += ["train.max_skipped_in_a_row=1", "train.epochs=9"]
+    tiny = [o for o in tiny if not o.startswith(("data.train", "train.max_steps"))]
+    train_set = f"data.train=[{{path: {toy_sets / 'train'}}}]"
+    for name in ("b", "c", "d"):
+        variants[name]["overrides"] = [train_set, *variants[name].get("overrides", ["train.max_steps=1"])]
+    report = run(file_of(tmp_path, variants=variants, seeds=[0, 1]), tiny, tmp_path / "out")
+    assert {row["variant"] for row in report["rows"]} == {"d"}
+    errors = {child["variant"]: child["error"] for child in report["failed"]}
+    assert "nowhere" in errors["a"]
+    assert "whose model it starts from, is not finished" in errors["b"]
+    assert "loss or gradient that is not finite" in errors["c"]
+    for name in ("report.md", "report.html"):
+        assert errors["a"] in (tmp_path / "out" / name).read_text()
+    assert "&lt;b&gt;runs" in (tmp_path / "out" / "report.html").read_text()
+    assert report["rows"][0]["observed"] == "a has no seed in common with it on these images"
+
+
+def test_what_no_variant_can_do_is_one_sentence_before_anything_is_started(tmp_path, tiny):
+    with pytest.raises(ConfigError, match=r"model.lm.id: there is no folder /nowhere"):
+        run(file_of(tmp_path), [*tiny, "model.lm.id=/nowhere"], tmp_path / "out")
+    assert not InProcess.started
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"variants": {"a": {"expected": "x", "below": "b"}}}, "variants.a.below is 'b', expected another variant"),
+        ({"variants": {"a": {"expected": "x", "after": "b"}, "b": {"expected": "y"}}}, "expected an earlier variant"),
+        ({"variants": {"a": {"expected": "x", "override": []}}}, "no key variants.a.override; did you mean"),
+        ({"variants": {"a": {}}}, "variants.a.expected is missing"),
+        ({"variants": {}}, "expected at least one variant"),
+        ({"offline": {"base": "demo", "variants": {"z": {}}}}, "offline.variants.z: there is no variant"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_sentence(tmp_path, changes, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as raised:
+        ablate.load(file_of(tmp_path, **changes))
+    assert str(tmp_path / "toy.yaml") in str(raised.value)
+
+
+def test_an_ablation_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    told = CliRunner().invoke(app, ["ablate", "who_do_the_work"])
+    assert "did you mean configs/ablations/who_does_the_work.yaml?" in str(told.exception)
+    told = CliRunner().invoke(app, ["ablate", "who_does_the_work", "--seeds", "0,x"])
+    assert "--seeds 0,x: expected whole numbers" in str(told.exception)
+
+
+def test_children_run_side_by_side_and_a_signal_reaches_them_all(tmp_path):
+    class Slow:
+        """Ends when it gets a signal, or is finished at the third look."""
+
+        def __init__(self, child, environment):
+            self.child, self.looks, self.code = child, 0, None
+            alive.append(self)
+            most.append(sum(one.code is None for one in alive))
+            threads.append(environment["OMP_NUM_THREADS"])
+
+        def poll(self):
+            self.looks += 1
+            if self.looks == 3 and self.child.variant != "b":
+                (self.child.out / "evaluation").mkdir()
+                (self.child.out / ablate.SCORES).write_text('{"tasks": {}}')
+                self.code = 0
+            return self.code
+
+        def send_signal(self, number):
+            self.code = 128 + number
+
+    alive, most, threads, said = [], [], [], []
+    ablation = ablate.load(file_of(tmp_path, variants={name: {"expected": "-"} for name in "abcd"}))
+    children = ablate.children_of(ablation, tmp_path / "out", (), [0])
+    rounds = iter([0] * 12 + [15] * 99)
+    errors = ablate.run_all(children, [], 2, Slow, said.append, lambda: next(rounds))
+    assert max(most) == 2
+    assert not errors
+    assert alive[1].child.variant == "b"
+    assert alive[1].code == 143
+    assert sum("stopped" in line for line in said) >= 1
+
+
+def test_the_interval_covers_images_and_seeds():
+    settings = Evaluation(bootstrap=2000)
+    rng = np.random.default_rng(1)
+    images_SI = np.tile(rng.normal(50, 10, 400), (3, 1))
+    seeds_SI = np.repeat(np.array([[40.0], [50.0], [60.0]]), 400, axis=1)
+    same = interval(np.full((3, 400), 50.0), np.ones(400), settings)
+    assert (same.value, same.low, same.high) == (50, 50, 50)
+    of_images, of_seeds = (interval(scores, np.ones(400), settings) for scores in (images_SI, seeds_SI))
+    assert of_images.high - of_images.low == pytest.approx(2 * 1.96 * 10 / 20, rel=0.15)
+    assert of_seeds.high - of_seeds.low > 15, "three seeds that differ by 10 points"
+    twice = interval(2 * images_SI, 2 * np.ones(400), settings)
+    assert twice.value == pytest.approx(of_images.value), "a mean over texts, whatever their number an image"
+
+
+def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path, tiny, toy_sets):
+    run(file_of(tmp_path), tiny, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(page) < 2_000_000
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^']+)", page)]
+    assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 5, "curves; five images"
+    assert page.count("<th>a</th><th>b</th>") == 1
+    first = np.asarray(images[1].convert("RGB")).mean((0, 1))
+    assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert "| a " in table
+    assert "as good as any" in table
+
+
+def toy_copy(file: Path, folder: Path, offline: bool, models: dict[str, Path]) -> Path:
+    """The file's form with every id and folder of a model replaced by a tiny one of its kind."""
+    form = ablate.load(file).in_form(offline).model_dump(mode="json")
+    for variant in form["variants"].values():
+        kinds = [o for o in variant["overrides"] if o.startswith("model.lm.kind=")]
+        kind = kinds[-1].partition("=")[2] if kinds else "t5"
+        variant["overrides"] = [o for o in variant["overrides"] if not o.startswith("model.lm.id=")]
+        variant["overrides"] = [
+            re.sub(r"(bridge.init_from)=.*(bert|blip2).*", lambda m: f"{m[1]}={models[m[2]]}", o)
+            for o in variant["overrides"]
+        ]
+        variant["overrides"].append(f"model.lm.id={models[kind]}")
+        if variant["after"] is None:
+            variant["overrides"] = [o for o in variant["overrides"] if not o.startswith("model.init_from=")]
+    path = folder / file.name
+    path.write_text(yaml.safe_dump(form))
+    return path
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_shipped_ablation_runs_in_its_offline_form(file, tmp_path, tiny, tiny_t5_folder):
+    own = [o for o in tiny if not o.startswith(("model.lm.id", "train.max_steps"))]
+    models = {"t5": tiny_t5_folder}
+    toy = toy_copy(file, tmp_path, True, models)
+    report = run(toy, [*own, "train.max_steps=1"], tmp_path / "out", seeds=[0])
+    assert not report["failed"]
+    assert not report["unfinished"]
+    assert {row["variant"] for row in report["rows"]} == set(ablate.load(file).variants)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_variant_of_both_forms_is_a_valid_config_and_differs_from_every_other(file):
+    comment = file.read_text().partition("\nname:")[0]
+    assert "Verified" in comment or "ever run with real weights" in comment
+    for offline in (False, True):
+        form = ablate.load(file).in_form(offline)
+        configs = [child.config() for child in ablate.children_of(form, Path("out"), (), [0])]
+        plain = [config.model_copy(update={"name": "", "out": ""}).model_dump_json() for config in configs]
+        assert len(set(plain)) == len(plain)
+        assert all(config.data.test for config in configs)
