@@ -225,9 +225,9 @@ class VisionLanguageModel(PreTrainedModel):
         if lm is not None:
             own.model["lm"]["id"] = str(lm)
         parts = settings.Model(**own.model)
-        _check_base(folder, own, parts.lm.id, quantise.weights_hash(parts.lm))
         # Not transformers' own loading: under its meta-device context the frozen parts could not be loaded inside.
         with torch.device("cpu"):
+            _check_base(folder, own, parts.lm.id, quantise.weights_hash(parts.lm))
             vision = load_vision(parts.vision) if with_vision else None
             if vision is not None:
                 _check_encoder(folder, own, vision.identity())
