@@ -36,6 +36,7 @@ class Variant(Section):
     expected: str  # in words
     below: str | None = None  # the same as a claim to be tested: its score lies below that of this variant
     above: str | None = None
+    like: str | None = None  # no difference is expected
     overrides: tuple[str, ...] = ()
     base: str | None = None  # none: the base of all
     after: str | None = None  # starts from that variant's model: <model> in an override is its folder
@@ -77,7 +78,7 @@ class Ablation(Section):
             raise ValueError("expected at least one variant and one seed")
         earlier: set[str] = set()
         for name, variant in self.variants.items():
-            for key in ("below", "above", "after"):
+            for key in ("below", "above", "like", "after"):
                 other = getattr(variant, key)
                 known = earlier if key == "after" else self.variants.keys() - {name}
                 if other is not None and other not in known:

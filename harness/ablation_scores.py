@@ -166,7 +166,7 @@ def held(
     one: Observed, variant: Variant, observed: Sequence[Observed], settings: Evaluation
 ) -> tuple[str, Interval | None]:
     """Did what was expected come true? In words, with the paired difference to the variant it was compared with."""
-    other = variant.below or variant.above
+    other = variant.below or variant.above or variant.like
     if other is None:
         return "nothing to compare with", None
     same = (o for o in observed if (o.variant, o.task, o.test.paths) == (other, one.task, one.test.paths))
@@ -178,7 +178,9 @@ def held(
     found = interval(one.scores_SI[rows] - against.scores_SI[others], one.texts_I, settings)
     lower, higher = found.high < 0, found.low > 0
     if not (lower or higher):
-        verdict = "cannot be told"
+        verdict = "as expected, no difference seen" if variant.like else "cannot be told"
+    elif variant.like:
+        verdict = "AGAINST EXPECTATION, they differ"
     else:
         verdict = "as expected" if lower == bool(variant.below) else "THE OTHER WAY ROUND"
     return f"{verdict}: {found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}] against {other}", found

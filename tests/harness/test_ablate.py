@@ -263,9 +263,9 @@ def toy_copy(file: Path, folder: Path, offline: bool, models: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_every_shipped_ablation_runs_in_its_offline_form(file, tmp_path, tiny, tiny_t5_folder):
+def test_every_shipped_ablation_runs_in_its_offline_form(file, tmp_path, tiny, tiny_t5_folder, tiny_gpt2_folder):
     own = [o for o in tiny if not o.startswith(("model.lm.id", "train.max_steps"))]
-    models = {"t5": tiny_t5_folder}
+    models = {"t5": tiny_t5_folder, "gpt2": tiny_gpt2_folder}
     toy = toy_copy(file, tmp_path, True, models)
     report = run(toy, [*own, "train.max_steps=1"], tmp_path / "out", seeds=[0])
     assert not report["failed"]
