@@ -35,9 +35,10 @@ for process in torchrun.children() or [torchrun]:
 PY
 }
 trap forward TERM INT HUP
-code=0
 while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not the run
-    wait "$torchrun" && code=0 || code=$?
+    wait "$torchrun" || true
 done
+code=0
+wait "$torchrun" || code=$? # bash keeps it; the loop may have seen no more than the signal's 128 + number
 [ -n "$asked" ] && [ "$code" != 0 ] && code=143
 exit "$code"

@@ -15,7 +15,10 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 # waits for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does. torchrun is its parent.
 PYTHON = """#!/bin/bash
 case "$*" in
-"-c "* | "- "*) exec {python} "$@" ;;
+"-c "*) exec {python} "$@" ;;
+"- "*) # the program that hands a signal on, to the launcher $2
+    {python} "$@"
+    while [ -n "$FAKE_SLOW" ] && kill -0 "$2"; do sleep 0.05; done 2>/dev/null ;;
 "-m torch.distributed.run "*)
     echo "$@" >>"$TOLD/torchrun"
     trap 'touch "$TOLD/torchrun-signalled"' TERM
@@ -34,15 +37,21 @@ esac
 # As Slurm's srun: SIGTERM would kill the tasks, so nothing may send it.
 SRUN = """#!/bin/bash
 echo "$@" >"$TOLD/srun"
+echo $$ >"$TOLD/step"
 trap 'touch "$TOLD/srun-signalled"' TERM
 while [[ "$1" == --* ]]; do shift; done
 SLURM_PROCID=5 SLURM_LOCALID=1 "$@" &
 echo $! >"$TOLD/task"
 wait $!
 """
+SCANCEL = """#!/bin/bash
+echo "$@" >>"$TOLD/scancel"
+kill -TERM "$(cat "$TOLD/task")"
+while [ -n "$FAKE_SLOW" ] && kill -0 "$(cat "$TOLD/step")"; do sleep 0.05; done 2>/dev/null
+"""
 SLURM = {
     "srun": SRUN,
-    "scancel": '#!/bin/bash\necho "$@" >>"$TOLD/scancel"\nkill -TERM "$(cat "$TOLD/task")"\n',
+    "scancel": SCANCEL,
     "scontrol": '#!/bin/bash\n[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >>"$TOLD/scontrol"\n',
 }
 JOB = {
@@ -128,9 +137,12 @@ def test_torchrun_says_in_one_sentence_what_is_missing(start, arguments, environ
     assert not start.there("torchrun")
 
 
-def test_a_signal_reaches_the_run_and_not_torchrun_that_would_kill_it(start):
-    run = start(LAUNCH / "torchrun.sh", "scale", NPROC_PER_NODE="2", FAKE_WAITS="300")
-    assert signalled(run, start, ["started0", "started1"], signal.SIGTERM) == 143
+@pytest.mark.parametrize("slow", ["", "yes"])  # handing the signal on takes longer than the run then needs to end
+@pytest.mark.parametrize(("after", "code"), [("143", 143), ("0", 0)])  # saved; at its last step already
+def test_a_signal_reaches_the_run_and_not_torchrun_that_would_kill_it(start, after, code, slow):
+    faked = {"FAKE_WAITS": "300", "FAKE_AFTER": after, "FAKE_SLOW": slow}
+    run = start(LAUNCH / "torchrun.sh", "scale", NPROC_PER_NODE="2", **faked)
+    assert signalled(run, start, ["started0", "started1"], signal.SIGTERM) == code
     assert start.there("saved0")
     assert start.there("saved1")
     assert not start.there("torchrun-signalled")
@@ -147,12 +159,13 @@ def test_a_job_starts_a_task_for_each_gpu_and_tells_it_who_it_is(start):
     assert not start.there("scontrol")
 
 
+@pytest.mark.parametrize("slow", ["", "yes"])  # scancel takes longer than the run needs to save and end
 @pytest.mark.parametrize(
     ("number", "requeued"),
     [(signal.SIGUSR1, "requeue 1234\n"), (signal.SIGTERM, "")],  # time nearly up; preempted or cancelled
 )
-def test_a_job_saves_before_its_time_is_up_and_is_requeued(start, number, requeued):
-    job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300")
+def test_a_job_saves_before_its_time_is_up_and_is_requeued(start, number, requeued, slow):
+    job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300", FAKE_SLOW=slow)
     code = signalled(job, start, ["started5", "task"], number)
     assert code == (0 if requeued else 143)
     assert start.there("saved5")
