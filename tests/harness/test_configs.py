@@ -3,7 +3,7 @@
 import pytest
 
 from harness import prompts
-from harness.config import load, shipped
+from harness.config import flatten, load, shipped
 
 FILES = sorted(shipped("configs").glob("*.yaml"))
 
@@ -46,3 +46,19 @@ def test_the_t4_runs_use_the_models_and_the_precision_of_the_issue():
     assert (scale.model.lm.id, scale.train.precision) == ("google/flan-t5-large", "bf16")
     assert {c.train.precision for c in (flickr, vqa, load("captions_and_vqa_t4"))} == {"fp16"}
     assert {s.path for s in load("captions_and_vqa_t4").data.train} == {"data/flickr8k/train", "data/vqav2/train"}
+
+
+def test_each_remedy_changes_one_thing_of_the_failure():
+    failure = flatten(load("eos_collapse"))
+    assert failure["data.loss_on_padding"]
+    assert failure["model.lm.bos"] == "generation_only"
+    changed = {
+        remedy: {key for key, value in flatten(load(f"eos_collapse_{remedy}")).items() if value != failure[key]}
+        for remedy in ("padding_masked", "eos_weight", "cross_attention", "t5")
+    }
+    assert {remedy: keys - {"name"} for remedy, keys in changed.items()} == {
+        "padding_masked": {"data.loss_on_padding"},
+        "eos_weight": {"train.eos_loss_weight"},
+        "cross_attention": {"model.lm.cross_attention"},
+        "t5": {"model.lm.kind", "model.lm.id", "model.lm.bos"},
+    }

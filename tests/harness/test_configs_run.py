@@ -23,13 +23,19 @@ TASKS = {
     "scale": {},
     "demo": {"captions": False},
     "captions_and_vqa_t4": {},
+    "eos_collapse": {"questions": False},
+    "eos_collapse_padding_masked": {"questions": False},
+    "eos_collapse_eos_weight": {"questions": False},
+    "eos_collapse_cross_attention": {"questions": False},
+    "eos_collapse_t5": {"questions": False},
 }
 
 
-def replacements(file, root, clip, t5) -> list[str]:
+def replacements(file, root, clip, t5, gpt2) -> list[str]:
     """Overrides that put tiny models and sets in the place of real ones; everything else stays the experiment's."""
     config = load(file)
-    overrides = [f"out={root / 'run'}", f"model.lm.id={t5}", "train.max_steps=2", "train.precision=auto"]
+    lm = {"t5": t5, "gpt2": gpt2}[config.model.lm.kind]
+    overrides = [f"out={root / 'run'}", f"model.lm.id={lm}", "train.max_steps=2", "train.precision=auto"]
     overrides += ["train.global_batch=4", "train.micro_batch=3", "train.log_every=1", "data.workers=0"]
     overrides += ["evaluation.counterfactual_texts=4", "evaluation.bootstrap=20", "evaluation.batch_images=4"]
     overrides += ["tracking.kind=none"]
@@ -52,8 +58,10 @@ def replacements(file, root, clip, t5) -> list[str]:
 
 
 @pytest.mark.parametrize("file", sorted(shipped("configs").glob("*.yaml")), ids=lambda f: f.stem)
-def test_an_experiment_takes_a_few_steps_is_saved_and_scored(file, tmp_path, tiny_clip_folder, tiny_t5_folder):
-    overrides = replacements(file, tmp_path, tiny_clip_folder, tiny_t5_folder)
+def test_an_experiment_takes_a_few_steps_is_saved_and_scored(
+    file, tmp_path, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_folder
+):
+    overrides = replacements(file, tmp_path, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_folder)
     assert train.main([str(file), *overrides]) == 0
     rows = [json.loads(line)["values"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
