@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +97,14 @@ def donors(images: int, roll: int) -> torch.Tensor:
     return (torch.arange(images) + 1 + roll % (images - 1)) % images
 
 
+def exchanged(model: Any, batch: Batch, tokens: ImageTokens, image_of_C: torch.Tensor) -> ImageTokens:
+    """The image tokens of other images of the batch: made anew, with each context's own words, by a bridge that reads
+    the question; all other bridges have made them already."""
+    if getattr(model, "question_aware", False):
+        return model.bridge_tokens(replace(batch, image_of_C=image_of_C))
+    return tokens.with_rows(image_of_C)
+
+
 def sums_per_context(loss: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """LossOutput -> nats_C, weight_C: summed over the targets of each context."""
 
@@ -152,7 +160,7 @@ class Gate:
         rng = np.random.default_rng((_SEED, self._batches))
         self._batches += 1
         donor_I = donors(batch.images, int(rng.integers(1 << 30))).to(batch.image_of_C.device)
-        others = {"shuffled": tokens.with_rows(donor_I[batch.image_of_C])}
+        others = {"shuffled": exchanged(self.model, batch, tokens, donor_I[batch.image_of_C])}
         if self.no_image and (without := tokens.without_tokens()) is not None:
             others["no_image"] = without
         for name, tokens_NQD in self.controls.items():
