@@ -208,8 +208,11 @@ def _chunks(loader: Loader, images: int, gate_texts: int) -> Iterator[tuple[list
 def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Image tokens (N, Q, D) of a blank and of noise images: from the feature set, or the same as pixels.
 
-    A feature set made elsewhere, without controls, has none: its `blank` and `noise` figures are missing.
+    A feature set made elsewhere, without controls, has none: its `blank` and `noise` figures are missing. So are those
+    of a bridge that reads the question, whose tokens are of one context each.
     """
+    if getattr(model, "question_aware", False):
+        return {}
     if like.pixels_IHW3 is not None:
         shape = tuple(like.pixels_IHW3.shape[1:])
         noise = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), np.uint8)
