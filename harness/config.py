@@ -164,6 +164,7 @@ class Train(Section):
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps
     max_skipped_in_a_row: Positive = 10  # non-finite steps before the run stops
+    image_use_every: Positive | None = 500  # steps between looks of the gate at few images; none: at evaluations alone
     stop_if_image_ignored: bool = False
 
 
@@ -172,6 +173,7 @@ class Evaluation(Section):
     dev_images: Positive | None = 400  # images scored during training; none: all
     counterfactual_texts: Positive = 2000  # texts on which the images are shuffled, blanked and left out
     dev_counterfactual_texts: NonNegative = 400  # the same during training, where it must cost little
+    small_gate_images: Positive = 32  # of the dev sets, for train.image_use_every: one text of each task and image
     show_images: Positive = 8  # the same images after each epoch, with what the model says
     confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     bootstrap: Positive = 1000  # resamples over images

@@ -70,6 +70,14 @@ def training_records(config: Config) -> Iterator[Record]:
                 yield reader.read(int(index)).record
 
 
+def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
+    """How often a run at this `position` of its stream ({"epoch", "position"}) saw its training set; None: unknown."""
+    sets = list(training_sets(config))
+    if not sets or len(sets) < len(config.data.train):
+        return None
+    return position["epoch"] + position["position"] / sum(manifest.samples for manifest in sets)
+
+
 def trained_on(config: Config, evaluated: Sequence[Manifest]) -> frozenset[tuple[str, str, str]]:
     """(dataset, split, key) of the training images, as far as one of the evaluated sets could hold them too."""
     names = {(manifest.dataset, manifest.split) for manifest in evaluated}

@@ -143,7 +143,7 @@ class Gate:
     no_image: bool = True  # measure it too, where the model can do without an image
     trained_on: Container[tuple[str, str, str]] = ()
     epochs: float | None = None
-    training_batch: Callable[[], Batch | None] = lambda: None
+    training_batch: Callable[[], Batch | None] | None = None
     left_out: int = 0
     _rows: list[_Row] = field(default_factory=list)
     _said: dict[tuple[str, str, int], str] = field(default_factory=dict)  # (condition, prompt, control image) -> answer
@@ -223,7 +223,7 @@ class Gate:
             *(loss_gap, accuracy_gap, empty_rate, p_eos_first, len(index_of), trained_on, self.epochs, loss_moved)
         )
         causes: tuple[str, ...] = ()
-        if verdict == "EOS collapse" and (batch := self.training_batch()) is not None:
+        if verdict == "EOS collapse" and self.training_batch and (batch := self.training_batch()) is not None:
             causes = tuple(causes_of_collapse(batch, self.model.tokenizer, _bos_in_generation_only(self.model)))
             reason += "; found in the training batches: " + ("; ".join(causes) or "none of the known causes")
         return ImageUse(

@@ -7,6 +7,7 @@ on the test sets, with predictions in the official formats and scores.json in RU
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError
 from harness.evaluate import FOLDER, vqa
-from harness.evaluate.floor import Majority, trained_on, training_records
+from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task, results
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
@@ -64,7 +65,7 @@ class TaskResult:
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
         own = {
             "texts": len(self.predictions),
-            "loss_nats": self.loss,
+            "loss_nats": None if math.isnan(self.loss) else self.loss,
             "accuracy": self.scores.overall if self.scores else None,
             "per_answer_type": self.scores.per_answer_type if self.scores else {},
             "per_question_type": self.scores.per_question_type if self.scores else {},
@@ -138,8 +139,10 @@ def evaluate_model(
         cache_bytes=int(config.data.cache_gb * 1e9),
         quarantine=quarantine,
     )
-    collate = collate or Collator(model.tokenizer, config.data, config.prompts, training=False)
-    as_trained = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
+    as_trained = None
+    if collate is None:
+        collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
+        as_trained = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
     known = trained_on(config, loader.manifests)
     evaluation, gates = Evaluation(), {}
     place: dict[tuple[str, str, str], tuple[int, int]] = {}
@@ -169,7 +172,7 @@ def evaluate_model(
                                 *(model, task, decoding, settings, controls),
                                 trained_on=known,
                                 epochs=epochs,
-                                training_batch=partial(as_trained, samples),
+                                training_batch=as_trained and partial(as_trained, samples),
                             )
                         gates[task].add(part, part_tokens, nats_C, weight_C, said)
                 _show(evaluation, batch, samples, settings.show_images)
@@ -302,6 +305,7 @@ def evaluate_run(
         text_only_accuracy=text_only_accuracy,
         progress=progress,
         quarantine=quarantine,
+        epochs=epochs_trained(config, found.state["train"]["stream"]),
     )
     report = {
         "checkpoint": str(found.path),

@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from runs import make_shards
 
 from harness.batch import Batch, Context
-from harness.config import Decoding
+from harness.config import Config, Decoding
 from harness.config import Evaluation as Settings
-from harness.evaluate.floor import Majority
+from harness.evaluate.floor import Majority, epochs_trained
 from harness.evaluate.image_use import (
     Gate,
     Interval,
     bootstrap,
+    causes_of_collapse,
     changed_where_truth_differs,
+    complementary_pairs,
     donors,
     judge,
     sums_per_context,
@@ -247,6 +250,62 @@ def test_only_pairs_whose_truth_differs_are_counted():
     assert changed_where_truth_differs(unchanged) == (0, 2)
     changed = [said("a", "q", "red", "red"), said("b", "q", "blue", "green")]
     assert changed_where_truth_differs(changed) == (2, 2)
+
+
+def test_the_causes_of_a_collapse_are_named_and_a_good_batch_has_none():
+    @dataclass
+    class Tokenizer:
+        eos_token_id: int = 1
+
+    def causes(labels, weight, **given):
+        batch = replace(batch_of(1), labels_TL=torch.tensor(labels), weight_TL=torch.tensor(weight))
+        return causes_of_collapse(batch, Tokenizer(), **given)
+
+    assert causes([[5, 6, 1, 0], [7, 1, 0, 0]], [[1.0, 1, 1, 0], [1, 1, 0, 0]]) == []
+    assert causes([[5, 1, 1, 1]], [[1.0, 1, 0, 0]]) == [], "padding without weight teaches nothing, whatever its id"
+    (padding, share) = causes([[5, 1, 1, 1]], [[1.0, 1, 1, 1]])
+    assert padding.startswith("50% of the weight of the labels lies on padding")
+    assert share.startswith("EOS carries 75% of all target weight")
+    (padding,) = causes([[5, 1, 0, 0]], [[1.0, 1, 1, 1]])
+    assert padding.startswith("50% of the weight"), "also where padding has an id of its own"
+    (starting,) = causes([[1, 5, 1], [5, 6, 1]], [[1.0, 0, 0], [1, 1, 1]])
+    assert starting.startswith("1 of 2 targets start with EOS")
+    (bos,) = causes([[5, 1]], [[1.0, 1]], bos_in_generation_only=True)
+    assert "BOS" in bos
+    (share,) = causes([[5, 1]], [[1.0, 3]])
+    assert share.startswith("EOS carries 75%")
+    assert causes([[1]], [[0.0]]) == []
+
+
+def test_a_complementary_pair_counts_when_both_its_answers_are_right_and_both_were_asked():
+    def said(key: str, pair: str | None, truth: str, answer: str, split: str = "val") -> Prediction:
+        meta = {"pair_id": pair}
+        return Prediction("d", split, key, key, key, "vqa", "q", "q", (truth,) * 10, answer, 0.0, meta)
+
+    one = [said("1", "2", "yes", "yes"), said("2", "1", "no", "no")]
+    half = [said("3", "4", "yes", "yes"), said("4", "3", "no", "yes")]
+    alone = [said("5", "6", "yes", "yes"), said("7", None, "yes", "yes"), said("2", "1", "no", "no", "other")]
+    assert complementary_pairs(one) == (1, 1)
+    assert complementary_pairs([*one, *half, *alone]) == (1, 2)
+    assert complementary_pairs(alone) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("accuracy_gap", "verdict"),
+    [((9.0, 1.1, 20.0), "image used"), ((0.0, -2.0, 0.9), "image ignored"), ((1.0, -2.0, 3.0), "not enough evidence")],
+)
+def test_a_model_without_a_loss_is_judged_by_its_scores(accuracy_gap, verdict):
+    assert judge(None, Interval(*accuracy_gap), 0.0, 0.0, 100)[0] == verdict
+    assert judge(None, None, 0.0, 0.0, 100)[0] == "not enough evidence"
+
+
+def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path):
+    make_shards(tmp_path / "train", 8)
+    config = Config(name="c", data={"train": [{"path": str(tmp_path / "train")}]})
+    assert epochs_trained(config, {"epoch": 0, "position": 2}) == 0.25
+    assert epochs_trained(config, {"epoch": 2, "position": 8}) == 3.0
+    moved = Config(name="c", data={"train": [{"path": str(tmp_path / "gone")}]})
+    assert epochs_trained(moved, {"epoch": 0, "position": 2}) is None
 
 
 def test_majority_knows_the_training_answers_of_a_question_and_falls_back_to_the_most_common_of_all():

@@ -79,6 +79,7 @@ def setting(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
     )
     model = VisionLanguageModel.build(config, encoder).eval()
     state = {"step": 7, "config": config.model_dump(mode="json"), "run_id": None}
+    state["train"] = {"stream": {"epoch": 1, "position": 0}}
     checkpoints.write(config.out_dir, 7, model.save_pretrained, {"step/x": torch.zeros(1)}, state)
     return config, model, root
 

@@ -18,6 +18,7 @@ from harness.batch import Batch, Collator
 from harness.config import Config
 from harness.evaluate.image_use import LOSS_MARGIN, SCORE_MARGIN
 from harness.evaluate.run import evaluate_model
+from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set
 from harness.features import CONTROLS
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
@@ -155,9 +156,24 @@ def both(verdict: str) -> dict[str, str]:
 
 def test_a_sound_model_uses_the_image(config_of):
     config = config_of()
-    uses = gate(trained(config), config)
+    model = trained(config)
+    uses = gate(model, config)
     assert said(uses) == both("image used"), uses
     assert uses["vqa"].accuracies["true"] > 90
+    # The small gate: one text of each task and image, the model goes on training.
+    model.train()
+    for name, verdict in (("test", "image used"), ("train", "not enough evidence")):
+        looking = config.model_copy(update={"data": config.data.model_copy(update={"dev": getattr(config.data, name)})})
+        small = small_set(model, looking)
+        assert [(task, batch.images, len(batch.contexts)) for task, batch in small.batches] == [
+            ("caption", 32, 32),
+            ("vqa", 32, 32),
+        ]
+        found = small_gate(model, small, looking)
+        assert said(found) == both(verdict)
+        assert small_gate_metrics(found)["vqa/image_used"] == float(verdict == "image used")
+        assert small_gate_metrics(found)["vqa/true_accuracy"] > 90
+    assert model.training
 
 
 def test_a_sound_model_stopped_too_early_gives_not_enough_evidence(config_of):
