@@ -1,6 +1,7 @@
 """VQA accuracy to the last digit of the official evaluation program, and its results format.
 
-Answers by question id, and the annotators' answers -> overall, per answer type, per question type, in percent.
+Answers by question id, and the annotators' answers -> overall, per answer type, per question type, in percent; the
+same with intervals over images.
 The rules are those of github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, oddities included:
 a better rule would give scores that compare with no published figure.
 """
@@ -16,7 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.config import ConfigError
+from harness.evaluate.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, percentile, resampled_sums
 
 # The official table maps each of these words with any one of its apostrophes left out to the word itself.
 _CONTRACTIONS = """
@@ -54,6 +58,7 @@ class VQATruth:
     answers: tuple[str, ...]
     answer_type: str | None = None
     question_type: str | None = None
+    image_id: str | None = None  # asked for by intervals only
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,37 +111,74 @@ def most_common(answers: Iterable[str]) -> str:
     return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]
 
 
+def graded(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> list[tuple[VQATruth, float]]:
+    """In [0, 1], of one answer per question; ScoreError names ids that are missing, extra or there twice."""
+    truths = list(truths)
+    counts = Counter(truth.question_id for truth in truths)
+    twice, extra = [i for i, n in counts.items() if n > 1], [i for i in predictions if i not in counts]
+    missing = [i for i in counts if i not in predictions]
+    refuse("the annotations hold question id", twice, "twice; each question may occur once")
+    refuse("the predictions lack question id", missing, "which the annotations ask; every question needs one answer")
+    refuse("the predictions answer question id", extra, "which the annotations do not hold")
+    if not truths:
+        raise ScoreError("there is no question to score; give at least one")
+    return [(truth, accuracy(predictions[truth.question_id], truth.answers)) for truth in truths]
+
+
 def score(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> VQAScores:
-    """Scores one answer per question; ScoreError names ids that are missing, extra or there twice."""
-    overall: list[float] = []
+    """The official figures of one answer per question; raises what `graded` raises."""
+    grades = graded(predictions, truths)
     by_answer, by_question = defaultdict(list), defaultdict(list)
-    seen: set[str] = set()
-    missing, twice = [], []
-    for truth in truths:
-        if truth.question_id in seen:
-            twice.append(truth.question_id)
-            continue
-        seen.add(truth.question_id)
-        if truth.question_id not in predictions:
-            missing.append(truth.question_id)
-            continue
-        value = accuracy(predictions[truth.question_id], truth.answers)
-        overall.append(value)
+    for truth, value in grades:
         if truth.answer_type is not None:
             by_answer[truth.answer_type].append(value)
         if truth.question_type is not None:
             by_question[truth.question_type].append(value)
-    _refuse("the annotations hold", twice, "twice; each question may occur once")
-    _refuse("the predictions lack", missing, "which the annotations ask; every question needs one answer")
-    _refuse("the predictions answer", [i for i in predictions if i not in seen], "which the annotations do not hold")
-    if not overall:
-        raise ScoreError("there is no question to score; give at least one")
     return VQAScores(
-        overall=percent(overall),
+        overall=percent([value for _, value in grades]),
         per_answer_type={name: percent(values) for name, values in by_answer.items()},
         per_question_type={name: percent(values) for name, values in by_question.items()},
-        n=len(overall),
+        n=len(grades),
     )
+
+
+def intervals(
+    grades: Sequence[tuple[VQATruth, float]],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """`score`'s figures of what `graded` returned, each an Interval over images, the bounds rounded likewise:
+    {"overall": Interval, "per_answer_type": {name: Interval}, "per_question_type": {name: Interval}}."""
+    row_of = {image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth, _ in grades))}
+    row_C = np.array([row_of[truth.image_id] for truth, _ in grades])
+    value_C = np.array([value for _, value in grades])
+
+    def intervals_of(name_C: Sequence[str | None]) -> dict[str, Interval]:
+        column_of = {name: column for column, name in enumerate(dict.fromkeys(filter(None, name_C)))}
+        sums_I2K = np.zeros((len(row_of), 2, len(column_of)))
+        known_C = np.array([name is not None for name in name_C])
+        column_C = np.array([column_of[name] for name in name_C if name is not None], int)
+        np.add.at(sums_I2K[:, 0], (row_C[known_C], column_C), value_C[known_C])
+        np.add.at(sums_I2K[:, 1], (row_C[known_C], column_C), 1)
+        sums_R2K = resampled_sums(sums_I2K.reshape(len(row_of), -1), resamples, seed).reshape(
+            resamples, *sums_I2K[0].shape
+        )
+        with np.errstate(invalid="ignore"):
+            share_RK = 100 * sums_R2K[:, 0] / sums_R2K[:, 1]
+        images_K = np.count_nonzero(sums_I2K[:, 1], axis=0)
+        found = {}
+        for name, k in column_of.items():
+            value = percent(value_C[known_C][column_C == k])
+            drawn = percentile(value, share_RK[:, k], images_K[k], confidence)
+            found[name] = Interval(value, round(drawn.low, 2), round(drawn.high, 2))
+        return found
+
+    return {
+        "overall": intervals_of(["all"] * len(grades))["all"],
+        "per_answer_type": intervals_of([truth.answer_type for truth, _ in grades]),
+        "per_question_type": intervals_of([truth.question_type for truth, _ in grades]),
+    }
 
 
 def percent(values: Sequence[float]) -> float:
@@ -144,10 +186,11 @@ def percent(values: Sequence[float]) -> float:
     return round(100 * float(sum(values)) / len(values), 2)
 
 
-def _refuse(found: str, ids: Sequence[str], wrong: str) -> None:
+def refuse(found: str, ids: Sequence[str], wrong: str) -> None:
+    """Raises a ScoreError that names the first of the ids, if there are any."""
     if ids:
         named = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-        raise ScoreError(f"{found} question id {named}, {wrong}")
+        raise ScoreError(f"{found} {named}, {wrong}")
 
 
 def read_results(path: Path) -> dict[str, str]:
@@ -158,8 +201,36 @@ def read_results(path: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError) as error:
         raise ScoreError(f'{path} is not a list of {{"question_id": ..., "answer": ...}}: {error!r}') from error
     counts = Counter(question_id for question_id, _ in pairs)
-    _refuse(f"{path} answers", [i for i, n in counts.items() if n > 1], "more than once; each needs one answer")
+    refuse(
+        f"{path} answers question id", [i for i, n in counts.items() if n > 1], "more than once; each needs one answer"
+    )
     return dict(pairs)
+
+
+def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
+    """The official question and annotation files, which must hold the same questions."""
+    try:
+        asked = [str(q["question_id"]) for q in json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ScoreError(f'{questions} is not an official file of "questions": {error!r}') from error
+    try:
+        truths = [
+            VQATruth(
+                question_id=str(a["question_id"]),
+                answers=tuple(str(given["answer"]) for given in a["answers"]),
+                answer_type=a.get("answer_type"),
+                question_type=a.get("question_type"),
+                image_id=str(a["image_id"]),
+            )
+            for a in json.loads(Path(annotations).read_text(encoding="utf-8"))["annotations"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ScoreError(f'{annotations} is not an official file of "annotations": {error!r}') from error
+    known, held = Counter(asked), {truth.question_id: truth for truth in truths}
+    refuse(f"{questions} asks question id", [i for i, n in known.items() if n > 1], "more than once")
+    refuse(f"{annotations} lacks question id", [i for i in known if i not in held], f"which {questions} asks")
+    refuse(f"{annotations} answers question id", [i for i in held if i not in known], f"which {questions} does not ask")
+    return truths
 
 
 def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
