@@ -6,6 +6,7 @@ from dataclasses import replace
 import grouped
 import pytest
 import torch
+from planned import measured_saved
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,9 @@ from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
 from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
+from harness.precision import choose
+from harness.skeleton import Skeleton, weights
+from harness.workload import Sizes
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 
@@ -150,6 +154,8 @@ def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(tiny_gpt2
     for tokens in (image, image.without_tokens()):
         with torch.no_grad():
             assert model.loss(batch, tokens).sum_T.isfinite().all()
+            _, mask_CS = model.lm._prefix(tokens, batch, bos=False)
+            assert mask_CS[:, -1].all(), "an attention over nothing is undefined"
         assert len(model.generate(batch, Decoding(max_new_tokens=3), tokens).texts) == 5
     blind = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
     with torch.no_grad():
@@ -267,6 +273,18 @@ def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(t
     for key in ({"cross_attention": True}, {"bos": "generation_only"}):
         with pytest.raises(ValueError, match="keys of kind gpt2, this is t5"):
             LanguageModel(**key)
+
+
+@pytest.mark.parametrize(("cross_attention", "checkpointing"), [(False, True), (True, False)])
+def test_a_plan_knows_the_bytes_of_its_weights_and_of_a_pass(tiny_gpt2_folder, cross_attention, checkpointing):
+    lm = {"kind": "gpt2", "tuning": "qlora", "cross_attention": cross_attention}
+    config = grouped.config(tiny_gpt2_folder, train={"activation_checkpointing": checkpointing}, **lm)
+    real = VisionLanguageModel.build(config, grouped.ENCODER).train()
+    skeleton = Skeleton(config, choose("fp32", torch.device("cpu")), grouped.ENCODER)
+    assert weights(skeleton.model) == weights(real)
+    batch = batch_of(real)
+    planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)
+    assert planned.saved == pytest.approx(measured_saved(real, batch), rel=0.1)
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
