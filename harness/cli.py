@@ -73,6 +73,7 @@ def train(
     launch_file = launcher.read_launch(launch, zero_stage)
     if launch_file.zero_stage is not None and loaded.train.precision == "fp16":
         raise ConfigError("train.precision is fp16: DeepSpeed would stall it in silence, take --launch multi_gpu (DDP)")
+    launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
     check_resume(loaded, resume)
     check_before_launch(loaded)
     plan.check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
@@ -85,7 +86,9 @@ def plan(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="here, cpu, t4, l4, a100-40, h100, ...")] = "here",
-    processes: Annotated[int | None, typer.Option(min=1, help="None: as the launch file says, or one.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="None: as the launch file says, or all GPUs here.")
+    ] = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

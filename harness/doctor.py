@@ -66,8 +66,9 @@ def diagnose(
     for key, check in checks_before_launch(config):
         refused += run(key, partial(_told, key, check, config))
     found += refused
-    found += run("options", lambda: examine.options(config, launch))
-    found += run("train.precision", lambda: examine.precision(config, machine.gpus_here() if count else []))
+    gpus_here = machine.gpus_here() if count else []
+    found += run("options", lambda: examine.options(config, launch, gpus_here))
+    found += run("train.precision", lambda: examine.precision(config, gpus_here))
     found += run("MLflow", lambda: examine.tracking(config))
     if failed(refused):
         found.append(Finding("data and model", "warning", "not looked at", "put the errors above right first"))

@@ -36,10 +36,12 @@ def wanted_world_size() -> int:
 
 def make_engine(train: Train) -> Engine:
     """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain Accelerate."""
-    if "MASTER_PORT" in os.environ and "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    of_accelerate = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if of_accelerate and "RANK" not in os.environ:
         raise ConfigError(  # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one
             "accelerate launch was asked for several processes and has started one: take --config_file "
-            "launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own options"
+            "launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own options; for a single process, "
+            "unset MASTER_ADDR and MASTER_PORT"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
         from harness.zero import ZeroEngine
@@ -55,7 +57,7 @@ class Engine:
         self.accelerator = self._accelerator(train)
         if self.accelerator.num_processes != wanted_world_size():
             # `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
-            raise RuntimeError(
+            raise ConfigError(
                 f"the launcher asked for {wanted_world_size()} processes but Accelerate runs "
                 f"{self.accelerator.num_processes}; on the CPU use `harness train --processes N`"
             )

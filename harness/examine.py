@@ -5,6 +5,7 @@ Config, launch, number of processes -> Findings. Tokens are those of the run's c
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -72,13 +73,14 @@ def precision(config: Config, gpus: Sequence[Gpu]) -> Iterator[Finding]:
         yield Finding("train.precision", "OK", f"{gpu.name}: {chosen.reason}")
 
 
-def options(config: Config, launch: Launch) -> Iterator[Finding]:
+def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterator[Finding]:
     """Keys that are right one by one and wrong together."""
     train, lm = config.train, config.model.lm
     if launch.zero_stage is not None:
-        import deepspeed  # noqa: F401  seconds; a broken installation or an absent one is an error line
+        from harness import engine  # noqa: F401  tells DeepSpeed which device there is, or it says so on stdout
 
-        if train.precision == "fp16":
+        importlib.import_module("deepspeed")  # seconds; a broken installation or an absent one is an error line
+        if train.precision == "fp16" or (train.precision == "auto" and any(not gpu.bf16 for gpu in gpus)):
             found = f"fp16 together with DeepSpeed ({launch.name}) is refused: its scaler skips steps in silence"
             yield Finding("train.precision", "error", found, "--launch multi_gpu (DDP), or train.precision=bf16")
     quantised = Path(lm.id, "config.json").is_file() and _quantisation(Path(lm.id))
@@ -226,6 +228,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     """Builds the run's model: the scale of its image tokens on the first batch, and the bytes of its checkpoints."""
     from harness.batch import Collator
     from harness.model.vlm import VisionLanguageModel
+    from harness.plan import checkpoint_bytes
     from harness.train import calibrate, encoder_of, make_loader, micro_batches
 
     loader = make_loader(config, None)
@@ -245,8 +248,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
             fix = "begin anew without model.init_from; its bridge belongs to another language model or encoder"
             yield Finding("image tokens", "warning", f"{found}: the language model reads noise", fix)
     trained = sum(value.numel() * value.element_size() for value in built.trained_state().values())
-    # The weights and two moments of each; one checkpoint is written before the oldest goes.
-    yield disk(config.out_dir, needed=3 * trained * (config.train.keep_checkpoints + 1))
+    yield disk(config.out_dir, needed=checkpoint_bytes(config, trained))
 
 
 def plan(config: Config, launch: Launch, processes: int) -> Finding:

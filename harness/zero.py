@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,9 @@ from torch import nn
 from harness.config import ConfigError, Train
 from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
 from harness.launcher import deepspeed_file
+
+# DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on each rank.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 OLDEST = "0.19.8"  # its private names were read, and it skips a step whose norm is not finite in every stage
 
@@ -79,7 +83,7 @@ class ZeroEngine(Engine):
         )
         unset_hf_deepspeed_config()  # or transformers loads every model in parts at stage 3
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            raise RuntimeError(f"DeepSpeed was asked for but Accelerate runs {accelerator.distributed_type.value}")
+            raise ConfigError(f"DeepSpeed was asked for but Accelerate runs {accelerator.distributed_type.value}")
         return accelerator
 
     @property
@@ -103,7 +107,7 @@ class ZeroEngine(Engine):
         self.model, _ = self.accelerator.prepare(model, optimizer)
         self.optimizer = self.model.optimizer  # DeepSpeed's, around AdamW; at stage 0 AdamW itself
         if not hasattr(self.model, "zero_optimization_stage") or self.model.zero_optimization_stage() != self.stage:
-            raise RuntimeError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
+            raise ConfigError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
         return self.model
 
     @contextmanager

@@ -119,7 +119,7 @@ def test_moments_of_another_model_are_refused_by_name():
 
 def test_a_launcher_that_started_fewer_processes_than_it_said_is_caught(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="asked for 2 processes but Accelerate runs 1"):
+    with pytest.raises(ConfigError, match="asked for 2 processes but Accelerate runs 1"):
         Engine(Train())
 
 

@@ -112,6 +112,8 @@ def test_options_that_cannot_work_together(base, tmp_path, monkeypatch):
     assert list(examine.options(base, ZERO2)) == []
     (fp16,) = examine.options(changed(base, train__precision="fp16"), ZERO2)
     assert (fp16.state, "multi_gpu" in fp16.fix) == ("error", True)
+    assert list(examine.options(changed(base, train__precision="auto"), ZERO2, [T4])) == [fp16]
+    assert list(examine.options(changed(base, train__precision="auto"), ZERO2, [A100])) == []
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     (absent,) = run("options", lambda: examine.options(base, ZERO2))
     assert absent.found == "deepspeed is not installed: pip install 'vl-harness[deepspeed]'"

@@ -1,5 +1,6 @@
 """A run that was killed, stopped or moved to other processes goes on as if nothing had happened, bit for bit."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import signal
 import pytest
 from runs import losses, make_config
 from safetensors.torch import load_file
-from worker import at_step, not_finite_in
+from worker import at_step, not_finite_in, watch, with_scaler
 
 from harness import checkpoint as checkpoints
 from harness import config as configs
@@ -203,18 +204,15 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 
 @pytest.fixture(scope="module")
 def launched(root, whole):
-    """Both stages of worker.py on two processes, and `harness.train` itself on three."""
+    """The stages of worker.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
     environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.path.dirname(__file__)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        codes = [launch([str(root), stage], 2, module="worker") for stage in ("first", "second")]
-        file = root / "three.yaml"
-        file.write_text(configs.dump(config_of(root, "three", dev=False)))
-        launch([str(file), "--resume", "auto"], 3)
-    return codes
+        for stage, processes in (("first", 2), ("second", 2), ("three", 3)):
+            launch([str(root), stage], processes, module="worker")
 
 
 def results(root, stage):
@@ -245,6 +243,39 @@ def test_a_run_goes_on_with_another_number_of_processes_also_where_one_has_nothi
     for name, processes in (("begun-by-one", 2), ("three", 3)):
         close_to(root / name, whole)
         assert checkpoints.newest(root / name).state["world_size"] == processes
+
+
+def read_by(root, act):
+    """What each step of this process reads while it acts."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        watch(seen, patch.setattr)
+        act()
+    return seen
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_run_begun_by_one_or_by_two_goes_on_by_others_on_the_same_samples(root, whole):
+    uncut = read_by(root, lambda: train.run(config_of(root, "read", dev=False)))[1:]  # the first: start values
+    alone = read_by(root, lambda: train.run(config_of(root, "begun-by-two", dev=False), "auto"))
+    close_to(root / "begun-by-two", whole)
+    assert alone == uncut[3:]
+    ranks = [json.loads((root / f"three-{rank}.json").read_text())["three"][1] for rank in range(3)]
+    together = [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+    assert together == [sorted(step) for step in uncut[3:]]
+
+
+@pytest.mark.usefixtures("launched")
+def test_the_loss_scaler_sees_what_overflows_on_another_rank(root, monkeypatch):
+    """As DDP with fp16 does it: both ranks skip, and halve their scale alike."""
+    with_scaler(monkeypatch.setattr)
+    not_finite_in({2, 5}, monkeypatch=monkeypatch)
+    train.run(config_of(root, "scaled-alone", dev=False))
+    close_to(root / "scaled", root / "scaled-alone")
+    saved, expected = (checkpoints.newest(root / name).state for name in ("scaled", "scaled-alone"))
+    assert saved["scaler"] == expected["scaler"]
+    assert saved["scaler"]["scale"] < 2.0**16
+    assert saved["train"]["skipped"] == 2
 
 
 @pytest.mark.usefixtures("launched")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from runs import losses, make_config
 from safetensors.torch import load_file
-from worker import not_finite_in
-from zero_worker import tuned, watch
+from worker import not_finite_in, watch
+from zero_worker import tuned
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -66,12 +66,11 @@ def config_of(root, name, tuning="qlora", **settings):
 
 @pytest.fixture(scope="module")
 def alone(root):
-    """One process: the run of 20 steps that all others must equal, with what it read; and half a run to go on with."""
+    """One process: the run of 20 steps that all others must equal, with what it read."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         watch(seen, patch.setattr)
         train.run(config_of(root, "alone", **LONG))
-    train.run(config_of(root, "from-ddp", **HALF))
     return SimpleNamespace(
         losses=losses(root / "alone"), samples=seen[1:]
     )  # the first is read for the bridge's start values
@@ -79,11 +78,13 @@ def alone(root):
 
 @pytest.fixture(scope="module")
 def ranks(root, alone):
-    """What both processes tell of their runs."""
+    """What both processes tell of their runs; before them DDP on two begins one to go on with."""
     (root / "plan.json").write_text(json.dumps(plan()))
+    (root / "from-ddp.yaml").write_text(configs.dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("PYTHONPATH", os.path.dirname(__file__))
+        launch([str(root / "from-ddp.yaml")], 2, launch_file=read_launch("cpu"))
         launch([str(root)], 2, launch_file=read_launch("zero2"), module="zero_worker")
     return [json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -165,14 +166,12 @@ def test_a_run_begun_by_zero_3_on_two_processes_goes_on_by_one_without_deepspeed
     assert seen == alone.samples[10:]
 
 
-def test_a_run_begun_by_one_process_goes_on_by_zero_2_on_two(root, alone, ranks):
-    equal(losses(root / "from-ddp"), alone.losses, 1e-5)
-    parts = zip(*(told["from-ddp"]["samples"] for told in ranks), strict=True)
+@pytest.mark.parametrize("name", ["from-ddp", "from-zero-2"])
+def test_a_run_goes_on_by_another_engine_on_the_same_samples(root, alone, ranks, name):
+    """Begun by DDP, gone on with by ZeRO-2; by ZeRO-2, and by ZeRO-3 with offload; each on two processes."""
+    equal(losses(root / name), alone.losses, 1e-5)
+    parts = zip(*(told[name]["samples"] for told in ranks), strict=True)
     assert [sorted(one + other) for one, other in parts] == [sorted(step) for step in alone.samples[10:]]
-
-
-def test_a_run_begun_by_zero_2_goes_on_by_zero_3_with_offload(root, alone, ranks):
-    equal(losses(root / "from-zero-2"), alone.losses, 1e-5)
 
 
 def test_a_partitioned_model_is_evaluated_whole_and_trains_on(root, ranks):
@@ -213,7 +212,7 @@ def test_the_variable_that_turns_zero_into_plain_ddp_is_refused(monkeypatch, tmp
 def test_plain_ddp_in_place_of_zero_is_noticed(monkeypatch, tmp_path):
     ddp = SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_GPU"))
     monkeypatch.setattr(zero, "Accelerator", lambda **_: ddp)
-    with pytest.raises(RuntimeError, match="DeepSpeed was asked for but Accelerate runs MULTI_GPU"):
+    with pytest.raises(configs.ConfigError, match="DeepSpeed was asked for but Accelerate runs MULTI_GPU"):
         engine_of(monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}})
 
 

@@ -1,8 +1,8 @@
 """What each of several processes does in the launched tests: argument 1 is a folder with models; results go there.
 
-`first` trains a run without interruption, goes on with one begun by a single process, trains one with a loss that is
-not finite on rank 1 alone, and is killed in the middle of an epoch. `second` goes on with the killed one, and stops by
-a signal that rank 1 alone gets.
+`first` trains a run without interruption, goes on with one begun by a single process, begins one for others, trains two
+with a loss that is not finite on rank 1 alone, one of them with a loss scaler, and is killed in the middle of an epoch.
+`second` goes on with the killed one, and stops by a signal that rank 1 alone gets. `three` goes on with what one began.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from runs import make_config
 
-from harness import train
+from harness import engine, train
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
 
@@ -59,13 +59,30 @@ def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
         monkeypatch.setattr(owner, name, value) if monkeypatch else setattr(owner, name, value)
 
 
+def watch(seen: list, patch=setattr) -> None:
+    """Writes down which samples each step of this process reads."""
+    micro_batches = train.micro_batches
+
+    def watched(samples, *rest):
+        seen.append([s.record.key for s in samples])
+        return micro_batches(samples, *rest)
+
+    patch(train, "micro_batches", watched)
+
+
+def with_scaler(patch=setattr) -> None:
+    """Engines made from now on scale their loss as on a T4."""
+    choose = engine.choose
+    patch(engine, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
+
+
 def restored(function, *arguments) -> None:
     """Calls a function and takes back what it has patched."""
-    before = Engine.step, VisionLanguageModel.forward, train.drawn
+    before = Engine.step, VisionLanguageModel.forward, train.drawn, engine.choose
     try:
         function(*arguments)
     finally:
-        Engine.step, VisionLanguageModel.forward, train.drawn = before
+        Engine.step, VisionLanguageModel.forward, train.drawn, engine.choose = before
 
 
 def main(root: Path, stage: str) -> None:
@@ -100,12 +117,25 @@ def main(root: Path, stage: str) -> None:
         train.run(config("skipped"))
         note("skipped")
 
-    if stage == "first":
+    def scaled() -> None:
+        with_scaler()
+        not_finite_in({2, 5}, rank=1)
+        train.run(config("scaled"))
+        note("scaled")
+
+    if stage == "three":
+        seen: list[list[str]] = []
+        watch(seen)
+        train.run(config("three"), "auto")
+        note("three", seen)
+    elif stage == "first":
         train.run(config("two"))
         note("two")
+        train.run(config("begun-by-two", max_steps=3))
         train.run(config("begun-by-one"), "auto")
         note("begun-by-one")
         restored(skipped)
+        restored(scaled)
         restored(killed)
     else:
         train.run(config("killed"), "auto")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from accelerate.state import AcceleratorState
 from runs import make_config
-from worker import not_finite_in
+from worker import not_finite_in, watch
 
 from harness import train
 from harness.config import Config
@@ -28,17 +28,6 @@ def tuned(config: Config, tuning: str) -> Config:
     parts = config.model_dump(mode="json")
     parts["model"]["lm"]["tuning"] = tuning
     return Config(**parts)
-
-
-def watch(seen: list, patch=setattr) -> None:
-    """Writes down which samples each step of this process reads."""
-    micro_batches = train.micro_batches
-
-    def watched(samples, *rest):
-        seen.append([s.record.key for s in samples])
-        return micro_batches(samples, *rest)
-
-    patch(train, "micro_batches", watched)
 
 
 def main(root: Path) -> None:
