@@ -22,20 +22,17 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "harness"))
 
-from planned import changed, collated, drawn, measured_saved
+from planned import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
 from runs import make_config
 from tiny import tiny_clip, tiny_t5
 
 from harness import devices
 from harness.config import Config
-from harness.engine import parameter_groups
-from harness.launcher import Launch
 from harness.model.vlm import VisionLanguageModel
-from harness.plan import CUDA_CONTEXT, Planner
 from harness.precision import choose
 from harness.report import markdown_table
 from harness.skeleton import Skeleton, weights
-from harness.workload import Sizes, Workload
+from harness.workload import Sizes
 
 CPU = torch.device("cpu")
 TUNINGS = ("qlora", "lora", "full", "frozen")
@@ -71,12 +68,6 @@ def saved_rows(config: Config, root: Path) -> list[list[str]]:
     return rows
 
 
-def middle_sized(config: Config, root: Path) -> Config:
-    """A model whose activations are hundreds of megabytes."""
-    lm = {"id": str(tiny_t5(root / "t5-512", width=512, layers=6)), "tuning": "qlora"}
-    return changed(config, lm=lm, bridge={"width": 256, "query_tokens": 32}, data={"texts_per_image": None})
-
-
 def step_growth(config: Config, images: int) -> tuple[int, int]:
     """(planned, measured) bytes that a micro-batch adds to the memory of a process that has nothing else to do."""
     torch.set_num_threads(1)
@@ -109,30 +100,16 @@ def growth_rows(config: Config) -> list[list[str]]:
 
 def gpu_rows(config: Config) -> list[list[str]]:
     """Peak of `torch.cuda.max_memory_allocated` in two steps of two micro-batches."""
-    rows, device = [], devices.here()
-    for images, checkpointing in ((8, False), (32, False), (32, True)):
-        train = {"micro_batch": images, "global_batch": 2 * images, "activation_checkpointing": checkpointing}
-        one = changed(config, train=train)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        model = VisionLanguageModel.build(
-            one, precision=choose("auto", torch.device("cuda")), device=torch.device("cuda")
-        ).train()
-        batch = collated(one, model, images)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(parameter_groups(named, one.train))
-        for _ in range(2):
-            for _ in range(2):
-                model(batch.to("cuda")).sum.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        real = torch.cuda.max_memory_allocated()
-        work = Workload(Sizes.of(batch), None, None, "the batch measured")
-        planned = Planner(one, device, Launch(), 1, work, None).bytes(images) - CUDA_CONTEXT
-        what = f"{device.name}, {images} images" + ", checkpointed" * checkpointing
-        rows.append([what, f"{planned:,}", f"{real:,}", off(planned, real)])
-        del model, optimizer, named
-    return rows
+    measured = ((case, *measured_peak(config, *case)) for case in GPU_CASES)
+    return [
+        [
+            f"{devices.here().name}, {images} images" + ", checkpointed" * kept,
+            f"{planned:,}",
+            f"{real:,}",
+            off(planned, real),
+        ]
+        for (images, kept), planned, real in measured
+    ]
 
 
 def main() -> None:

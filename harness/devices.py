@@ -9,13 +9,16 @@ import difflib
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from harness.config import ConfigError
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")  # of a container; version 2, or 1
 FREE_SHARE = 0.95  # of a device's memory: the rest is lost to the allocator's fragments (an assumption)
 CPU_TERAFLOPS_PER_CORE = 0.05  # fp32 products with AVX2 at about 2.5 GHz, not measured
 
@@ -31,6 +34,7 @@ class Device:
     float32: float  # without TF32, which torch leaves off
     utilisation: float  # share of these speeds that a run is assumed to reach
     aliases: tuple[str, ...] = ()  # as nvidia-smi names it, in lower case
+    main_memory: int | None = None  # bytes of the machine around a GPU; None: not known, as for a GPU by its name
 
     @property
     def is_gpu(self) -> bool:
@@ -84,19 +88,76 @@ def device(name: str) -> Device:
 
 def cpu() -> Device:
     speed = CPU_TERAFLOPS_PER_CORE * len(os.sched_getaffinity(0))
-    return Device("cpu", psutil.virtual_memory().total, None, speed, speed, 0.5)
+    return Device("cpu", main_memory(), None, speed, speed, 0.5)
+
+
+def main_memory(free: bool = False) -> int:
+    """Bytes of this machine's memory, or of the container's limit where that is lower; `free`: only those available."""
+    memory = psutil.virtual_memory()
+    limits = [CGROUP / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    said = [limit.read_text().strip() for limit in limits if limit.is_file()]  # "max" where there is none
+    return min([memory.available if free else memory.total, *(int(text) for text in said if text.isdecimal())])
+
+
+@dataclass(frozen=True)
+class Card:
+    """What nvidia-smi says of one GPU; `memory`: bytes."""
+
+    index: str
+    uuid: str
+    name: str
+    memory: int
+    capability: tuple[int, int]
+    driver: str
+
+
+def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
+    """The GPUs that a process started from here would see, in its order; as CUDA_VISIBLE_DEVICES says where it is set.
+
+    As in CUDA, the first entry that names no GPU ends the list. Its numbers are nvidia-smi's: CUDA's own where all GPUs
+    are of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap,driver_version"]
+    if not shutil.which(query[0]):
+        return []
+    query.append("--format=csv,noheader,nounits")
+    said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
+    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
+    found = [_card(*row) for row in rows if len(row) == 6]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    chosen = []
+    for entry in (part.strip() for part in visible.split(",")):
+        # Of a slice (MIG) nvidia-smi tells no more than of its GPU, and not which one that is.
+        fits = [card for card in found if entry == card.index or (entry and card.uuid.startswith(entry))]
+        fits = fits or (found if entry.startswith("MIG-") else [])
+        if not fits:
+            break
+        chosen.append(fits[0])
+    return chosen
+
+
+def _card(index: str, uuid: str, name: str, mebibytes: str, capability: str, driver: str) -> Card:
+    # A GPU without memory of its own ([N/A]) uses the machine's.
+    memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else main_memory()
+    major, _, minor = capability.partition(".")
+    return Card(index, uuid, name, memory, (int(major), int(minor)), driver)
 
 
 def here() -> Device:
-    """The first GPU of this machine, with its own memory and the speeds of its kind; or the CPU."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which(query[0]) else ""
-    if not found.strip() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    """The first GPU that a run would use, with its own memory and the speeds of its kind; or the CPU."""
+    if not (found := cards()):
         return cpu()
-    name, mebibytes, capability = (field.strip() for field in found.splitlines()[0].split(","))
-    major, _, minor = capability.partition(".")
-    kinds = [known for known in DEVICES.values() if any(alias in name.lower() for alias in known.aliases)]
-    like = min(kinds or DEVICES.values(), key=lambda known: abs(known.memory - int(mebibytes) * 2**20))
-    # CUDA sees 1 to 3% less than nvidia-smi tells.
-    memory, known_as = int(int(mebibytes) * 2**20 * 0.98), name if kinds else f"{name} (speeds of a {like.name})"
-    return Device(known_as, memory, (int(major), int(minor)), like.float16, like.float32, like.utilisation)
+    card = found[0]
+    kinds = [known for known in DEVICES.values() if any(alias in card.name.lower() for alias in known.aliases)]
+    like = min(kinds or DEVICES.values(), key=lambda known: abs(known.memory - card.memory))
+    return Device(
+        card.name if kinds else f"{card.name} (speeds of a {like.name})",
+        int(card.memory * 0.98),  # CUDA sees 1 to 3% less than nvidia-smi tells
+        card.capability,
+        like.float16,
+        like.float32,
+        like.utilisation,
+        main_memory=main_memory(),
+    )

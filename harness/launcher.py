@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import psutil
 import yaml
 
 from harness.config import ConfigError, shipped
+from harness.devices import cards
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,7 @@ def _zero(file: Path, plugin: Mapping[str, Any], asked: int | None) -> tuple[int
 
 def gpus(environment: Mapping[str, str] = os.environ) -> int:
     """How many GPUs a process started from here would see."""
-    if not shutil.which("nvidia-smi"):
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    count = sum(line.startswith("GPU ") for line in listed.splitlines())
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else min(count, sum(part not in ("", "-1") for part in visible.split(",")))
+    return len(cards(environment))
 
 
 def command(

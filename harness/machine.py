@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from harness.devices import cards, main_memory
 from harness.findings import Finding
 
 GB = 1e9
@@ -78,10 +79,7 @@ def torch_build(listed_gpus: int, driver: str | None) -> Finding:
 
 def driver() -> str | None:
     """The NVIDIA driver's version."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.partition("\n")[0]
+    return next((card.driver for card in cards({})), None)  # hidden GPUs have one too
 
 
 def graphics(gpus: Sequence[Gpu], kernels: Sequence[str] | None = None) -> Iterator[Finding]:
@@ -283,10 +281,7 @@ def disk(folder: Path, needed: float | None = None) -> Finding:
 
 def host_memory(available: float | None = None) -> Finding:
     """`available` bytes; none: those of the machine, or the container's limit where that is lower."""
-    if available is None:
-        limits = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
-        said = [limit.read_text().strip() for limit in limits if limit.is_file()]  # "max" where there is none
-        available = min([psutil.virtual_memory().available, *(int(text) for text in said if text.isdecimal())])
+    available = main_memory(free=True) if available is None else available
     found = f"{available / GB:.1f} GB available"
     if available < LOW_MEMORY:
         return Finding(

@@ -16,10 +16,10 @@ import yaml
 
 from harness import devices
 from harness.config import Config, ConfigError
-from harness.devices import GIB, Device
-from harness.launcher import Launch, deepspeed_file
+from harness.devices import FREE_SHARE, GIB, Device
+from harness.launcher import Launch, deepspeed_file, gpus
 from harness.plan_advice import advice
-from harness.plan_report import Plan, gb
+from harness.plan_report import Plan, gb, tightest
 
 if TYPE_CHECKING:
     from harness.skeleton import Pass, Skeleton
@@ -45,9 +45,21 @@ def plan(
     """
     from harness.workload import workload
 
-    launch, found = launch or Launch(), devices.device(device)
+    launch = launch or Launch()
+    found = devices.device("cpu" if device == "here" and launch.cpu else device)
+    many = gpus() if device == "here" and found.is_gpu else 1  # without a number the launcher takes all GPUs
     work = workload(config)
-    return Planner(config, found, launch, processes or launch.processes or 1, work, work.encoder).plan(brief)
+    planner = Planner(config, found, launch, processes or launch.processes or many, work, work.encoder)
+    made = planner.plan(brief)
+    if device == "here" or processes or launch.processes or launch.single or not launch.name:
+        return made
+    return replace(made, warnings=[*made.warnings, f"1 process: give --processes N for {launch.name} on N devices"])
+
+
+def checkpoint_bytes(config: Config, trained: int) -> int:
+    """Of all checkpoints that lie in the run's folder at once; `trained`: bytes of the trained weights."""
+    # The weights and two moments of each; a new one is whole before an old one goes.
+    return 3 * trained * (config.train.keep_checkpoints + 1)
 
 
 def check(
@@ -59,23 +71,23 @@ def check(
 ) -> None:
     """Says in a few lines what the run needs on the device that is here; raises ConfigError where it cannot fit.
 
-    The plan is made in a process of its own: torch would stay in this one's memory for as long as the run lasts.
+    `force` does not help a run that would be refused whatever its size. The plan is made in a process of its own: torch
+    would stay in this one's memory for as long as the run lasts.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from harness.launcher import gpus
-
-    device = "cpu" if launch and launch.cpu else "here"
-    processes = processes or (launch and launch.processes) or (1 if device == "cpu" else max(1, gpus()))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        made = pool.submit(plan, config, device, launch, processes, True).result()
+        made = pool.submit(plan, config, "here", launch, processes, True).result()
     for line in made.summary():
         say(line)
+    if made.refused:
+        raise ConfigError(f"refused: {made.refused}")
     if not made.fits and not force:
         remedy = made.advice[0] if made.advice else "no change of the config that was tried makes it fit"
+        what, needed, limit = made.tightest
         raise ConfigError(
-            f"the run needs {gb(made.peak_bytes)} of the {gb(made.usable_bytes)} that {made.device} has: {remedy} "
+            f"the run needs {gb(needed)} of the {gb(limit)} of {what} that {made.device} has: {remedy} "
             "(--force goes on nevertheless)"
         )
 
@@ -201,13 +213,31 @@ class Planner:
             each += sum(self.weights.values())  # models are loaded in main memory, then moved
         return each * -(-world // self.launch.machines)
 
-    def needs(self, images: int) -> int:
-        """Bytes of the device's memory; a CPU's is shared by all processes."""
+    def limits(self, images: int) -> dict[str, tuple[int, int]]:
+        """Kind of memory -> (bytes needed, bytes usable); a CPU's is shared by all processes."""
         peak = self.bytes(images)
-        return peak if self.device.is_gpu else self.host(images, peak)
+        host = self.host(images, peak)
+        if not self.device.is_gpu:
+            return {"main memory": (host, self.device.usable)}
+        limits = {"GPU memory": (peak, self.device.usable)}
+        if self.device.main_memory is not None:
+            limits["main memory"] = (host, int(self.device.main_memory * FREE_SHARE))
+        return limits
+
+    def short_of(self, images: int) -> str | None:
+        """The kind of memory that is missing most, or None where the run fits."""
+        what, needed, limit = tightest(self.limits(images))
+        return what if needed > limit else None
 
     def fits(self, images: int) -> bool:
-        return self.needs(images) <= self.device.usable
+        return self.short_of(images) is None
+
+    @property
+    def refused(self) -> str | None:
+        """Why `harness train` would not start it on any number of bytes."""
+        if self.launch.zero_stage is None or self.skeleton.precision.name != "fp16":
+            return None
+        return "DeepSpeed and fp16: take --launch multi_gpu (DDP), or a device with bf16"
 
     def largest(self) -> int:
         """The largest micro-batch that fits, 0 where none does: halving the interval, guided by the last two peaks."""
@@ -230,10 +260,10 @@ class Planner:
         first, last = (known[0], known[-1]) if len(known) > 1 else (0, known[0])
         if high is not None and len(known) > 1:  # the two that enclose it
             first, last = max(k for k in (0, *known) if k <= low), high
-        need = self.needs(last)
-        before = self.needs(first) if first else need - self.run(last).bytes
+        what, need, usable = tightest(self.limits(last))
+        before = self.limits(first)[what][0] if first else need - self.run(last).bytes
         slope = max((need - before) / (last - first), 1.0)
-        guess = int(last + (self.device.usable - need) / slope)
+        guess = int(last + (usable - need) / slope)
         if high is None and first:
             return guess
         return max(low + 1, guess) if high is None else min(max(low + 1, guess), high - 1)
@@ -243,6 +273,7 @@ class Planner:
         images = self.images
         parts, when = self.peak(images)
         peak, fits, skeleton, work = sum(parts.values()), self.fits(images), self.skeleton, self.work
+        refused = self.refused
         passed = self.run(images)
         flops = {name: count * train.global_batch / images for name, count in passed.flops.items()}
         speed = device.utilisation * 1e12 * self.processes
@@ -253,9 +284,10 @@ class Planner:
             in_epoch = whole + bool(rest and self.config.data.last_batch != "drop")
             steps = min(in_epoch * train.epochs, train.max_steps or in_epoch * train.epochs)
             evaluations = -(-steps // in_epoch) + (steps // train.evaluate_every if train.evaluate_every else 0)
-            each = seconds / train.global_batch / 3 * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
-            epoch_seconds = in_epoch * seconds + each * evaluations * in_epoch / steps
-            all_hours = (steps * seconds + evaluations * each * self.processes) / 3600
+            alone = seconds * self.processes / train.global_batch / 3  # a forward pass of an image, on one process
+            evaluation = alone * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
+            all_seconds = steps * seconds + evaluations * evaluation
+            epoch_seconds, all_hours = all_seconds * in_epoch / steps, all_seconds / 3600
         ours = train.activation_checkpointing
         activations = {"checkpointed" if ours else "kept": passed.saved}
         if not brief:
@@ -263,13 +295,14 @@ class Planner:
             activations["kept" if ours else "checkpointed"] = other.saved
         launch = self.launch.name or ("multi_gpu" if self.processes > 1 else "")
         largest = None if brief and fits else self.largest()
-        checkpoint = skeleton.trained_bytes * 3
         return Plan(
             device=device.name,
             processes=self.processes,
             launch=launch,
             precision=f"{skeleton.precision.name} ({skeleton.precision.reason})",
-            fits=fits,
+            fits=fits and not refused,
+            refused=refused,
+            limits=self.limits(images),
             usable_bytes=device.usable,
             peak_bytes=peak,
             host_bytes=self.host(images, peak),
@@ -288,8 +321,8 @@ class Planner:
             evaluations=evaluations,
             seconds_per_epoch=epoch_seconds,
             hours=all_hours,
-            disk_bytes=checkpoint * (train.keep_checkpoints + 1),  # a new one is whole before an old one goes
-            advice=advice(self, fits, largest),
+            disk_bytes=checkpoint_bytes(self.config, skeleton.trained_bytes),
+            advice=[] if refused else advice(self, fits, largest),
             notes=self.notes(passed),
         )
 
@@ -308,8 +341,6 @@ class Planner:
                 f"4 bits save {gb(saved)} of this language model's weights against fp32; the bridge's training state "
                 f"({gb(state)}) and the logits ({gb(passed.logits)}) cost {verdict}, activations {gb(passed.saved)}"
             )
-        if self.launch.zero_stage is not None and skeleton.precision.name == "fp16":
-            notes.append("harness train refuses DeepSpeed with fp16: --launch multi_gpu, or a device with bf16")
         if self.stage:
             notes.append("DeepSpeed's own buffers are taken from its settings, not from a run")
         return notes

@@ -22,6 +22,9 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
     if fits:
         more = min(largest or 0, planner.share)
         return [f"train.micro_batch={more} fits as well: fewer and larger products"] if more > images else []
+    short = planner.short_of(images)
+    if short == "main memory" and (fewer := _fewer(planner)):
+        return [f"--processes {fewer} fits: {gb(planner.changed(processes=fewer).limits(images)[short][0])} of {short}"]
     if largest:
         return [f"train.micro_batch={largest}, with the same global_batch, fits"]
     said, now = [], planner
@@ -30,8 +33,12 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
         said.append(words)
         if best := images if now.fits(images) else now.largest():
             smaller = f", train.micro_batch={best}" if best < images else ""
-            return [f"{', '.join(said)}{smaller} fits: {gb(now.bytes(best))}"]
+            offload = now.launch.offload_optimizer
+            host = f", and {gb(now.host(best, 0))} of main memory" if offload else ""
+            return [f"{', '.join(said)}{smaller} fits: {gb(now.bytes(best))}{host}"]
     tried = ", ".join(["train.micro_batch=1", *said])
+    if short == "main memory" and planner.device.is_gpu:
+        return [f"even {tried} needs {gb(now.host(1, 0))} of main memory: data.workers=0, or a larger machine"]
     for device in sorted(DEVICES.values(), key=lambda device: device.memory):
         there = replace(now, device=device, passes={})
         if device.usable > now.bytes(1) and there.fits(1):
@@ -39,9 +46,19 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
     return [f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and --launch zero3_offload"]
 
 
+def _fewer(planner: Planner) -> int | None:
+    """The number of processes for which the main memory suffices, guessed from what each needs now; else one."""
+    need, usable = planner.limits(planner.images)["main memory"]
+    guess = planner.processes * usable // need
+    tried = sorted({max(1, guess), 1} - {planner.processes}, reverse=True)
+    return next((n for n in tried if planner.changed(processes=n).fits(planner.images)), None)
+
+
 def _changes(planner: Planner) -> list[tuple[str, Change]]:
     """Words for a change and the change itself, as far as they apply."""
     found: list[tuple[str, Change]] = []
+    if planner.processes > 1 and planner.short_of(planner.images) == "main memory":
+        found.append(("--processes 1", lambda now: now.changed(processes=1)))
     if not planner.config.train.activation_checkpointing:
         found.append(("train.activation_checkpointing=true", _checkpointing))
     if not planner.encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,9 @@ class Plan:
     """What a run would need; bytes are of one process, but for `host_bytes` (all of one machine's) and `disk_bytes`.
 
     `parts` are the bytes at the peak and add up to `peak_bytes`. `seconds_per_epoch` is None where the shards are not
-    there. `activation_bytes`: saved for the backward pass of a micro-batch, with and without activation checkpointing.
+    there; evaluations are in it. `limits`: kind of memory -> (bytes needed, usable), all of which must hold. `refused`:
+    why the run would not start, however much memory there is. `activation_bytes`: saved for the backward pass of a
+    micro-batch, with and without activation checkpointing.
     """
 
     device: str
@@ -19,6 +22,8 @@ class Plan:
     launch: str
     precision: str
     fits: bool
+    refused: str | None
+    limits: dict[str, tuple[int, int]]
     usable_bytes: int
     peak_bytes: int
     host_bytes: int
@@ -40,25 +45,36 @@ class Plan:
     disk_bytes: int
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     status: str = "modelled"
+
+    @property
+    def tightest(self) -> tuple[str, int, int]:
+        return tightest(self.limits)
+
+    @property
+    def verdict(self) -> str:
+        return f"refused: {self.refused}" if self.refused else "fits" if self.fits else "does not fit"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def summary(self) -> list[str]:
         """For the start of a run."""
-        verdict = "fits" if self.fits else "does not fit"
+        what, needed, limit = self.tightest
+        many = f", {self.processes} processes together" if what == "main memory" and self.processes > 1 else ""
+        known = f" of {gb(self.limits['main memory'][1])}" if "main memory" in self.limits else ""
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:4]
         lines = [
-            f"plan (modelled): {gb(self.peak_bytes)} of {gb(self.usable_bytes)} on {self.device}: {verdict}",
+            f"plan (modelled): {gb(needed)} of {gb(limit)} of {what} on {self.device}{many}: {self.verdict}",
             "  most: " + ", ".join(f"{name} {gb(size)}" for name, size in largest),
-            f"  main memory {gb(self.host_bytes)}, checkpoints {gb(self.disk_bytes)}",
+            f"  needs {gb(self.host_bytes)}{known} of main memory, {gb(self.disk_bytes)} on disk for checkpoints",
         ]
         if self.hours is not None:
             lines.append(
                 f"  {self.steps:,} steps, about {hours(self.hours)} at {self.utilisation:.0%} of the device's speed"
             )
-        return lines + [f"  {sentence}" for sentence in self.advice]
+        return lines + [f"  {sentence}" for sentence in (*self.warnings, *self.advice)]
 
     def table(self) -> str:
         """The whole plan for people, in Markdown."""
@@ -80,20 +96,28 @@ class Plan:
             f"| part (at the peak: {self.peak_is_in}) | GB |",
             "|---|---|",
             *rows,
-            f"| **peak** of {gb(self.usable_bytes)} | **{gb(self.peak_bytes)}: "
-            f"{'fits' if self.fits else 'does not fit'}** |",
+            f"| **peak** of a process | **{gb(self.peak_bytes)}** |",
+            *(f"| {what}, of {gb(limit)} | {gb(needed)} |" for what, (needed, limit) in self.limits.items()),
+            f"| **{self.tightest[0]}** decides | **{self.verdict}** |",
             "",
             f"- parameters: {', '.join(f'{name} {count / 1e6:.1f} M' for name, count in self.parameters.items())}; "
             f"{self.trained_parameters / 1e6:.1f} M of them are trained",
             f"- activations of a micro-batch of {self.micro_batch}: {', '.join(activations)}; "
             f"logits {gb(self.logits_bytes)}",
             f"- largest micro-batch: {largest}",
-            f"- main memory of the machine: {gb(self.host_bytes)}; checkpoints on disk: {gb(self.disk_bytes)}",
+            f"- needs {gb(self.host_bytes)} of main memory, all processes of a machine together; checkpoints on disk: "
+            f"{gb(self.disk_bytes)}",
             f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of the device's speed "
             "assumed",
         ]
         lines += [f"- {note}" for note in self.notes]
-        return "\n".join(lines + [f"- **{sentence}**" for sentence in self.advice])
+        return "\n".join(lines + [f"- **{sentence}**" for sentence in (*self.warnings, *self.advice)])
+
+
+def tightest(limits: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:
+    """Of the kinds of memory the one of which the largest share is needed: its name, bytes needed, bytes usable."""
+    what, (needed, limit) = max(limits.items(), key=lambda item: item[1][0] / item[1][1])
+    return what, needed, limit
 
 
 def hours(count: float) -> str:

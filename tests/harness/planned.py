@@ -1,5 +1,6 @@
 """Random tiny models and what a real pass through them holds, for the plan's tests and benchmarks/plan_errors.py."""
 
+import gc
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,19 @@ from runs import texts
 from tiny import tiny_t5
 from torch.autograd.graph import saved_tensors_hooks
 
+from harness import devices
 from harness.batch import Batch, Collator
 from harness.config import Config
+from harness.engine import parameter_groups
+from harness.launcher import Launch
 from harness.model.vlm import VisionLanguageModel
+from harness.plan import CUDA_CONTEXT, Planner
+from harness.precision import choose
+from harness.workload import Sizes, Workload
 from shards.read import Sample
 from shards.record import Record
+
+GPU_CASES = ((8, False), (32, False), (32, True))  # images of a micro-batch, activation checkpointing
 
 
 def changed(config: Config, **sections: Mapping) -> Config:
@@ -68,3 +77,33 @@ def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
         loss = model(batch).sum  # alive until the end, so that no storage is used a second time
     assert torch.isfinite(loss)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def middle_sized(config: Config, root: Path) -> Config:
+    """A model whose activations are hundreds of megabytes."""
+    lm = {"id": str(tiny_t5(root / "t5-512", width=512, layers=6)), "tuning": "qlora"}
+    return changed(config, lm=lm, bridge={"width": 256, "query_tokens": 32}, data={"texts_per_image": None})
+
+
+def measured_peak(config: Config, images: int, checkpointing: bool) -> tuple[int, int]:
+    """(planned, measured) bytes of CUDA's allocator at most, in two steps of two micro-batches; without the context."""
+    cuda = torch.device("cuda")
+    train = {"micro_batch": images, "global_batch": 2 * images, "activation_checkpointing": checkpointing}
+    config = changed(config, train=train)
+    gc.collect()  # what an earlier case left behind in cycles
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = VisionLanguageModel.build(config, precision=choose("auto", cuda), device=cuda).train()
+    batch = collated(config, model, images)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameter_groups(named, config.train))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        for _ in range(2):
+            model(batch.to("cuda")).sum.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    measured = torch.cuda.max_memory_allocated() - before
+    work = Workload(Sizes.of(batch), None, None, "the batch measured")
+    planned = Planner(config, devices.here(), Launch(), 1, work, None).bytes(images) - CUDA_CONTEXT
+    return planned, measured

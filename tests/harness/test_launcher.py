@@ -30,7 +30,8 @@ def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_the
 @pytest.fixture
 def two_gpus(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA T4 (UUID: a)'\necho 'GPU 1: NVIDIA T4 (UUID: b)'\n")
+    lines = [f"echo '{index}, GPU-{index}, Tesla T4, 15360, 7.5, 550.54'" for index in range(2)]
+    program.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 

@@ -1,17 +1,19 @@
 """A plan is right where it can be held against the real thing: bytes of weights and of saved tensors, operations."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
-from planned import changed, collated, drawn, measured_saved
+from planned import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
 from runs import make_config
 from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import cli, devices
+from harness import cli, devices, launcher, machine
 from harness.config import Config, ConfigError
 from harness.devices import DEVICES
 from harness.launcher import read_launch
@@ -74,6 +76,13 @@ def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, tmp_pa
     for other in (not checkpointing, checkpointing):  # one pass leaves nothing behind for the next
         again = skeleton.run(Sizes.of(batch), batch.images, checkpointing=other, gradients_held=False)
     assert again == planned
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's allocator is asked: there is no GPU here")
+@pytest.mark.parametrize(("images", "checkpointing"), GPU_CASES)
+def test_the_peak_on_a_gpu_is_within_a_tenth_of_what_its_allocator_saw(config, tmp_path, images, checkpointing):
+    planned, measured = measured_peak(middle_sized(config, tmp_path), images, checkpointing)
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_operations_are_those_that_torchs_own_counter_finds_in_a_real_step(config):
@@ -175,6 +184,73 @@ def test_zero_divides_by_processes_and_offload_moves_to_main_memory(config):
     assert three.peak(1)[0]["encoder"] == 0 < two.peak(1)[0]["encoder"]
 
 
+@pytest.mark.parametrize("processes", [1, 8])
+def test_epochs_add_up_to_the_hours_evaluations_included(config, processes):
+    config = changed(config, train={"evaluate_every": 1, "epochs": 3}, evaluation={"dev_images": 5000})
+    made = planner(config, DEVICES["a100-40"], n=processes).plan(brief=True)
+    assert made.steps == 3 * 4
+    assert made.evaluations == 3 + made.steps
+    assert made.seconds_per_epoch * 3 == pytest.approx(made.hours * 3600)
+    assert made.hours * 3600 > 2 * made.steps * made.seconds_per_step
+
+
+def test_main_memory_decides_on_a_cpu_and_fewer_processes_are_advised_first(config):
+    config = changed(config, data={"workers": 0})
+    two = planner(config, n=2)
+    short = planner(config, replace(devices.cpu(), memory=room(two.host(two.images, two.bytes(two.images)))), n=4)
+    made = short.plan(brief=False)
+    assert not made.fits
+    assert made.peak_bytes < made.usable_bytes < made.host_bytes
+    assert made.tightest == ("main memory", made.host_bytes, made.usable_bytes)
+    assert f"{made.host_bytes / 1e9:.2f} GB of {made.usable_bytes / 1e9:.2f} GB of main memory" in made.summary()[0]
+    (advice,) = made.advice
+    assert advice.startswith("--processes 2 fits")
+
+
+def test_main_memory_of_the_machine_counts_for_the_gpu_that_is_here(config):
+    by_name = planner(config, DEVICES["a10"], n=2)
+    images = by_name.images
+    needed = by_name.host(images, by_name.bytes(images))
+    assert by_name.plan(brief=True).fits
+    here = replace(DEVICES["a10"], main_memory=room(needed))
+    assert planner(config, here, n=2).fits(images)
+    made = planner(config, replace(here, main_memory=room(needed // 2)), n=2).plan(brief=True)
+    assert not made.fits
+    assert made.tightest[0] == "main memory"
+    assert any("main memory" in line and "does not fit" in line for line in made.summary())
+    tiny = planner(config, replace(here, main_memory=1000)).plan(brief=True)
+    assert "a larger machine" in tiny.advice[0]
+
+
+def test_offload_says_what_main_memory_it_takes(config):
+    said = "\n".join(planner(config, DEVICES["a10"], name="zero2_offload", n=2).plan(brief=True).summary())
+    assert re.search(r"needs \d+\.\d\d GB of main memory", said)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_deepspeed_and_fp16_are_refused_in_the_plan(config, monkeypatch, precision):
+    made = planner(changed(config, train={"precision": precision}), DEVICES["t4"], name="zero2").plan(brief=True)
+    assert not made.fits
+    assert "refused: DeepSpeed and fp16" in made.summary()[0]
+    assert "refused: DeepSpeed and fp16" in made.table()
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_, **__: _Done(made))
+    with pytest.raises(ConfigError, match="refused: DeepSpeed and fp16"):
+        check(config, None, 1, [].append, force=True)
+    assert planner(config, DEVICES["t4"], name="multi_gpu").plan(brief=True).fits
+
+
+def test_the_number_of_processes_is_the_launchers_and_said_where_it_is_not_known(config, nvidia_smi):
+    nvidia_smi("NVIDIA A10, 23028, 8.6", "NVIDIA A10, 23028, 8.6")
+    assert plan(config, "here", brief=True).processes == 2
+    assert plan(config, "here", read_launch("t4"), brief=True).processes == 1
+    assert plan(config, "here", read_launch("cpu"), brief=True).device == "cpu"
+    made = plan(config, "a10", read_launch("zero2"), brief=True)
+    assert made.processes == 1
+    assert "1 process: give --processes N" in made.table()
+    assert "1 process: give --processes N" in "\n".join(made.summary())
+    assert plan(config, "a10", read_launch("zero2"), 2, brief=True).warnings == []
+
+
 def test_a_run_that_cannot_fit_is_refused_before_the_launch_unless_forced(config):
     said = []
     huge = changed(config, train={"global_batch": 10**6, "micro_batch": 10**6})
@@ -224,15 +300,50 @@ def test_what_cannot_be_planned_is_one_sentence(config, sections, device, senten
         plan(changed(config, **sections), device)
 
 
-def test_a_gpu_that_is_here_is_known_by_its_name_and_keeps_its_own_memory(monkeypatch, tmp_path):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 81920, 8.0'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """Makes one that lists the GPUs it is given as "name, MiB, compute capability"."""
+
+    def fake(*gpus: str) -> None:
+        file = tmp_path / "nvidia-smi"
+        lines = [f"echo '{index}, GPU-{index}f00, {gpu}, 550.54'" for index, gpu in enumerate(gpus)]
+        file.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+        file.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, "01"), ("1", "1"), ("1,0", "10"), ("GPU-1", "1"), ("", ""), ("-1,-1", ""), ("0,-1,1", "0"), ("7", "")],
+)
+def test_the_gpus_that_are_visible_are_the_same_to_plan_launcher_and_doctor(nvidia_smi, monkeypatch, visible, indices):
+    nvidia_smi("Tesla T4, 15360, 7.5", "NVIDIA A10, 23028, 8.6")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "".join(card.index for card in devices.cards()) == indices
+    assert launcher.gpus() == len(indices)
+    assert devices.here().name == {"0": "Tesla T4", "1": "NVIDIA A10"}.get(indices[:1], "cpu")
+    assert machine.driver() == "550.54"
+
+
+def test_a_containers_limit_is_the_main_memory_for_plan_and_doctor(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.cpu().memory == psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    assert devices.cpu().memory == 2_000_000_000
+    assert "2.0 GB" in machine.host_memory().found
+
+
+def test_a_gpu_that_is_here_is_known_by_its_name_and_keeps_its_own_memory(monkeypatch, nvidia_smi):
+    nvidia_smi("NVIDIA A100-SXM4-80GB, 81920, 8.0")
     found = devices.here()
     assert (found.name, found.capability, found.float16) == ("NVIDIA A100-SXM4-80GB", (8, 0), 312)
     assert found.memory == pytest.approx(DEVICES["a100-80"].memory, rel=0.03)
+    assert found.main_memory == devices.main_memory()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.here().name == "cpu"
 
