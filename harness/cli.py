@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from harness.cli_score import app as score_app
+from harness.cli_score import compare
 from harness.cli_shards import PLAIN, Out, Sets, told
 from harness.cli_shards import app as shards_app
 
@@ -22,6 +24,8 @@ app = typer.Typer(
     help="Trains small vision-language models and proves that their answers come from the image.", **PLAIN
 )
 app.add_typer(shards_app, name="shards")
+app.add_typer(score_app, name="score")
+app.command()(compare)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")]
 Run = Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")]
@@ -135,16 +139,33 @@ def doctor(
 
 @app.command()
 def evaluate(
-    run: Run,
+    run: Annotated[Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")] = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="ID|FOLDER", help="A published model.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The published model, NF4.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of --model, for instance prompts.vqa=none.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Scores a run beside its floors, and says whether its answers come from the images."""
-    from harness.evaluate.run import evaluate_run, table
+    """Scores a run, published models or both on the same images, and says whether the answers come from the images."""
+    from harness.config import ConfigError
+
+    if not run and not model:
+        raise ConfigError("nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both")
+    from harness.evaluate.report import table
+    from harness.evaluate.run import evaluate_run
 
     with told("evaluating") as progress:
-        report = evaluate_run(run, data, progress=progress)
-    print(json.dumps(report, indent=2) if as_json else table(report))
+        reports = [evaluate_run(run, data, limit=limit, progress=progress)] if run else []
+        if model:
+            from harness.evaluate.published import evaluate_published
+
+            given = {"load_in_4bit": load_in_4bit, "limit": limit, "overrides": override or ()}
+            sets = data or (reports[0]["data"] if reports else ())
+            reports += [evaluate_published(name, sets, **given, progress=progress) for name in model]
+    print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2) if as_json else table(*reports))
 
 
 @app.command()
