@@ -158,11 +158,15 @@ def command(
         raise ConfigError(f"--launch {launch.name} needs DeepSpeed: pip install 'vl-harness[deepspeed]'")
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
     # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain DDP.
-    changed = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE_USE_")}
+    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one machine.
+    decided = ("ACCELERATE_USE_", "MASTER_")
+    changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
     # Threads that spin while they wait make a small step 100 times slower as soon as another process is busy.
     changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
     if launch.zero_stage is None and not found:
         changed["ACCELERATE_USE_CPU"] = "true"
+    if not found:
+        changed.setdefault("DS_ACCELERATOR", "cpu")  # else accelerate's DeepSpeed says on stdout that it found no GPU
     line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed JSON.
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
@@ -201,7 +205,9 @@ def launch(
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         code = child.wait()  # a launcher makes 1 of every exit code that is not 0
-        return 128 + came[0] if came and code else code if code >= 0 else 128 - code
+        if came and code:
+            return 128 + came[0]
+        return code if code >= 0 else 128 - code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -240,11 +240,14 @@ def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeyp
     launch = launcher.read_launch(name)
     given = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     given["ACCELERATE_USE_DEEPSPEED"] = "true"
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # some platforms export them
     processes = 1 if launch.single else 2
     line, environment = launcher.command([], processes, launch=launch, environment=given)
     started, args = accelerated(Path(line[line.index("--config_file") + 1]), *line[6 : line.index("-m", 3)])
     assert ("ACCELERATE_USE_CPU" in environment) is (launch.zero_stage is None)
     assert "ACCELERATE_USE_DEEPSPEED" not in environment  # accelerate sets it
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & environment.keys()
+    assert environment["DS_ACCELERATOR"] == "cpu"
     assert args.use_deepspeed is (launch.zero_stage is not None)
     assert args.num_processes == processes
     if launch.zero_stage:
