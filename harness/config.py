@@ -58,6 +58,7 @@ class Data(Section):
     max_prompt_tokens: Positive = 64
     max_target_tokens: Positive = 48
     loss_on_padding: bool = False  # targets padded to max_target_tokens and trained on: docs/why-is-my-caption-empty.md
+    train_images: Positive | None = None  # the first so many of epoch 0, in every epoch; none: all of them
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
@@ -85,11 +86,15 @@ class Bridge(Section):
     dropout: Fraction = 0.0
     # false: frozen whole at its random start, the control experiment; projection: all of it but the projection
     trainable: bool | Literal["projection"] = True
+    question_aware: bool = False  # the queries read the prompt too (InstructBLIP)
+    init_from: str | None = None  # hub id or folder of BERT, or of a BLIP-2, whose weights the Q-Former starts from
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Bridge:
+    def _fits_together(self) -> Bridge:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.kind != "qformer" and (self.question_aware or self.init_from):
+            raise ValueError(f"question_aware and init_from are keys of kind qformer, this is {self.kind}")
         return self
 
 

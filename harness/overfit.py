@@ -18,7 +18,7 @@ from torch import nn
 from harness.batch import Batch, Collator, most_common
 from harness.config import Config, ConfigError, Decoding
 from harness.engine import Engine
-from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors
+from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.findings import Finding
 from harness.model.vlm import VisionLanguageModel
 from harness.train import calibrate, encoder_of, make_loader, micro_batches
@@ -167,8 +167,8 @@ def _norm(gradient: torch.Tensor | None, scale: float) -> float | None:
 def _loss(model: VisionLanguageModel, batch: Batch, shuffled: bool = False) -> float:
     tokens = model.eval().bridge_tokens(batch)
     if shuffled:
-        donor_I = donors(batch.images, 0).to(tokens.token_row_of_C.device)
-        tokens = tokens.with_rows(donor_I[tokens.token_row_of_C])
+        donor_I = donors(batch.images, 0).to(batch.image_of_C.device)
+        tokens = exchanged(model, batch, tokens, donor_I[batch.image_of_C])
     return float(model.loss(batch, tokens).sum / batch.weight)
 
 

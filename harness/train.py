@@ -321,6 +321,7 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         workers=config.data.workers if engine else 0,
         prefetch=config.data.prefetch,
         window_shards=config.data.window_shards,
+        images=config.data.train_images,
         last_batch=config.data.last_batch,
         decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         cache_dir=config.data.cache_dir,
@@ -333,10 +334,10 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
     """The bridge's start values, from the first global batch: every rank reads all of it, so that all start alike."""
     collate, size = Collator(model.tokenizer, config.data, config.prompts, config.seed), config.train.micro_batch
     with closing(make_loader(config, None).iterate()) as steps:
-        batches = micro_batches(next(steps)[1], collate, size)
-    if batches:
-        patches = [model.patch_tokens(batch.to(model.device)) for batch in batches]
-        model.bridge.calibrate(torch.cat(patches))
+        samples = next(steps)[1]
+    if batches := micro_batches(samples, collate, size):
+        patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
+        model.bridge.calibrate(*model.bridge_inputs(collate(samples).to(model.device), patches_IPD))
 
 
 def encoder_of(loader: Loader, config: Config) -> dict | None:

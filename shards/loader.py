@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shards.manifest import Manifest, ShardError, is_remote
 from shards.read import Cache, Reader, Sample
-from shards.stream import Mixture, Order, StreamState, deal
+from shards.stream import FirstOf, Mixture, Order, StreamState, deal
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Loader:
     """This rank's share of the global batches of one or several sets of shards.
 
     paths: folders or URLs of sets. weights: their shares; None: every record of every set exactly once an epoch (what
-    an epoch of a weighted mixture is, see `stream.Mixture`). global_batch: images a step over all ranks.
+    an epoch of a weighted mixture is, see `stream.Mixture`). global_batch: images a step over all ranks. images: an
+    epoch is the first so many of epoch 0 alone.
     last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or is dropped.
     decode: Sample -> its new payload, called where the sample is read. workers: processes; prefetch: batches read
     ahead by each. cache_dir, cache_bytes: for remote sets. quarantine: a JSONL file that names what cannot be read.
@@ -60,6 +61,7 @@ class Loader:
         prefetch: int = 2,
         window_shards: int = 8,
         shuffle: bool = True,
+        images: int | None = None,
         last_batch: Literal["short", "fill", "drop"] = "short",
         decode: Callable[[Sample], Any] | None = None,
         cache_dir: str | Path | None = None,
@@ -77,6 +79,9 @@ class Loader:
             for s, manifest in enumerate(self.manifests)
         ]
         mixture = Mixture(orders, weights)
+        if images is not None and images > mixture.samples:
+            raise ShardError(f"{self._names()}: {images} images are asked for, there are {mixture.samples}")
+        mixture = mixture if images is None else FirstOf(mixture, images, seed)
         self.samples = mixture.samples
         whole, rest = divmod(self.samples, global_batch)
         self.steps_per_epoch = whole if last_batch == "drop" else whole + bool(rest)
@@ -88,6 +93,7 @@ class Loader:
         if last_batch == "drop" and rest and rank == 0:
             logger.warning("%s: the last %d of %d images of every epoch are dropped", self._names(), rest, self.samples)
         order_depends_on = [[m.digest for m in self.manifests], weights, seed, window_shards, shuffle]
+        order_depends_on += [] if images is None else [images]  # so that older states still fit
         self.digest = hashlib.sha256(json.dumps(order_depends_on).encode()).hexdigest()
         readers = [Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)]
         self._reading = _Reading(

@@ -1,6 +1,7 @@
 """Bridge: patch tokens -> language-model tokens. Q-Former, mean pooling or a linear projector, then one projection.
 
-Legend: I images, N bridge rows, P patches, Q tokens a row, D width, C contexts.
+A bridge row is an image; of a Q-Former that reads the question it is a context, an image with one question.
+Legend: I images, N bridge rows, P patches, Q tokens a row, L prompt tokens, D width, C contexts.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from harness.config import Bridge as BridgeConfig
+from harness.config import ConfigError
 
 
 @dataclass(frozen=True)
 class BridgeOutput:
-    """Image tokens, and which row of them each context reads: N = I for a bridge that does not read the question."""
+    """Image tokens, and which row of them each context reads: N = I, or N = C for a bridge that reads the question."""
 
     tokens_NQD: torch.Tensor
     token_row_of_C: torch.Tensor  # int64 in [0, N)
@@ -33,34 +35,71 @@ class BridgeOutput:
 class QFormer(nn.Module):
     """Learnable queries that look at the patch tokens (BLIP-2, Li et al. 2023, section 3.1)."""
 
-    def __init__(self, config: BridgeConfig, patch_width: int):
+    def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
         self.tokens, self.width = config.query_tokens, config.width
         self.query_tokens = nn.Parameter(torch.empty(1, config.query_tokens, config.width).normal_(std=0.02))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * config.width,
-                cross_attention_frequency=config.cross_attention_frequency,
-                encoder_hidden_size=patch_width,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not built.
-                use_qformer_text_input=False,
-            )
+        self.qformer = self._layers(
+            {
+                "hidden_size": config.width,
+                "num_hidden_layers": config.layers,
+                "num_attention_heads": config.heads,
+                "intermediate_size": 4 * config.width,
+                "cross_attention_frequency": config.cross_attention_frequency,
+                "encoder_hidden_size": patch_width,
+                "hidden_dropout_prob": config.dropout,
+                "attention_probs_dropout_prob": config.dropout,
+            },
+            vocabulary,
         )
+
+    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
+        # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not built.
+        return Blip2QFormerModel(Blip2QFormerConfig(**sizes, use_qformer_text_input=False))
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         queries_IQD = self.query_tokens.expand(len(patches_IPD), -1, -1)
         return self.qformer(query_embeds=queries_IQD, encoder_hidden_states=patches_IPD).last_hidden_state
 
+    def start(self) -> dict[str, torch.Tensor]:
+        """Its parameters by the names of a published BLIP-2's, for `pretrained.start_from`."""
+        named = {name.replace("embeddings.layernorm.", "layernorm."): p for name, p in self.qformer.named_parameters()}
+        return {name: p.data for name, p in {**named, "query_tokens": self.query_tokens}.items()}
+
+
+class QuestionAwareQFormer(QFormer):
+    """Queries that also attend to the words of the prompt (InstructBLIP, Dai et al. 2023, section 2.3).
+
+    The words are the language model's token ids, with embeddings of the Q-Former's own: no second tokenizer.
+    """
+
+    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
+        made = InstructBlipQFormerModel(
+            InstructBlipQFormerConfig(**sizes, vocab_size=vocabulary, pad_token_id=None, max_position_embeddings=512)
+        )
+        # What becomes of the words behind the last attention reaches nothing: it has no gradient to be trained by.
+        for unread in (made.encoder.layer[-1].intermediate, made.encoder.layer[-1].output):
+            unread.requires_grad_(False)
+        return made
+
+    def forward(self, patches_NPD: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
+        if ids_NL.shape[1] > self.qformer.config.max_position_embeddings:
+            raise ConfigError(f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former reads 512")
+        queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
+        seen_NQ = torch.ones(queries_NQD.shape[:2], dtype=mask_NL.dtype, device=mask_NL.device)
+        states_NSD = self.qformer(
+            input_ids=ids_NL,
+            attention_mask=torch.cat([seen_NQ, mask_NL], dim=1),
+            query_embeds=queries_NQD,
+            encoder_hidden_states=patches_NPD,
+        ).last_hidden_state
+        return states_NSD[:, : self.tokens]
+
 
 class MeanPool(nn.Module):
     """One token a picture: the mean of its patches."""
 
-    def __init__(self, config: BridgeConfig, patch_width: int):
+    def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
         self.tokens, self.width = 1, patch_width
 
@@ -71,7 +110,7 @@ class MeanPool(nn.Module):
 class Linear(nn.Module):
     """Every patch is a token; the projection is all there is to learn."""
 
-    def __init__(self, config: BridgeConfig, patch_width: int):
+    def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
         self.tokens, self.width = None, patch_width  # as many tokens as patches
 
@@ -96,7 +135,7 @@ class Projection(nn.Module):
 
 
 class Bridge(nn.Module):
-    """patches_IPD -> tokens_NQD at the LM's width and scale.
+    """patches_NPD -> tokens_NQD at the LM's width and scale.
 
     What all pictures have in common (a few channels of CLIP's inner layers and of a convolution are a hundred times
     larger than the rest, and a query says much the same of every picture at its random start) drowns what tells them
@@ -104,10 +143,21 @@ class Bridge(nn.Module):
     Salimans & Kingma 2016 (weight normalisation), section 3: each patch channel, and each token, starts centred.
     """
 
-    def __init__(self, config: BridgeConfig, patch_width: int, lm_width: int, patches: int, embedding_rms: float):
+    def __init__(
+        self,
+        config: BridgeConfig,
+        patch_width: int,
+        lm_width: int,
+        patches: int,
+        embedding_rms: float,
+        vocabulary: int = 0,
+    ):
+        """`vocabulary`: how many token ids there are, for a Q-Former that reads the question."""
         super().__init__()
+        self.question_aware = config.question_aware
         self.patch_norm = nn.LayerNorm(patch_width)
-        self.body = KINDS[config.kind](config, patch_width)
+        kind = QuestionAwareQFormer if config.question_aware else KINDS[config.kind]
+        self.body = kind(config, patch_width, vocabulary)
         for module in self.body.modules():
             if isinstance(module, nn.Linear):
                 # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of the image.
@@ -119,22 +169,24 @@ class Bridge(nn.Module):
         if config.trainable == "projection":
             self.projection.requires_grad_(True)
 
-    def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.body(self.patch_norm(patches_IPD.to(self.patch_norm.weight.dtype))))
+    def forward(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> torch.Tensor:
+        """`prompts_NL`: ids and mask of the prompt of each row, for a question-aware Q-Former alone."""
+        normed_NPD = self.patch_norm(patches_NPD.to(self.patch_norm.weight.dtype))
+        return self.projection(self.body(normed_NPD, *prompts_NL))
 
     @torch.no_grad()
-    def calibrate(self, patches_IPD: torch.Tensor) -> None:
+    def calibrate(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> None:
         """Start values from the patches of some images (32 are plenty), before the first step of a new run.
 
         Then, over these images, each patch channel has mean 0 and variance 1, each token has mean 0, and the tokens'
         root mean square is that of the LM's embeddings: image tokens far outside it are one way to a loss near 10.
         """
-        normed_ND = nn.functional.layer_norm(patches_IPD.float(), patches_IPD.shape[-1:]).flatten(0, 1)
+        normed_ND = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:]).flatten(0, 1)
         std_D = normed_ND.std(dim=0)
         std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))  # quiet channels, mostly noise, are not blown up
         self.patch_norm.weight.copy_(1 / std_D)
         self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
-        tokens_NQD = self.projection.linear(self.body(self.patch_norm(patches_IPD.float())))
+        tokens_NQD = self.projection.linear(self.body(self.patch_norm(patches_NPD.float()), *prompts_NL))
         # One image has no spread about its own mean: the tokens are then scaled and not centred.
         mean_QD = tokens_NQD.mean(dim=0) if len(tokens_NQD) > 1 else torch.zeros_like(tokens_NQD[0])
         self.projection.mean_QD.copy_(mean_QD)

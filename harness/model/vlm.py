@@ -8,6 +8,7 @@ trained weights by name). Loading builds the frozen parts from where they came f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
 from harness.model.language.outputs import Generated, LossOutput
 from harness.model.language.t5 import T5Language
+from harness.model.pretrained import start_from
 from harness.model.vision import VisionTower, load_vision, without_weights
 from harness.precision import Precision, choose
+
+logger = logging.getLogger(__name__)
 
 LANGUAGES = {"t5": T5Language, "gpt2": GPT2Language}
 WEIGHTS = "model.safetensors"
@@ -97,6 +101,8 @@ class VisionLanguageModel(PreTrainedModel):
         model.label_smoothing = config.train.label_smoothing
         if config.train.activation_checkpointing:
             model.checkpoint_activations()
+        if config.model.bridge.init_from and not without_weights():
+            logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
         if config.model.init_from and not without_weights():
             model.load_trained(Path(config.model.init_from))
         return model
@@ -106,7 +112,8 @@ class VisionLanguageModel(PreTrainedModel):
         cls, own: VLMConfig, parts: settings.Model, vision: VisionTower | None, precision: Precision, device
     ) -> VisionLanguageModel:
         lm = LANGUAGES[parts.lm.kind](parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype)
-        bridge = Bridge(parts.bridge, own.encoder["width"], lm.width, own.encoder["tokens"], lm.embedding_rms)
+        encoder, words = own.encoder, lm.base.config.vocab_size
+        bridge = Bridge(parts.bridge, encoder["width"], lm.width, encoder["tokens"], lm.embedding_rms, words)
         model = cls(own, vision, bridge, lm)
         model.precision = precision
         return model.to(device)
@@ -139,9 +146,23 @@ class VisionLanguageModel(PreTrainedModel):
             return self.vision(batch.pixels_IHW3).float()
 
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
-        """Image tokens, made once per image and shared by every context of it."""
+        """Image tokens, made once per image and shared by its contexts; once per context where they read the prompt."""
+        patches_IPD = self.patch_tokens(batch)
+        rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
         with self.precision.autocast("bridge"):
-            return BridgeOutput(self.bridge(self.patch_tokens(batch)).float(), batch.image_of_C)
+            tokens_NQD = self.bridge(*self.bridge_inputs(batch, patches_IPD)).float()
+        return BridgeOutput(tokens_NQD, rows_C if self.question_aware else batch.image_of_C)
+
+    @property
+    def question_aware(self) -> bool:
+        """Whether image tokens belong to one context: then another image for it means to make them anew."""
+        return self.bridge.question_aware
+
+    def bridge_inputs(self, batch: Batch, patches_IPD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the bridge takes for a batch and the patches of its images."""
+        if not self.question_aware:
+            return (patches_IPD,)
+        return patches_IPD[batch.image_of_C], batch.prompt_ids_CL, batch.prompt_mask_CL
 
     def loss(self, batch: Batch, tokens: BridgeOutput | None = None) -> LossOutput:
         """Sums of weighted nats over the batch; `tokens` in place of the batch's own image tokens."""

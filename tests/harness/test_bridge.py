@@ -1,10 +1,23 @@
 """Bridges: patch tokens of any scale in, tokens of the language model's width and scale out."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from runs import make_config
+from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
+from harness import train
+from harness.batch import Collator
 from harness.config import Bridge as BridgeConfig
+from harness.config import ConfigError
+from harness.evaluate.image_use import exchanged
+from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
+from harness.model.pretrained import start_from
+from harness.model.vlm import VisionLanguageModel
+from shards.loader import Loader
 
 KINDS = {"qformer": 4, "mean_pool": 1, "linear": 7}
 
@@ -82,3 +95,223 @@ def test_counterfactual_tokens_are_other_rows_or_none_and_leave_the_true_ones_al
     assert shuffled.token_row_of_C.tolist() == [1, 1, 0]
     assert none.tokens_NQD.shape == (2, 0, 8)
     assert true.token_row_of_C.tolist() == [0, 0, 1]
+
+
+# ---- a Q-Former that reads the question ----------------------------------------------------------------------------
+
+
+def aware(**settings) -> Bridge:
+    torch.manual_seed(0)
+    small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "question_aware": True}
+    sizes = {"patch_width": 24, "lm_width": 64, "patches": 7, "embedding_rms": 9.5, "vocabulary": 50}
+    return Bridge(BridgeConfig(**(small | settings)), **sizes).eval()
+
+
+def test_a_question_aware_bridge_reads_the_words_and_not_their_padding():
+    made = aware()
+    patches_NPD, ids_NL = torch.randn(3, 7, 24), torch.tensor([[5, 6, 7], [5, 6, 8], [5, 6, 0]])
+    mask_NL = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    out_NQD = made(patches_NPD[:1].expand(3, -1, -1), ids_NL, mask_NL)
+    assert out_NQD.shape == (3, 4, 64)
+    assert not torch.allclose(out_NQD[0], out_NQD[1], atol=1e-3), "another last word"
+    alone = made(patches_NPD[:1], ids_NL[2:, :2], mask_NL[2:, :2])
+    torch.testing.assert_close(out_NQD[2:], alone, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"data.max_prompt_tokens: a prompt has 513 tokens"):
+        made(patches_NPD[:1], torch.zeros(1, 513, dtype=torch.long), torch.ones(1, 513, dtype=torch.bool))
+
+
+def test_every_trained_parameter_of_a_question_aware_bridge_gets_a_gradient():
+    made = aware()
+    ids_NL = torch.arange(6).view(2, 3)
+    made.calibrate(torch.randn(2, 7, 24), ids_NL, ids_NL > 0)
+    made(torch.randn(2, 7, 24), ids_NL, ids_NL >= 0).pow(3).sum().backward()
+    silent = [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == []
+    assert sum(not p.requires_grad for p in made.parameters()) == 6, "the last layer's feed-forward of the words"
+
+
+@pytest.fixture(scope="module")
+def aware_run(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
+    root = tmp_path_factory.mktemp("aware")
+    config = make_config(root, tiny_clip_folder, tiny_t5_folder, max_steps=2)
+    bridge = config.model.bridge.model_copy(update={"question_aware": True})
+    data = config.data.model_copy(update={"test": config.data.dev})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge}), "data": data})
+    return config, train.run(config)
+
+
+def test_a_run_with_a_question_aware_bridge_is_trained_saved_and_judged(aware_run):
+    config, _ = aware_run
+    report = evaluate_run(config.out_dir)
+    known = report["tasks"]["vqa"]
+    assert known["shuffled_loss_nats"] != known["true_loss_nats"]
+    assert known.get("blank_loss_nats") is None, "its tokens are of one context each"
+
+
+def test_each_context_has_its_own_tokens_and_another_image_leaves_it_its_question(aware_run):
+    config, checkpoint = aware_run
+    model = VisionLanguageModel.from_pretrained(checkpoint / "model")
+    decode = train.ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
+    loader = Loader([config.data.train[0].path], global_batch=4, shuffle=False, decode=decode)
+    batch = Collator(model.tokenizer, config.data, config.prompts, training=False)(next(loader.iterate())[1])
+    tokens = model.bridge_tokens(batch)
+    contexts = len(batch.contexts)
+    assert contexts > batch.images
+    assert (len(tokens.tokens_NQD), tokens.token_row_of_C.tolist()) == (contexts, list(range(contexts)))
+    swapped = exchanged(model, batch, tokens, (batch.image_of_C + 1) % batch.images)
+    patches = model.patch_tokens(batch)
+    last = contexts - 1
+    expected = model.bridge(
+        patches[[(int(batch.image_of_C[last]) + 1) % batch.images]],
+        batch.prompt_ids_CL[last:],
+        batch.prompt_mask_CL[last:],
+    )
+    torch.testing.assert_close(swapped.tokens_NQD[last:], expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- started from others' weights ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blip2(tmp_path_factory) -> Path:
+    """A whole tiny BLIP-2, whose encoder is 24 wide."""
+    folder = tmp_path_factory.mktemp("blip2")
+    torch.manual_seed(6)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    qformer = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = Blip2Config(
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        qformer_config={**qformer, "encoder_hidden_size": 24, "cross_attention_frequency": 2},
+        text_config={"model_type": "opt", **text, "word_embed_proj_dim": 16, "max_position_embeddings": 16},
+        num_query_tokens=4,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    model.save_pretrained(folder)
+    return folder
+
+
+def started(folder: Path, made: Bridge, **settings) -> str:
+    small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "init_from": str(folder)}
+    return start_from(made.body.start(), BridgeConfig(**(small | settings)))
+
+
+def test_a_qformer_started_from_bert_has_its_attention_and_its_own_look_at_the_image(bert):
+    made, before = bridge("qformer"), bridge("qformer").state_dict()
+    said = started(bert, made)
+    theirs = BertForMaskedLM.from_pretrained(bert).bert.encoder.layer
+    for layer, source in zip(made.body.qformer.encoder.layer, theirs[:2], strict=True):
+        assert torch.equal(layer.attention.attention.value.weight, source.attention.self.value.weight)
+        assert torch.equal(layer.output_query.dense.weight, source.output.dense.weight)
+        assert torch.equal(layer.output_query.LayerNorm.bias, source.output.LayerNorm.bias)
+    same = [name for name, value in made.state_dict().items() if torch.equal(value, before[name])]
+    kept = [name for name in same if name.endswith("dense.weight") or name.endswith("query_tokens")]
+    assert kept == [
+        "body.query_tokens",
+        *(f"body.qformer.encoder.layer.{n}.crossattention.output.dense.weight" for n in (0, 1)),
+    ]
+    assert "weights come from" in said
+    assert "start at random" in said
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "shards"])
+def test_a_qformer_started_from_a_published_blip2_says_what_that_one_says(blip2, file, tmp_path):
+    if file != "model.safetensors":
+        blip2 = rewritten(blip2, tmp_path, sharded=file == "shards")
+    made = bridge("qformer", cross_attention_frequency=2)
+    assert started(blip2, made, cross_attention_frequency=2).endswith(" 0 start at random")
+    theirs = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
+    patches_IPD = torch.randn(2, 7, 24)
+    expected = theirs.qformer(
+        query_embeds=theirs.query_tokens.expand(2, -1, -1), encoder_hidden_states=patches_IPD
+    ).last_hidden_state
+    torch.testing.assert_close(made.eval().body(patches_IPD), expected)
+
+
+def rewritten(folder: Path, out: Path, sharded: bool) -> Path:
+    """The same model as pytorch_model.bin, or as two shards of which one holds nothing of the Q-Former."""
+    model = Blip2ForConditionalGeneration.from_pretrained(folder)
+    if sharded:
+        model.save_pretrained(out, max_shard_size="60KB")
+        assert len(list(out.glob("model-*.safetensors"))) > 1
+    else:
+        (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+        torch.save(model.state_dict(), out / "pytorch_model.bin")
+    return out
+
+
+def test_keys_for_an_encoder_of_another_width_stay_random_and_are_counted(blip2):
+    torch.manual_seed(0)
+    small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "cross_attention_frequency": 2}
+    made = Bridge(BridgeConfig(**small), patch_width=20, lm_width=64, patches=7, embedding_rms=1.0)
+    said = started(blip2, made, cross_attention_frequency=2)
+    assert said.endswith(" 2 start at random"), "key and value of the one layer that looks at the image"
+    theirs = Blip2ForConditionalGeneration.from_pretrained(blip2)
+    assert torch.equal(made.body.query_tokens, theirs.query_tokens)
+
+
+def test_a_question_aware_qformer_starts_from_bert_but_for_the_words(bert):
+    made = aware()
+    started(bert, made, question_aware=True)
+    theirs = BertForMaskedLM.from_pretrained(bert).bert
+    assert torch.equal(made.body.qformer.embeddings.layernorm.weight, theirs.embeddings.LayerNorm.weight)
+    layer, source = made.body.qformer.encoder.layer[1], theirs.encoder.layer[1]
+    assert torch.equal(layer.intermediate_query.dense.weight, source.intermediate.dense.weight)
+    assert not torch.equal(layer.intermediate.dense.weight, source.intermediate.dense.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"query_tokens": 8}, "has 4 query tokens; set model.bridge.query_tokens=4"),
+        ({"heads": 8}, "has 4 heads, this bridge 8; set model.bridge.heads=4"),
+        ({"layers": 3}, "has 2 layers, this bridge 3; set model.bridge.layers=2"),
+        ({"cross_attention_frequency": 1}, "lacks encoder.layer.1.crossattention.attention.query.weight; set"),
+        ({"width": 64}, "this bridge's is (64,); set model.bridge.width=32"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_key_to_set(blip2, settings, sentence):
+    settings = {"cross_attention_frequency": 2} | settings
+    with pytest.raises(ConfigError) as raised:
+        started(blip2, bridge("qformer", **settings), **settings)
+    assert str(raised.value).startswith(f"model.bridge.init_from: {blip2} ")
+    assert sentence in str(raised.value)
+
+
+def test_a_folder_that_holds_neither_is_told(tmp_path, tiny_t5_folder):
+    with pytest.raises(ConfigError, match="holds neither a BERT nor the Q-Former of a BLIP-2"):
+        started(tiny_t5_folder, bridge("qformer"))
+    with pytest.raises(ConfigError, match=r"holds no config.json: it is not a saved model"):
+        started(tmp_path, bridge("qformer"))
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
+        started(tmp_path, bridge("qformer"))
+
+
+def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(bert, tmp_path, tiny_clip_folder, tiny_t5_folder):
+    config = make_config(tmp_path, tiny_clip_folder, tiny_t5_folder, dev=False, max_steps=1)
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for file in bert.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    bridge = config.model.bridge.model_copy(update={"init_from": str(folder)})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge})})
+    built = VisionLanguageModel.build(config)
+    theirs = BertForMaskedLM.from_pretrained(folder).bert.encoder.layer[0]
+    assert torch.equal(
+        built.bridge.body.qformer.encoder.layer[0].attention.attention.key.weight, theirs.attention.self.key.weight
+    )
+    built.save_pretrained(tmp_path / "saved")
+    for file in folder.iterdir():
+        file.unlink()
+    VisionLanguageModel.from_pretrained(tmp_path / "saved")

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from shards.stream import Mixture, Order, StreamState, deal, permutation
+from shards.stream import FirstOf, Mixture, Order, StreamState, deal, permutation
 
 SHARDS = [7, 1, 0, 12, 5, 5, 9, 3, 11, 2, 8]  # uneven, one of them empty
 SAMPLES = sum(SHARDS)
@@ -145,3 +145,21 @@ def test_the_state_goes_through_json_and_names_a_wrong_field():
         StreamState.from_json({"epoch": 0, "position": -1, "digest": "abc"})
     with pytest.raises(ValueError, match="digest is None"):
         StreamState.from_json({"epoch": 0, "position": 1})
+
+
+def test_the_first_images_are_the_same_in_every_epoch_in_another_order_and_a_larger_number_holds_them():
+    mixture = Mixture([Order(SHARDS, 0, 2), Order([9], 0, 2, salt=2)])
+    few, more = FirstOf(mixture, 12, seed=0), FirstOf(mixture, 20, seed=0)
+    first, second = (few.picks(epoch, 0, 12) for epoch in (0, 1))
+
+    def images(picks):
+        return sorted(map(tuple, picks[:, :2].tolist()))
+
+    assert len(set(images(first))) == 12
+    assert images(first) == images(second) == images(mixture.picks(0, 0, 12))
+    assert first[:, :2].tolist() != second[:, :2].tolist()
+    assert set(images(first)) < set(images(more.picks(3, 0, 20)))
+    assert np.array_equal(second[5:9], few.picks(1, 5, 9)), "any slice alone"
+    assert second[:, 2].tolist() == [1] * 12
+    with pytest.raises(ValueError, match="the first 99999 images are asked for"):
+        FirstOf(mixture, 99999, seed=0)
