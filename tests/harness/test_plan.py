@@ -162,7 +162,7 @@ def test_where_no_micro_batch_fits_the_next_cheapest_change_is_found(config):
         (advice,) = planner(config, small).plan(brief=False).advice
         assert name in advice
         assert "fits" in advice
-    tiny = replace(DEVICES["a10"], name="tiny", memory=1)
+    tiny = replace(DEVICES["a10"], name="tiny", memory=1000)
     (advice,) = planner(config, tiny).plan(brief=False).advice
     assert "zero3_offload does not fit tiny; t4 does" in advice
 
