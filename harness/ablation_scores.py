@@ -17,7 +17,7 @@ import numpy as np
 
 from harness.config import Evaluation
 from harness.evaluate import vqa
-from harness.evaluate.image_use import Interval
+from harness.evaluate.bootstrap import Interval
 from harness.journal import METRICS
 from shards.manifest import Manifest
 from shards.read import Reader

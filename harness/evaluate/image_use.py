@@ -21,6 +21,8 @@ from harness.batch import Batch
 from harness.config import Decoding
 from harness.config import Evaluation as EvaluationConfig
 from harness.evaluate import vqa
+from harness.evaluate.bootstrap import Interval, ratio
+from harness.evaluate.captions import cider_d_per_image
 from harness.evaluate.predict import ImageTokens, Prediction, select
 
 Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evidence"]
@@ -28,31 +30,33 @@ Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evi
 LOSS_MARGIN = 0.01  # nats per target token: the lower bound of a gap that counts as use of the image
 LOSS_NEGLIGIBLE = 0.02  # nats per target token: a gap whose upper bound is below this is as good as none
 LOSS_MOVED = 0.2  # nats per target token: a mean change in either direction that shows that images are told apart
-SCORE_MARGIN = 1.0  # points
+SCORE_MARGIN = 1.0  # points: a percent of VQA accuracy, or a hundredth of CIDEr-D, which papers call a point
 COLLAPSE = 0.5  # share of outputs that are empty, or mean probability of ending at once
 FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
-_SEED = 0  # of donors, partners and resamples: the same for every run, so that runs compare
-
-# In [0, 1] per answer. Captions have no score of their own yet; their gate rests on the loss.
-SCORES: Mapping[str, Callable[[str, Sequence[str]], float]] = {"vqa": vqa.accuracy}
+_SEED = 0  # of donors and partners: the same for every run, so that runs compare
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A figure with the interval of the confidence asked for; infinite bounds where nothing can be said."""
+def _accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    return [vqa.accuracy(answer, truth) for answer, truth in zip(answers, references, strict=True)]
 
-    value: float
-    low: float
-    high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+def _cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Document frequencies are those of the subset; with few images they are coarse, for all conditions alike."""
+    said, wanted = ({str(n): text for n, text in enumerate(texts)} for texts in (answers, references))
+    return list(cider_d_per_image(said, wanted).values())
+
+
+# task -> the name of its measure, and the score of each answer against its references; a hundredth is a point.
+SCORES: Mapping[str, tuple[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]]] = {
+    "vqa": ("accuracy", _accuracy),
+    "caption": ("CIDEr", _cider),
+}
 
 
 @dataclass(frozen=True)
 class ImageUse:
-    """The evidence and the verdict for one task. Accuracies and their gap in percent and points, losses in nats per
-    target token, all on the subset; None where it was not measured."""
+    """The evidence and the verdict for one task. Scores and their gap in points (VQA accuracy in percent, CIDEr-D times
+    100), losses in nats per target token, all on the subset; None where it was not measured."""
 
     verdict: Verdict
     reason: str
@@ -64,8 +68,9 @@ class ImageUse:
     loss_nats: dict[str, float]  # under true, shuffled, no_image, blank, noise
     loss_gap: Interval | None  # shuffled - true; None for a model that gives no loss
     loss_moved: float  # mean of |shuffled - true| over the contexts
-    accuracies: dict[str, float]  # the same conditions; empty where the task has no score
-    accuracy_gap: Interval | None  # true - shuffled
+    measure: str  # what the scores are: accuracy or CIDEr
+    scores: dict[str, float]  # the same conditions
+    score_gap: Interval  # true - shuffled
     answers_changed_where_truth_differs: float | None  # percent of `pairs_where_truth_differs`
     pairs_where_truth_differs: int
     distinct_outputs: int
@@ -73,15 +78,14 @@ class ImageUse:
     p_eos_first: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, flat: `shuffled_accuracy`, `loss_gap_nats`, `loss_gap_nats_low` ..., None for what is unknown."""
+        """JSON-ready, flat: `shuffled_accuracy` or `shuffled_CIDEr`, `loss_gap_nats`, `loss_gap_nats_low` ...; None for
+        what is unknown."""
         flat = asdict(self)
         flat["loss_moved_nats"] = flat.pop("loss_moved")
-        losses, accuracies = flat.pop("loss_nats"), flat.pop("accuracies")
+        losses, scores, measure = flat.pop("loss_nats"), flat.pop("scores"), flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
-        flat |= {
-            f"{name}_accuracy": accuracies.get(name) for name in ("true", "shuffled", "no_image", "blank", "noise")
-        }
-        for name, gap in (("loss_gap_nats", flat.pop("loss_gap")), ("accuracy_gap", flat.pop("accuracy_gap"))):
+        flat |= {f"{name}_{measure}": scores.get(name) for name in ("true", "shuffled", "no_image", "blank", "noise")}
+        for name, gap in (("loss_gap_nats", flat.pop("loss_gap")), (f"{measure}_gap", flat.pop("score_gap"))):
             gap = gap or {"value": None, "low": None, "high": None}
             flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
@@ -123,7 +127,7 @@ class _Row:
     image: tuple[str, str, str]
     weight: float
     nats: dict[str, float]
-    score: dict[str, float]
+    said: dict[str, str]
 
 
 @dataclass
@@ -166,19 +170,15 @@ class Gate:
         for name, tokens_NQD in self.controls.items():
             others[name] = type(tokens)(tokens_NQD, (batch.image_of_C + self._batches) % len(tokens_NQD))
         rows = [
-            _Row(p, (p.dataset, p.split, p.key), float(w), {"true": float(n)}, self._score(p.answer, p))
+            _Row(p, (p.dataset, p.split, p.key), float(w), {"true": float(n)}, {"true": p.answer})
             for p, w, n in zip(said, weight_C, nats_C, strict=True)
         ]
         for name, other in others.items():
             for row, nats in zip(rows, sums_per_context(self.model.loss(batch, other), batch)[0], strict=True):
                 row.nats[name] = float(nats)
-            if self.task in SCORES:
-                for row, answer in zip(rows, self._answers(name, batch, other), strict=True):
-                    row.score |= self._score(answer, row.prediction, name)
+            for row, answer in zip(rows, self._answers(name, batch, other), strict=True):
+                row.said[name] = answer
         self._rows += rows
-
-    def _score(self, answer: str, p: Prediction, condition: str = "true") -> dict[str, float]:
-        return {condition: SCORES[self.task](answer, p.references)} if self.task in SCORES else {}
 
     def _answers(self, condition: str, batch: Batch, tokens: ImageTokens) -> list[str]:
         """Without the true image many contexts are the same (image, prompt): each is asked once in the whole gate."""
@@ -204,23 +204,22 @@ class Gate:
 
         def gap(difference_C: Sequence[float], per_C: np.ndarray) -> Interval:
             sums_I, per_I = (np.bincount(image_C, v, len(index_of)) for v in (np.asarray(difference_C), per_C))
-            return bootstrap(sums_I, per_I, config.bootstrap, config.confidence)
+            return ratio(sums_I, per_I, config.bootstrap, config.confidence)
 
         change_C = np.array([row.nats["shuffled"] - row.nats["true"] for row in rows])
         loss_gap = None if np.isnan(change_C).any() else gap(change_C, weight_C)
         loss_moved = float(np.abs(change_C).sum() / weight_C.sum())
-        accuracy_gap, accuracies = None, {}
-        if self.task in SCORES:
-            differences = [100 * (row.score["true"] - row.score["shuffled"]) for row in rows]
-            accuracy_gap = gap(differences, np.ones(len(rows)))
-            accuracies = {name: vqa.percent([row.score[name] for row in rows]) for name in rows[0].score}
+        measure, score = SCORES[self.task]
+        truths = [row.prediction.references for row in rows]
+        score_C = {name: np.array(score([row.said[name] for row in rows], truths)) for name in rows[0].said}
+        score_gap = gap(100 * (score_C["true"] - score_C["shuffled"]), np.ones(len(rows)))
         predictions = [row.prediction for row in rows]
         changed, pairs = changed_where_truth_differs(predictions)
         empty_rate = float(np.mean([not p.answer.strip() for p in predictions]))
         p_eos_first = float(np.mean([p.p_eos_first for p in predictions]))
         trained_on = sum(image in self.trained_on for image in index_of)
         verdict, reason = judge(
-            *(loss_gap, accuracy_gap, empty_rate, p_eos_first, len(index_of), trained_on, self.epochs, loss_moved)
+            *(loss_gap, score_gap, empty_rate, p_eos_first, len(index_of), trained_on, self.epochs, loss_moved, measure)
         )
         causes: tuple[str, ...] = ()
         if verdict == "EOS collapse" and self.training_batch and (batch := self.training_batch()) is not None:
@@ -237,8 +236,9 @@ class Gate:
             loss_nats={name: sum(row.nats[name] for row in rows) / weight_C.sum() for name in rows[0].nats},
             loss_gap=loss_gap,
             loss_moved=loss_moved,
-            accuracies=accuracies,
-            accuracy_gap=accuracy_gap,
+            measure=measure,
+            scores={name: vqa.percent(values_C) for name, values_C in score_C.items()},
+            score_gap=score_gap,
             answers_changed_where_truth_differs=100 * changed / pairs if pairs else None,
             pairs_where_truth_differs=pairs,
             distinct_outputs=len({vqa.normalise(p.answer) for p in predictions}),
@@ -248,22 +248,6 @@ class Gate:
 
 
 # ---- the evidence --------------------------------------------------------------------------------------------------
-
-
-def bootstrap(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: float) -> Interval:
-    """Percentile interval of sum(sums) / sum(per) over resampled images (Efron & Tibshirani 1993, chapter 13).
-
-    Over images, since the texts of an image share it and are no independent draws; a bootstrap and no t interval,
-    since the figure is a ratio of sums over images with different numbers of texts and tokens.
-    """
-    value = float(sums_I.sum() / per_I.sum())
-    images = len(sums_I)
-    if images < 2:
-        return Interval(value, -math.inf, math.inf)
-    counts_RI = np.random.default_rng(_SEED).multinomial(images, np.full(images, 1 / images), size=resamples)
-    ratios_R = (counts_RI @ sums_I) / (counts_RI @ per_I)
-    low, high = np.quantile(ratios_R, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high))
 
 
 def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int, int]:
@@ -310,13 +294,14 @@ def complementary_pairs(predictions: Sequence[Prediction]) -> tuple[int, int]:
 
 def judge(
     loss_gap: Interval | None,
-    accuracy_gap: Interval | None,
+    score_gap: Interval | None,
     empty_rate: float,
     p_eos_first: float,
     images: int,
     trained_on: int = 0,
     epochs: float | None = None,
     loss_moved: float = 0.0,
+    measure: str = "accuracy",
 ) -> tuple[Verdict, str]:
     """The verdict and its reason. `image used` needs every lower bound above its margin; doubt is never use.
 
@@ -324,7 +309,7 @@ def judge(
     before the model has seen its training set once (`epochs`).
     """
     loss = f"exchanging the images raises the loss by {loss_gap} nats per target token" if loss_gap else ""
-    score = f"exchanging the images lowers the accuracy by {accuracy_gap} points" if accuracy_gap else ""
+    score = f"exchanging the images lowers the {measure} by {score_gap} points" if score_gap else ""
     evidence = " and ".join(filter(None, (loss, score.removeprefix("exchanging the images ") if loss else score)))
     if empty_rate > COLLAPSE or p_eos_first > COLLAPSE:
         return "EOS collapse", (
@@ -337,32 +322,32 @@ def judge(
             f"{images} images are fewer than the {FEWEST_IMAGES} an interval needs; {evidence}",
         )
     loss_used = loss_gap is not None and loss_gap.low > LOSS_MARGIN
-    score_used = accuracy_gap is not None and accuracy_gap.low > SCORE_MARGIN
-    if (loss_used or loss_gap is None) and (score_used or accuracy_gap is None) and evidence:
+    score_used = score_gap is not None and score_gap.low > SCORE_MARGIN
+    if (loss_used or loss_gap is None) and (score_used or score_gap is None) and evidence:
         if trained_on:
             return "not enough evidence", (
                 f"{trained_on} of the {images} images were trained on, and a model that knows them by heart looks as "
                 f"if it used them: test on new images; {evidence}"
             )
-        margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"] * bool(accuracy_gap)
+        margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"] * bool(score_gap)
         return "image used", f"{evidence}; the lower bounds are above {' and '.join(margins)}"
     if epochs is not None and epochs < 1:
         return "not enough evidence", f"{evidence}; after {epochs:.2g} of the first epoch it is too early to tell"
     if loss_gap is None:
-        if accuracy_gap and accuracy_gap.high < SCORE_MARGIN:
+        if score_gap and score_gap.high < SCORE_MARGIN:
             return "image ignored", f"{evidence}; the upper bound is below {SCORE_MARGIN:g} points: another is as good"
         return "not enough evidence", f"{evidence}; the model gives no loss: test on more texts"
     if loss_gap.high < LOSS_NEGLIGIBLE and not loss_used and not score_used:
         return "image ignored", f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
     if loss_used:
         return "not enough evidence", (
-            f"{evidence}; the loss depends on the image, but the lower bound of the accuracy gap is not above "
+            f"{evidence}; the loss depends on the image, but the lower bound of the {measure} gap is not above "
             f"{SCORE_MARGIN:g} points: train longer or test on more texts"
         )
     if loss_moved > LOSS_MOVED:
         return "not enough evidence", (
             f"{evidence}; another image moves the loss of a text by {loss_moved:.3f} nats, in either direction: the "
-            "output follows which image it is and not what it shows, as after learning the training images by heart"
+            "output follows which image it is and not what it shows (images learnt by heart, or nothing learnt yet)"
         )
     return "not enough evidence", (
         f"{evidence}; the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} nats, "

@@ -20,7 +20,7 @@ from harness.evaluate.predict import answers, by_task, select
 from harness.model.processing import ImageDecoder
 from shards.loader import Loader
 
-_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "true_accuracy", "shuffled_accuracy", "empty_rate", "p_eos_first")
+_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
 
 
 class SmallSet(NamedTuple):
@@ -84,6 +84,7 @@ def small_gate_metrics(uses: Mapping[str, ImageUse]) -> dict[str, float]:
     values = {}
     for task, use in uses.items():
         known = use.to_dict() | {"image_used": float(use.verdict == "image used")}
+        names = (*_METRICS, f"true_{use.measure}", f"shuffled_{use.measure}", "image_used")
         prefix = f"{task}/" if len(uses) > 1 else ""
-        values |= {prefix + name: known[name] for name in (*_METRICS, "image_used") if known[name] is not None}
+        values |= {prefix + name: known[name] for name in names if known[name] is not None}
     return values

@@ -11,11 +11,10 @@ from runs import make_shards
 from harness.batch import Batch, Context
 from harness.config import Config, Decoding
 from harness.config import Evaluation as Settings
+from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.floor import Majority, epochs_trained
 from harness.evaluate.image_use import (
     Gate,
-    Interval,
-    bootstrap,
     causes_of_collapse,
     changed_where_truth_differs,
     complementary_pairs,
@@ -69,7 +68,7 @@ class ToyModel:
         return Generated(said, [[] for _ in said], torch.full((len(said),), self.p_eos))
 
 
-def batch_of(images: int, start: int = 0, targets: int = 1) -> Batch:
+def batch_of(images: int, start: int = 0, targets: int = 1, task: str = "vqa") -> Batch:
     """Images of colours in turn, two questions each, every question the same two."""
     contexts, image_of_C = [], []
     for i in range(images):
@@ -79,7 +78,7 @@ def batch_of(images: int, start: int = 0, targets: int = 1) -> Batch:
             "toy",
             "test",
             f"i{start + i}",
-            tuple(Text(f"{start + i}-{q}", "vqa", (colour,), f"question {q}?") for q in range(2)),
+            tuple(Text(f"{start + i}-{q}", task, (colour,), f"question {q}?") for q in range(2)),
         )
         for text in record.texts:
             contexts.append(Context(record, text, text.prompt))
@@ -98,11 +97,11 @@ def batch_of(images: int, start: int = 0, targets: int = 1) -> Batch:
     )
 
 
-def judged(model: ToyModel, images: int = 90, per_batch: int = 10):
+def judged(model: ToyModel, images: int = 90, per_batch: int = 10, task: str = "vqa"):
     controls = {"blank": torch.full((1, 1, 1), 7.0), "noise": torch.full((4, 1, 1), 8.0)}
-    gate = Gate(model, "vqa", DECODING, Settings(), controls)
+    gate = Gate(model, task, DECODING, Settings(), controls)
     for start in range(0, images, per_batch):
-        batch = batch_of(min(per_batch, images - start), start)
+        batch = batch_of(min(per_batch, images - start), start, task=task)
         tokens = model.bridge_tokens(batch)
         said = answers(model, batch, DECODING, tokens)
         gate.add(batch, tokens, *sums_per_context(model.loss(batch, tokens), batch), said)
@@ -123,9 +122,9 @@ def test_a_model_that_reads_its_image_is_found_to_use_it():
     use = judged(ToyModel())
     assert use.verdict == "image used", use.reason
     assert (use.images, use.contexts, use.left_out) == (90, 180, 0)
-    assert use.accuracies["true"] == 100.0
-    assert use.accuracies["shuffled"] < 80
-    assert use.accuracies["no_image"] == use.accuracies["blank"] == use.accuracies["noise"] == pytest.approx(33.33)
+    assert use.scores["true"] == 100.0
+    assert use.scores["shuffled"] < 80
+    assert use.scores["no_image"] == use.scores["blank"] == use.scores["noise"] == pytest.approx(33.33)
     assert use.answers_changed_where_truth_differs == 100.0
     assert use.pairs_where_truth_differs == 180
     assert use.loss_gap.low > 0.5
@@ -137,8 +136,22 @@ def test_a_model_that_never_looks_is_found_to_ignore_its_image():
     use = judged(ToyModel(looks=0.0, answers_from_image=False))
     assert use.verdict == "image ignored", use.reason
     assert use.answers_changed_where_truth_differs == 0.0
-    assert use.accuracies["true"] == use.accuracies["shuffled"]
+    assert use.scores["true"] == use.scores["shuffled"]
     assert use.distinct_outputs == 1
+
+
+def test_captions_are_judged_by_their_cider_and_its_margin_beside_the_loss():
+    seen = judged(ToyModel(), task="caption")
+    assert seen.verdict == "image used", seen.reason
+    assert "lowers the CIDEr by" in seen.reason
+    assert seen.scores["true"] == 250.0  # of 1,000: a caption of one word has one of the four lengths of n-grams
+    assert seen.scores["blank"] == pytest.approx(83.33)  # "red" is right for a third
+    assert seen.to_dict()["shuffled_CIDEr"] == seen.scores["shuffled"] < seen.scores["true"]
+    assert seen.to_dict()["CIDEr_gap_low"] == seen.score_gap.low > 1
+    deaf = judged(ToyModel(answers_from_image=False), task="caption")  # its loss knows the image, its captions do not
+    assert deaf.verdict == "not enough evidence", deaf.reason
+    assert "the lower bound of the CIDEr gap is not above 1 points" in deaf.reason
+    assert deaf.loss_gap == seen.loss_gap
 
 
 def test_a_model_that_ends_at_once_has_collapsed_however_well_its_loss_depends_on_the_image():
@@ -206,7 +219,7 @@ def test_the_report_has_the_keys_of_the_issue_and_is_json(tmp_path):
     report = json.loads(json.dumps(use.to_dict(), allow_nan=False))
     keys = {"shuffled_accuracy", "blank_accuracy", "no_image_accuracy", "loss_gap_nats", "empty_rate", "verdict"}
     assert keys | {"answers_changed_where_truth_differs"} <= report.keys()
-    lonely = replace(use, loss_gap=Interval(1.0, -math.inf, math.inf), accuracy_gap=None)
+    lonely = replace(use, loss_gap=Interval(1.0, -math.inf, math.inf), score_gap=Interval(0.0, -math.inf, math.inf))
     assert json.loads(json.dumps(lonely.to_dict(), allow_nan=False))["loss_gap_nats_low"] is None
 
 
@@ -223,7 +236,7 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
     for _ in range(100):
         per_I = rng.integers(1, 12, 60).astype(float)
         image_effect_I = rng.normal(0, 1, 60)
-        found = bootstrap((0.3 + image_effect_I) * per_I, per_I, 200, 0.95)
+        found = ratio((0.3 + image_effect_I) * per_I, per_I, 200, 0.95)
         covered += found.low <= 0.3 <= found.high
     assert 0.87 <= covered / 100 <= 0.99
 
@@ -232,10 +245,10 @@ def test_the_bootstrap_resamples_images_and_not_texts():
     """Ten copies of every text tell nothing new, so the interval must not shrink."""
     rng = np.random.default_rng(2)
     values_I = rng.normal(0, 1, 50)
-    once = bootstrap(values_I, np.ones(50), 500, 0.95)
-    ten = bootstrap(10 * values_I, np.full(50, 10.0), 500, 0.95)
+    once = ratio(values_I, np.ones(50), 500, 0.95)
+    ten = ratio(10 * values_I, np.full(50, 10.0), 500, 0.95)
     assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
-    assert bootstrap(np.ones(1), np.ones(1), 10, 0.95).high == math.inf
+    assert ratio(np.ones(1), np.ones(1), 10, 0.95).high == math.inf
 
 
 def test_only_pairs_whose_truth_differs_are_counted():

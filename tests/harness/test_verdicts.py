@@ -159,7 +159,7 @@ def test_a_sound_model_uses_the_image(config_of):
     model = trained(config)
     uses = gate(model, config)
     assert said(uses) == both("image used"), uses
-    assert uses["vqa"].accuracies["true"] > 90
+    assert uses["vqa"].scores["true"] > 90
     # The small gate: one text of each task and image, the model goes on training.
     model.train()
     for name, verdict in (("test", "image used"), ("train", "not enough evidence")):
@@ -231,8 +231,8 @@ def test_a_model_that_reads_which_image_it_is_but_not_what_it_shows_is_not_found
     assert said(new) == both("not enough evidence"), new
     assert "follows which image it is and not what it shows" in new["vqa"].reason
     # On its training images it looks as sound as can be, so that these give no verdict of use.
-    assert known["vqa"].accuracies["true"] > 90
+    assert known["vqa"].scores["true"] > 90
     assert known["vqa"].loss_gap.low > LOSS_MARGIN
-    assert known["vqa"].accuracy_gap.low > SCORE_MARGIN
+    assert known["vqa"].score_gap.low > SCORE_MARGIN
     assert said(known) == both("not enough evidence")
     assert f"{TRAIN} of the {TRAIN} images were trained on" in known["vqa"].reason
