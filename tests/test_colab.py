@@ -158,7 +158,7 @@ def test_the_run_is_shown_by_a_bar_of_one_line_and_leaves_a_checkpoint(cells):
 
 def test_the_verdict_stands_beside_pictures(cells):
     said = shown(cells["verdict"])
-    assert re.search(r"^vqa: (image used|image ignored|EOS collapse|not enough evidence): ", said, re.M)
+    assert re.search(r"^vqa, step-000003: (image used|image ignored|EOS collapse|not enough evidence): ", said, re.M)
     assert "majority accuracy" in said
     pictures = [output.data for output in cells["verdict"].outputs if output.output_type == "display_data"]
     assert len(pictures) == 2
