@@ -34,6 +34,10 @@ class Interval:
         named = {"value": self.value, "low": self.low, "high": self.high}
         return {k: (v if digits is None else round(v, digits)) if math.isfinite(v) else None for k, v in named.items()}
 
+    def flat(self, name: str) -> dict[str, float | None]:
+        """{name, name_low, name_high}, likewise."""
+        return dict(zip((name, f"{name}_low", f"{name}_high"), self.to_dict().values(), strict=True))
+
 
 def resampled_sums(values_IK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """sums_RK of the values of images drawn with replacement, as many as there are; K together: paired."""

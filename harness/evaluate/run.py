@@ -22,7 +22,9 @@ from PIL import Image
 from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError
-from harness.evaluate import FOLDER, vqa
+from harness.config import Evaluation as EvaluationConfig
+from harness.evaluate import FOLDER, captions, vqa
+from harness.evaluate.bootstrap import Interval
 from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task
@@ -37,20 +39,25 @@ from shards.manifest import Manifest
 from shards.read import Cache, Sample
 
 _ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
-_IN_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "shuffled_accuracy", "no_image_accuracy", "blank_accuracy")
+_IN_METRICS = (
+    *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
+    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr"),
+)
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @dataclass
 class TaskResult:
-    """All that is known of one task. Percent and nats per target token."""
+    """All that is known of one task. Accuracy in percent, captions' measures as pycocoevalcap has them, nats per target
+    token."""
 
     task: str
     predictions: list[Prediction] = field(default_factory=list)
     nats: float = 0.0
     weight: float = 0.0
     scores: vqa.VQAScores | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)  # of accuracy, or of Bleu_1 ... CIDEr
     image_use: ImageUse | None = None
     majority_accuracy: float | None = None
     text_only_accuracy: float | None = None
@@ -67,7 +74,8 @@ class TaskResult:
         own = {
             "texts": len(self.predictions),
             "loss_nats": None if math.isnan(self.loss) else self.loss,
-            "accuracy": self.scores.overall if self.scores else None,
+            "accuracy": None,
+            **{key: value for name, known in self.intervals.items() for key, value in known.flat(name).items()},
             "per_answer_type": self.scores.per_answer_type if self.scores else {},
             "per_question_type": self.scores.per_question_type if self.scores else {},
             "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
@@ -95,7 +103,7 @@ class Evaluation:
         values: dict[str, float] = {}
         for task, result in self.tasks.items():
             known = result.to_dict()
-            named = {"loss": known["loss_nats"], **{k: known.get(k) for k in ("accuracy", "empty_rate", *_IN_METRICS)}}
+            named = {"loss": known["loss_nats"], **{k: known.get(k) for k in _IN_METRICS}}
             if result.image_use:
                 named["image_used"] = float(result.image_use.verdict == "image used")
             prefix = f"{task}/" if len(self.tasks) > 1 else ""
@@ -183,9 +191,11 @@ def evaluate_model(
     for task, result in evaluation.tasks.items():
         result.predictions.sort(key=lambda p: place[p.dataset, p.split, p.key])
         if task == "vqa":
-            result.scores = score_vqa(result.predictions)
+            result.scores, result.intervals = score_vqa(result.predictions, settings)
             result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
             result.text_only_accuracy = text_only_accuracy
+        else:
+            result.intervals = score_captions(result.predictions, settings)
         if task in gates:
             result.image_use = gates[task].result()
     return evaluation
@@ -233,13 +243,30 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
     }
 
 
-def score_vqa(predictions: Sequence[Prediction]) -> vqa.VQAScores:
-    """The official accuracy over all sets given."""
+def score_vqa(
+    predictions: Sequence[Prediction], settings: EvaluationConfig
+) -> tuple[vqa.VQAScores, dict[str, Interval]]:
+    """The official accuracies over all sets given, and the overall one with its interval."""
+    said = {"/".join(p.id): p.answer for p in predictions}
     truths = [
-        vqa.VQATruth("/".join(p.id), p.references, p.meta.get("answer_type"), p.meta.get("question_type"))
+        vqa.VQATruth(
+            question_id="/".join(p.id),
+            answers=p.references,
+            answer_type=p.meta.get("answer_type"),
+            question_type=p.meta.get("question_type"),
+            image_id="/".join((p.dataset, p.split, p.key)),
+        )
         for p in predictions
     ]
-    return vqa.score({"/".join(p.id): p.answer for p in predictions}, truths)
+    found = vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
+    return vqa.score(said, truths), {"accuracy": found["overall"]}
+
+
+def score_captions(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Interval]:
+    """BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
+    said = {"/".join(p.id): p.answer for p in predictions}
+    scores = captions.score(said, {"/".join(p.id): p.references for p in predictions})
+    return scores.with_intervals(settings.confidence, settings.bootstrap)
 
 
 def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:

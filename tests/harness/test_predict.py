@@ -11,7 +11,9 @@ from PIL import Image
 from harness import checkpoint as checkpoints
 from harness.batch import Collator
 from harness.config import Config, ConfigError, Decoding, Generate
+from harness.evaluate import compare
 from harness.evaluate.ask import ask
+from harness.evaluate.captions import read_caption_results, score
 from harness.evaluate.predict import answers, by_task, results, select
 from harness.evaluate.report import table
 from harness.evaluate.run import evaluate_model, evaluate_run
@@ -175,8 +177,13 @@ def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path)
     assert known["verdict"] in ("not enough evidence", "EOS collapse")
     said = read_results(tmp_path / "toy_test_answers.json")
     assert list(said) == [t.id for r in records(12) for t in r.texts if t.task == "vqa"]
-    captions = json.loads((tmp_path / "toy_test_captions.json").read_text())
-    assert [c["image_id"] for c in captions] == [100 + i for i in range(0, 12, 2)]
+    told = read_caption_results(tmp_path / "toy_test_captions.json")
+    assert list(told) == [str(100 + i) for i in range(0, 12, 2)]
+    official = score(told, dict.fromkeys(told, ("a red dog", "a dog"))).corpus
+    assert {name: report["tasks"]["caption"][name] for name in official} == pytest.approx(official)
+    assert report["tasks"]["caption"]["CIDEr_low"] <= official["CIDEr"] <= report["tasks"]["caption"]["CIDEr_high"]
+    assert known["accuracy_low"] <= known["accuracy"] <= known["accuracy_high"]
+    assert known["accuracy"] == pytest.approx(compare.runs(tmp_path, tmp_path)["vqa"]["accuracy"].a, abs=0.01)
     assert known["verdict"] in table(report)
 
 
@@ -187,7 +194,14 @@ def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_p
     within = evaluate_model(model, [str(root / "test")], config)
     assert within.tasks["vqa"].loss == pytest.approx(first["tasks"]["vqa"]["loss_nats"], rel=1e-6)
     metrics = within.metrics()
-    assert {"vqa/loss", "vqa/accuracy", "vqa/loss_gap_nats", "caption/loss"} <= metrics.keys()
+    assert {
+        "vqa/loss",
+        "vqa/accuracy",
+        "vqa/loss_gap_nats",
+        "caption/loss",
+        "caption/CIDEr",
+        "caption/Bleu_4",
+    } <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
     assert len(within.shown) == len(within.shown_images) == 3
     assert len({p.key for p in within.shown}) == 3
