@@ -29,10 +29,10 @@ from tiny import tiny_clip, tiny_t5
 from harness import devices
 from harness.config import Config
 from harness.model.vlm import VisionLanguageModel
+from harness.plan.skeleton import Skeleton, weights
+from harness.plan.workload import Sizes
 from harness.precision import choose
 from harness.report import markdown_table
-from harness.skeleton import Skeleton, weights
-from harness.workload import Sizes
 
 CPU = torch.device("cpu")
 TUNINGS = ("qlora", "lora", "full", "frozen")

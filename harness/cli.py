@@ -119,9 +119,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
 ) -> None:
     """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
-    from harness import findings
     from harness.config import ConfigError, load
-    from harness.doctor import diagnose
+    from harness.doctor import diagnose, findings
     from harness.launcher import read_launch
 
     if config is None and overfit:

@@ -18,8 +18,8 @@ from harness.engine import parameter_groups
 from harness.launcher import Launch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan import CUDA_CONTEXT, Planner
+from harness.plan.workload import Sizes, Workload
 from harness.precision import choose
-from harness.workload import Sizes, Workload
 from shards.read import Sample
 from shards.record import Record
 

@@ -13,10 +13,10 @@ import pytest
 from runs import make_config, picture
 from test_machine import A100, T4
 
-from harness import examine
 from harness.config import Config
+from harness.doctor import examine
+from harness.doctor.findings import Finding, run
 from harness.features import encode_set
-from harness.findings import Finding, run
 from harness.launcher import Launch
 from shards.manifest import Manifest
 from shards.record import Record, Text

@@ -17,9 +17,9 @@ from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
 from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
+from harness.plan.skeleton import Skeleton, weights
+from harness.plan.workload import Sizes
 from harness.precision import choose
-from harness.skeleton import Skeleton, weights
-from harness.workload import Sizes
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 

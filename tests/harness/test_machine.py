@@ -10,9 +10,9 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
-from harness import machine
-from harness.findings import Finding, failed, run
-from harness.machine import Gpu
+from harness.doctor import machine
+from harness.doctor.findings import Finding, failed, run
+from harness.doctor.machine import Gpu
 
 T4 = Gpu("Tesla T4", (7, 5), 16 * 2**30)
 A100 = Gpu("A100", (8, 0), 40 * 2**30)

@@ -13,15 +13,16 @@ from runs import make_config
 from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import cli, devices, launcher, machine
+from harness import cli, devices, launcher
 from harness.config import Config, ConfigError
 from harness.devices import DEVICES
+from harness.doctor import machine
 from harness.launcher import read_launch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan import Planner, check, plan
+from harness.plan.skeleton import Skeleton, weights
+from harness.plan.workload import Sizes, workload
 from harness.precision import choose
-from harness.skeleton import Skeleton, weights
-from harness.workload import Sizes, workload
 
 CPU = torch.device("cpu")
 KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation largest_micro_batch disk_bytes advice"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from harness.devices import DEVICES
 from harness.launcher import read_launch
-from harness.plan_report import gb
+from harness.plan.report import gb
 
 if TYPE_CHECKING:
     from harness.plan import Planner

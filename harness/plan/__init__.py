@@ -18,12 +18,12 @@ from harness import devices
 from harness.config import Config, ConfigError
 from harness.devices import FREE_SHARE, GIB, Device
 from harness.launcher import Launch, deepspeed_file, gpus
-from harness.plan_advice import advice
-from harness.plan_report import Plan, gb, tightest
+from harness.plan.advice import advice
+from harness.plan.report import Plan, gb, tightest
 
 if TYPE_CHECKING:
-    from harness.skeleton import Pass, Skeleton
-    from harness.workload import Workload
+    from harness.plan.skeleton import Pass, Skeleton
+    from harness.plan.workload import Workload
 
 CUDA_CONTEXT = int(0.55 * GIB)  # and the workspace of cuBLAS, about
 PROCESS = {True: int(2.5 * GIB), False: int(0.9 * GIB)}  # Python, torch and its libraries; with CUDA's, without
@@ -43,7 +43,7 @@ def plan(
     """The plan for a device by name, "cpu" or "here". `brief`: without the largest micro-batch, and advice only where
     the run does not fit. Raises ConfigError for what cannot be planned: no config.json, no such device or precision.
     """
-    from harness.workload import workload
+    from harness.plan.workload import workload
 
     launch = launch or Launch()
     found = devices.device("cpu" if device == "here" and launch.cpu else device)
@@ -115,15 +115,15 @@ class Planner:
     def skeleton(self) -> Skeleton:
         import torch
 
+        from harness.plan.skeleton import Skeleton
         from harness.precision import choose
-        from harness.skeleton import Skeleton
 
         kind = torch.device("cuda" if self.device.is_gpu else "cpu")
         return Skeleton(self.config, choose(self.config.train.precision, kind, self.device.capability), self.encoder)
 
     @cached_property
     def weights(self) -> dict[str, int]:
-        from harness.skeleton import weights
+        from harness.plan.skeleton import weights
 
         return dict(weights(self.skeleton.model))
 

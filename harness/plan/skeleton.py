@@ -28,8 +28,8 @@ from harness.batch import Batch
 from harness.config import Config
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
+from harness.plan.workload import Sizes
 from harness.precision import Precision
-from harness.workload import Sizes
 
 EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import Config, ConfigError, flatten
-from harness.findings import Finding, failed, run
+from harness.doctor.findings import Finding, failed, run
 
 if TYPE_CHECKING:
     from harness.launcher import Launch
@@ -60,7 +60,7 @@ def diagnose(
     found = _diagnose_machine(config, count, processes)
     if config is None:
         return found
-    from harness import examine, machine
+    from harness.doctor import examine, machine
 
     refused = []
     for key, check in checks_before_launch(config):
@@ -82,7 +82,7 @@ def diagnose(
     found += run("model", lambda: examine.model(config, "cuda" if count else "cpu"))
     found += run("plan", lambda: examine.plan(config, launch, processes))
     if overfit:
-        from harness import overfit as trial
+        from harness.doctor import overfit as trial
 
         found += run(f"overfit {overfit}", lambda: trial.findings(trial.overfit(config, overfit, progress=progress)))
     return found
@@ -103,7 +103,7 @@ def _told(key: str, check: Callable[[], object], config: Config) -> Finding | No
 
 
 def _diagnose_machine(config: Config | None, gpus: int, processes: int) -> list[Finding]:
-    from harness import machine
+    from harness.doctor import machine
 
     with ThreadPoolExecutor(1) as pool:
         reduced = pool.submit(machine.all_reduce, gpus)  # takes seconds, beside the others

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from harness.devices import cards, main_memory
-from harness.findings import Finding
+from harness.doctor.findings import Finding
 
 GB = 1e9
 PYTHON = (3, 11)
@@ -188,7 +188,7 @@ def all_reduce(gpus: int, seconds: float = TALK_SECONDS, program: str = "all_red
     """Processes that add up their ranks, as every training step does: gloo, or NCCL where there are GPUs."""
     world, backend = (min(gpus, 2), "nccl") if gpus else (2, "gloo")
     name = f"all-reduce ({backend})"
-    line = [sys.executable, "-c", f"import sys; from harness.machine import *; {program}(*sys.argv[1:])"]
+    line = [sys.executable, "-c", f"import sys; from harness.doctor.machine import *; {program}(*sys.argv[1:])"]
     fix = "set NCCL_DEBUG=INFO (NCCL) or GLOO_SOCKET_IFNAME=lo (gloo), and look at firewalls between processes"
     with tempfile.TemporaryDirectory() as folder:
         processes = [

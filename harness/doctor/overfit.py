@@ -17,9 +17,9 @@ from torch import nn
 
 from harness.batch import Batch, Collator, most_common
 from harness.config import Config, ConfigError, Decoding
+from harness.doctor.findings import Finding
 from harness.engine import Engine
 from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
-from harness.findings import Finding
 from harness.model.vlm import VisionLanguageModel
 from harness.train import calibrate, encoder_of, make_loader, micro_batches
 from shards.read import Sample

@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 
 from harness.config import Config, ConfigError
-from harness.findings import Finding
+from harness.doctor.findings import Finding
+from harness.doctor.machine import GB, Gpu, disk
 from harness.launcher import Launch
-from harness.machine import GB, Gpu, disk
 from shards.manifest import Manifest
 
 FIRST_IMAGES = 300  # whose texts are tokenised
