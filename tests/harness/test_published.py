@@ -146,9 +146,7 @@ def test_the_command_scores_two_models_on_the_same_images_in_one_table(folders, 
 
 def test_what_cannot_be_evaluated_is_said_in_a_sentence(folders, tmp_path):
     images = [str(make_shards(tmp_path / "test", 4, "test"))]
-    with pytest.raises(
-        ConfigError, match="there is no instructblip-flan-t5-base; published are"
-    ):
+    with pytest.raises(ConfigError, match="there is no instructblip-flan-t5-base; published are"):
         evaluate_published("Salesforce/instructblip-flan-t5-base", images)
     with pytest.raises(ConfigError, match="--data DIR"):
         evaluate_published(str(folders["llava"]), [])
