@@ -169,7 +169,7 @@ class Train(Section):
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps
     max_skipped_in_a_row: Positive = 10  # non-finite steps before the run stops
-    image_use_every: Positive | None = 500  # steps between looks of the gate at few images; none: at evaluations alone
+    image_use_every: Positive | None = 200  # steps between looks of the gate at few images; none: at evaluations alone
     stop_if_image_ignored: bool = False
 
 

@@ -1,0 +1,63 @@
+"""What the small image-use gate costs: seconds of one look against seconds of one training step, for a config.
+
+    python benchmarks/small_gate.py configs/demo.yaml data.train.0.path=DIR data.dev.0.path=DIR ...
+
+Prints the steps between looks from which on they take under 2% of a run's time (`train.image_use_every`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from contextlib import closing
+
+import torch
+
+from harness import config as configs
+from harness import train
+from harness.batch import Collator
+from harness.engine import make_engine
+from harness.evaluate.small_gate import small_gate, small_set
+from harness.model.vlm import VisionLanguageModel
+
+STEPS, LOOKS, SHARE = 8, 3, 0.02
+
+
+def main() -> None:
+    config = configs.load(sys.argv[1], sys.argv[2:])
+    engine = make_engine(config.train)
+    loader = train.make_loader(config, engine)
+    model = VisionLanguageModel.build(
+        config, train.encoder_of(loader, config), precision=engine.precision, device=engine.device
+    )
+    train.calibrate(model, config)
+    wrapped, collate = engine.prepare(model), Collator(model.tokenizer, config.data, config.prompts, config.seed)
+    model.train()
+    step_seconds, look_seconds = [], []
+    with closing(loader.iterate()) as steps:
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            _, samples = next(steps)
+            for batch in train.micro_batches(samples, collate, config.train.micro_batch):
+                loss = wrapped(batch.to(engine.device))
+                engine.backward(loss.sum / loss.weight)
+            engine.step(config.train.learning_rate, skip=False)
+            step_seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    small = small_set(model, config)
+    read = time.perf_counter() - began
+    for _ in range(LOOKS):
+        began = time.perf_counter()
+        small_gate(model, small, config)
+        look_seconds.append(time.perf_counter() - began)
+    step, look = (sorted(values[1:])[len(values[1:]) // 2] for values in (step_seconds, look_seconds))
+    print(
+        f"{config.name} on {engine.device}, {torch.get_num_threads()} threads: a step {step:.3f} s, a look {look:.3f} s"
+    )
+    print(f"(medians without the first; the set is read once: {read:.2f} s). Under {SHARE:.0%} of the time from")
+    print(f"train.image_use_every={math.ceil(look * (1 / SHARE - 1) / step)} on, without the evaluations' own time")
+
+
+if __name__ == "__main__":
+    main()
