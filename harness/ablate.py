@@ -43,8 +43,12 @@ class Variant(Section):
 
 
 class Change(Section):
-    """What the offline form puts in the place of a variant's."""
+    """What the offline form puts in the place of a variant's; a key that is left out stays as it is."""
 
+    expected: str = ""
+    below: str | None = None
+    above: str | None = None
+    like: str | None = None
     overrides: tuple[str, ...] = ()
     base: str | None = None
 
@@ -54,9 +58,7 @@ class Offline(Section):
 
     base: str
     overrides: tuple[str, ...] = ()  # in place of the file's
-    variants: Mapping[str, Change] = Field(
-        default_factory=dict
-    )  # in place of a variant's own overrides; the others keep theirs
+    variants: Mapping[str, Change] = Field(default_factory=dict)  # the others stay as they are
     pictures: tuple[str, ...] = ()
 
 
@@ -76,17 +78,18 @@ class Ablation(Section):
     def _names_are_known(self) -> Ablation:
         if not self.variants or not self.seeds:
             raise ValueError("expected at least one variant and one seed")
-        earlier: set[str] = set()
-        for name, variant in self.variants.items():
-            for key in ("below", "above", "like", "after"):
-                other = getattr(variant, key)
-                known = earlier if key == "after" else self.variants.keys() - {name}
-                if other is not None and other not in known:
-                    which = "an earlier variant" if key == "after" else "another variant"
-                    raise ValueError(f"variants.{name}.{key} is {other!r}, expected {which} of the file")
-            earlier.add(name)
         if unknown := sorted(self.offline.variants.keys() - self.variants.keys()):
             raise ValueError(f"offline.variants.{unknown[0]}: there is no variant of this name")
+        for where, variants in (("", self.variants), ("offline.", self.in_form(offline=True).variants)):
+            earlier: set[str] = set()
+            for name, variant in variants.items():
+                for key in ("below", "above", "like", "after"):
+                    other = getattr(variant, key)
+                    known = earlier if key == "after" else variants.keys() - {name}
+                    if other is not None and other not in known:
+                        which = "an earlier variant" if key == "after" else "another variant"
+                        raise ValueError(f"{where}variants.{name}.{key} is {other!r}, expected {which} of the file")
+                earlier.add(name)
         return self
 
     def in_form(self, offline: bool) -> Ablation:
@@ -334,10 +337,9 @@ def summary(child: Child) -> str:
     """Scores and verdict of a finished child in one line."""
     parts = []
     for task, known in json.loads((child.out / SCORES).read_text())["tasks"].items():
-        figures = [
-            f"{key} {known[key]:.4g}" for key in ("accuracy", "CIDEr", "loss_nats") if known.get(key) is not None
-        ]
-        parts.append(", ".join([f"{task} {figures[0]}", *figures[1:], known.get("verdict") or "no verdict"]))
+        keys = [key for key in ("accuracy", "CIDEr", "loss_nats") if isinstance(known.get(key), float)]
+        figures = [f"{key} {known[key]:.4g}" for key in keys]
+        parts.append(f"{task}: {', '.join([*figures, known.get('verdict') or 'no verdict'])}")
     return "; ".join(parts)
 
 

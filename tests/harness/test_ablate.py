@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 from runs import make_shards
+from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
 from harness import ablate, train
@@ -49,10 +50,16 @@ class InProcess:
 
 @pytest.fixture(scope="session")
 def toy_sets(tmp_path_factory) -> Path:
+    """ROOT/{both,captions,questions}/{train,test}."""
     root = tmp_path_factory.mktemp("sets")
-    for split, count, first in (("train", 8, 0), ("test", 5, 100)):
-        make_shards(root / split, count, split, first, captions=False)
+    for folder, kinds in (("both", {}), ("captions", {"questions": False}), ("questions", {"captions": False})):
+        for split, count, first in (("train", 10, 0), ("test", 5, 100)):
+            make_shards(root / folder / split, count, split, first, **kinds)
     return root
+
+
+def data(sets: Path) -> list[str]:
+    return [f"data.{part}=[{{path: {sets / part}}}]" for part in ("train", "test")]
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def tiny(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
     """Overrides of every child: tiny sets and models, one step."""
     InProcess.started.clear()
     return [
-        *(f"data.{part}=[{{path: {toy_sets / part}}}]" for part in ("train", "test")),
+        *data(toy_sets / "questions"),
         "data.dev=[]",
         f"model.vision={{id: {tiny_clip_folder}, image_size: 32}}",
         "model.bridge.width=32",
@@ -73,6 +80,7 @@ def tiny(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
         "train.precision=fp32",
         "train.log_every=1",
         "evaluation={batch_images: 5, counterfactual_texts: 4, bootstrap: 50}",
+        "generate={vqa: {max_new_tokens: 3}, caption: {max_new_tokens: 3}}",
         "tracking.kind=none",
     ]
 
@@ -136,7 +144,7 @@ def test_one_failing_variant_does_not_end_the_others_and_its_error_is_in_the_rep
     }
     variants["c"]["overrides"] += ["train.max_skipped_in_a_row=1", "train.epochs=9"]
     tiny = [o for o in tiny if not o.startswith(("data.train", "train.max_steps"))]
-    train_set = f"data.train=[{{path: {toy_sets / 'train'}}}]"
+    train_set = data(toy_sets / "questions")[0]
     for name in ("b", "c", "d"):
         variants[name]["overrides"] = [train_set, *variants[name].get("overrides", ["train.max_steps=1"])]
     report = run(file_of(tmp_path, variants=variants, seeds=[0, 1]), tiny, tmp_path / "out")
@@ -229,13 +237,13 @@ def test_the_interval_covers_images_and_seeds():
 
 
 def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path, tiny, toy_sets):
-    run(file_of(tmp_path), tiny, tmp_path / "out")
+    run(file_of(tmp_path), [*tiny, *data(toy_sets / "both")], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert len(page) < 2_000_000
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^']+)", page)]
-    assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 5, "curves; five images"
-    assert page.count("<th>a</th><th>b</th>") == 1
+    assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 10, "curves; five images for each task"
+    assert page.count("<th>a</th><th>b</th>") == 2
     first = np.asarray(images[1].convert("RGB")).mean((0, 1))
     assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
     table = (tmp_path / "out" / "report.md").read_text()
@@ -243,10 +251,14 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     assert "as good as any" in table
 
 
-def toy_copy(file: Path, folder: Path, offline: bool, models: dict[str, Path]) -> Path:
-    """The file's form with every id and folder of a model replaced by a tiny one of its kind."""
-    form = ablate.load(file).in_form(offline).model_dump(mode="json")
-    for variant in form["variants"].values():
+def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> Path:
+    """The offline form with every set and every id of a model replaced by a tiny one of its kind."""
+    offline = ablate.load(file).in_form(offline=True)
+    form = offline.model_dump(mode="json")
+    for child in ablate.children_of(offline, folder, (), [0]):
+        variant = form["variants"][child.variant]
+        kind = "captions" if "flickr" in child.config().data.train[0].path else "questions"
+        variant["overrides"] += data(sets / kind)
         kinds = [o for o in variant["overrides"] if o.startswith("model.lm.kind=")]
         kind = kinds[-1].partition("=")[2] if kinds else "t5"
         variant["overrides"] = [o for o in variant["overrides"] if not o.startswith("model.lm.id=")]
@@ -254,20 +266,36 @@ def toy_copy(file: Path, folder: Path, offline: bool, models: dict[str, Path]) -
             re.sub(r"(bridge.init_from)=.*(bert|blip2).*", lambda m: f"{m[1]}={models[m[2]]}", o)
             for o in variant["overrides"]
         ]
+        variant["overrides"] = [re.sub(r"(train_images=\d)00", r"\1", o) for o in variant["overrides"]]
         variant["overrides"].append(f"model.lm.id={models[kind]}")
-        if variant["after"] is None:
-            variant["overrides"] = [o for o in variant["overrides"] if not o.startswith("model.init_from=")]
     path = folder / file.name
     path.write_text(yaml.safe_dump(form))
     return path
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> dict[str, Path]:
+    """A tiny BERT and a tiny BLIP-2 that fit the bridge of the tests."""
+    root = tmp_path_factory.mktemp("pretrained")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    BertModel(BertConfig(vocab_size=50, **size)).save_pretrained(root / "bert")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 50, "word_embed_proj_dim": 16}
+    qformer = {**size, "encoder_hidden_size": 32}
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=8)
+    Blip2ForConditionalGeneration(config).save_pretrained(root / "blip2")
+    return {"bert": root / "bert", "blip2": root / "blip2"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_every_shipped_ablation_runs_in_its_offline_form(file, tmp_path, tiny, tiny_t5_folder, tiny_gpt2_folder):
-    own = [o for o in tiny if not o.startswith(("model.lm.id", "train.max_steps"))]
-    models = {"t5": tiny_t5_folder, "gpt2": tiny_gpt2_folder}
-    toy = toy_copy(file, tmp_path, True, models)
-    report = run(toy, [*own, "train.max_steps=1"], tmp_path / "out", seeds=[0])
+def test_every_shipped_ablation_runs_in_its_offline_form(
+    file, tmp_path, tiny, tiny_t5_folder, tiny_gpt2_folder, pretrained, toy_sets
+):
+    own = [o for o in tiny if not o.startswith(("model.lm.id", "data.test", "data.train"))]
+    models = {"t5": tiny_t5_folder, "gpt2": tiny_gpt2_folder, **pretrained}
+    toy = toy_copy(file, tmp_path, toy_sets, models)
+    report = run(toy, own, tmp_path / "out", seeds=[0])
     assert not report["failed"]
     assert not report["unfinished"]
     assert {row["variant"] for row in report["rows"]} == set(ablate.load(file).variants)
