@@ -148,13 +148,13 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
     rarity = {ngram: log_images - math.log(count) for ngram, count in documents.items()}
 
     def vector(ngrams: Ngrams) -> tuple[dict[tuple[str, ...], float], list[float], int]:
-        """tf-idf weights, their norms by length of n-gram, and the number of bigrams: officially the length."""
-        weights, squares_N, bigrams = {}, [0.0] * _N, 0
+        """tf-idf weights, their norms by length of n-gram, and the number of words."""
+        weights, squares_N, words = {}, [0.0] * _N, 0
         for ngram, count in ngrams.items():
             weights[ngram] = weight = count * rarity.get(ngram, log_images)
             squares_N[len(ngram) - 1] += weight * weight
-            bigrams += count if len(ngram) == 2 else 0
-        return weights, [math.sqrt(square) for square in squares_N], bigrams
+            words += count if len(ngram) == 1 else 0
+        return weights, [math.sqrt(square) for square in squares_N], words
 
     def similarity(own: Ngrams, refs: Sequence[Ngrams]) -> float:
         weights, norms_N, length = vector(own)

@@ -1,7 +1,7 @@
 """The tokens of pycocoevalcap's PTBTokenizer, without Java: caption scores compare only where the tokens are the same.
 
-Captions -> their tokens. The rules were found by asking Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase) about
-words, characters and random strings, and are held to it by tests/data/ptb; what pycocoevalcap removes is removed.
+Captions -> their tokens. The rules were fitted by asking Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase)
+about words, characters and random strings, and are held to it by tests/data/ptb; what pycocoevalcap removes is removed.
 Like the original this is a longest-match lexer: of all rules the one that sees furthest, lookahead included, takes its
 token; of equals the first. It reads the captions as lines of one text, so that in "200 N." the period of an initial
 belongs to it or not by the first word of the *next* caption: their order matters, as it does officially.
