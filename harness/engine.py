@@ -23,9 +23,6 @@ from harness.config import ConfigError, Train
 from harness.precision import Precision, choose
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-# Accelerate imports an installed DeepSpeed for DDP too, which then says on stdout that it has found no GPU.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 LONGEST_WAIT = timedelta(hours=2)  # of all ranks for the one that evaluates; a rank that hangs is noticed as late
 
 

@@ -6,6 +6,7 @@ the device's capability, `choose` is a pure function, so that a T4's policy is t
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,9 @@ from typing import Literal
 import torch
 
 from harness.config import ConfigError
+
+# Accelerate and transformers import an installed DeepSpeed on their own, and it says on stdout that it found no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 Requested = Literal["auto", "bf16", "fp16", "fp32"]
 Part = Literal["vision", "bridge", "lm"]

@@ -26,10 +26,12 @@ from torch import nn
 from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness.batch import Batch, Collator, drawn
-from harness.config import Config, ConfigError
-from harness.doctor import check_before_launch, check_resume, explain
+from harness.config import Config
+from harness.doctor import changes, check_before_launch, check_resume, explain
 from harness.engine import Engine, make_engine
+from harness.evaluate.floor import epochs_trained
 from harness.evaluate.run import evaluate_model
+from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.features import check_encoder
 from harness.guards import GradientGuard, GuardError, check_frozen, first_nonfinite, frozen_hash
 from harness.model.processing import ImageDecoder
@@ -80,7 +82,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     micro_steps = math.ceil(math.ceil(train.global_batch / engine.world_size) / train.micro_batch)
     frozen, guard = frozen_hash(model), GradientGuard(model)
     samples_of_steps = loader.iterate(state.stream, train.epochs)  # refuses a state of another order
-    clock, stop = Clock(), 0
+    clock, stop, small = Clock(), 0, None
 
     def due(every: int | None) -> bool:
         return state.step % every == 0 if every else state.stream.position == loader.samples
@@ -152,6 +154,9 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
                 return stop_asked() or signal.SIGTERM
             if ends or due(train.evaluate_every) or due(None):  # at the end of every epoch in any case
                 evaluate(run)
+            elif train.image_use_every and config.data.dev and due(train.image_use_every):
+                small = small or small_set(model, config)
+                look(run, small)
             if ends:
                 break
             clock.restart()
@@ -197,6 +202,17 @@ def too_many_skipped(run: Run, batches: Sequence[Batch]) -> str:
     )
 
 
+def look(run: Run, small: SmallSet) -> None:
+    """The gate on a few dev images between two evaluations; the main process alone, others wait."""
+    config, engine, state = run.config, run.engine, run.state
+    with engine.whole():
+        if engine.is_main:
+            uses = small_gate(run.model, small, config, epochs_trained(config, asdict(state.stream)))
+            figures = small_gate_metrics(uses)
+            run.tracker.metrics({f"gate/{name}": value for name, value in figures.items()}, state.step)
+        engine.wait()
+
+
 def evaluate(run: Run, again: bool = True) -> None:
     """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait.
 
@@ -213,6 +229,7 @@ def evaluate(run: Run, again: bool = True) -> None:
                 config,
                 limit=config.evaluation.dev_images,
                 counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+                epochs=epochs_trained(config, asdict(state.stream)),
             )
         engine.wait()
     if result:
@@ -346,20 +363,6 @@ def encoder_of(loader: Loader, config: Config) -> dict | None:
     for manifest in features:
         check_encoder(manifest, config.model.vision)
     return features[0].encoder if features else None
-
-
-# Parts may have been moved: loading compares their hashes.
-BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")
-
-
-def changes(found: checkpoints.Checkpoint, config: Config) -> list[str]:
-    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another model."""
-    before, now = configs.flatten(Config(**found.state["config"])), configs.flatten(config)
-    changed = [key for key in sorted(before.keys() | now.keys()) if key != "out" and before.get(key) != now.get(key)]
-    for key in changed:
-        if key.startswith("model.") and key not in BY_HASH:
-            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
-    return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

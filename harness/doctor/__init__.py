@@ -19,6 +19,7 @@ from harness.config import Config, ConfigError, flatten
 from harness.doctor.findings import Finding, failed, run
 
 if TYPE_CHECKING:
+    from harness.checkpoint import Checkpoint
     from harness.launcher import Launch
     from shards.manifest import Kind
 
@@ -172,6 +173,20 @@ def check_resume(config: Config, resume: str | None) -> None:
         )
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise ConfigError(f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints")
+
+
+# Parts may have been moved: loading compares their hashes.
+BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")
+
+
+def changes(found: Checkpoint, config: Config) -> list[str]:
+    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another model."""
+    before, now = flatten(Config(**found.state["config"])), flatten(config)
+    changed = [key for key in sorted(before.keys() | now.keys()) if key != "out" and before.get(key) != now.get(key)]
+    for key in changed:
+        if key.startswith("model.") and key not in BY_HASH:
+            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
+    return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
 
 
 def check_models(config: Config, with_vision: bool = True) -> None:

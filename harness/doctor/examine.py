@@ -77,7 +77,7 @@ def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterato
     """Keys that are right one by one and wrong together."""
     train, lm = config.train, config.model.lm
     if launch.zero_stage is not None:
-        from harness import engine  # noqa: F401  tells DeepSpeed which device there is, or it says so on stdout
+        from harness import precision  # noqa: F401  tells DeepSpeed which device there is, or it says so on stdout
 
         importlib.import_module("deepspeed")  # seconds; a broken installation or an absent one is an error line
         if train.precision == "fp16" or (train.precision == "auto" and any(not gpu.bf16 for gpu in gpus)):

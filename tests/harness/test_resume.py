@@ -86,6 +86,15 @@ def test_evaluation_in_between_does_not_disturb_training(root, whole):
     same_run(root / "unobserved", whole)
 
 
+def test_looks_at_a_few_images_between_evaluations_are_logged_and_do_not_disturb_training(root, whole):
+    train.run(config_of(root, "looked", image_use_every=1))
+    same_run(root / "looked", whole)
+    rows = [json.loads(line) for line in (root / "looked" / "metrics.jsonl").read_text().splitlines()]
+    looks = {row["step"]: row["values"] for row in rows if "gate/vqa/loss_gap_nats" in row["values"]}
+    assert list(looks) == [1, 2, 5, 7]  # evaluations come after steps 3 and 6 and at the ends of the epochs
+    assert looks[1]["gate/vqa/loss_gap_nats"] != looks[7]["gate/vqa/loss_gap_nats"]
+
+
 def test_dropout_is_drawn_by_the_step_whatever_happened_before_it(root):
     def config(name, **settings):
         plain = config_of(root, name, **settings)
