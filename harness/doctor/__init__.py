@@ -264,7 +264,8 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
     except errors.RepositoryNotFoundError as error:
         raise ConfigError(f"{key}: the hub has no public model {name}, and there is no such folder") from error
     except errors.RevisionNotFoundError as error:
-        raise ConfigError(f"{key.rpartition('.')[0]}.revision: {name} has no revision {revision!r} on the hub") from error
+        key = f"{key.rpartition('.')[0]}.revision"
+        raise ConfigError(f"{key}: {name} has no revision {revision!r} on the hub") from error
     except Exception as error:  # whatever the network does wrong, the remedy is the same
         raise ConfigError(f"{key}: {name} is in no folder and the hub cannot be reached: {remedy}") from error
 
