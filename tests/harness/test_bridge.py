@@ -11,7 +11,8 @@ from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForCondi
 from harness import train
 from harness.batch import Collator
 from harness.config import Bridge as BridgeConfig
-from harness.config import ConfigError
+from harness.config import Config, ConfigError, LanguageModel, Model
+from harness.doctor import check_models
 from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
@@ -315,3 +316,10 @@ def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(bert, tmp_p
     for file in folder.iterdir():
         file.unlink()
     VisionLanguageModel.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("place", ["runs/nowhere", "/nowhere", "nobody/no-such-model"])
+def test_start_weights_that_are_not_there_are_told_before_anything_is_started(place, tiny_t5_folder):
+    lm, bridge = LanguageModel(id=str(tiny_t5_folder)), BridgeConfig(init_from=place)
+    with pytest.raises(ConfigError, match=rf"^model.bridge.init_from: .*{place}"):
+        check_models(Config(name="x", model=Model(lm=lm, bridge=bridge)), with_vision=False)
