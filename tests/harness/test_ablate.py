@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 from PIL import Image
 from runs import make_shards
 from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
@@ -237,7 +238,7 @@ def test_the_interval_covers_images_and_seeds():
 
 
 def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path, tiny, toy_sets):
-    run(file_of(tmp_path), [*tiny, *data(toy_sets / "both")], tmp_path / "out")
+    report = run(file_of(tmp_path), [*tiny, *data(toy_sets / "both")], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert len(page) < 2_000_000
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
@@ -246,9 +247,35 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     assert page.count("<th>a</th><th>b</th>") == 2
     first = np.asarray(images[1].convert("RGB")).mean((0, 1))
     assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
+    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / ablate.SCORES).read_text())["tasks"]["caption"]
+    row = next(row for row in report["rows"] if (row["variant"], row["task"]) == ("b", "caption"))
+    assert row["score"] == pytest.approx(scores["CIDEr"]), "as harness evaluate has it"
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| a " in table
     assert "as good as any" in table
+
+
+def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflow(tmp_path, tiny):
+    variants = {"a": {"expected": "-"}, "b": {"expected": "-", "overrides": ["model.bridge.query_tokens=7"]}}
+    variants["b"]["overrides"].append("train.learning_rate=1e30")
+    tracked = [*tiny[:-1], f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}", "train.max_skipped_in_a_row=1"]
+    tracked = [o for o in tracked if not o.startswith("train.max_steps")]
+    file, out = file_of(tmp_path, variants=variants, overrides=["train.epochs=1"]), tmp_path / "out"
+    report = ablate.run(file, tracked, out=out, jobs=2, say=lambda line: None)
+    assert [child["variant"] for child in report["failed"]] == ["b"]
+    assert "1 steps in a row had a loss or gradient that is not finite" in report["failed"][0]["error"]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs.db'}")
+    experiment = client.get_experiment_by_name("harness").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert set(runs) == {"toy", "a-0", "b-0"}
+    parent = runs["toy"]
+    assert parent.info.status == "FINISHED"
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("a-0", "b-0")} == {parent.info.run_id}
+    assert (runs["a-0"].info.status, runs["b-0"].info.status) == ("FINISHED", "FAILED")
+    assert parent.data.metrics["a/vqa/score"] == report["rows"][0]["score"]
+    assert {"report.html", "report.md", "report.json"} <= {
+        file.path for file in client.list_artifacts(parent.info.run_id)
+    }
 
 
 def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> Path:
