@@ -193,7 +193,9 @@ def engine_of(monkeypatch, tmp_path, settings, **environment):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps(settings))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    for name, value in environment.items():
+    # What the engine sets for a single process would be found by every process that a later test starts.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**alone, **environment}.items():
         monkeypatch.setenv(name, value)
     return zero.ZeroEngine(configs.Train())
 
