@@ -34,7 +34,7 @@ from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.features import check_encoder
 from harness.guards import GradientGuard, GuardError, check_frozen, first_nonfinite, frozen_hash
-from harness.model.processing import ImageDecoder
+from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate
 from harness.signals import stop_requests
@@ -335,15 +335,10 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         seed=config.seed,
         rank=engine.rank if engine else 0,
         world_size=engine.world_size if engine else 1,
-        workers=config.data.workers if engine else 0,
-        prefetch=config.data.prefetch,
-        window_shards=config.data.window_shards,
         images=config.data.train_images,
         last_batch=config.data.last_batch,
-        decode=ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
         quarantine=config.out_dir / "quarantine.jsonl" if engine else None,
+        **reading(config) | ({} if engine else {"workers": 0}),
     )
 
 

@@ -56,8 +56,6 @@ class ZeroEngine(Engine):
             )
         # It would compile a kernel for ranks that share a machine's memory, for a minute, where there is no GPU.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         settings = json.loads(deepspeed_file(named).read_text()) if named != "none" else _in_accelerates_own_words()
         for engine in ("fp16", "bf16", "torch_autocast"):

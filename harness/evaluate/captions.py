@@ -19,7 +19,7 @@ import numpy as np
 
 from harness.evaluate.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, percentile, resampled_sums
 from harness.evaluate.ptb import tokenise
-from harness.evaluate.vqa import ScoreError, refuse
+from harness.evaluate.vqa import ScoreError, read_pairs, refuse
 
 MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 _N = 4
@@ -176,14 +176,7 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
 
 def read_caption_results(path: Path) -> dict[str, str]:
     """The COCO results file `[{"image_id": ..., "caption": ...}]` -> caption by image id, as text."""
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = [(str(entry["image_id"]), str(entry["caption"])) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{path} is not a list of {{"image_id": ..., "caption": ...}}: {error!r}') from error
-    counts = Counter(image_id for image_id, _ in pairs)
-    refuse(f"{path} holds image", [i for i, n in counts.items() if n > 1], "more than once; each needs one caption")
-    return dict(pairs)
+    return read_pairs(path, "image_id", "caption", f"{path} holds image", "caption")
 
 
 def read_references(path: Path) -> dict[str, list[str]]:

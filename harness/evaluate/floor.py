@@ -75,7 +75,8 @@ def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
     sets = list(training_sets(config))
     if not sets or len(sets) < len(config.data.train):
         return None
-    return position["epoch"] + position["position"] / sum(manifest.samples for manifest in sets)
+    images = config.data.train_images or sum(manifest.samples for manifest in sets)
+    return position["epoch"] + position["position"] / images
 
 
 def trained_on(config: Config, evaluated: Sequence[Manifest]) -> frozenset[tuple[str, str, str]]:

@@ -349,6 +349,11 @@ def judge(
             f"{evidence}; another image moves the loss of a text by {loss_moved:.3f} nats, in either direction: the "
             "output follows which image it is and not what it shows (images learnt by heart, or nothing learnt yet)"
         )
+    if score_used:
+        return "not enough evidence", (
+            f"{evidence}; the {measure} depends on the image, but the lower bound of the loss gap is not above "
+            f"{LOSS_MARGIN} nats: train longer or test on more texts"
+        )
     return "not enough evidence", (
         f"{evidence}; the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} nats, "
         "so it shows neither: train longer or test on more texts"

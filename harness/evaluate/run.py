@@ -30,7 +30,7 @@ from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.report import write_report
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
-from harness.model.processing import ImageDecoder
+from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from harness.report import Shown
@@ -140,13 +140,8 @@ def evaluate_model(
         list(paths),
         global_batch=settings.batch_images,
         seed=_ORDER_SEED,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        window_shards=config.data.window_shards,
-        decode=decode or ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
-        cache_dir=config.data.cache_dir,
-        cache_bytes=int(config.data.cache_gb * 1e9),
         quarantine=quarantine,
+        **reading(config) | ({"decode": decode} if decode else {}),
     )
     as_trained = None
     if collate is None:

@@ -17,7 +17,7 @@ from harness.config import Config
 from harness.evaluate.floor import trained_on
 from harness.evaluate.image_use import Gate, ImageUse, sums_per_context
 from harness.evaluate.predict import answers, by_task, select
-from harness.model.processing import ImageDecoder
+from harness.model.processing import reading
 from shards.loader import Loader
 
 _METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
@@ -42,10 +42,7 @@ def small_set(model: Any, config: Config) -> SmallSet:
         [dataset.path for dataset in data.dev],
         global_batch=settings.small_gate_images,
         seed=0,  # not the run's
-        window_shards=data.window_shards,
-        decode=ImageDecoder.of(config.model.vision, data.max_image_pixels),
-        cache_dir=data.cache_dir,
-        cache_bytes=int(data.cache_gb * 1e9),
+        **reading(config) | {"workers": 0},  # one batch
     )
     with closing(loader.iterate(epochs=1)) as steps:
         _, samples = next(steps)

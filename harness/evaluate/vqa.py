@@ -195,15 +195,18 @@ def refuse(found: str, ids: Sequence[str], wrong: str) -> None:
 
 def read_results(path: Path) -> dict[str, str]:
     """The official results file `[{"question_id": ..., "answer": ...}]` -> answers by question id, as text."""
+    return read_pairs(path, "question_id", "answer", f"{path} answers question id", "answer")
+
+
+def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[str, str]:
+    """A list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`, `one`: its words."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = [(str(entry["question_id"]), str(entry["answer"])) for entry in entries]
+        pairs = [(str(entry[key]), str(entry[value])) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{path} is not a list of {{"question_id": ..., "answer": ...}}: {error!r}') from error
-    counts = Counter(question_id for question_id, _ in pairs)
-    refuse(
-        f"{path} answers question id", [i for i, n in counts.items() if n > 1], "more than once; each needs one answer"
-    )
+        raise ScoreError(f'{path} is not a list of {{"{key}": ..., "{value}": ...}}: {error!r}') from error
+    counts = Counter(each for each, _ in pairs)
+    refuse(found, [each for each, n in counts.items() if n > 1], f"more than once; each needs one {one}")
     return dict(pairs)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from harness.config import Vision
+from harness.config import Config, Vision
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
@@ -123,3 +123,15 @@ class ImageDecoder:
         if "patches_PD" not in tensors:
             raise ImageError(f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD")
         return tensors["patches_PD"]
+
+
+def reading(config: Config) -> dict[str, Any]:
+    """What a config says of reading any of its sets, to train on or to score: keyword arguments of a Loader."""
+    return {
+        "workers": config.data.workers,
+        "prefetch": config.data.prefetch,
+        "window_shards": config.data.window_shards,
+        "decode": ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
+        "cache_dir": config.data.cache_dir,
+        "cache_bytes": int(config.data.cache_gb * 1e9),
+    }

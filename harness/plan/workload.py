@@ -74,6 +74,7 @@ def workload(config: Config) -> Workload:
         weights if any(weights) else None,
         global_batch=config.train.global_batch,
         window_shards=data.window_shards,
+        images=data.train_images,
     )
     encoder = sets[0].encoder if sets[0].kind == "features" else None
     if (tokenizer := _tokenizer(config)) is None:

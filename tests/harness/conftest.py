@@ -1,5 +1,7 @@
 """Tiny random models in the hub's own format, saved once a session; a test that changes one makes its own."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,27 @@ def tiny_gpt2_folder(tmp_path_factory) -> Path:
     from tiny import tiny_gpt2
 
     return tiny_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny_clip_folder, tiny_t5_folder) -> Path:
+    """A folder for the runs of one file, with models of its own in `clip` and `t5`."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_clip_folder, folder / "clip")
+    shutil.copytree(tiny_t5_folder, folder / "t5")
+    return folder
+
+
+@pytest.fixture
+def harness(monkeypatch, capsys):
+    """Runs `harness ...` in this process and gives (exit code, stdout, stderr)."""
+    from harness import cli
+
+    def _harness(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return _harness

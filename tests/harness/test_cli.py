@@ -13,20 +13,6 @@ from shards.record import Record, Text
 from shards.write import write_shards
 
 
-@pytest.fixture
-def harness(monkeypatch, capsys):
-    """Runs `harness ...` in this process and gives (exit code, stdout, stderr)."""
-
-    def _harness(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return _harness
-
-
 def refused(result: tuple[int, str, str]) -> str:
     code, _, said = result
     assert code == 2

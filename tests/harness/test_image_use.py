@@ -192,6 +192,13 @@ def test_a_verdict_needs_its_bounds(loss_gap, accuracy_gap, verdict):
     assert judge(Interval(*loss_gap), gap, 0.0, 0.0, images=100)[0] == verdict
 
 
+def test_the_reason_names_the_evidence_that_was_wanting():
+    little, much = Interval(0.005, 0.003, 0.006), Interval(5.0, 3.0, 9.0)
+    assert "the lower bound of the loss gap is not above 0.01 nats" in judge(little, much, 0.0, 0.0, 100)[1]
+    assert "the lower bound of the accuracy gap" in judge(Interval(1.0, 0.9, 1.1), little, 0.0, 0.0, 100)[1]
+    assert "shows neither" in judge(Interval(0.0, -0.1, 0.1), little, 0.0, 0.0, 100)[1]
+
+
 def test_either_sign_of_collapse_is_enough():
     clear = Interval(1.0, 0.9, 1.1)
     assert judge(clear, None, 0.51, 0.0, 100)[0] == "EOS collapse"
@@ -317,6 +324,8 @@ def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path
     config = Config(name="c", data={"train": [{"path": str(tmp_path / "train")}]})
     assert epochs_trained(config, {"epoch": 0, "position": 2}) == 0.25
     assert epochs_trained(config, {"epoch": 2, "position": 8}) == 3.0
+    few = config.model_copy(update={"data": config.data.model_copy(update={"train_images": 4})})
+    assert epochs_trained(few, {"epoch": 0, "position": 2}) == 0.5
     moved = Config(name="c", data={"train": [{"path": str(tmp_path / "gone")}]})
     assert epochs_trained(moved, {"epoch": 0, "position": 2}) is None
 

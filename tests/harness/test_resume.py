@@ -18,14 +18,6 @@ from harness.launcher import launch
 from harness.signals import stop_requests
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
-    folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(tiny_clip_folder, folder / "clip")
-    shutil.copytree(tiny_t5_folder, folder / "t5")
-    return folder
-
-
 def config_of(root, name, **settings):
     return make_config(root, root / "clip", root / "t5", name, **settings)
 

@@ -8,26 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import cli
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import percentile, ratio, resampled_sums
 
 GOLDEN = Path(__file__).parents[1] / "data" / "ptb" / "scores.json"
 ASKED = '{"questions": [{"question_id": 1}, {"question_id": 2}]}'
-
-
-@pytest.fixture
-def harness(monkeypatch, capsys):
-    """Runs `harness ...` in this process and gives (exit code, stdout, stderr)."""
-
-    def _harness(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return left.value.code or 0, said.out, said.err
-
-    return _harness
 
 
 def caption_files(folder: Path, case: dict) -> tuple[Path, Path]:

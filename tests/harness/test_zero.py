@@ -5,7 +5,6 @@ a skipped step leaves nothing behind, and a checkpoint of any engine is gone on 
 import itertools
 import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -50,14 +49,6 @@ def plan():
     runs += [run("from-zero-3", STAGES["zero-3"], HALF), run("from-ddp", STAGES["zero-2"], LONG, resume="auto")]
     runs += [run("from-zero-2", STAGES["zero-2"], HALF), run("from-zero-2", STAGES["zero-3-offload"], resume="auto")]
     return [*runs, run("observed", STAGES["zero-3"], {"epochs": 1, "save_every": 100})]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
-    folder = tmp_path_factory.mktemp("zero")
-    shutil.copytree(tiny_clip_folder, folder / "clip")
-    shutil.copytree(tiny_t5_folder, folder / "t5")
-    return folder
 
 
 def config_of(root, name, tuning="qlora", **settings):
@@ -193,9 +184,7 @@ def engine_of(monkeypatch, tmp_path, settings, **environment):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps(settings))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    # What the engine sets for a single process would be found by every process that a later test starts.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in {**alone, **environment}.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return zero.ZeroEngine(configs.Train())
 
