@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -26,6 +26,8 @@ from shards.read import Sample
 from shards.record import Record, Text
 
 logger = logging.getLogger(__name__)
+
+_WORTH_A_CUT = 256  # positions; to run the decoder once more for fewer costs as much
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
@@ -56,6 +58,7 @@ class Batch:
     features_IPD: torch.Tensor | None = None  # float16
     contexts: tuple[Context, ...] = ()  # C of them, for evaluation
     text_ids_T: tuple[str, ...] = ()
+    groups: tuple[tuple[list[int], int], ...] = ()  # rows of T of like length and their longest; (): T is one group
 
     @property
     def images(self) -> int:
@@ -64,6 +67,26 @@ class Batch:
     @property
     def weight(self) -> torch.Tensor:
         return self.weight_TL.sum()
+
+    def parts(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """The groups of targets, each as a batch of all images and contexts, with the rows that it took; or `whole`."""
+        device = self.labels_TL.device
+        if whole or len(self.groups) < 2:
+            yield torch.arange(len(self.labels_TL), device=device), self
+            return
+        for rows, longest in self.groups:
+            rows_T = torch.tensor(rows, device=device)
+            yield (
+                rows_T,
+                replace(
+                    self,
+                    labels_TL=self.labels_TL[rows_T, :longest],
+                    weight_TL=self.weight_TL[rows_T, :longest],
+                    context_of_T=self.context_of_T[rows_T],
+                    text_ids_T=tuple(self.text_ids_T[row] for row in rows) if self.text_ids_T else (),
+                    groups=(),
+                ),
+            )
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {
@@ -175,6 +198,7 @@ class Collator:
             features_IPD=tensor if tensor.dtype != torch.uint8 else None,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
+            groups=of_like_length(counts_TL.sum(dim=1).tolist()),
         )
 
     def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
@@ -188,6 +212,23 @@ class Collator:
                 )
             self.truncated[kind] += len(cut)
         return [[*row[: limit - len(end)], *end] for row in rows]
+
+
+def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
+    """Rows in groups, each with the length of its longest: half of a batch of captions would be padding.
+
+    Every cut saves _WORTH_A_CUT padded positions or more, the one that saves most first.
+    """
+
+    def cut(rows: list[int]) -> list[tuple[list[int], int]]:
+        longest = lengths[rows[-1]]
+        saved = [place * (longest - lengths[rows[place - 1]]) for place in range(1, len(rows))]
+        if max(saved, default=0) < _WORTH_A_CUT:
+            return [(rows, longest)]
+        place = saved.index(max(saved)) + 1
+        return cut(rows[:place]) + cut(rows[place:])
+
+    return tuple(cut(sorted(range(len(lengths)), key=lengths.__getitem__)))
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

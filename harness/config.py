@@ -111,6 +111,7 @@ class LanguageModel(Section):
     revision: str | None = None
     tuning: Literal["qlora", "lora", "frozen", "full"] = "qlora"
     lora: Lora = Lora()
+    dropout: Fraction = 0.0  # in the base itself, for one that is trained whole on few texts
     cross_attention: bool = False  # gpt2: new layers look at the image tokens, which else stand before the prompt
     bos: Literal["always", "generation_only"] = "always"  # gpt2: generation_only is a known mistake, as loss_on_padding
 

@@ -118,7 +118,8 @@ def _without_chance(config: Config, images: int) -> Config:
     """One global batch of these images, and nothing that keeps a text from being learnt by heart."""
     model = config.model
     bridge = model.bridge.model_copy(update={"dropout": 0.0})
-    lm = model.lm.model_copy(update={"lora": model.lm.lora.model_copy(update={"dropout": 0.0})})
+    lora = model.lm.lora.model_copy(update={"dropout": 0.0})
+    lm = model.lm.model_copy(update={"lora": lora, "dropout": 0.0})
     train = {"global_batch": images, "label_smoothing": 0.0, "weight_decay": 0.0}
     return config.model_copy(
         update={

@@ -23,7 +23,7 @@ from harness.plan.report import Plan, gb, tightest
 
 if TYPE_CHECKING:
     from harness.plan.skeleton import Pass, Skeleton
-    from harness.plan.workload import Workload
+    from harness.plan.workload import Sizes, Workload
 
 CUDA_CONTEXT = int(0.55 * GIB)  # and the workspace of cuBLAS, about
 PROCESS = {True: int(2.5 * GIB), False: int(0.9 * GIB)}  # Python, torch and its libraries; with CUDA's, without
@@ -128,6 +128,11 @@ class Planner:
         return dict(weights(self.skeleton.model))
 
     @property
+    def sizes(self) -> Sizes:
+        """A partitioned model decodes all targets of a micro-batch at once."""
+        return replace(self.work.sizes, lengths=()) if self.stage == 3 else self.work.sizes
+
+    @property
     def images(self) -> int:
         """Of a micro-batch."""
         return min(self.config.train.micro_batch, self.share)
@@ -155,7 +160,7 @@ class Planner:
             checkpointing = self.config.train.activation_checkpointing
             held = self.share > images or (self.processes > 1 and self.stage < 2)
             self.passes[images] = self.skeleton.run(
-                self.work.sizes, images, checkpointing=checkpointing, gradients_held=held
+                self.sizes, images, checkpointing=checkpointing, gradients_held=held
             )
         return self.passes[images]
 
@@ -291,7 +296,7 @@ class Planner:
         ours = train.activation_checkpointing
         activations = {"checkpointed" if ours else "kept": passed.saved}
         if not brief:
-            other = skeleton.run(work.sizes, images, checkpointing=not ours, gradients_held=False, backward=False)
+            other = skeleton.run(self.sizes, images, checkpointing=not ours, gradients_held=False, backward=False)
             activations["kept" if ours else "checkpointed"] = other.saved
         launch = self.launch.name or ("multi_gpu" if self.processes > 1 else "")
         largest = None if brief and fits else self.largest()

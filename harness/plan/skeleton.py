@@ -120,7 +120,9 @@ class Skeleton:
             batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
-            meter = _Meter(self.model, sizes, ALLOCATED if self.on_gpu else 1)
+            positions = sum(len(rows) * longest for rows, longest in batch.groups) or batch.labels_TL.numel()
+            kept = min(1.0, sizes.kept * batch.labels_TL.numel() / positions)
+            meter = _Meter(self.model, kept, ALLOCATED if self.on_gpu else 1)
             meter.add(tensors_of(batch), "batch")
             meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
             hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
@@ -197,6 +199,7 @@ def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: 
         context_of_T=torch.arange(targets) * contexts // targets,
         pixels_IHW3=None if features else pixels_IHW3,
         features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half) if features else None,
+        groups=sizes.groups(targets),
     )
 
 
@@ -249,12 +252,12 @@ class _Meter(TorchDispatchMode):
 
     Operations are counted by the table of torch's FlopCounterMode; that mode itself keeps recomputed tensors alive. It
     also answers what a fake tensor cannot: everything that is asked to be equal is, every scalar is 0, and of a
-    mask of targets the share `sizes.kept` is true.
+    mask of targets the share `kept` is true.
     """
 
-    def __init__(self, model: VisionLanguageModel, sizes: Sizes, rounding: int):
+    def __init__(self, model: VisionLanguageModel, kept: float, rounding: int):
         super().__init__()
-        self.kept, self.vocabulary, self.rounding = sizes.kept, model.lm.base.config.vocab_size, rounding
+        self.kept, self.vocabulary, self.rounding = kept, model.lm.base.config.vocab_size, rounding
         self.alive: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.peak: dict[str, int] = {}

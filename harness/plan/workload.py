@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.batch import Batch, Collator
+from harness.batch import Batch, Collator, of_like_length
 from harness.config import Config
 from shards.loader import Loader
 from shards.manifest import Manifest, ShardError, is_remote
@@ -32,14 +32,23 @@ class Sizes:
     prompt_tokens: int
     target_tokens: int
     kept: float  # share of the target positions that are not padding: logits are made for these alone
+    lengths: tuple[int, ...] = ()  # of all targets that were looked at, in ascending order; (): all as the longest
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
         """Those of one batch."""
         contexts, targets = len(batch.prompt_ids_CL), len(batch.labels_TL)
-        kept = float((batch.weight_TL != 0).float().mean())
-        lengths = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
-        return cls(contexts / batch.images, targets / batch.images, *lengths, kept)
+        counts_TL = batch.weight_TL != 0
+        longest = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
+        lengths = tuple(sorted(counts_TL.sum(dim=1).tolist()))
+        return cls(contexts / batch.images, targets / batch.images, *longest, float(counts_TL.float().mean()), lengths)
+
+    def groups(self, targets: int) -> tuple[tuple[list[int], int], ...]:
+        """How the collator groups as many targets whose lengths are spread as those that were looked at."""
+        if not self.lengths:
+            return ()
+        spread = np.linspace(0, len(self.lengths) - 1, targets).round().astype(int)
+        return of_like_length([self.lengths[place] for place in spread])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.batch import Collator, drawn, most_common
+from harness.batch import Collator, drawn, most_common, of_like_length
 from harness.config import Data, Prompts
 from shards.loader import Loader
 from shards.read import Sample
@@ -51,6 +51,16 @@ def test_weight_is_1_on_words_and_that_of_the_config_on_the_end_and_0_on_padding
         assert ids[length:] == [0] * (len(ids) - length)
         assert weight == [1.0] * (length - 1) + [0.25] + [0.0] * (len(ids) - length)
     assert batch.weight == batch.weight_TL.sum()
+
+
+def test_rows_are_grouped_by_length_where_that_saves_enough():
+    assert of_like_length([3] * 1000) == ((list(range(1000)), 3),)
+    assert of_like_length([9, 3, 27]) == (([1, 0, 2], 27),)  # 24 + 18 positions of padding are not worth a cut
+    lengths = [27, 10] * 40 + [12] * 40
+    groups = of_like_length(lengths)
+    assert [(len(rows), longest) for rows, longest in groups] == [(80, 12), (40, 27)]
+    assert all(lengths[row] <= longest for rows, longest in groups for row in rows)
+    assert sorted(row for rows, _ in groups for row in rows) == list(range(120))
 
 
 def test_what_cannot_be_read_and_fillers_are_left_out(tokenizer):

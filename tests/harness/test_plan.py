@@ -13,6 +13,7 @@ from runs import make_config
 from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import batch as batches
 from harness import cli, devices, launcher
 from harness.config import Config, ConfigError
 from harness.devices import DEVICES
@@ -65,7 +66,8 @@ def test_a_plan_for_features_has_no_encoder(config):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, tmp_path, seed):
+def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, monkeypatch, tmp_path, seed):
+    monkeypatch.setattr(batches, "_WORTH_A_CUT", 8 if seed % 2 else 10**6)  # targets in groups of like length, or not
     config, images = drawn(config, seed, tmp_path / "t5")
     model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
     batch = collated(config, model, images)

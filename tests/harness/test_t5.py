@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import T5Config, T5ForConditionalGeneration
 
+from harness import batch as batches
 from harness.batch import Collator
 from harness.config import ConfigError, Data, Decoding, LanguageModel, Prompts
 from harness.model.bridge import BridgeOutput
@@ -48,14 +49,38 @@ def test_the_batch_is_truly_grouped_and_padded(batch):
     assert not batch.weight_TL.all()
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_t5_itself(tiny_t5_folder, tuning):
+def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_t5_itself(
+    tiny_t5_folder, monkeypatch, tuning, apart
+):
+    monkeypatch.setattr(batches, "_WORTH_A_CUT", 1 if apart else 10**6)
     model = grouped.model(tiny_t5_folder, tuning=tuning)
     batch = grouped.collator(model.tokenizer)(grouped.samples())
+    assert (len(batch.groups) > 2) == apart
     loss, grads = grouped.gradients(model, batch)
     for other_loss, other in (grouped.gradients(model, grouped.unrolled(batch)), by_t5_itself(model, batch)):
         assert loss == pytest.approx(other_loss, abs=1e-6)
         assert grouped.furthest(grads, other) < 1e-5
+
+
+def test_targets_of_like_length_are_decoded_together_unless_the_model_is_partitioned(model, monkeypatch):
+    monkeypatch.setattr(batches, "_WORTH_A_CUT", 1)
+    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    shapes = []
+    hook = model.lm.t5.decoder.register_forward_hook(
+        lambda m, i, k, o: shapes.append(k["input_ids"].shape), with_kwargs=True
+    )
+    out = model.loss(batch)
+    apart, length = sum(rows * columns for rows, columns in shapes), batch.labels_TL.shape[1]
+    assert apart == (batch.weight_TL > 0).sum(), "rows of one length each: no padding is left"
+    shapes.clear()
+    model.lm.t5.lm_head.weight.ds_id = 0
+    whole = model.loss(batch)
+    del model.lm.t5.lm_head.weight.ds_id
+    hook.remove()
+    assert shapes == [(9, length)]
+    assert torch.allclose(out.sum_T, whole.sum_T, atol=1e-5)
 
 
 def test_keys_and_values_of_the_encoder_states_are_made_once_per_context(model, batch):

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from runs import make_config
 from worker import not_finite_in, watch
 
-from harness import train
+from harness import batch, train
 from harness.config import Config
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
@@ -32,6 +32,7 @@ def tuned(config: Config, tuning: str) -> Config:
 
 def main(root: Path) -> None:
     rank, told = os.environ["RANK"], {}
+    batch._WORTH_A_CUT = 4  # the ranks' decoders run unequally often, but for a partitioned model's
     Engine.close = Engine.wait  # the group serves all runs of this process
     prepare, micro_batches = ZeroEngine.prepare, train.micro_batches
     forward, drawn = VisionLanguageModel.forward, train.drawn

@@ -8,6 +8,8 @@ Legend: N bridge rows, Q image tokens, C contexts, T targets, S positions before
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
@@ -17,10 +19,10 @@ from harness.config import ConfigError, Decoding
 from harness.config import LanguageModel as LanguageModelConfig
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.outputs import Generated, LossOutput, weighted_loss
+from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss
 
 NEW = "cross"  # in the names of what cross-attention adds: h.0.crossattention.c_attn.weight, h.0.ln_cross_attn.bias
-DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class GPT2Language(nn.Module):
@@ -30,7 +32,7 @@ class GPT2Language(nn.Module):
         super().__init__()
         self.config = config
         new = NEW if config.cross_attention else None
-        fields = DROPOUT | {"add_cross_attention": config.cross_attention}
+        fields = dict.fromkeys(DROPOUTS, config.dropout) | {"add_cross_attention": config.cross_attention}
         base, self.tokenizer = quantise.load(
             config, GPT2LMHeadModel, fields, new=new, dtype=dtype, compute_dtype=compute_dtype
         )
@@ -65,8 +67,8 @@ class GPT2Language(nn.Module):
         """
         embeds_CSD, mask_CS = self._prefix(image, batch, bos=self.config.bos == "always")
         self._check_length(embeds_CSD.shape[1] + batch.labels_TL.shape[1])
-        hidden_TLD = self._decode(embeds_CSD, mask_CS, image, batch)
-        return weighted_loss(hidden_TLD, batch, self.base.lm_head, label_smoothing)
+        decode = self._decoder(embeds_CSD, mask_CS, image)
+        return weighted_loss(decode, batch, self.base.lm_head, label_smoothing, whole=partitioned(self))
 
     def _prefix(self, image: BridgeOutput, batch: Batch, *, bos: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """embeds_CSD and mask_CS of what stands before the target, padded on the left."""
@@ -97,44 +99,51 @@ class GPT2Language(nn.Module):
                 f"{longest}: lower data.max_prompt_tokens, data.max_target_tokens or generate.*.max_new_tokens"
             )
 
-    def _decode(
-        self, embeds_CSD: torch.Tensor, mask_CS: torch.Tensor, image: BridgeOutput, batch: Batch
-    ) -> torch.Tensor:
-        """hidden_TLD: of the position before each label."""
-        gpt2, context_of_T, labels_TL = self.base.transformer, batch.context_of_T, batch.labels_TL
-        length = labels_TL.shape[1]
-        # The last label is read by nobody; one column there must be, so that all ranks run the blocks as often.
-        words_TLD = gpt2.wte(labels_TL[:, : max(1, length - 1)])
-        mask_TS = torch.cat([mask_CS[context_of_T], torch.ones_like(labels_TL[:, : words_TLD.shape[1]]).bool()], dim=1)
-        places_TS = _places(mask_TS)
-        tokens_CQD = self._attended(image)
-        if gpt2.gradient_checkpointing:  # it drops caches: every target has its context before it
-            out = gpt2(
-                inputs_embeds=torch.cat([embeds_CSD[context_of_T], words_TLD], dim=1),
-                attention_mask=mask_TS,
-                position_ids=places_TS,
-                encoder_hidden_states=None if tokens_CQD is None else tokens_CQD[context_of_T],
-                use_cache=False,
+    def _decoder(
+        self, embeds_CSD: torch.Tensor, mask_CS: torch.Tensor, image: BridgeOutput
+    ) -> Callable[[Batch], torch.Tensor]:
+        """Reads what stands before the targets; gives hidden_TLD, of the position before each label, for a batch."""
+        gpt2, tokens_CQD = self.base.transformer, self._attended(image)
+        before = None
+        if not gpt2.gradient_checkpointing:  # which drops caches: then every target has its context before it
+            before = gpt2(
+                inputs_embeds=embeds_CSD,
+                attention_mask=mask_CS,
+                position_ids=_places(mask_CS),
+                encoder_hidden_states=tokens_CQD,
+                past_key_values=self._cache(image),
+                use_cache=True,
             )
-            return out.last_hidden_state[:, embeds_CSD.shape[1] - 1 :][:, :length]
-        before = gpt2(
-            inputs_embeds=embeds_CSD,
-            attention_mask=mask_CS,
-            position_ids=_places(mask_CS),
-            encoder_hidden_states=tokens_CQD,
-            past_key_values=self._cache(image),
-            use_cache=True,
-        )
-        after_TLD = gpt2(
-            inputs_embeds=words_TLD,
-            attention_mask=mask_TS,
-            position_ids=places_TS[:, embeds_CSD.shape[1] :],
-            encoder_hidden_states=None if tokens_CQD is None else tokens_CQD[context_of_T],
-            past_key_values=_rows(before.past_key_values, context_of_T),
-            use_cache=True,
-        ).last_hidden_state
-        first_TD = before.last_hidden_state[context_of_T, -1]
-        return torch.cat([first_TD[:, None], after_TLD[:, : length - 1]], dim=1)
+
+        def decode(batch: Batch) -> torch.Tensor:
+            context_of_T, length = batch.context_of_T, batch.labels_TL.shape[1]
+            # The last label is read by nobody; one column there must be, so that all ranks run the blocks as often.
+            words_TLD = gpt2.wte(batch.labels_TL[:, : max(1, length - 1)])
+            seen_TL = torch.ones(words_TLD.shape[:2], dtype=torch.bool, device=mask_CS.device)
+            mask_TS = torch.cat([mask_CS[context_of_T], seen_TL], dim=1)
+            places_TS = _places(mask_TS)
+            attended = None if tokens_CQD is None else tokens_CQD[context_of_T]
+            if before is None:
+                out = gpt2(
+                    inputs_embeds=torch.cat([embeds_CSD[context_of_T], words_TLD], dim=1),
+                    attention_mask=mask_TS,
+                    position_ids=places_TS,
+                    encoder_hidden_states=attended,
+                    use_cache=False,
+                )
+                return out.last_hidden_state[:, embeds_CSD.shape[1] - 1 :][:, :length]
+            after_TLD = gpt2(
+                inputs_embeds=words_TLD,
+                attention_mask=mask_TS,
+                position_ids=places_TS[:, embeds_CSD.shape[1] :],
+                encoder_hidden_states=attended,
+                past_key_values=_rows(before.past_key_values, context_of_T),
+                use_cache=True,
+            ).last_hidden_state
+            first_TD = before.last_hidden_state[context_of_T, -1]
+            return torch.cat([first_TD[:, None], after_TLD[:, : length - 1]], dim=1)
+
+        return decode
 
     def _attended(self, image: BridgeOutput) -> torch.Tensor | None:
         """What cross-attention looks at, by context; None for a prefix model, and where there is no image."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from harness.batch import Batch
@@ -34,14 +35,34 @@ class Generated:
 
 
 def weighted_loss(
-    hidden_TLD: torch.Tensor, batch: Batch, head: Callable[[torch.Tensor], torch.Tensor], label_smoothing: float
+    decode: Callable[[Batch], torch.Tensor],
+    batch: Batch,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    label_smoothing: float,
+    *,
+    whole: bool,
 ) -> LossOutput:
-    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a weight is not 0."""
-    kept_TL = batch.weight_TL != 0
-    logits_KV = head(hidden_TLD[kept_TL]).float()
-    nats_K = F.cross_entropy(logits_KV, batch.labels_TL[kept_TL], reduction="none", label_smoothing=label_smoothing)
-    weighted_K = nats_K * batch.weight_TL[kept_TL]
-    target_of_K = kept_TL.nonzero()[:, 0]
-    sum_T = torch.zeros(len(kept_TL), device=nats_K.device).index_add_(0, target_of_K, weighted_K.detach())
+    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a weight is not 0.
+
+    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: of all at once, as a partitioned model
+    needs it, whose ranks must run its blocks equally often.
+    """
+    hidden, labels, weights, target_of_K = [], [], [], []
+    for rows_T, part in batch.parts(whole):
+        kept_TL = part.weight_TL != 0
+        hidden.append(decode(part)[kept_TL])
+        labels.append(part.labels_TL[kept_TL])
+        weights.append(part.weight_TL[kept_TL])
+        target_of_K.append(rows_T[kept_TL.nonzero()[:, 0]])
+    logits_KV = head(torch.cat(hidden)).float()
+    nats_K = F.cross_entropy(logits_KV, torch.cat(labels), reduction="none", label_smoothing=label_smoothing)
+    weighted_K = nats_K * torch.cat(weights)
+    sum_T = torch.zeros(len(batch.labels_TL), device=nats_K.device)
+    sum_T.index_add_(0, torch.cat(target_of_K), weighted_K.detach())
     # With no weight at all (a filler) K is 0, and every trainable parameter still gets its gradient, of zeros.
     return LossOutput(weighted_K.sum(), batch.weight_TL.sum(), sum_T, batch.weight_TL.sum(dim=1))
+
+
+def partitioned(model: nn.Module) -> bool:
+    """Whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the same order."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

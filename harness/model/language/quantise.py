@@ -41,7 +41,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id.
 
-    `fields` of the base's config.json are set whatever it says: dropout is 0 unless asked for in LoRA or the bridge,
+    `fields` of the base's config.json are set whatever it says: dropout is 0 unless `model.lm.dropout` asks for it,
     since equal losses across world sizes need it. `new` is a part of the names of layers that its files do not hold:
     they are drawn at random and never quantised. Without weights (see `without_weights`) there is no tokenizer either.
     """

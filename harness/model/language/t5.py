@@ -16,7 +16,7 @@ from harness.config import ConfigError, Decoding
 from harness.config import LanguageModel as LanguageModelConfig
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.outputs import Generated, LossOutput, weighted_loss
+from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss
 
 
 class T5Language(nn.Module):
@@ -25,7 +25,11 @@ class T5Language(nn.Module):
     def __init__(self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32):
         super().__init__()
         base, self.tokenizer = quantise.load(
-            config, T5ForConditionalGeneration, {"dropout_rate": 0.0}, dtype=dtype, compute_dtype=compute_dtype
+            config,
+            T5ForConditionalGeneration,
+            {"dropout_rate": config.dropout},
+            dtype=dtype,
+            compute_dtype=compute_dtype,
         )
         if (depth := base.config.num_layers) != base.config.num_decoder_layers:
             raise ConfigError(  # it would train, and fail in transformers' cache at the first answer
@@ -69,41 +73,35 @@ class T5Language(nn.Module):
     def loss(self, image: BridgeOutput, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
         """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a weight is not 0."""
         states_CSD, mask_CS = self.encode(image, batch)
-        hidden_TLD = self._decode(states_CSD, mask_CS, batch)
-        return weighted_loss(hidden_TLD, batch, self._logits, label_smoothing)
+        # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model ask for its weights
+        # in the same order whatever their batches hold.
+        attended = None if self.t5.decoder.gradient_checkpointing else self._attended(states_CSD)
+
+        def decode(part: Batch) -> torch.Tensor:
+            cache = None if attended is None else _cache(attended, part.context_of_T)
+            return self.t5.decoder(
+                input_ids=self.t5._shift_right(part.labels_TL),
+                encoder_hidden_states=states_CSD[part.context_of_T],
+                encoder_attention_mask=mask_CS[part.context_of_T],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+
+        return weighted_loss(decode, batch, self._logits, label_smoothing, whole=partitioned(self))
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         if _scales_output(self.t5.config):
             hidden_KD = hidden_KD * self.width**-0.5
         return self.t5.lm_head(hidden_KD)
 
-    def _decode(self, states_CSD: torch.Tensor, mask_CS: torch.Tensor, batch: Batch) -> torch.Tensor:
-        t5, context_of_T = self.t5, batch.context_of_T
-        input_ids_TL = t5._shift_right(batch.labels_TL)
-        # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model ask for its weights
-        # in the same order whatever their batches hold.
-        cached = not t5.decoder.gradient_checkpointing
-        cache = self._cross_attention_cache(states_CSD, context_of_T) if cached else None
-        states_TSD, mask_TS = states_CSD[context_of_T], mask_CS[context_of_T]
-        return t5.decoder(
-            input_ids=input_ids_TL,
-            encoder_hidden_states=states_TSD,
-            encoder_attention_mask=mask_TS,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-
-    def _cross_attention_cache(self, states_CSD: torch.Tensor, context_of_T: torch.Tensor) -> EncoderDecoderCache:
-        """Keys and values of the encoder states, made once per context: T5 itself makes them for every target row."""
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        for index, block in enumerate(self.t5.decoder.block):
+    def _attended(self, states_CSD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values CHSD of the encoder states by layer, once per context: T5 makes them for every target row."""
+        made = []
+        for block in self.t5.decoder.block:
             attention = block.layer[1].EncDecAttention
             shape = (*states_CSD.shape[:2], attention.n_heads, attention.key_value_proj_dim)
-            keys_CHSD = attention.k(states_CSD).view(shape).transpose(1, 2)
-            values_CHSD = attention.v(states_CSD).view(shape).transpose(1, 2)
-            cache.cross_attention_cache.update(keys_CHSD[context_of_T], values_CHSD[context_of_T], index)
-            cache.is_updated[index] = True
-        return cache
+            made.append(tuple(make(states_CSD).view(shape).transpose(1, 2) for make in (attention.k, attention.v)))
+        return made
 
     @torch.no_grad()
     def generate(self, image: BridgeOutput, batch: Batch, decoding: Decoding) -> Generated:
@@ -134,6 +132,15 @@ class T5Language(nn.Module):
         ]
         texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         return Generated(texts, ids, p_eos_C)
+
+
+def _cache(attended: list[tuple[torch.Tensor, torch.Tensor]], context_of_T: torch.Tensor) -> EncoderDecoderCache:
+    """No words yet, and what the rows of these contexts attend to."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for index, (keys_CHSD, values_CHSD) in enumerate(attended):
+        cache.cross_attention_cache.update(keys_CHSD[context_of_T], values_CHSD[context_of_T], index)
+        cache.is_updated[index] = True
+    return cache
 
 
 def _scales_output(config) -> bool:
