@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from harness.ablate import Ablation, Child
 
 PICTURES, SIDE, QUALITY = 12, 112, 70  # rows of a grid; longer edge in pixels and JPEG quality, for a page under 2 MB
-HEADERS = ("variant", "expected", "observed", "score", "interval", "seeds", "test loss, nats", "verdict of the gate")
+HEADERS = (
+    *("variant", "expected", "observed", "score", "interval", "seeds"),
+    *("test loss, nats", "lost with exchanged images", "verdict of the gate"),
+)
 
 
 def write(
@@ -100,8 +103,9 @@ def by_measure(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def cells(row: Mapping[str, Any]) -> list[Any]:
     verdicts = ", ".join(f"{name} ({count})" for name, count in row["verdicts"].items())
     bounds = f"[{row['score_low']:.2f}, {row['score_high']:.2f}]"
-    score, loss = round(row["score"], 3), round(row["loss_nats"], 3)
-    return [row["variant"], row["expected"], row["observed"], score, bounds, len(row["per_seed"]), loss, verdicts]
+    score, loss = f"{row['score']:.2f}", f"{row['loss_nats']:.3f}"
+    lost = "" if row["lost"] is None else f"{row['lost']:.2f}"
+    return [row["variant"], row["expected"], row["observed"], score, bounds, len(row["per_seed"]), loss, lost, verdicts]
 
 
 def trouble(report: Mapping[str, Any]) -> list[str]:

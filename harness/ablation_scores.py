@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from harness.ablate import Child, Variant
 
 SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
+# The gap that the gate measures, in points, and how many of the score one of them is.
+GAP_OF = {"vqa": ("accuracy_gap", 1.0), "caption": ("CIDEr_gap", 0.01)}
 CURVE_POINTS = 60
 Id = tuple[str, str, str]  # dataset, split, id of the text (vqa) or of the image (captions)
 
@@ -61,6 +63,7 @@ class Observed:
     scores_SI: np.ndarray
     texts_I: np.ndarray
     loss_nats: float  # per target token, mean over seeds
+    lost: float | None  # of the score, where the gate exchanges the images; mean over seeds
     verdicts: Counter[str]
     said: dict[Id, str]  # of the first seed
 
@@ -87,6 +90,8 @@ def observe(finished: Sequence[Child]) -> list[Observed]:
             points_S = [points(task, texts, answers) for answers in said]
             sums = [np.bincount(image_of_text, points, len(images)) for points in points_S]
             known = [score["tasks"][task] for score in scores]
+            name, unit = GAP_OF[task]
+            gaps = [one[name] * unit for one in known if one.get(name) is not None]
             made.append(
                 Observed(
                     variant=variant,
@@ -96,6 +101,7 @@ def observe(finished: Sequence[Child]) -> list[Observed]:
                     scores_SI=np.array(sums),
                     texts_I=np.bincount(image_of_text, minlength=len(images)).astype(float),
                     loss_nats=float(np.mean([one["loss_nats"] for one in known])),
+                    lost=float(np.mean(gaps)) if gaps else None,
                     verdicts=Counter(one.get("verdict") or "no verdict" for one in known),
                     said=said[0],
                 )
@@ -157,6 +163,7 @@ def row_of(one: Observed, variant: Variant, observed: Sequence[Observed], settin
         "difference": difference and asdict(difference),
         "observed": claim,
         "loss_nats": one.loss_nats,
+        "lost": one.lost,
         "verdicts": dict(one.verdicts),
         "images": len(one.texts_I),
     }

@@ -106,6 +106,7 @@ def test_a_child_is_run_once_its_report_says_expectation_and_observation_and_a_n
     assert set(rows) == {("a", "vqa"), ("b", "vqa")}
     told = json.loads((tmp_path / "out" / "a" / "seed-0" / "evaluation" / "scores.json").read_text())
     assert rows["a", "vqa"]["score"] == pytest.approx(told["tasks"]["vqa"]["accuracy"], abs=0.01)
+    assert rows["a", "vqa"]["lost"] == told["tasks"]["vqa"]["accuracy_gap"]
     assert rows["a", "vqa"]["score_low"] <= rows["a", "vqa"]["score"] <= rows["a", "vqa"]["score_high"]
     assert rows["b", "vqa"]["observed"].startswith("cannot be told"), "the same model twice"
 
@@ -250,6 +251,7 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     scores = json.loads((tmp_path / "out" / "b" / "seed-0" / ablate.SCORES).read_text())["tasks"]["caption"]
     row = next(row for row in report["rows"] if (row["variant"], row["task"]) == ("b", "caption"))
     assert row["score"] == pytest.approx(scores["CIDEr"]), "as harness evaluate has it"
+    assert row["lost"] == pytest.approx(scores["CIDEr_gap"] / 100), "the gate's, in the score's own unit"
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| a " in table
     assert "as good as any" in table
