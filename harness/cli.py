@@ -144,7 +144,7 @@ def evaluate(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The published model, NF4.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")] = None,
     override: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of --model, for instance prompts.vqa=none.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -157,11 +157,13 @@ def evaluate(
     from harness.evaluate.run import evaluate_run
 
     with told("evaluating") as progress:
-        reports = [evaluate_run(run, data, limit=limit, progress=progress)] if run else []
+        override = override or []
+        own = [given for given in override if not (model and given.startswith("prompts."))]  # a run keeps its prompts
+        reports = [evaluate_run(run, data, limit=limit, overrides=own, progress=progress)] if run else []
         if model:
             from harness.evaluate.published import evaluate_published
 
-            given = {"load_in_4bit": load_in_4bit, "limit": limit, "overrides": override or ()}
+            given = {"load_in_4bit": load_in_4bit, "limit": limit, "overrides": override}
             sets = data or (reports[0]["data"] if reports else ())
             reports += [evaluate_published(name, sets, **given, progress=progress) for name in model]
     print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2) if as_json else table(*reports))

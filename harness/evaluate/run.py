@@ -21,7 +21,7 @@ from PIL import Image
 
 from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
-from harness.config import Config, ConfigError
+from harness.config import Config, ConfigError, apply_overrides, validated
 from harness.config import Evaluation as EvaluationConfig
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval
@@ -38,6 +38,7 @@ from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.read import Cache, Sample
 
+CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
 _ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
 _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
@@ -295,20 +296,27 @@ def evaluate_run(
     out: Path | None = None,
     *,
     limit: int | None = None,
+    overrides: Sequence[str] = (),
     text_only_accuracy: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores a run's newest checkpoint on `data`, or on the config's `data.test`, and writes into `out`.
 
-    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many images, the
-    same for every model; then `out` is RUN/evaluation/first-N, and nothing goes to the tracker. Returns what
-    scores.json holds: {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}. Raises
-    ConfigError, ShardError.
+    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many images, the same for
+    every model. `overrides`: `key=value` of the run's generate, evaluation and data, for instance to choose the beams
+    on the dev set. With either, `out` is a folder of that name in RUN/evaluation, and nothing goes to the tracker.
+    Returns what scores.json holds: {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}.
+    Raises ConfigError, ShardError.
     """
     run_dir = Path(run_dir)
     found = find_checkpoint(run_dir)
     home = found.path.parent.parent  # where the run lies now; its config may name where it lay once
-    config = Config(**{**found.state["config"], "out": str(home)})
+    document = {**found.state["config"], "out": str(home)}
+    if foreign := [given for given in overrides if not given.startswith(CHANGEABLE)]:
+        raise ConfigError(
+            f"{foreign[0]}: a run is scored as it was trained, only {', '.join(CHANGEABLE)}... can be given"
+        )
+    config = validated(Config, apply_overrides(document, overrides), run_dir, overrides)
     paths = list(data or [test.path for test in config.data.test])
     if not paths:
         raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
@@ -318,7 +326,8 @@ def evaluate_run(
     for manifest in manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
-    out = Path(out or home / FOLDER / (f"first-{limit}" if limit else ""))
+    changed = [f"first-{limit}"] * bool(limit) + [given.replace("/", "_") for given in overrides]
+    out = Path(out or home / FOLDER / "+".join(changed))
     out.mkdir(parents=True, exist_ok=True)
     (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
     if text_only_accuracy is None:
@@ -335,7 +344,7 @@ def evaluate_run(
         epochs=epochs_trained(config, found.state["train"]["stream"]),
     )
     report, files = write_report(evaluation, out, paths, str(found.path), found.step)
-    if limit is None:
+    if not changed:
         _track(config, found, evaluation, files)
     return report
 

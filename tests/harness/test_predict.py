@@ -187,6 +187,20 @@ def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path)
     assert known["verdict"] in table(report)
 
 
+def test_decoding_can_be_chosen_on_the_dev_set_without_training_again(setting):
+    config, _, root = setting
+    given = ["generate.caption.max_new_tokens=1", "evaluation.counterfactual_texts=4"]
+    report = evaluate_run(config.out_dir, [str(root / "test")], overrides=given)
+    folder = config.out_dir / "evaluation" / "+".join(given)
+    assert json.loads((folder / "scores.json").read_text()) == json.loads(json.dumps(report))
+    said = read_caption_results(folder / "toy_test_captions.json")
+    assert all(len(caption.split()) <= 1 for caption in said.values())
+    assert report["tasks"]["vqa"]["gate_texts"] <= 4
+    for wrong, expected in (("model.lm.id=x", "scored as it was trained"), ("generate.caption.beam=2", "beams")):
+        with pytest.raises(ConfigError, match=expected):
+            evaluate_run(config.out_dir, overrides=[wrong])
+
+
 def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_path):
     config, model, root = setting
     first = evaluate_run(config.out_dir, out=tmp_path / "a")
