@@ -139,9 +139,10 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__};"
     )
+    words = int(like.weight) / like.labels_TL.numel()
     print(
-        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} captions ({int(like.weight) / like.labels_TL.numel():.0%} "
-        f"of their positions no padding); EfficientNet-Lite0, Q-Former 2 x 256, T5 3+3 x 256 NF4\n"
+        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} captions ({words:.0%} of their positions no padding); "
+        f"EfficientNet-Lite0, Q-Former 2 x 256, T5 3+3 x 256 NF4\n"
     )
     print(markdown_table(rows, ["a step", "s", "pictures/s", "times as fast"]))
 
