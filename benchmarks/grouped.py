@@ -141,7 +141,7 @@ def main() -> None:
     )
     words = int(like.weight) / like.labels_TL.numel()
     print(
-        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} captions ({words:.0%} of their positions no padding); "
+        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} texts ({words:.0%} of their positions no padding), "
         f"EfficientNet-Lite0, Q-Former 2 x 256, T5 3+3 x 256 NF4\n"
     )
     print(markdown_table(rows, ["a step", "s", "pictures/s", "times as fast"]))

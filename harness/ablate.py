@@ -320,16 +320,17 @@ class Launched(subprocess.Popen):
     """A child as a process of its own (`main` below), which writes into OUT/VARIANT/seed-N/log.txt."""
 
     def __init__(self, child: Child, environment: Mapping[str, str]) -> None:
-        with (child.out / LOG).open("ab") as log:
+        with (child.out / LOG).open("wb") as log:  # of this attempt: its last words are to be its own
             line = [sys.executable, "-m", "harness.ablate", str(child.out)]
             # A session of its own: a Ctrl-C reaches it once, through `run_all`.
             super().__init__(line, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def last_words(log: Path) -> str:
-    """Why a child failed: its last sentence of an error, else its last line."""
+    """Why a child failed: the sentence for users after the last traceback, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-    told = [line.removeprefix("harness: ") for line in lines if line.startswith("harness: ")]
+    begun = max((n for n, line in enumerate(lines) if line.startswith("Traceback")), default=0)
+    told = [line.removeprefix("harness: ") for line in lines[begun:] if line.startswith("harness: ")]
     return (told or lines)[-1][:500]
 
 

@@ -12,10 +12,11 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.ablation_scores import Observed, mean_curves, observe, row_of
+from harness.ablation_scores import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config import Evaluation
 from harness.evaluate import vqa
 from harness.report import loss_curves, markdown_table, thumbnail
@@ -89,7 +90,7 @@ def how(report: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, report["seeds"]))
     return (
         f"Seeds {seeds}; {report['machine']}. Scores are means over seeds on the test images, each child scored once; "
-        f"intervals of {report['confidence']:.0%} over seeds and images (pigeonhole bootstrap, differences paired)."
+        f"intervals of {report['confidence']:.0%} for other seeds and other images (Student's t and bootstrap, paired)."
     )
 
 
@@ -102,16 +103,23 @@ def by_measure(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def cells(row: Mapping[str, Any]) -> list[Any]:
     verdicts = ", ".join(f"{name} ({count})" for name, count in row["verdicts"].items())
-    bounds = f"[{row['score_low']:.2f}, {row['score_high']:.2f}]"
-    score, loss = f"{row['score']:.2f}", f"{row['loss_nats']:.3f}"
-    lost = "" if row["lost"] is None else f"{row['lost']:.2f}"
+    digits, loss = DIGITS[row["task"]], f"{row['loss_nats']:.3f}"
+    score, low, high, lost = (
+        "" if row[name] is None else f"{row[name]:.{digits}f}" for name in ("score", "score_low", "score_high", "lost")
+    )
+    bounds = f"[{low}, {high}]"
     return [row["variant"], row["expected"], row["observed"], score, bounds, len(row["per_seed"]), loss, lost, verdicts]
 
 
 def trouble(report: Mapping[str, Any]) -> list[str]:
-    """A line for every child that has no result."""
+    """A line for every child that has no result, and for every task of which texts had to be left out."""
     failed = [f"{child['variant']}, seed {child['seed']}, failed: {child['error']}" for child in report["failed"]]
-    return failed + [f"{name}: not finished" for name in report["unfinished"]]
+    left_out = {(row["task"], row["left_out"]) for row in report["rows"] if row["left_out"]}
+    return [
+        *failed,
+        *(f"{name}: not finished" for name in report["unfinished"]),
+        *(f"{task}: {count} texts left out, their images could not be read" for task, count in sorted(left_out)),
+    ]
 
 
 _STYLE = """
@@ -155,7 +163,8 @@ def grid(group: Sequence[Observed], pictures: Sequence[str]) -> str:
     """A row for each of PICTURES test images, evenly spaced and not chosen; a column for each variant."""
     texts = group[0].test.texts[group[0].task]
     images = sorted({(i[0], i[1], key) for i, (key, _) in texts.items()})
-    chosen = [images[n * len(images) // PICTURES] for n in range(min(PICTURES, len(images)))]
+    count = min(PICTURES, len(images))
+    chosen = [images[n * len(images) // count] for n in range(count)]
     shown, rows = payloads([*pictures, *group[0].test.paths], chosen), []
     for number, image in enumerate(chosen):
         own = [(i, text) for i, (key, text) in texts.items() if (i[0], i[1], key) == image]
@@ -167,7 +176,7 @@ def grid(group: Sequence[Observed], pictures: Sequence[str]) -> str:
             f"<span class='faint'>{html.escape(truth)}</span>",
         ]
         for one in group:
-            said = one.said[name].strip()
+            said = one.said.get(name, "(unreadable)").strip()
             right = text.task == "vqa" and vqa.accuracy(said, text.targets) >= 0.5
             kind = "" if text.task != "vqa" else "right" if right else "wrong"
             row.append(f"<span class='{kind}'>{html.escape(said or '(empty)')}</span>")
@@ -187,12 +196,18 @@ def payloads(paths: Sequence[str], wanted: Sequence[tuple[str, str, str]]) -> di
             continue
         index_of = {(manifest.dataset, manifest.split, manifest.key(n)): n for n in range(manifest.samples)}
         reader = Reader(manifest)
-        found |= {name: reader.read(index_of[name]).payload for name in wanted if name in index_of}
+        for name in wanted:
+            with suppress(KeyError, ShardError):
+                found[name] = reader.read(index_of[name]).payload
     return found
 
 
 def picture(payload: bytes | None) -> str:
-    encoded, small = io.BytesIO(), thumbnail(payload, SIDE)
+    try:
+        small = thumbnail(payload, SIDE)
+    except OSError:  # damaged: the evaluation named it
+        small = thumbnail(None, SIDE)
+    encoded = io.BytesIO()
     small.save(encoded, "JPEG", quality=QUALITY)
     return f"<img width='{small.width}' height='{small.height}' alt='' src='{data_uri('jpeg', encoded.getvalue())}'>"
 

@@ -130,7 +130,7 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out."""
+    """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out (a question stays)."""
 
     caption: str = "describe"
     vqa: str = "question"
@@ -177,7 +177,7 @@ class Train(Section):
 class Evaluation(Section):
     batch_images: Positive = 64
     dev_images: Positive | None = 400  # images scored during training; none: all
-    counterfactual_texts: Positive = 2000  # texts on which the images are shuffled, blanked and left out
+    counterfactual_texts: Positive = 2000  # of each task, on which the images are shuffled, blanked and left out
     dev_counterfactual_texts: NonNegative = 400  # the same during training, where it must cost little
     small_gate_images: Positive = 32  # of the dev sets, for train.image_use_every: one text of each task and image
     show_images: Positive = 8  # the same images after each epoch, with what the model says

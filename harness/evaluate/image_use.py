@@ -193,6 +193,10 @@ class Gate:
             self._said |= zip(new, self.model.generate(select(batch, rows), self.decoding, part).texts, strict=True)
         return [self._said[key] for key in keys]
 
+    @property
+    def texts(self) -> int:
+        return len(self._rows) + self.left_out
+
     def result(self) -> ImageUse | None:
         """The verdict on what was collected; None if that is nothing."""
         if not self._rows:
@@ -224,7 +228,7 @@ class Gate:
         causes: tuple[str, ...] = ()
         if verdict == "EOS collapse" and self.training_batch and (batch := self.training_batch()) is not None:
             causes = tuple(causes_of_collapse(batch, self.model.tokenizer, _bos_in_generation_only(self.model)))
-            reason += "; found in the training batches: " + ("; ".join(causes) or "none of the known causes")
+            reason += "; found in a batch made as in training: " + ("; ".join(causes) or "none of the known causes")
         return ImageUse(
             verdict=verdict,
             reason=reason,

@@ -89,6 +89,8 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     new_row_of_old = torch.full((len(batch.contexts),), -1, device=device)
     new_row_of_old[rows_C] = torch.arange(len(rows), device=device)
     kept_T = (new_row_of_old[batch.context_of_T] >= 0).nonzero()[:, 0]
+    kept = {old: new for new, old in enumerate(kept_T.tolist())}
+    groups = [([kept[row] for row in group if row in kept], longest) for group, longest in batch.groups]
     return replace(
         batch,
         prompt_ids_CL=batch.prompt_ids_CL[rows_C],
@@ -98,7 +100,8 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         weight_TL=batch.weight_TL[kept_T],
         context_of_T=new_row_of_old[batch.context_of_T[kept_T]],
         contexts=tuple(batch.contexts[row] for row in rows),
-        text_ids_T=tuple(batch.text_ids_T[t] for t in kept_T.tolist()) if batch.text_ids_T else (),
+        text_ids_T=tuple(batch.text_ids_T[t] for t in kept) if batch.text_ids_T else (),
+        groups=tuple(group for group in groups if group[0]),
     )
 
 

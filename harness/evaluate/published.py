@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError, Decoding, apply_overrides, validated
-from harness.evaluate.report import write_report
+from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.features import GREY, NOISE_IMAGES
 from harness.model.language.outputs import Generated, LossOutput
@@ -247,14 +247,18 @@ def evaluate_published(
 ) -> dict[str, Any]:
     """Scores a published model on the image sets `data`; `limit`: so many images, the same for every model.
 
-    `overrides` are `key=value` of a config's prompts, generate, evaluation and data. Writes into `out`, else
-    runs/published/NAME, what `evaluate_run` writes, and returns the same. Raises ConfigError, ShardError.
+    `overrides` are `key=value` of a config's prompts, generate, evaluation and data. Writes into `out`, else a folder
+    in runs/published/NAME that says what was scored and how, what `evaluate_run` writes, and returns the same. Raises
+    ConfigError, ShardError.
     """
     if not data:
         raise ConfigError(f"--model {name}: give the shards to score with --data DIR")
-    for path in data:
-        if (kind := Manifest.open(path).kind) != "images":
-            raise ConfigError(f"{path} holds {kind}: a published model needs images, give the set they were made from")
+    manifests = [Manifest.open(path) for path in data]
+    for path, manifest in zip(data, manifests, strict=True):
+        if manifest.kind != "images":
+            raise ConfigError(
+                f"{path} holds {manifest.kind}: a published model needs images, give the set they were made from"
+            )
     model = PublishedModel(name, load_in_4bit)
     config = _config(name, model.prompts, overrides)
     evaluation = evaluate_model(
@@ -267,7 +271,8 @@ def evaluate_published(
         collate=PictureCollator(model.tokenizer, config.data, config.prompts, training=False),
         controls_of=control_pictures,
     )
-    out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--")))
+    parts = [*names(manifests), *["4bit"] * load_in_4bit, *variant(limit, overrides)]
+    out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--"), folder(parts)))
     return write_report(evaluation, out, data, checkpoint=name, step=None)[0]
 
 

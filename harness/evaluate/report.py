@@ -5,6 +5,7 @@ An Evaluation -> files and a report; reports -> one Markdown table, a column eac
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.evaluate.predict import results
 from harness.report import markdown_table
-from shards.manifest import write_whole
+from shards.manifest import Manifest, write_whole
 
 if TYPE_CHECKING:
     from harness.evaluate.run import Evaluation
@@ -34,6 +35,21 @@ def write_report(
     predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
     files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
     return report, [*files, write_json(out / "scores.json", report)]
+
+
+def variant(limit: int | None, overrides: Sequence[str]) -> list[str]:
+    """What an evaluation did otherwise than its config says."""
+    return [f"first-{limit}"] * bool(limit) + list(overrides)
+
+
+def names(manifests: Sequence[Manifest]) -> list[str]:
+    return ["+".join(f"{manifest.dataset}_{manifest.split}" for manifest in manifests)]
+
+
+def folder(parts: Sequence[str]) -> str:
+    """One name for a folder, not longer than a file system takes."""
+    name = "+".join(parts).replace("/", "_")
+    return name if len(name) < 120 else f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def write_json(path: Path, document: Any) -> Path:

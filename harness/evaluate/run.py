@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from harness.evaluate.bootstrap import Interval
 from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task
-from harness.evaluate.report import write_report
+from harness.evaluate.report import folder, names, variant, write_report
 from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
 from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
@@ -39,10 +40,10 @@ from shards.manifest import Manifest
 from shards.read import Cache, Sample
 
 CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
-_ORDER_SEED = 0  # not the run's seed: every run is judged on the same subset
+_ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
 _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
-    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr"),
+    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr", "complementary_pairs_right"),
 )
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -131,8 +132,8 @@ def evaluate_model(
     """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval mode.
 
     `limit`: so many images, the first of a seeded order that no config changes; the gate takes the first
-    `counterfactual_texts` texts of that order, none: as many as the config says. `epochs`: how often the model saw its
-    training set, none: unknown. `decode`, `collate` and `controls_of` are another's that reads images otherwise
+    `counterfactual_texts` texts of each task in it, none: as many as the config says. `epochs`: how often the model saw
+    its training set, none: unknown. `decode`, `collate` and `controls_of` are another's that reads images otherwise
     (published.py). One process does it all. Raises ShardError.
     """
     settings, device = config.evaluation, next(model.parameters()).device
@@ -140,9 +141,8 @@ def evaluate_model(
     loader = Loader(
         list(paths),
         global_batch=settings.batch_images,
-        seed=_ORDER_SEED,
         quarantine=quarantine,
-        **reading(config) | ({"decode": decode} if decode else {}),
+        **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
     )
     as_trained = None
     if collate is None:
@@ -155,7 +155,7 @@ def evaluate_model(
     model.eval()
     with torch.no_grad():
         controls = None
-        for samples, in_gate in _chunks(loader, images, gate_texts):
+        for samples, in_gate in _chunks(loader, images, gate_texts, settings.batch_images):
             evaluation.images += len(samples)
             place |= {(s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index) for s in samples}
             if (batch := collate(samples)) is not None:
@@ -171,14 +171,14 @@ def evaluate_model(
                     result = evaluation.tasks.setdefault(task, TaskResult(task))
                     result.predictions += said
                     result.nats, result.weight = result.nats + nats_C.sum(), result.weight + weight_C.sum()
-                    if in_gate:
-                        if task not in gates:
-                            gates[task] = Gate(
-                                *(model, task, decoding, settings, controls),
-                                trained_on=known,
-                                epochs=epochs,
-                                training_batch=as_trained and partial(as_trained, samples),
-                            )
+                    if in_gate and task not in gates:
+                        gates[task] = Gate(
+                            *(model, task, decoding, settings, controls),
+                            trained_on=known,
+                            epochs=epochs,
+                            training_batch=as_trained and partial(as_trained, samples),
+                        )
+                    if in_gate and gates[task].texts < gate_texts:
                         gates[task].add(part, part_tokens, nats_C, weight_C, said)
                 _show(evaluation, batch, samples, settings.show_images)
             if progress:
@@ -197,22 +197,29 @@ def evaluate_model(
     return evaluation
 
 
-def _chunks(loader: Loader, images: int, gate_texts: int) -> Iterator[tuple[list[Sample], bool]]:
-    """(readable samples, are they the gate's?), cut where the gate has its texts and where `images` is reached."""
-    texts, left = 0, images
+def _chunks(loader: Loader, images: int, gate_texts: int, size: int) -> Iterator[tuple[list[Sample], bool]]:
+    """(readable samples, are they the gate's?), until `images` are reached. The gate's come `size` at a time, two or
+    more: those of a rare task in a mixed set wait for each other, since images are exchanged within a batch."""
+    size, left, waiting = max(2, size), images, []
+    seen: Counter[str] = Counter()
     with closing(loader.iterate(epochs=1)) as batches:
         for _, samples in batches:
-            samples = [s for s in samples if s.weight and s.record is not None][:left]
-            left -= len(samples)
-            cut = 0
-            while cut < len(samples) and texts < gate_texts:
-                texts += len(samples[cut].record.texts)
-                cut += 1
-            for part, in_gate in ((samples[:cut], True), (samples[cut:], False)):
-                if part:
-                    yield part, in_gate
+            others = []
+            for sample in [s for s in samples if s.weight and s.record is not None][:left]:
+                left -= 1
+                tasks = [text.task for text in sample.record.texts]
+                wanted = any(seen[task] < gate_texts for task in tasks)
+                (waiting if wanted else others).append(sample)
+                seen.update(tasks if wanted else ())
+            while len(waiting) >= size or (waiting and not left):
+                yield waiting[:size], True
+                del waiting[:size]
+            if others:
+                yield others, False
             if not left:
                 return
+    if waiting:
+        yield waiting, True
 
 
 def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -304,7 +311,8 @@ def evaluate_run(
 
     `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many images, the same for
     every model. `overrides`: `key=value` of the run's generate, evaluation and data, for instance to choose the beams
-    on the dev set. With either, `out` is a folder of that name in RUN/evaluation, and nothing goes to the tracker.
+    on the dev set. With either, on other data or for an older checkpoint, `out` is a folder in RUN/evaluation that says
+    so, and nothing goes to the tracker.
     Returns what scores.json holds: {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}.
     Raises ConfigError, ShardError.
     """
@@ -326,8 +334,10 @@ def evaluate_run(
     for manifest in manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
-    changed = [f"first-{limit}"] * bool(limit) + [given.replace("/", "_") for given in overrides]
-    out = Path(out or home / FOLDER / "+".join(changed))
+    newest, tested = checkpoints.newest(home), [test.path for test in config.data.test]
+    changed = [found.path.name] * bool(newest and newest.path != found.path) + names(manifests) * (paths != tested)
+    changed += variant(limit, overrides)
+    out = Path(out or home / FOLDER / folder(changed))
     out.mkdir(parents=True, exist_ok=True)
     (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
     if text_only_accuracy is None:

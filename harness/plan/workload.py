@@ -66,7 +66,7 @@ def workload(config: Config) -> Workload:
     sizes = Sizes(
         contexts := config.data.texts_per_image or TEXTS_UNKNOWN,
         contexts,
-        config.data.max_prompt_tokens if config.prompts.vqa != "none" else 1,
+        config.data.max_prompt_tokens,
         config.data.max_target_tokens,
         1.0,
     )

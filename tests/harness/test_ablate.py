@@ -238,6 +238,43 @@ def test_the_interval_covers_images_and_seeds():
     assert twice.value == pytest.approx(of_images.value), "a mean over texts, whatever their number an image"
 
 
+def test_an_interval_of_three_seeds_holds_the_truth_as_often_as_it_says():
+    settings, rng, held = Evaluation(bootstrap=200), np.random.default_rng(2), 0
+    for _ in range(200):
+        scores_SI = rng.normal(0, 5, (3, 1)) + rng.normal(0, 5, 100) + rng.normal(0, 1, (3, 100))
+        found = interval(scores_SI, np.ones(100), settings)
+        held += found.low < 0 < found.high
+    assert 0.9 < held / 200 <= 1.0
+
+
+def test_texts_whose_image_could_not_be_read_are_left_out_and_counted(tmp_path, tiny, toy_sets):
+    run(file_of(tmp_path), tiny, tmp_path / "out")
+    whole = next(iter(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]))
+    (answers,) = (tmp_path / "out" / "a" / "seed-0" / "evaluation").glob("*_answers.json")
+    entries = json.loads(answers.read_text())
+    answers.write_text(json.dumps(entries[2:]))
+    report = run(file_of(tmp_path), tiny, tmp_path / "out")
+    assert whole["left_out"] == 0
+    assert [row["left_out"] for row in report["rows"]] == [2, 2], "for all variants, or they are no pairs"
+    assert "vqa: 2 texts left out" in (tmp_path / "out" / "report.md").read_text()
+    assert "(unreadable)" in (tmp_path / "out" / "report.html").read_text() or len(entries) > 12
+
+
+def test_a_child_failed_for_what_it_said_last(tmp_path):
+    log = tmp_path / "log.txt"
+    said = {
+        "harness: configs.yaml: lr is no key\n": "configs.yaml: lr is no key",
+        "harness: saving, then stopping\nTraceback (most recent call last):\n  File\nOutOfMemoryError: 8 GB\n": (
+            "OutOfMemoryError: 8 GB"
+        ),
+        "Traceback (most recent call last):\nKeyError: 1\nharness: it was the shard\n\n": "it was the shard",
+        "": "no output",
+    }
+    for text, expected in said.items():
+        log.write_text(text)
+        assert ablate.last_words(log) == expected
+
+
 def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path, tiny, toy_sets):
     report = run(file_of(tmp_path), [*tiny, *data(toy_sets / "both")], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()

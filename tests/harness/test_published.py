@@ -132,7 +132,7 @@ def test_the_command_scores_two_models_on_the_same_images_in_one_table(folders, 
     header = next(line for line in out.splitlines() if line.startswith("| vqa"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["vqa", "tiny-blip-2", "tiny-llava"]
     assert "vqa, tiny-llava: " in out
-    folder = next((tmp_path / "runs" / "published").glob("*tiny-llava"))
+    folder = next((tmp_path / "runs" / "published").glob("*tiny-llava/toy_test+first-34+*"))
     report = json.loads((folder / "scores.json").read_text())
     assert (report["images"], report["step"], set(report["tasks"])) == (34, None, {"caption", "vqa"})
     for task in report["tasks"].values():
