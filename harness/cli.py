@@ -140,7 +140,9 @@ def doctor(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")] = None,
-    model: Annotated[list[str] | None, typer.Option(metavar="ID|FOLDER", help="A published model.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf.")
+    ] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The published model, NF4.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")] = None,
     override: Annotated[
