@@ -17,6 +17,7 @@ from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.pretrained import start_from
+from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
 from shards.loader import Loader
 
@@ -152,7 +153,7 @@ def test_a_run_with_a_question_aware_bridge_is_trained_saved_and_judged(aware_ru
 def test_each_context_has_its_own_tokens_and_another_image_leaves_it_its_question(aware_run):
     config, checkpoint = aware_run
     model = VisionLanguageModel.from_pretrained(checkpoint / "model")
-    decode = train.ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
+    decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     loader = Loader([config.data.train[0].path], global_batch=4, shuffle=False, decode=decode)
     batch = Collator(model.tokenizer, config.data, config.prompts, training=False)(next(loader.iterate())[1])
     tokens = model.bridge_tokens(batch)
