@@ -42,15 +42,10 @@ class Variant(Section):
     after: str | None = None  # starts from that variant's model: <model> in an override is its folder
 
 
-class Change(Section):
+class Change(Variant):
     """What the offline form puts in the place of a variant's; a key that is left out stays as it is."""
 
     expected: str = ""
-    below: str | None = None
-    above: str | None = None
-    like: str | None = None
-    overrides: tuple[str, ...] = ()
-    base: str | None = None
 
 
 class Offline(Section):
@@ -195,7 +190,7 @@ def run(
             number = stop_asked()
         status = "KILLED" if number else "FINISHED"
         told = {(child.variant, child.seed): error for child, error in errors.items()}
-        report = write(ablation, children, told, out, parent.evaluation)
+        report = write(ablation, children, told, out, parent)
         done = sum(child.finished for child in children)
         say(f"\n{(out / 'report.md').read_text()}\n{out / 'report.html'}")
         tracker.metrics(report["metrics"] | {"children_finished": done}, done)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.ablation_scores import DIGITS, Observed, mean_curves, observe, row_of
-from harness.config import Evaluation
+from harness.config import Config
 from harness.evaluate import vqa
+from harness.model.processing import cache_of
 from harness.report import loss_curves, markdown_table, thumbnail
 from shards.manifest import Manifest, ShardError, write_whole
-from shards.read import Reader
+from shards.read import Cache, Reader
 
 if TYPE_CHECKING:
     from harness.ablate import Ablation, Child
@@ -38,10 +39,14 @@ def write(
     children: Sequence[Child],
     errors: Mapping[tuple[str, int], str],
     out: Path,
-    settings: Evaluation,
+    config: Config,
 ) -> dict[str, Any]:
-    """Writes the three files and returns what report.json holds; with no child finished, a report of errors."""
-    observed = observe([child for child in children if child.finished])
+    """Writes the three files and returns what report.json holds; with no child finished, a report of errors.
+
+    `config`: of the experiment as a whole; its `evaluation` and the cache of its `data` are used.
+    """
+    settings, cache = config.evaluation, cache_of(config)
+    observed = observe([child for child in children if child.finished], cache)
     rows = [row_of(one, ablation.variants[one.variant], observed, settings) for one in observed]
     failed = [{"variant": name, "seed": seed, "error": error} for (name, seed), error in errors.items()]
     left = [child for child in children if not child.finished and (child.variant, child.seed) not in errors]
@@ -64,7 +69,7 @@ def write(
     write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     write_whole(out / "report.md", markdown(report).encode())
     curves = loss_curves(mean_curves(children), out / "loss.png")
-    write_whole(out / "report.html", page(report, observed, curves, ablation.pictures).encode())
+    write_whole(out / "report.html", page(report, observed, curves, ablation.pictures, cache).encode())
     return report
 
 
@@ -131,7 +136,13 @@ img { display: block; } .right { color: #1a7f37; } .wrong { color: #c62828; } .f
 """
 
 
-def page(report: Mapping[str, Any], observed: Sequence[Observed], curves: Path, pictures: Sequence[str]) -> str:
+def page(
+    report: Mapping[str, Any],
+    observed: Sequence[Observed],
+    curves: Path,
+    pictures: Sequence[str],
+    cache: Cache | None,
+) -> str:
     """One HTML page that needs nothing beside it; everything in it is escaped."""
     name = html.escape(report["name"])
     parts = [f"<h1>{name}</h1><p>{html.escape(report['question'])}</p><p class='faint'>{html.escape(how(report))}</p>"]
@@ -147,7 +158,7 @@ def page(report: Mapping[str, Any], observed: Sequence[Observed], curves: Path, 
     for one in observed:
         groups[one.test.paths, one.task].append(one)
     for (_, task), group in groups.items():
-        parts.append(f"<h2>{task}: the same test images, first seed</h2>{grid(group, pictures)}")
+        parts.append(f"<h2>{task}: the same test images, first seed</h2>{grid(group, pictures, cache)}")
     head = f"<head><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style></head>"
     return f"<!doctype html>\n<html lang='en'>{head}<body>{''.join(parts)}</body></html>\n"
 
@@ -159,13 +170,13 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def grid(group: Sequence[Observed], pictures: Sequence[str]) -> str:
+def grid(group: Sequence[Observed], pictures: Sequence[str], cache: Cache | None) -> str:
     """A row for each of PICTURES test images, evenly spaced and not chosen; a column for each variant."""
     texts = group[0].test.texts[group[0].task]
     images = sorted({(i[0], i[1], key) for i, (key, _) in texts.items()})
     count = min(PICTURES, len(images))
     chosen = [images[n * len(images) // count] for n in range(count)]
-    shown, rows = payloads([*pictures, *group[0].test.paths], chosen), []
+    shown, rows = payloads([*pictures, *group[0].test.paths], chosen, cache), []
     for number, image in enumerate(chosen):
         own = [(i, text) for i, (key, text) in texts.items() if (i[0], i[1], key) == image]
         name, text = own[number % len(own)]
@@ -184,12 +195,14 @@ def grid(group: Sequence[Observed], pictures: Sequence[str]) -> str:
     return table(rows, ["image", "asked", "truth", *(one.variant for one in group)])
 
 
-def payloads(paths: Sequence[str], wanted: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], bytes]:
+def payloads(
+    paths: Sequence[str], wanted: Sequence[tuple[str, str, str]], cache: Cache | None
+) -> dict[tuple[str, str, str], bytes]:
     """The encoded pictures of these (dataset, split, key), from whichever set of images has them; or none."""
     found: dict[tuple[str, str, str], bytes] = {}
     for path in paths:
         try:
-            manifest = Manifest.open(path)
+            manifest = Manifest.open(path, cache)
         except (ShardError, OSError):  # moved or never made: the grid shows a grey square
             continue
         if manifest.kind != "images":

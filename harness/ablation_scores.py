@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.config import Evaluation
-from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
+from harness.evaluate.compare import said
+from harness.evaluate.measures import SCORES
 from harness.journal import METRICS
-from shards.manifest import Manifest, ShardError
-from shards.read import Reader
+from shards.read import Cache, records
 from shards.record import Text
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
 DIGITS = {"vqa": 2, "caption": 3}
-# The gap that the gate measures, in points, and how many of the score one of them is.
-GAP_OF = {"vqa": ("accuracy_gap", 1.0), "caption": ("CIDEr_gap", 0.01)}
+POINT = {"vqa": 1.0, "caption": 0.01}  # how much of that score a point is, the gate's unit
 CURVE_POINTS = 60
 Id = tuple[str, str, str]  # dataset, split, id of the text (vqa) or of the image (captions)
 
@@ -43,17 +42,12 @@ class TestSet:
     texts: dict[str, dict[Id, tuple[str, Text]]]  # task -> id -> (key of the image's record, text)
 
     @classmethod
-    def of(cls, paths: Sequence[str]) -> TestSet:
+    def of(cls, paths: Sequence[str], cache: Cache | None) -> TestSet:
         texts: dict[str, dict[Id, tuple[str, Text]]] = defaultdict(dict)
-        for reader in map(Reader, map(Manifest.open, paths)):
-            for index in range(reader.manifest.samples):
-                try:
-                    record = reader.read(index).record
-                except ShardError:  # named by the evaluation that met it, and by `harness shards verify`
-                    continue
-                for text in record.texts:
-                    name = text.id if text.task == "vqa" else record.image_id
-                    texts[text.task][record.dataset, record.split, name] = (record.key, text)
+        for record in records(paths, cache):
+            for text in record.texts:
+                name = text.id if text.task == "vqa" else record.image_id
+                texts[text.task][record.dataset, record.split, name] = (record.key, text)
         return cls(tuple(paths), dict(texts))
 
 
@@ -74,26 +68,27 @@ class Observed:
     left_out: int  # texts that not all children on these images answered: their image could not be read
 
 
-def observe(finished: Sequence[Child]) -> list[Observed]:
+def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Observed]:
     """In the order of the variants; each child's predictions are read from its result files and scored again, by image.
 
-    Only texts count that all children on the same test set answered. Raises ShardError for a test set that is gone.
+    Only texts count that all children on the same test set answered. `cache`: for remote test sets. Raises ShardError
+    for a test set that is gone.
     """
     tests: dict[tuple[str, ...], TestSet] = {}
-    said: dict[tuple[tuple[str, ...], str], dict[Child, dict[Id, str]]] = defaultdict(dict)
+    answers: dict[tuple[tuple[str, ...], str], dict[Child, dict[Id, str]]] = defaultdict(dict)
     by_variant: dict[str, list[Child]] = defaultdict(list)
     scores = {child: json.loads((child.out / "evaluation" / "scores.json").read_text()) for child in finished}
     for child in finished:
         by_variant[child.variant].append(child)
         paths = tuple(scores[child]["data"])
-        test = tests.get(paths) or tests.setdefault(paths, TestSet.of(paths))
+        test = tests.get(paths) or tests.setdefault(paths, TestSet.of(paths, cache))
         for task, texts in test.texts.items():
-            said[paths, task][child] = predictions(child.out / "evaluation", task, texts)
+            answers[paths, task][child] = predictions(child.out / "evaluation", task, texts)
     made = []
     for variant, children in by_variant.items():
         paths = tuple(scores[children[0]]["data"])
         for task, asked in sorted(tests[paths].texts.items()):
-            answered = said[paths, task]
+            answered = answers[paths, task]
             texts = {i: text for i, text in asked.items() if all(i in each for each in answered.values())}
             images, image_of_text = np.unique(
                 [f"{i[0]}/{i[1]}/{key}" for i, (key, _) in texts.items()], return_inverse=True
@@ -101,8 +96,8 @@ def observe(finished: Sequence[Child]) -> list[Observed]:
             points_S = [points(task, texts, answered[child]) for child in children]
             sums = [np.bincount(image_of_text, points, len(images)) for points in points_S]
             known = [scores[child]["tasks"][task] for child in children]
-            name, unit = GAP_OF[task]
-            gaps = [one[name] * unit for one in known if one.get(name) is not None]
+            gap = f"{SCORES[task][0]}_gap"
+            gaps = [one[gap] * POINT[task] for one in known if one.get(gap) is not None]
             made.append(
                 Observed(
                     variant=variant,
@@ -122,26 +117,16 @@ def observe(finished: Sequence[Child]) -> list[Observed]:
 
 
 def predictions(folder: Path, task: str, texts: Mapping[Id, Any]) -> dict[Id, str]:
-    """From the official results files, one for each data set and split."""
-    kind, field = ("answers", "answer") if task == "vqa" else ("captions", "caption")
-    name = "question_id" if task == "vqa" else "image_id"
-    return {
-        (dataset, split, str(entry[name])): entry[field]
-        for dataset, split in dict.fromkeys(i[:2] for i in texts)
-        for entry in json.loads((folder / f"{dataset}_{split}_{kind}.json").read_text())
-    }
+    """Of those texts, what the result files in `folder` hold."""
+    found = said(folder, task)
+    return {i: found[name] for i in texts if (name := f"{i[0]}_{i[1]}/{i[2]}") in found}
 
 
-def points(task: str, texts: Mapping[Id, tuple[str, Text]], said: Mapping[Id, str]) -> list[float]:
+def points(task: str, texts: Mapping[Id, tuple[str, Text]], answers: Mapping[Id, str]) -> list[float]:
     """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of this test set."""
-    if task == "vqa":
-        return [100 * vqa.accuracy(said[i], text.targets) for i, (_, text) in texts.items()]
-    from harness.evaluate import captions
-
-    names = {"/".join(i): i for i in texts}
-    hypotheses = {name: said[i] for name, i in names.items()}
-    each = captions.cider_d_per_image(hypotheses, {name: texts[i][1].targets for name, i in names.items()})
-    return [each[name] for name in names]
+    each = SCORES[task][1]([answers[i] for i in texts], [text.targets for _, text in texts.values()])
+    unit = 100 * POINT[task]
+    return [unit * one for one in each]
 
 
 def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: Evaluation) -> Interval:

@@ -122,6 +122,17 @@ def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Che
     return None
 
 
+def at(folder: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
+    if (folder / STATE).is_file():
+        return load(folder)
+    if found := newest(folder):
+        return found
+    raise ConfigError(f"{folder} holds no whole checkpoint in {FOLDER}/; train the run first")
+
+
 def find(out: Path, resume: str | None, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
     """What `--resume auto|PATH` means: the newest of this run or None; the named checkpoint, or the newest of a run."""
     if resume is None:

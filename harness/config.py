@@ -126,7 +126,7 @@ class Model(Section):
     vision: Vision = Vision()
     bridge: Bridge = Bridge()
     lm: LanguageModel = LanguageModel()
-    init_from: str | None = None  # folder of an earlier model whose trained weights are the start
+    init_from: str | None = None  # an earlier run, a checkpoint or its model/: whose trained weights are the start
 
 
 class Prompts(Section):

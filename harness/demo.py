@@ -125,8 +125,7 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
     """OUT/base_lm, trained on the texts alone, and its accuracy on the test questions in percent."""
     from harness import base_lm
     from harness.evaluate import vqa
-    from shards.manifest import Manifest
-    from shards.read import Reader
+    from shards.read import records
 
     task = bar.add_task("steps")
     base_lm.make(
@@ -140,12 +139,10 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
     tests = [s.path for s in config.data.test]
     said = base_lm.answer(out / "base_lm", tests, config)
     truths, predictions = [], {}
-    for reader in (Reader(manifest) for manifest in map(Manifest.open, tests)):
-        for index in range(reader.manifest.samples):
-            record = reader.read(index).record
-            for text in record.texts:
-                truths.append(vqa.VQATruth(text.id, text.targets))
-                predictions[text.id] = said[record.key, text.id]
+    for record in records(tests):
+        for text in record.texts:
+            truths.append(vqa.VQATruth(text.id, text.targets))
+            predictions[text.id] = said[record.key, text.id]
     return vqa.score(predictions, truths).overall
 
 

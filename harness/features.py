@@ -7,7 +7,7 @@ and of noise images, for the proof that images are used. Legend: K noise images,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +108,14 @@ def encode_set(
 
 
 def _controls(encode: Callable[[np.ndarray], np.ndarray], tower: VisionTower) -> dict[str, np.ndarray]:
-    """Features of a grey image and of uniform noise, the same pixels for every set of this image size."""
-    shape = (tower.image_size, tower.image_size, 3)
+    pixels = control_pixels((tower.image_size, tower.image_size, 3))
+    return {"blank_PD": encode(pixels["blank"])[0], "noise_KPD": encode(pixels["noise"])}
+
+
+def control_pixels(shape: Sequence[int]) -> dict[str, np.ndarray]:
+    """{"blank": one grey image, "noise": K of uniform noise}, uint8: always the same of this `shape` (H, W, 3)."""
     noise_KHW3 = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), dtype=np.uint8)
-    return {"blank_PD": encode(np.full((1, *shape), GREY, dtype=np.uint8))[0], "noise_KPD": encode(noise_KHW3)}
+    return {"blank": np.full((1, *shape), GREY, dtype=np.uint8), "noise": noise_KHW3}
 
 
 def load_controls(manifest: Manifest) -> dict[str, np.ndarray]:

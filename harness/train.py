@@ -29,7 +29,6 @@ from harness.batch import Batch, Collator, drawn
 from harness.config import Config
 from harness.doctor import changes, check_before_launch, check_resume, explain
 from harness.engine import Engine, make_engine
-from harness.evaluate.floor import epochs_trained
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.features import check_encoder
@@ -68,6 +67,11 @@ class Run:
     state: TrainState
     terminal: Terminal
     tracker: Tracker
+
+    @property
+    def epochs(self) -> float:
+        """How often the training set was seen."""
+        return self.state.stream.epoch + self.state.stream.position / self.loader.samples
 
 
 def loop(run: Run, stop_asked: Callable[[], int]) -> int:
@@ -155,7 +159,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
             if ends or due(train.evaluate_every) or due(None):  # at the end of every epoch in any case
                 evaluate(run)
             elif train.image_use_every and config.data.dev and due(train.image_use_every):
-                small = small or small_set(model, config)
+                small = small or (small_set(model, config) if engine.is_main else None)
                 look(run, small)
             if ends:
                 break
@@ -202,12 +206,12 @@ def too_many_skipped(run: Run, batches: Sequence[Batch]) -> str:
     )
 
 
-def look(run: Run, small: SmallSet) -> None:
-    """The gate on a few dev images between two evaluations; the main process alone, others wait."""
+def look(run: Run, small: SmallSet | None) -> None:
+    """The gate on a few dev images between two evaluations; the main process alone has some, others wait."""
     config, engine, state = run.config, run.engine, run.state
     with engine.whole():
-        if engine.is_main:
-            uses = small_gate(run.model, small, config, epochs_trained(config, asdict(state.stream)))
+        if small:
+            uses = small_gate(run.model, small, config, run.epochs)
             figures = small_gate_metrics(uses)
             run.tracker.metrics({f"gate/{name}": value for name, value in figures.items()}, state.step)
         engine.wait()
@@ -229,7 +233,7 @@ def evaluate(run: Run, again: bool = True) -> None:
                 config,
                 limit=config.evaluation.dev_images,
                 counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-                epochs=epochs_trained(config, asdict(state.stream)),
+                epochs=run.epochs,
             )
         engine.wait()
     if result:
@@ -244,8 +248,7 @@ def evaluate(run: Run, again: bool = True) -> None:
                 ignored = f"{task}: {use.reason}" if use.verdict == "image ignored" else ignored
     run.model.train()
     (stop,) = engine.sum([bool(ignored)])
-    epoch_done = state.stream.epoch > 0 or state.stream.position == run.loader.samples
-    if stop and epoch_done and config.train.stop_if_image_ignored:
+    if stop and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})")
 
 

@@ -73,7 +73,6 @@ class Loader:
         self.global_batch, self.last_batch = global_batch, last_batch
         self.rank, self.world_size, self.workers, self.prefetch = rank, world_size, workers, prefetch
         self._check_sets()
-        self._check_cache(window_shards, cache_bytes if cache else 0)
         orders = [
             Order([shard.samples for shard in manifest.shards], seed, window_shards, shuffle, salt=s)
             for s, manifest in enumerate(self.manifests)
@@ -82,6 +81,7 @@ class Loader:
         if images is not None and images > mixture.samples:
             raise ShardError(f"{self._names()}: {images} images are asked for, there are {mixture.samples}")
         mixture = mixture if images is None else FirstOf(mixture, images, seed)
+        self._check_cache(mixture, window_shards, cache_bytes if cache else 0)
         self.samples = mixture.samples
         whole, rest = divmod(self.samples, global_batch)
         self.steps_per_epoch = whole if last_batch == "drop" else whole + bool(rest)
@@ -205,17 +205,23 @@ class Loader:
                     f"{self.manifests[0].kind}: one run reads sets of one kind"
                 )
 
-    def _check_cache(self, window_shards: int, cache_bytes: int) -> None:
-        """Two windows of every remote set must fit: a batch may need both, and what goes early is fetched again."""
-        remote = [manifest for manifest in self.manifests if is_remote(manifest.base or manifest.folder)]
-        needed = 0
-        for manifest in remote:
-            largest = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-            needed += sum(largest[: 2 * window_shards]) + manifest.sidecar_file.bytes
+    def _check_cache(self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int) -> None:
+        """Two windows of every remote set must fit: a batch may need both, and what goes early is fetched again. Of the
+        first images of a mixture, in whose epochs nothing keeps to windows, all shards must."""
+        remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
+        few, needed = isinstance(mixture, FirstOf), 0
+        for s, manifest in remote.items():
+            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)[: 2 * window_shards]
+            if few:
+                held = set((manifest.starts.searchsorted(mixture.indices_of(s), side="right") - 1).tolist())
+                sizes = [manifest.shards[shard].bytes for shard in held]
+            needed += sum(sizes) + manifest.sidecar_file.bytes
         if cache_bytes < needed:
+            what = f"the first {mixture.samples} images" if few else f"two windows of {window_shards} shards"
+            less = "fewer images" if few else "smaller windows"
             raise ShardError(
-                f"{', '.join(m.folder for m in remote)}: two windows of {window_shards} shards and the index are "
-                f"{needed} bytes, the cache holds {cache_bytes}: give cache_dir and a larger cache, or smaller windows"
+                f"{', '.join(m.folder for m in remote.values())}: {what} and the index are {needed} bytes, the cache "
+                f"holds {cache_bytes}: give cache_dir and a larger cache, or {less}"
             )
 
 

@@ -197,6 +197,10 @@ class FirstOf:
         self.samples, self.seed, self._picks = samples, seed, mixture.picks(0, 0, samples)
         self._epoch: int | None = None
 
+    def indices_of(self, s: int) -> np.ndarray:
+        """Which samples of set `s` are among them."""
+        return self._picks[self._picks[:, 0] == s, 1]
+
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """As of a mixture."""
         if not 0 <= start <= stop <= self.samples:

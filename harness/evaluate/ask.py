@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness import checkpoint
 from harness.batch import Collator
 from harness.config import Config, ConfigError
-from harness.evaluate.run import find_checkpoint, load_model
+from harness.evaluate.run import load_model
 from harness.model.processing import ImageDecoder
 from shards.read import Sample
 from shards.record import Record, Text
@@ -14,7 +15,7 @@ from shards.record import Record, Text
 
 def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
     """What a run's newest model says to one picture; without a prompt it describes it. Raises ConfigError, OSError."""
-    found = find_checkpoint(Path(run_dir))
+    found = checkpoint.at(Path(run_dir))
     config = Config(**found.state["config"])
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)

@@ -18,8 +18,8 @@ import numpy as np
 from harness.config import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
-from shards.manifest import Manifest, ShardError, is_remote
-from shards.read import Reader
+from shards.manifest import is_remote
+from shards.read import records
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def runs(run_a: Path, run_b: Path, data: Sequence[str] | None = None) -> dict[st
     truths, references = _test_texts(data or evaluated[0][1])
     found = {}
     for task, asked, compare in (("vqa", truths, answers), ("caption", references, descriptions)):
-        a, b = (_said(folder, task) for folder, _ in evaluated)
+        a, b = (said(folder, task) for folder, _ in evaluated)
         if asked and a and b:
             found[task] = compare(a, b, asked)
     if not found:
@@ -119,25 +119,22 @@ def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tup
     """Of every set: its questions, and the captions of its images, by an id that is unique over the sets."""
     truths, references = [], {}
     for path in paths:
-        if not is_remote(path) and not Path(path).exists():
-            raise ConfigError(f"the runs were evaluated on {path}, which is gone; give the test set with --data DIR")
-    for reader in map(Reader, map(Manifest.open, paths)):
-        for index in range(reader.manifest.samples):
-            try:
-                record = reader.read(index).record
-            except ShardError:  # named by the evaluations, which could not answer it either
-                continue
-            of_set = f"{record.dataset}_{record.split}"
-            for text in record.texts:
-                if text.task == "vqa":
-                    image = f"{of_set}/{record.image_id}"
-                    truths.append(vqa.VQATruth(f"{of_set}/{text.id}", text.targets, image_id=image))
-                else:
-                    references[f"{of_set}/{record.image_id}"] = text.targets
+        if is_remote(path) or not Path(path).exists():
+            where = "remote" if is_remote(path) else "gone"
+            raise ConfigError(f"the runs were evaluated on {path}, which is {where}; give the test set with --data DIR")
+    for record in records(paths):
+        of_set = f"{record.dataset}_{record.split}"
+        for text in record.texts:
+            if text.task == "vqa":
+                image = f"{of_set}/{record.image_id}"
+                truths.append(vqa.VQATruth(f"{of_set}/{text.id}", text.targets, image_id=image))
+            else:
+                references[f"{of_set}/{record.image_id}"] = text.targets
     return truths, references
 
 
-def _said(folder: Path, task: str) -> dict[str, str]:
+def said(folder: Path, task: str) -> dict[str, str]:
+    """Of the result files that an evaluation left: DATASET_SPLIT/ID -> answer or caption. Raises ScoreError."""
     kind, read = (
         ("_answers.json", vqa.read_results) if task == "vqa" else ("_captions.json", captions.read_caption_results)
     )

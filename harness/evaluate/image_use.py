@@ -22,7 +22,7 @@ from harness.config import Decoding
 from harness.config import Evaluation as EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
-from harness.evaluate.captions import cider_d_per_image
+from harness.evaluate.measures import SCORES
 from harness.evaluate.predict import ImageTokens, Prediction, select
 
 Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evidence"]
@@ -34,23 +34,6 @@ SCORE_MARGIN = 1.0  # points: a percent of VQA accuracy, or a hundredth of CIDEr
 COLLAPSE = 0.5  # share of outputs that are empty, or mean probability of ending at once
 FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
 _SEED = 0  # of donors and partners: the same for every run, so that runs compare
-
-
-def _accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    return [vqa.accuracy(answer, truth) for answer, truth in zip(answers, references, strict=True)]
-
-
-def _cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Document frequencies are those of the subset; with few images they are coarse, for all conditions alike."""
-    said, wanted = ({str(n): text for n, text in enumerate(texts)} for texts in (answers, references))
-    return list(cider_d_per_image(said, wanted).values())
-
-
-# task -> the name of its measure, and the score of each answer against its references; a hundredth is a point.
-SCORES: Mapping[str, tuple[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]]] = {
-    "vqa": ("accuracy", _accuracy),
-    "caption": ("CIDEr", _cider),
-}
 
 
 @dataclass(frozen=True)
@@ -85,9 +68,9 @@ class ImageUse:
         losses, scores, measure = flat.pop("loss_nats"), flat.pop("scores"), flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
         flat |= {f"{name}_{measure}": scores.get(name) for name in ("true", "shuffled", "no_image", "blank", "noise")}
-        for name, gap in (("loss_gap_nats", flat.pop("loss_gap")), (f"{measure}_gap", flat.pop("score_gap"))):
-            gap = gap or {"value": None, "low": None, "high": None}
-            flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
+        del flat["loss_gap"], flat["score_gap"]
+        unknown = Interval(math.nan, math.nan, math.nan)
+        flat |= (self.loss_gap or unknown).flat("loss_gap_nats") | self.score_gap.flat(f"{measure}_gap")
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
 
 
@@ -298,7 +281,7 @@ def complementary_pairs(predictions: Sequence[Prediction]) -> tuple[int, int]:
 
 def judge(
     loss_gap: Interval | None,
-    score_gap: Interval | None,
+    score_gap: Interval,
     empty_rate: float,
     p_eos_first: float,
     images: int,
@@ -312,9 +295,8 @@ def judge(
     It also needs images that were not among the `trained_on`, and neither doubt nor `image ignored` means anything
     before the model has seen its training set once (`epochs`).
     """
-    loss = f"exchanging the images raises the loss by {loss_gap} nats per target token" if loss_gap else ""
-    score = f"exchanging the images lowers the {measure} by {score_gap} points" if score_gap else ""
-    evidence = " and ".join(filter(None, (loss, score.removeprefix("exchanging the images ") if loss else score)))
+    raises = f"raises the loss by {loss_gap} nats per target token and " if loss_gap else ""
+    evidence = f"exchanging the images {raises}lowers the {measure} by {score_gap} points"
     if empty_rate > COLLAPSE or p_eos_first > COLLAPSE:
         return "EOS collapse", (
             f"{empty_rate:.0%} of the outputs are empty and the model ends before the first word with probability "
@@ -326,19 +308,19 @@ def judge(
             f"{images} images are fewer than the {FEWEST_IMAGES} an interval needs; {evidence}",
         )
     loss_used = loss_gap is not None and loss_gap.low > LOSS_MARGIN
-    score_used = score_gap is not None and score_gap.low > SCORE_MARGIN
-    if (loss_used or loss_gap is None) and (score_used or score_gap is None) and evidence:
+    score_used = score_gap.low > SCORE_MARGIN
+    if (loss_used or loss_gap is None) and score_used:
         if trained_on:
             return "not enough evidence", (
                 f"{trained_on} of the {images} images were trained on, and a model that knows them by heart looks as "
                 f"if it used them: test on new images; {evidence}"
             )
-        margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"] * bool(score_gap)
+        margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"]
         return "image used", f"{evidence}; the lower bounds are above {' and '.join(margins)}"
     if epochs is not None and epochs < 1:
         return "not enough evidence", f"{evidence}; after {epochs:.2g} of the first epoch it is too early to tell"
     if loss_gap is None:
-        if score_gap and score_gap.high < SCORE_MARGIN:
+        if score_gap.high < SCORE_MARGIN:
             return "image ignored", f"{evidence}; the upper bound is below {SCORE_MARGIN:g} points: another is as good"
         return "not enough evidence", f"{evidence}; the model gives no loss: test on more texts"
     if loss_gap.high < LOSS_NEGLIGIBLE and not loss_used and not score_used:

@@ -10,7 +10,7 @@ its own processor. Legend: I images, C contexts, T targets, L target tokens, R r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from harness.batch import Batch, Collator
 from harness.config import Config, ConfigError, Decoding, apply_overrides, validated
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
-from harness.features import GREY, NOISE_IMAGES
+from harness.features import control_pixels
 from harness.model.language.outputs import Generated, LossOutput
+from harness.model.language.quantise import nf4
 from harness.model.processing import ImageDecoder
 from harness.model.vision import quiet_transformers
 from harness.precision import choose
@@ -83,11 +85,12 @@ class Pictures:
         return [Image.fromarray(self.tokens_NQD[row]) for row in self.token_row_of_C[list(contexts)].tolist()]
 
 
-class PublishedModel:
+class PublishedModel(nn.Module):
     """A model and its processor, with the interface that `evaluate_model` and the gate ask of a model."""
 
     def __init__(self, name: str, load_in_4bit: bool = False):
         """Loads by hub id or folder, onto the GPU where there is one. Raises ConfigError."""
+        super().__init__()
         if name.rstrip("/").endswith("instructblip-flan-t5-base"):
             raise ConfigError(
                 f"--model {name}: there is no instructblip-flan-t5-base; published are Salesforce/instructblip-"
@@ -95,14 +98,7 @@ class PublishedModel:
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = choose("auto", device).compute_dtype
-        quantisation = None
-        if load_in_4bit:
-            quantisation = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
+        quantisation = nf4(dtype) if load_in_4bit else None
         try:
             with quiet_transformers():
                 self.processor = AutoProcessor.from_pretrained(name)
@@ -120,8 +116,8 @@ class PublishedModel:
                 f"--model {name}: it lacks {len(absent)} weights of a {type(self.model).__name__} ({absent[0]}, ...), "
                 "which would be random: use a complete model"
             )
-        self.name, self.dtype = name, dtype
-        self.model.to(device).eval()
+        self.dtype = dtype
+        self.to(device).eval()
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -138,12 +134,6 @@ class PublishedModel:
     @property
     def prompts(self) -> dict[str, str]:
         return PROMPTS.get(self.model.config.model_type, {})
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        return self.model.parameters()
-
-    def eval(self) -> PublishedModel:
-        return self
 
     def bridge_tokens(self, batch: PictureBatch) -> Pictures:
         return Pictures(batch.pictures, batch.image_of_C)
@@ -201,7 +191,7 @@ class PublishedModel:
         """Greedy or beam search, one answer per context."""
         ids, p_eos = [], []
         for rows in _parts(len(batch.contexts)):
-            contexts = list(range(len(batch.contexts)))[rows]
+            contexts = range(len(batch.contexts))[rows]
             inputs = self._inputs(tokens.of(contexts), [batch.contexts[c].prompt for c in contexts])
             out = self.model.generate(
                 **inputs,
@@ -225,14 +215,13 @@ class PublishedModel:
 
 
 def _parts(count: int) -> list[slice]:
-    return [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+    """_ROWS at a time; slices may end behind the last."""
+    return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
 
 
 def control_pictures(model: Any, like: PictureBatch, manifest: Manifest) -> dict[str, list[np.ndarray]]:
     """A blank and some noise pictures, of the size of the first one."""
-    shape = like.pictures[0].shape
-    noise = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), np.uint8)
-    return {"blank": [np.full(shape, GREY, np.uint8)], "noise": list(noise)}
+    return {name: list(pictures) for name, pictures in control_pixels(like.pictures[0].shape).items()}
 
 
 def evaluate_published(

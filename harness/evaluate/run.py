@@ -30,14 +30,14 @@ from harness.evaluate.floor import Majority, epochs_trained, trained_on, trainin
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.report import folder, names, variant, write_report
-from harness.features import CONTROLS, GREY, NOISE_IMAGES, check_encoder, load_controls
-from harness.model.processing import reading
+from harness.features import CONTROLS, check_encoder, control_pixels, load_controls
+from harness.model.processing import cache_of, reading
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from harness.report import Shown
 from shards.loader import Loader
 from shards.manifest import Manifest
-from shards.read import Cache, Sample
+from shards.read import Sample
 
 CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
 _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
@@ -45,6 +45,8 @@ _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
     *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr", "complementary_pairs_right"),
 )
+
+_GROUPS = ("per_answer_type", "per_question_type")
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
@@ -58,8 +60,8 @@ class TaskResult:
     predictions: list[Prediction] = field(default_factory=list)
     nats: float = 0.0
     weight: float = 0.0
-    scores: vqa.VQAScores | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)  # of accuracy, or of Bleu_1 ... CIDEr
+    groups: dict[str, dict[str, Interval]] = field(default_factory=dict)  # accuracy per_answer_type, per_question_type
     image_use: ImageUse | None = None
     majority_accuracy: float | None = None
     text_only_accuracy: float | None = None
@@ -78,8 +80,7 @@ class TaskResult:
             "loss_nats": None if math.isnan(self.loss) else self.loss,
             "accuracy": None,
             **{key: value for name, known in self.intervals.items() for key, value in known.flat(name).items()},
-            "per_answer_type": self.scores.per_answer_type if self.scores else {},
-            "per_question_type": self.scores.per_question_type if self.scores else {},
+            **{kind: {name: i.value for name, i in self.groups.get(kind, {}).items()} for kind in _GROUPS},
             "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
             "complementary_pairs": pairs or None,
             "majority_accuracy": self.majority_accuracy,
@@ -187,7 +188,8 @@ def evaluate_model(
     for task, result in evaluation.tasks.items():
         result.predictions.sort(key=lambda p: place[p.dataset, p.split, p.key])
         if task == "vqa":
-            result.scores, result.intervals = score_vqa(result.predictions, settings)
+            result.groups = score_vqa(result.predictions, settings)
+            result.intervals = {"accuracy": result.groups.pop("overall")}
             result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
             result.text_only_accuracy = text_only_accuracy
         else:
@@ -231,9 +233,7 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
     if getattr(model, "question_aware", False):
         return {}
     if like.pixels_IHW3 is not None:
-        shape = tuple(like.pixels_IHW3.shape[1:])
-        noise = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), np.uint8)
-        name, made = "pixels_IHW3", {"blank": np.full((1, *shape), GREY, np.uint8), "noise": noise}
+        name, made = "pixels_IHW3", control_pixels(like.pixels_IHW3.shape[1:])
     elif any(file.name == CONTROLS for file in manifest.files):
         stored = load_controls(manifest)
         name, made = "features_IPD", {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]}
@@ -246,10 +246,8 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
     }
 
 
-def score_vqa(
-    predictions: Sequence[Prediction], settings: EvaluationConfig
-) -> tuple[vqa.VQAScores, dict[str, Interval]]:
-    """The official accuracies over all sets given, and the overall one with its interval."""
+def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Any]:
+    """The official accuracies over all sets given, as `vqa.intervals` has them."""
     said = {"/".join(p.id): p.answer for p in predictions}
     truths = [
         vqa.VQATruth(
@@ -261,8 +259,7 @@ def score_vqa(
         )
         for p in predictions
     ]
-    found = vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
-    return vqa.score(said, truths), {"accuracy": found["overall"]}
+    return vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
 
 
 def score_captions(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Interval]:
@@ -317,7 +314,7 @@ def evaluate_run(
     Raises ConfigError, ShardError.
     """
     run_dir = Path(run_dir)
-    found = find_checkpoint(run_dir)
+    found = checkpoints.at(run_dir)
     home = found.path.parent.parent  # where the run lies now; its config may name where it lay once
     document = {**found.state["config"], "out": str(home)}
     if foreign := [given for given in overrides if not given.startswith(CHANGEABLE)]:
@@ -328,7 +325,7 @@ def evaluate_run(
     paths = list(data or [test.path for test in config.data.test])
     if not paths:
         raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
-    cache = Cache(config.data.cache_dir, int(config.data.cache_gb * 1e9)) if config.data.cache_dir else None
+    cache = cache_of(config)
     manifests = [Manifest.open(path, cache) for path in paths]
     model = load_model(found, config, with_vision=manifests[0].kind == "images")
     for manifest in manifests:
@@ -365,17 +362,6 @@ def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
         return None
     earlier = json.loads(scores.read_text())
     return earlier["tasks"].get("vqa", {}).get("text_only_accuracy") if earlier["data"] == list(paths) else None
-
-
-def find_checkpoint(run_dir: Path) -> checkpoints.Checkpoint:
-    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises ConfigError."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} is not a folder; expected the output folder of a training run")
-    if (run_dir / checkpoints.STATE).is_file():
-        return checkpoints.load(run_dir)
-    if found := checkpoints.newest(run_dir):
-        return found
-    raise ConfigError(f"{run_dir} holds no whole checkpoint in {checkpoints.FOLDER}/; train the run first")
 
 
 def load_model(found: checkpoints.Checkpoint, config: Config, *, with_vision: bool) -> VisionLanguageModel:

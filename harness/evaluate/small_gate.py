@@ -33,11 +33,9 @@ class SmallSet(NamedTuple):
 def small_set(model: Any, config: Config) -> SmallSet:
     """`evaluation.small_gate_images` dev images, one text of each task and image; the same for every run.
 
-    Empty without dev sets. Raises ShardError.
+    Raises ShardError.
     """
     settings, data = config.evaluation, config.data
-    if not data.dev:
-        return SmallSet((), ())
     loader = Loader(
         [dataset.path for dataset in data.dev],
         global_batch=settings.small_gate_images,

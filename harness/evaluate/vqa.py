@@ -155,7 +155,7 @@ def intervals(
     value_C = np.array([value for _, value in grades])
 
     def intervals_of(name_C: Sequence[str | None]) -> dict[str, Interval]:
-        column_of = {name: column for column, name in enumerate(dict.fromkeys(filter(None, name_C)))}
+        column_of = {name: column for column, name in enumerate(dict.fromkeys(n for n in name_C if n is not None))}
         sums_I2K = np.zeros((len(row_of), 2, len(column_of)))
         known_C = np.array([name is not None for name in name_C])
         column_C = np.array([column_of[name] for name in name_C if name is not None], int)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from harness import checkpoint
 from harness import config as settings
 from harness.batch import Batch
 from harness.config import ConfigError
@@ -104,7 +105,8 @@ class VisionLanguageModel(PreTrainedModel):
         if config.model.bridge.init_from and not without_weights():
             logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
         if config.model.init_from and not without_weights():
-            model.load_trained(Path(config.model.init_from))
+            folder = Path(config.model.init_from)
+            model.load_trained(folder if (folder / WEIGHTS).is_file() else checkpoint.at(folder).model)
         return model
 
     @classmethod

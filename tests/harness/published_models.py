@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import SENTENCES, tiny_tokenizer
@@ -20,7 +21,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     T5Config,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -29,6 +32,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 QUERIES, SIDE = 4, 32
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 VISION = {**WIDTHS, "num_hidden_layers": 1, "image_size": SIDE, "patch_size": 8}
+QFORMER = {**WIDTHS, "num_hidden_layers": 1, "encoder_hidden_size": 64, "cross_attention_frequency": 1}
+IMAGES = {"height": SIDE, "width": SIDE}
 
 
 def t5(vocabulary: int) -> T5Config:
@@ -45,42 +50,40 @@ def random(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def tiny_blip2(folder: Path) -> Path:
-    processor = Blip2Processor(
-        BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tiny_tokenizer(), num_query_tokens=QUERIES
-    )
-    config = Blip2Config(
-        vision_config=VISION,
-        qformer_config={**WIDTHS, "num_hidden_layers": 1, "encoder_hidden_size": 64, "cross_attention_frequency": 1},
-        text_config=t5(len(processor.tokenizer)).to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    random(Blip2ForConditionalGeneration(config)).save_pretrained(folder)
+def parts(tokenizer: PreTrainedTokenizerFast, **qformer: int) -> dict[str, Any]:
+    """Of a BLIP-2's config, or of an InstructBLIP's."""
+    return {
+        "vision_config": VISION,
+        "qformer_config": QFORMER | qformer,
+        "text_config": t5(len(tokenizer)).to_dict(),
+        "num_query_tokens": QUERIES,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+    }
+
+
+def saved(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> Path:
+    random(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def tiny_blip2(folder: Path) -> Path:
+    processor = Blip2Processor(BlipImageProcessorPil(size=IMAGES), tiny_tokenizer(), num_query_tokens=QUERIES)
+    config = Blip2Config(**parts(processor.tokenizer))
+    return saved(Blip2ForConditionalGeneration(config), processor, folder)
 
 
 def tiny_instructblip(folder: Path) -> Path:
     words = sorted({word.strip("?.,:") for text in SENTENCES for word in text.lower().split()})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word in words if word)]
     processor = InstructBlipProcessor(
-        BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}),
+        BlipImageProcessorPil(size=IMAGES),
         tiny_tokenizer(),
         BertTokenizer(vocab={word: index for index, word in enumerate(vocabulary)}),
         num_query_tokens=QUERIES,
     )
-    qformer = {**WIDTHS, "num_hidden_layers": 1, "encoder_hidden_size": 64, "cross_attention_frequency": 1}
-    config = InstructBlipConfig(
-        vision_config=VISION,
-        qformer_config={**qformer, "vocab_size": len(vocabulary)},
-        text_config=t5(len(processor.tokenizer)).to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    random(InstructBlipForConditionalGeneration(config)).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    config = InstructBlipConfig(**parts(processor.tokenizer, vocab_size=len(vocabulary)))
+    return saved(InstructBlipForConditionalGeneration(config), processor, folder)
 
 
 CHAT = (
@@ -105,7 +108,7 @@ def tiny_llava(folder: Path, chat_template: str | None = CHAT) -> Path:
         additional_special_tokens=["<image>"],
     )
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=IMAGES),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -120,6 +123,4 @@ def tiny_llava(folder: Path, chat_template: str | None = CHAT) -> Path:
     )
     vision = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3, "projection_dim": 16})
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"])
-    random(LlavaForConditionalGeneration(config)).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return saved(LlavaForConditionalGeneration(config), processor, folder)

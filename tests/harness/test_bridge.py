@@ -1,10 +1,12 @@
 """Bridges: patch tokens of any scale in, tokens of the language model's width and scale out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from planned import changed
 from runs import make_config
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
@@ -136,9 +138,8 @@ def test_every_trained_parameter_of_a_question_aware_bridge_gets_a_gradient():
 def aware_run(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
     root = tmp_path_factory.mktemp("aware")
     config = make_config(root, tiny_clip_folder, tiny_t5_folder, max_steps=2)
-    bridge = config.model.bridge.model_copy(update={"question_aware": True})
-    data = config.data.model_copy(update={"test": config.data.dev})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge}), "data": data})
+    test = [{"path": dev.path} for dev in config.data.dev]
+    config = changed(config, bridge={"question_aware": True}, data={"test": test})
     return config, train.run(config)
 
 
@@ -302,20 +303,14 @@ def test_a_folder_that_holds_neither_is_told(tmp_path, tiny_t5_folder):
 
 def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(bert, tmp_path, tiny_clip_folder, tiny_t5_folder):
     config = make_config(tmp_path, tiny_clip_folder, tiny_t5_folder, dev=False, max_steps=1)
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    for file in bert.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    bridge = config.model.bridge.model_copy(update={"init_from": str(folder)})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge})})
-    built = VisionLanguageModel.build(config)
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    built = VisionLanguageModel.build(changed(config, bridge={"init_from": str(folder)}))
     theirs = BertForMaskedLM.from_pretrained(folder).bert.encoder.layer[0]
     assert torch.equal(
         built.bridge.body.qformer.encoder.layer[0].attention.attention.key.weight, theirs.attention.self.key.weight
     )
     built.save_pretrained(tmp_path / "saved")
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder)
     VisionLanguageModel.from_pretrained(tmp_path / "saved")
 
 

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from runs import COLOURS, make_shards, texts
 
-from harness import cli
 from harness.config import ConfigError
 from harness.evaluate import captions, compare, vqa
 
@@ -86,6 +84,8 @@ def test_what_cannot_be_compared_is_one_sentence(test_set, tmp_path):
     shutil.rmtree(gone)
     with pytest.raises(ConfigError, match="which is gone; give the test set with --data"):
         compare.runs(run, run)
+    with pytest.raises(ConfigError, match="on memory://test, which is remote; give the test set with --data"):
+        compare.runs(run, run, ["memory://test"])
     assert compare.runs(run, run, [str(test_set)])["vqa"]["accuracy"].difference.value == 0.0
     with pytest.raises(ConfigError, match=r"holds no evaluation/scores\.json"):
         compare.runs(run, tmp_path / "nothing")
@@ -93,25 +93,17 @@ def test_what_cannot_be_compared_is_one_sentence(test_set, tmp_path):
         compare.answers({"1": "a"}, {"2": "a"}, [vqa.VQATruth("1", ("a",))])
 
 
-def test_the_verb_takes_runs_and_result_files(test_set, tmp_path, monkeypatch, capsys):
-    def harness(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["harness", "compare", *map(str, arguments)])
-        with pytest.raises(SystemExit):
-            cli.main()
-        said = capsys.readouterr()
-        return said.out or said.err
-
+def test_the_verb_takes_runs_and_result_files(test_set, tmp_path, harness):
     good, bad = evaluated(tmp_path / "good", test_set, 0.9), evaluated(tmp_path / "bad", test_set, 0.3)
-    found = json.loads(harness(good, bad, "--json"))
+    found = json.loads(harness("compare", good, bad, "--json")[1])
     assert found["vqa"]["accuracy"]["difference"]["low"] > 0
-    assert "resamples with A > B" in harness(good, bad)
+    assert "resamples with A > B" in harness("compare", good, bad)[1]
     files = [run / "evaluation" / "toy_test_captions.json" for run in (good, bad)]
     references = {"images": [{"id": i} for i in range(IMAGES)], "annotations": []}
     for i in range(IMAGES):
         told = next(text for text in texts(i) if text.task == "caption").targets
         references["annotations"] += [{"image_id": i, "caption": caption} for caption in told]
     (tmp_path / "captions.json").write_text(json.dumps(references))
-    assert json.loads(harness(*files, "--references", tmp_path / "captions.json", "--json")) == {
-        "caption": found["caption"]
-    }
-    assert "give --references" in harness(*files)
+    _, out, _ = harness("compare", *files, "--references", tmp_path / "captions.json", "--json")
+    assert json.loads(out) == {"caption": found["caption"]}
+    assert "give --references" in harness("compare", *files)[2]

@@ -1,11 +1,9 @@
 """What is wrong with a config is said before a launch (data, encoder, model ids, output folder), and by the doctor."""
 
 import json
-import sys
 
 import pytest
 
-from harness import cli
 from harness.config import ConfigError, load
 from harness.doctor import check_before_launch, check_models, diagnose, explain
 from harness.doctor.findings import Finding, failed
@@ -184,7 +182,7 @@ def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
 
 
 @pytest.mark.parametrize("state", ["OK", "warning", "error"])
-def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, capsys, state):
+def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, harness, state):
     said = [Finding("disk", state, "3 GB free [at] /x", "make room")]
     asked = []
     monkeypatch.setattr("harness.doctor.diagnose", lambda *given: asked.append(given) or said)
@@ -193,11 +191,8 @@ def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, 
         ["--json"],
         ["demo", "train.epochs=2", "--overfit", "8", "--launch", "zero2", "--processes", "4"],
     ):
-        monkeypatch.setattr(sys, "argv", ["harness", "doctor", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        codes.append(int(left.value.code or 0))
-        out = capsys.readouterr().out
+        code, out, _ = harness("doctor", *arguments)
+        codes.append(code)
         if arguments == ["--json"]:
             assert json.loads(out) == [
                 {"name": "disk", "state": state, "found": "3 GB free [at] /x", "fix": "make room"}
@@ -210,8 +205,7 @@ def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, 
     assert (config.train.epochs, launch.name, processes, overfit) == (2, "zero2", 4, 8)
 
 
-def test_learning_by_heart_needs_a_config(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["harness", "doctor", "--overfit", "8"])
-    with pytest.raises(SystemExit, match="2"):
-        cli.main()
-    assert "--overfit needs a config" in capsys.readouterr().err
+def test_learning_by_heart_needs_a_config(harness):
+    code, _, said = harness("doctor", "--overfit", "8")
+    assert code == 2
+    assert "--overfit needs a config" in said

@@ -175,21 +175,20 @@ def test_doubt_is_not_enough_evidence():
 @pytest.mark.parametrize(
     ("loss_gap", "accuracy_gap", "verdict"),
     [
-        ((0.5, 0.011, 1.0), None, "image used"),
-        ((0.5, 0.009, 1.0), None, "not enough evidence"),
+        ((0.5, 0.011, 1.0), (5.0, 3.0, 9.0), "image used"),
+        ((0.5, 0.009, 1.0), (5.0, 3.0, 9.0), "not enough evidence"),
         ((0.5, 0.4, 0.6), (5.0, 1.1, 9.0), "image used"),
         ((0.5, 0.4, 0.6), (5.0, 0.9, 9.0), "not enough evidence"),
         ((0.0, -0.01, 0.019), (0.0, -1.0, 1.0), "image ignored"),
-        ((-0.3, -0.5, -0.1), None, "image ignored"),
-        ((0.0, -0.01, 0.021), None, "not enough evidence"),
+        ((-0.3, -0.5, -0.1), (0.0, -1.0, 1.0), "image ignored"),
+        ((0.0, -0.01, 0.021), (0.0, -1.0, 1.0), "not enough evidence"),
         ((0.015, 0.013, 0.017), (0.0, 0.0, 0.0), "not enough evidence"),
         ((0.0, -0.01, 0.01), (5.0, 3.0, 9.0), "not enough evidence"),
-        ((0.0, -math.inf, math.inf), None, "not enough evidence"),
+        ((0.0, -math.inf, math.inf), (5.0, 3.0, 9.0), "not enough evidence"),
     ],
 )
 def test_a_verdict_needs_its_bounds(loss_gap, accuracy_gap, verdict):
-    gap = Interval(*accuracy_gap) if accuracy_gap else None
-    assert judge(Interval(*loss_gap), gap, 0.0, 0.0, images=100)[0] == verdict
+    assert judge(Interval(*loss_gap), Interval(*accuracy_gap), 0.0, 0.0, images=100)[0] == verdict
 
 
 def test_the_reason_names_the_evidence_that_was_wanting():
@@ -200,10 +199,10 @@ def test_the_reason_names_the_evidence_that_was_wanting():
 
 
 def test_either_sign_of_collapse_is_enough():
-    clear = Interval(1.0, 0.9, 1.1)
-    assert judge(clear, None, 0.51, 0.0, 100)[0] == "EOS collapse"
-    assert judge(clear, None, 0.0, 0.51, 100)[0] == "EOS collapse"
-    assert judge(clear, None, 0.5, 0.5, 100)[0] == "image used"
+    clear = Interval(1.5, 1.4, 1.6)
+    assert judge(clear, clear, 0.51, 0.0, 100)[0] == "EOS collapse"
+    assert judge(clear, clear, 0.0, 0.51, 100)[0] == "EOS collapse"
+    assert judge(clear, clear, 0.5, 0.5, 100)[0] == "image used"
 
 
 def test_without_the_true_image_each_prompt_is_asked_once():
@@ -316,7 +315,6 @@ def test_a_complementary_pair_counts_when_both_its_answers_are_right_and_both_we
 )
 def test_a_model_without_a_loss_is_judged_by_its_scores(accuracy_gap, verdict):
     assert judge(None, Interval(*accuracy_gap), 0.0, 0.0, 100)[0] == verdict
-    assert judge(None, None, 0.0, 0.0, 100)[0] == "not enough evidence"
 
 
 def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path):

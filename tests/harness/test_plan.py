@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 
 import psutil
@@ -14,7 +13,7 @@ from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import batch as batches
-from harness import cli, devices, launcher
+from harness import devices, launcher
 from harness.config import Config, ConfigError
 from harness.devices import DEVICES
 from harness.doctor import machine
@@ -107,14 +106,12 @@ def test_the_dtype_of_each_operation_is_the_policys(config):
     assert set(planned.flops) == {"float16", "float32"}  # wo, LoRA and lm_head stay in fp32 on a T4
 
 
-def test_the_json_has_the_keys_that_scripts_read_and_its_parts_add_up(config, monkeypatch, capsys, tmp_path):
+def test_the_json_has_the_keys_that_scripts_read_and_its_parts_add_up(config, harness, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    monkeypatch.setattr(sys, "argv", ["harness", "plan", str(file), "--device", "t4", "--json"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    said = json.loads(capsys.readouterr().out)
-    assert left.value.code == 0
+    code, out, _ = harness("plan", file, "--device", "t4", "--json")
+    said = json.loads(out)
+    assert code == 0
     assert said["fits"] is True
     assert not set(KEYS.split()) - said.keys()
     assert sum(said["parts"].values()) == said["peak_bytes"]

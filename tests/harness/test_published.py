@@ -11,7 +11,6 @@ from runs import make_shards, picture, texts
 from torch.nn import functional as F  # noqa: N812
 
 from harness.batch import Batch
-from harness.cli import main
 from harness.config import ConfigError, Data, Decoding, Prompts
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
 from harness.model.processing import ImageDecoder
@@ -118,17 +117,13 @@ def test_in_four_bits_it_answers_nearly_the_same_on_a_cpu(folders):
     assert len(small.generate(batch, Decoding(max_new_tokens=3), small.bridge_tokens(batch)).texts) == 2
 
 
-def test_the_command_scores_two_models_on_the_same_images_in_one_table(folders, tmp_path, monkeypatch, capsys):
+def test_the_command_scores_two_models_on_the_same_images_in_one_table(folders, tmp_path, monkeypatch, harness):
     shards = make_shards(tmp_path / "test", 40, "test")
     monkeypatch.chdir(tmp_path)
-    named = [argument for kind in ("blip-2", "llava") for argument in ("--model", str(folders[kind]))]
-    arguments = ["harness", "evaluate", *named, "--data", str(shards), "--limit", "34"]
-    arguments += ["--override", "generate.caption.max_new_tokens=2", "--override", "generate.vqa.max_new_tokens=2"]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (0, None)
-    out = capsys.readouterr().out
+    named = [argument for kind in ("blip-2", "llava") for argument in ("--model", folders[kind])]
+    short = ["--override", "generate.caption.max_new_tokens=2", "--override", "generate.vqa.max_new_tokens=2"]
+    code, out, _ = harness("evaluate", *named, "--data", shards, "--limit", 34, *short)
+    assert code == 0
     header = next(line for line in out.splitlines() if line.startswith("| vqa"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["vqa", "tiny-blip-2", "tiny-llava"]
     assert "vqa, tiny-llava: " in out

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, T5Config, T5ForConditionalGeneration
 
+from harness import checkpoint
 from harness.config import Config, ConfigError, Decoding
 from harness.guards import GradientGuard, frozen_hash
 from harness.model.vlm import VisionLanguageModel, VLMConfig
@@ -306,13 +307,13 @@ def test_another_kind_of_model_is_no_saved_model(tiny_t5_folder):
 # ---- going on from an earlier model ----------------------------------------------------------------------------------
 
 
-def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_seed(tiny_t5_folder, tmp_path):
+@pytest.mark.parametrize("place", ["", "checkpoints/step-000003", "checkpoints/step-000003/model"])
+def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_seed(tiny_t5_folder, tmp_path, place):
     earlier = moved(grouped.model(tiny_t5_folder))
-    earlier.save_pretrained(tmp_path)
+    checkpoint.write(tmp_path, 3, earlier.save_pretrained, {"step/a": torch.zeros(1)}, {"step": 3})
     config = grouped.config(tiny_t5_folder, train={"learning_rate": 1e-3})
-    config = config.model_copy(
-        update={"seed": 7, "model": config.model.model_copy(update={"init_from": str(tmp_path)})}
-    )
+    start = {"init_from": str(tmp_path / place)}
+    config = config.model_copy(update={"seed": 7, "model": config.model.model_copy(update=start)})
     model = VisionLanguageModel.build(config, grouped.ENCODER)
     assert all(torch.equal(w, earlier.trained_state()[name]) for name, w in model.trained_state().items())
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("bridge."))
@@ -335,3 +336,6 @@ def test_weights_trained_on_another_base_or_for_other_parts_are_no_start(tiny_t5
         build(tiny_t5_folder, tuning="frozen")
     with pytest.raises(ConfigError, match="has shape"):
         build(tiny_t5_folder, bridge={"query_tokens": 5})
+    start["init_from"] = str(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no whole checkpoint"):
+        build(tiny_t5_folder)

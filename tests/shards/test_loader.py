@@ -265,6 +265,12 @@ def test_a_remote_set_streams_through_a_bounded_cache_and_too_small_a_one_is_ref
         assert keys(samples) == batch
         assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= needed
     assert not loader.quarantined
+    of_all = sum(shards) + local.manifests[0].sidecar_file.bytes
+    given = {"cache_dir": tmp_path / "cache", "images": local.samples}  # of every shard, in an order without windows
+    with pytest.raises(ShardError, match=f"the first {local.samples} images and the index are {of_all} bytes"):
+        open_loader("memory://reds/train", **given, cache_bytes=of_all - 1)
+    few = open_loader("memory://reds/train", **given | {"images": 1}, cache_bytes=needed - 1)
+    assert len(keys(next(few.iterate())[1])) == 1
 
 
 def test_memory_does_not_grow_with_the_length_of_the_run(reds):

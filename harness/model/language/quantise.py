@@ -45,15 +45,8 @@ def load(
     since equal losses across world sizes need it. `new` is a part of the names of layers that its files do not hold:
     they are drawn at random and never quantised. Without weights (see `without_weights`) there is no tokenizer either.
     """
-    quantisation = None
-    if config.tuning == "qlora":
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=[f".*{new}.*", "lm_head"] if new else None,  # for 4 bits too, whatever its name
-        )
+    skipped = [f".*{new}.*", "lm_head"] if new else None
+    quantisation = nf4(compute_dtype, skipped) if config.tuning == "qlora" else None
     try:
         with quiet_transformers():
             found = AutoConfig.from_pretrained(config.id, revision=config.revision)
@@ -84,6 +77,17 @@ def load(
     keep_autograd(lm)
     lm.requires_grad_(False)
     return lm, tokenizer
+
+
+def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (Dettmers et al. 2023); modules that match `skipped` stay."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skipped,  # for 4 bits too, whatever its name
+    )
 
 
 def _skeleton(found, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
