@@ -137,6 +137,7 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(r
 
 def test_the_third_signal_ends_the_process_at_once():
     def interrupted():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started with & has it ignored
         with stop_requests() as asked:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
