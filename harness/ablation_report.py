@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from harness.ablation_scores import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config import Config
 from harness.evaluate import vqa
-from harness.model.processing import cache_of
 from harness.report import loss_curves, markdown_table, thumbnail
 from shards.manifest import Manifest, ShardError, write_whole
 from shards.read import Cache, Reader
@@ -45,7 +44,7 @@ def write(
 
     `config`: of the experiment as a whole; its `evaluation` and the cache of its `data` are used.
     """
-    settings, cache = config.evaluation, cache_of(config)
+    settings, cache = config.evaluation, Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
     observed = observe([child for child in children if child.finished], cache)
     rows = [row_of(one, ablation.variants[one.variant], observed, settings) for one in observed]
     failed = [{"variant": name, "seed": seed, "error": error} for (name, seed), error in errors.items()]
@@ -69,7 +68,8 @@ def write(
     write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     write_whole(out / "report.md", markdown(report).encode())
     curves = loss_curves(mean_curves(children), out / "loss.png")
-    write_whole(out / "report.html", page(report, observed, curves, ablation.pictures, cache).encode())
+    sets = [*ablation.pictures, *(path for one in observed for path in one.test.paths)]
+    write_whole(out / "report.html", page(report, observed, curves, image_sets(sets, cache)).encode())
     return report
 
 
@@ -136,13 +136,7 @@ img { display: block; } .right { color: #1a7f37; } .wrong { color: #c62828; } .f
 """
 
 
-def page(
-    report: Mapping[str, Any],
-    observed: Sequence[Observed],
-    curves: Path,
-    pictures: Sequence[str],
-    cache: Cache | None,
-) -> str:
+def page(report: Mapping[str, Any], observed: Sequence[Observed], curves: Path, pictures: Sequence[Reader]) -> str:
     """One HTML page that needs nothing beside it; everything in it is escaped."""
     name = html.escape(report["name"])
     parts = [f"<h1>{name}</h1><p>{html.escape(report['question'])}</p><p class='faint'>{html.escape(how(report))}</p>"]
@@ -158,7 +152,7 @@ def page(
     for one in observed:
         groups[one.test.paths, one.task].append(one)
     for (_, task), group in groups.items():
-        parts.append(f"<h2>{task}: the same test images, first seed</h2>{grid(group, pictures, cache)}")
+        parts.append(f"<h2>{task}: the same test images, first seed</h2>{grid(group, pictures)}")
     head = f"<head><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style></head>"
     return f"<!doctype html>\n<html lang='en'>{head}<body>{''.join(parts)}</body></html>\n"
 
@@ -170,13 +164,13 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def grid(group: Sequence[Observed], pictures: Sequence[str], cache: Cache | None) -> str:
+def grid(group: Sequence[Observed], pictures: Sequence[Reader]) -> str:
     """A row for each of PICTURES test images, evenly spaced and not chosen; a column for each variant."""
     texts = group[0].test.texts[group[0].task]
     images = sorted({(i[0], i[1], key) for i, (key, _) in texts.items()})
     count = min(PICTURES, len(images))
     chosen = [images[n * len(images) // count] for n in range(count)]
-    shown, rows = payloads([*pictures, *group[0].test.paths], chosen, cache), []
+    shown, rows = payloads(pictures, chosen), []
     for number, image in enumerate(chosen):
         own = [(i, text) for i, (key, text) in texts.items() if (i[0], i[1], key) == image]
         name, text = own[number % len(own)]
@@ -195,20 +189,22 @@ def grid(group: Sequence[Observed], pictures: Sequence[str], cache: Cache | None
     return table(rows, ["image", "asked", "truth", *(one.variant for one in group)])
 
 
-def payloads(
-    paths: Sequence[str], wanted: Sequence[tuple[str, str, str]], cache: Cache | None
-) -> dict[tuple[str, str, str], bytes]:
-    """The encoded pictures of these (dataset, split, key), from whichever set of images has them; or none."""
-    found: dict[tuple[str, str, str], bytes] = {}
-    for path in paths:
-        try:
+def image_sets(paths: Sequence[str], cache: Cache | None) -> list[Reader]:
+    """Those of the sets that hold images and are there: what is in no other has a grey square in the grid."""
+    found = []
+    for path in dict.fromkeys(paths):
+        with suppress(ShardError, OSError):  # moved or never made
             manifest = Manifest.open(path, cache)
-        except (ShardError, OSError):  # moved or never made: the grid shows a grey square
-            continue
-        if manifest.kind != "images":
-            continue
+            found += [Reader(manifest)] if manifest.kind == "images" else []
+    return found
+
+
+def payloads(readers: Sequence[Reader], wanted: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], bytes]:
+    """The encoded pictures of these (dataset, split, key), from whichever set has them; or none."""
+    found: dict[tuple[str, str, str], bytes] = {}
+    for reader in readers:
+        manifest = reader.manifest
         index_of = {(manifest.dataset, manifest.split, manifest.key(n)): n for n in range(manifest.samples)}
-        reader = Reader(manifest)
         for name in wanted:
             with suppress(KeyError, ShardError):
                 found[name] = reader.read(index_of[name]).payload

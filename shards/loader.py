@@ -68,7 +68,7 @@ class Loader:
         cache_bytes: int | None = None,
         quarantine: Path | None = None,
     ):
-        cache = Cache(cache_dir, cache_bytes) if cache_dir and cache_bytes else None
+        cache = Cache.at(cache_dir, cache_bytes)
         self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
         self.global_batch, self.last_batch = global_batch, last_batch
         self.rank, self.world_size, self.workers, self.prefetch = rank, world_size, workers, prefetch

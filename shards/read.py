@@ -231,6 +231,11 @@ class Cache:
         self._lock = self.folder / ".lock"
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    @classmethod
+    def at(cls, folder: str | os.PathLike | None, max_bytes: float | None) -> Cache | None:
+        """None where one of them is not given: then only local sets can be read."""
+        return cls(folder, int(max_bytes)) if folder and max_bytes else None
+
     def open(self, url: str, size: int, sha256: str) -> int:
         """A file descriptor for reading, the caller's to close; downloads what is not there.
 

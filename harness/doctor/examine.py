@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness.config import Config, ConfigError
 from harness.doctor.findings import Finding
-from harness.doctor.machine import Gpu, disk
+from harness.doctor.machine import GB, Gpu, disk
 from harness.launcher import Launch
 from shards.manifest import Manifest
 
@@ -31,10 +31,10 @@ SCALES = (0.1, 10.0)  # image tokens against word embeddings, root mean squares
 
 def first_sample(key: str, path: str, config: Config) -> Finding:
     """Reads and decodes the first and the last sample of a set. Raises ShardError or ImageError for a damaged one."""
-    from harness.model.processing import ImageDecoder, cache_of
-    from shards.read import Reader
+    from harness.model.processing import ImageDecoder
+    from shards.read import Cache, Reader
 
-    manifest = Manifest.open(path, cache_of(config))
+    manifest = Manifest.open(path, Cache.at(config.data.cache_dir, config.data.cache_gb * GB))
     reader, decode = Reader(manifest), ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     shapes = {decode(reader.read(index)).shape for index in (0, manifest.samples - 1)}
     if manifest.kind == "features" and shapes != {(expected := _shape(manifest))}:

@@ -31,13 +31,13 @@ from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.features import CONTROLS, check_encoder, control_pixels, load_controls
-from harness.model.processing import cache_of, reading
+from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from harness.report import Shown
 from shards.loader import Loader
 from shards.manifest import Manifest
-from shards.read import Sample
+from shards.read import Cache, Sample
 
 CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
 _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
@@ -325,7 +325,7 @@ def evaluate_run(
     paths = list(data or [test.path for test in config.data.test])
     if not paths:
         raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
-    cache = cache_of(config)
+    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
     manifests = [Manifest.open(path, cache) for path in paths]
     model = load_model(found, config, with_vision=manifests[0].kind == "images")
     for manifest in manifests:

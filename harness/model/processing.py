@@ -16,7 +16,6 @@ import safetensors.numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.config import Config, Vision
-from shards.read import Cache
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
@@ -124,11 +123,6 @@ class ImageDecoder:
         if "patches_PD" not in tensors:
             raise ImageError(f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD")
         return tensors["patches_PD"]
-
-
-def cache_of(config: Config) -> Cache | None:
-    """For remote sets that are read without a Loader."""
-    return Cache(config.data.cache_dir, int(config.data.cache_gb * 1e9)) if config.data.cache_dir else None
 
 
 def reading(config: Config) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class VisionLanguageModel(PreTrainedModel):
         if config.model.bridge.init_from and not without_weights():
             logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
         if config.model.init_from and not without_weights():
-            folder = Path(config.model.init_from)
+            folder = Path(config.model.init_from).expanduser()  # as the check before the launch reads it
             model.load_trained(folder if (folder / WEIGHTS).is_file() else checkpoint.at(folder).model)
         return model
 
