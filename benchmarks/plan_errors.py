@@ -20,11 +20,7 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "harness"))
-
-from planned import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
-from runs import make_config
-from tiny import tiny_clip, tiny_t5
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from harness import devices
 from harness.config import Config
@@ -33,6 +29,9 @@ from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
 from harness.precision import choose
 from harness.report import markdown_table
+from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
+from tiny_models import tiny_clip, tiny_t5
+from toy_runs import make_config
 
 CPU = torch.device("cpu")
 TUNINGS = ("qlora", "lora", "full", "frozen")

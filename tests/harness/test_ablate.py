@@ -11,7 +11,6 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from runs import make_shards
 from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from harness.cli import app
 from harness.config import ConfigError, Evaluation, load, shipped
 from harness.doctor import explain
 from harness.evaluate.run import evaluate_run
+from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
 SMALL = {"name": "toy", "question": "Which?", "base": "demo", "seeds": [0], "offline": {"base": "demo"}}

@@ -3,11 +3,11 @@
 import logging
 from dataclasses import replace
 
-import grouped
 import numpy as np
 import pytest
 import torch
 
+import toy_batch
 from harness.batch import Collator, drawn, most_common, of_like_length
 from harness.config import Data, Prompts
 from shards.loader import Loader
@@ -18,7 +18,7 @@ from shards.write import write_shards
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tiny import tiny_tokenizer
+    from tiny_models import tiny_tokenizer
 
     return tiny_tokenizer()
 
@@ -32,20 +32,20 @@ def words(tokenizer, batch) -> list[str]:
 
 
 def test_each_row_points_at_what_it_was_made_from(tokenizer):
-    batch = collate(tokenizer, grouped.samples())
+    batch = collate(tokenizer, toy_batch.samples())
     assert [c.text.id for c in batch.contexts] == ["c0", "q0", "q1", "c1", "q2"]
     assert batch.text_ids_T == ("c0",) * 5 + ("q0", "q1", "c1", "q2")
     for row, context in enumerate(batch.contexts):
         assert context.record.key == str(batch.image_of_C[row].item())
         ids = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
         assert ids == tokenizer(context.prompt)["input_ids"]
-    assert words(tokenizer, batch) == [*grouped.CAPTIONS, "down", "yes", "a child in a pink dress", "no"]
-    for row, features in enumerate(s.payload for s in grouped.samples()):
+    assert words(tokenizer, batch) == [*toy_batch.CAPTIONS, "down", "yes", "a child in a pink dress", "no"]
+    for row, features in enumerate(s.payload for s in toy_batch.samples()):
         assert torch.equal(batch.features_IPD[row], torch.from_numpy(features))
 
 
 def test_weight_is_1_on_words_and_that_of_the_config_on_the_end_and_0_on_padding(tokenizer):
-    batch = collate(tokenizer, grouped.samples(), eos_weight=0.25)
+    batch = collate(tokenizer, toy_batch.samples(), eos_weight=0.25)
     for ids, weight in zip(batch.labels_TL.tolist(), batch.weight_TL.tolist(), strict=True):
         length = ids.index(1) + 1
         assert ids[length:] == [0] * (len(ids) - length)
@@ -64,7 +64,7 @@ def test_rows_are_grouped_by_length_where_that_saves_enough():
 
 
 def test_what_cannot_be_read_and_fillers_are_left_out(tokenizer):
-    good, other = grouped.samples()
+    good, other = toy_batch.samples()
     filler = Sample(None, None, "", -1, -1, weight=0.0)
     broken = Sample(None, None, "", 0, 5, weight=0.0, error="damaged")
     batch = collate(tokenizer, [filler, good, broken, replace(other, weight=0.0)])
@@ -86,12 +86,12 @@ def test_a_filler_has_the_shape_of_a_batch_and_no_weight(tokenizer):
 
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_texts_are_drawn_per_image_and_come_in_their_own_order(tokenizer, count):
-    batch = collate(tokenizer, grouped.samples(), texts_per_image=count)
+    batch = collate(tokenizer, toy_batch.samples(), texts_per_image=count)
     per_image = np.bincount(batch.image_of_C[batch.context_of_T].numpy())
     assert per_image.tolist() == [min(count, 7), min(count, 2)]
-    order = [words(tokenizer, collate(tokenizer, grouped.samples())).index(w) for w in words(tokenizer, batch)]
+    order = [words(tokenizer, collate(tokenizer, toy_batch.samples())).index(w) for w in words(tokenizer, batch)]
     assert order == sorted(order)
-    scored = collate(tokenizer, grouped.samples(), texts_per_image=count, training=False)
+    scored = collate(tokenizer, toy_batch.samples(), texts_per_image=count, training=False)
     assert len(scored.labels_TL) == 9, "an evaluation draws nothing"
 
 
@@ -99,9 +99,9 @@ def test_every_text_has_its_turn_over_the_epochs_and_all_equally(tokenizer):
     seen = [
         word
         for epoch in range(350)
-        for word in words(tokenizer, collate(tokenizer, grouped.samples(epoch)[:1], texts_per_image=1))
+        for word in words(tokenizer, collate(tokenizer, toy_batch.samples(epoch)[:1], texts_per_image=1))
     ]
-    counts = [seen.count(word) for word in (*grouped.CAPTIONS, "down", "yes")]
+    counts = [seen.count(word) for word in (*toy_batch.CAPTIONS, "down", "yes")]
     assert sum(counts) == 350
     assert all(25 <= count <= 75 for count in counts), counts
 
@@ -114,17 +114,17 @@ def test_what_is_drawn_depends_on_seed_epoch_and_text_and_not_on_the_company(tok
         assert len(image_of_T) == len(keys)
         return {key: [w for k, w in zip(keys, words(tokenizer, batch), strict=True) if k == key] for key in keys}
 
-    both = drawn_of(grouped.samples())
-    assert drawn_of(grouped.samples()[::-1]) == both
-    assert drawn_of(grouped.samples()[:1]) | drawn_of(grouped.samples()[1:]) == both
-    assert len({str(drawn_of(grouped.samples(epoch)[:1])) for epoch in range(12)}) > 3
-    assert len({str(drawn_of(grouped.samples()[:1], seed=seed)) for seed in range(12)}) > 3
+    both = drawn_of(toy_batch.samples())
+    assert drawn_of(toy_batch.samples()[::-1]) == both
+    assert drawn_of(toy_batch.samples()[:1]) | drawn_of(toy_batch.samples()[1:]) == both
+    assert len({str(drawn_of(toy_batch.samples(epoch)[:1])) for epoch in range(12)}) > 3
+    assert len({str(drawn_of(toy_batch.samples()[:1], seed=seed)) for seed in range(12)}) > 3
 
 
 def test_two_records_whose_texts_have_the_same_ids_are_drawn_apart(tokenizer):
     def pick(key: str, epoch: int) -> str:
-        record = Record(key, "own", "train", key, (Text("caption", "caption", grouped.CAPTIONS),))
-        sample = replace(grouped.samples(epoch)[0], record=record)
+        record = Record(key, "own", "train", key, (Text("caption", "caption", toy_batch.CAPTIONS),))
+        sample = replace(toy_batch.samples(epoch)[0], record=record)
         return words(tokenizer, collate(tokenizer, [sample], texts_per_image=1))[0]
 
     assert sum(pick("a", epoch) == pick("b", epoch) for epoch in range(40)) < 20
@@ -135,7 +135,7 @@ def test_answers_are_drawn_by_how_many_annotators_gave_them_or_the_most_common_i
     record = Record("0", "toy", "train", "0", (text,))
 
     def answers(epochs: int, **kwargs) -> list[str]:
-        samples = [replace(grouped.samples(epoch)[0], record=record) for epoch in range(epochs)]
+        samples = [replace(toy_batch.samples(epoch)[0], record=record) for epoch in range(epochs)]
         return [words(tokenizer, collate(tokenizer, [sample], **kwargs))[0] for sample in samples]
 
     given = answers(500, answer="drawn")
@@ -153,10 +153,10 @@ def test_a_draw_is_a_hash_of_all_its_arguments():
 
 
 def test_texts_that_are_cut_end_in_eos_are_counted_and_named_once(tokenizer, caplog):
-    made = grouped.collator(tokenizer, max_prompt_tokens=6, max_target_tokens=4)
+    made = toy_batch.collator(tokenizer, max_prompt_tokens=6, max_target_tokens=4)
     with caplog.at_level(logging.WARNING, logger="harness.batch"):
-        batch, _ = made(grouped.samples()), made(grouped.samples())
-    whole = collate(tokenizer, grouped.samples())
+        batch, _ = made(toy_batch.samples()), made(toy_batch.samples())
+    whole = collate(tokenizer, toy_batch.samples())
     prompts, targets = (whole.prompt_mask_CL.sum(dim=1) > 6).sum(), (whole.weight_TL.sum(dim=1) > 4).sum()
     assert made.truncated == {"prompt": 2 * prompts, "target": 2 * targets}
     assert batch.labels_TL.shape[1] == 4
@@ -165,16 +165,16 @@ def test_texts_that_are_cut_end_in_eos_are_counted_and_named_once(tokenizer, cap
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "data.max_target_tokens=4" in messages[1]
-    assert repr(grouped.CAPTIONS[0]) in messages[1] or repr(grouped.CAPTIONS[1]) in messages[1]
+    assert repr(toy_batch.CAPTIONS[0]) in messages[1] or repr(toy_batch.CAPTIONS[1]) in messages[1]
 
 
 def test_a_text_that_just_fits_is_not_cut(tokenizer):
-    length = int(collate(tokenizer, grouped.samples()).weight_TL.sum(dim=1).max())
-    made = grouped.collator(tokenizer, max_target_tokens=length)
-    made(grouped.samples())
+    length = int(collate(tokenizer, toy_batch.samples()).weight_TL.sum(dim=1).max())
+    made = toy_batch.collator(tokenizer, max_target_tokens=length)
+    made(toy_batch.samples())
     assert not made.truncated["target"]
-    shorter = grouped.collator(tokenizer, max_target_tokens=length - 1)
-    shorter(grouped.samples())
+    shorter = toy_batch.collator(tokenizer, max_target_tokens=length - 1)
+    shorter(toy_batch.samples())
     assert shorter.truncated["target"] >= 1
 
 
@@ -183,7 +183,7 @@ def two_sets(tmp_path_factory):
     """20 and 4 pictures, each with five captions."""
     root = tmp_path_factory.mktemp("mixture")
     for name, count in (("large", 20), ("small", 4)):
-        texts = (Text("c", "caption", grouped.CAPTIONS),)
+        texts = (Text("c", "caption", toy_batch.CAPTIONS),)
         records = [Record(f"{name}{i}", name, "train", str(i), texts) for i in range(count)]
         write_shards(((r, b"x", "jpg") for r in records), root / name, dataset=name, split="train")
     return [str(root / "large"), str(root / "small")]
@@ -192,7 +192,7 @@ def two_sets(tmp_path_factory):
 def captions_by_step(tokenizer, sets, *, world: int, workers: int = 0, epochs: int = 1) -> list[list[tuple[str, str]]]:
     """(key, caption) of every global batch, all ranks together."""
     steps: dict[tuple[int, int], list[tuple[str, str]]] = {}
-    made = grouped.collator(tokenizer, texts_per_image=1)
+    made = toy_batch.collator(tokenizer, texts_per_image=1)
     for rank in range(world):
         loader = Loader(
             sets, [1, 10], global_batch=4, seed=3, rank=rank, world_size=world, workers=workers, decode=nothing

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned import changed
-from runs import make_config
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
 from harness import train
@@ -21,7 +19,9 @@ from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.pretrained import start_from
 from harness.model.processing import ImageDecoder
 from harness.model.vlm import VisionLanguageModel
+from plan_cases import changed
 from shards.loader import Loader
+from toy_runs import make_config
 
 KINDS = {"qformer": 4, "mean_pool": 1, "linear": 7}
 

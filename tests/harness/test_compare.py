@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import COLOURS, make_shards, texts
 
 from harness.config import ConfigError
 from harness.evaluate import captions, compare, vqa
+from toy_runs import COLOURS, make_shards, texts
 
 IMAGES = 30
 

@@ -8,13 +8,13 @@ import json
 import math
 
 import pytest
-from runs import make_shards
 
 from harness import checkpoint as checkpoints
 from harness import train
 from harness.config import load, shipped
 from harness.evaluate.run import evaluate_run
 from harness.features import encode_set
+from toy_runs import make_shards
 
 TASKS = {
     "flickr8k_t4": {"questions": False},

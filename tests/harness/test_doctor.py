@@ -168,7 +168,7 @@ def test_every_refusal_of_a_launch_is_a_line_of_its_own(config, quick, monkeypat
 def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
     quick, monkeypatch, tmp_path, tiny_clip_folder, tiny_t5_folder
 ):
-    from runs import make_config
+    from toy_runs import make_config
 
     monkeypatch.setattr("harness.plan.check", lambda *_, **__: None)
     monkeypatch.setattr(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from runs import make_config, picture
 from test_machine import A100, T4
 
 from harness.config import Config
@@ -21,6 +20,7 @@ from harness.launcher import Launch
 from shards.manifest import Manifest
 from shards.record import Record, Text
 from shards.write import write_shards
+from toy_runs import make_config, picture
 
 ZERO2 = Launch(name="zero2", zero_stage=2)
 

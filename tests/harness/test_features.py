@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_clip
 
 from harness.config import ConfigError, Vision
 from harness.features import check_encoder, encode_set, load_controls, skipped
@@ -18,6 +17,7 @@ from shards.manifest import Manifest, ShardError
 from shards.read import Reader
 from shards.record import Record, Text
 from shards.write import write_shards
+from tiny_models import tiny_clip
 
 IMAGES = 11
 DAMAGED = "image-04"

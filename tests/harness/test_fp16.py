@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import losses, make_config
 from safetensors.torch import load_file, save_file
 
 from harness import checkpoint as checkpoints
@@ -21,6 +20,7 @@ from harness.engine import Engine
 from harness.guards import GuardError, first_nonfinite
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
+from toy_runs import losses, make_config
 
 T4 = replace(choose("auto", torch.device("cuda"), (7, 5)), device_type="cpu")
 FP32 = choose("fp32", torch.device("cpu"))

@@ -3,13 +3,12 @@ labels that make it fall silent."""
 
 from dataclasses import replace
 
-import grouped
 import pytest
 import torch
-from planned import measured_saved
 from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
+import toy_batch
 from harness import batch as batches
 from harness.config import Config, ConfigError, Decoding, LanguageModel, Prompts
 from harness.guards import GradientGuard, frozen_hash
@@ -21,13 +20,14 @@ from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
 from harness.precision import choose
+from plan_cases import measured_saved
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 
 
 def built(folder, *, opened: bool = True, **lm):
     """In train mode; `opened`: with cross-attention that lets something through, as after some training."""
-    model = grouped.model(folder, kind="gpt2", **lm)
+    model = toy_batch.model(folder, kind="gpt2", **lm)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if opened and "crossattention.c_proj" in name:
@@ -36,7 +36,7 @@ def built(folder, *, opened: bool = True, **lm):
 
 
 def batch_of(model, **data):
-    return grouped.collator(model.tokenizer, **data)(grouped.samples())
+    return toy_batch.collator(model.tokenizer, **data)(toy_batch.samples())
 
 
 def row_of(model, batch, target: int, bos: bool) -> tuple[dict, int]:
@@ -81,11 +81,11 @@ def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt
     model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention, bos=bos)
     batch = batch_of(model)
     assert not batch.prompt_mask_CL.all()
-    loss, grads = grouped.gradients(model, batch)
-    others = grouped.gradients(model, grouped.unrolled(batch)), by_gpt2_itself(model, batch, bos == "always")
+    loss, grads = toy_batch.gradients(model, batch)
+    others = toy_batch.gradients(model, toy_batch.unrolled(batch)), by_gpt2_itself(model, batch, bos == "always")
     for other_loss, other in others:
         assert loss == pytest.approx(other_loss, abs=1e-5)
-        assert grouped.furthest(grads, other) < 1e-5
+        assert toy_batch.furthest(grads, other) < 1e-5
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
@@ -113,10 +113,10 @@ def test_activation_checkpointing_changes_no_gradient(tiny_gpt2_folder, cross_at
     runs = []
     saving.lm.base.transformer.h[1].ln_1.register_forward_hook(lambda m, i, o: runs.append(len(o)))
     batch = batch_of(plain)
-    (loss, grads), (saved_loss, saved) = grouped.gradients(plain, batch), grouped.gradients(saving, batch)
+    (loss, grads), (saved_loss, saved) = toy_batch.gradients(plain, batch), toy_batch.gradients(saving, batch)
     assert runs == [9, 9], "the block was not run again in the backward pass: nothing was saved"
     assert loss == pytest.approx(saved_loss, abs=1e-5)
-    assert grouped.furthest(grads, saved) < 1e-5
+    assert toy_batch.furthest(grads, saved) < 1e-5
     with torch.no_grad():
         assert saving.eval().loss(batch).sum.item() == pytest.approx(plain.eval().loss(batch).sum.item(), rel=1e-5)
 
@@ -141,9 +141,9 @@ def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_to
 @pytest.mark.parametrize("cross_attention", [False, True])
 def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(tiny_gpt2_folder, cross_attention):
     model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
-    filler = grouped.collator(model.tokenizer).filler((grouped.TOKENS, grouped.WIDTH), True)
+    filler = toy_batch.collator(model.tokenizer).filler((toy_batch.TOKENS, toy_batch.WIDTH), True)
     assert filler.labels_TL.shape == (1, 1)
-    loss, grads = grouped.gradients(model, filler)
+    loss, grads = toy_batch.gradients(model, filler)
     assert loss == 0.0
     assert all(g is not None and not g.any() for g in grads.values()), [n for n, g in grads.items() if g is None]
 
@@ -151,7 +151,7 @@ def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(tiny_gpt2_
 @pytest.mark.parametrize("cross_attention", [False, True])
 def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(tiny_gpt2_folder, cross_attention):
     model = built(tiny_gpt2_folder, cross_attention=cross_attention, bos="generation_only").eval()
-    batch = grouped.collator(model.tokenizer, prompts=Prompts(caption="none", vqa="none"))(grouped.samples())
+    batch = toy_batch.collator(model.tokenizer, prompts=Prompts(caption="none", vqa="none"))(toy_batch.samples())
     image = model.bridge_tokens(batch)
     for tokens in (image, image.without_tokens()):
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_gpt2
     assert trained == {"full": names, "frozen": new}.get(tuning, adapted | new)
     assert len(adapted) == (2 * 2 * 4 if "lora" in tuning else 0), "c_attn, c_proj, c_fc, c_proj in two blocks"
     guard, before = GradientGuard(model), frozen_hash(model)
-    _, gradients = grouped.gradients(model, batch_of(model))
+    _, gradients = toy_batch.gradients(model, batch_of(model))
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
     guard.check()
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -239,13 +239,13 @@ def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_a
             layers += 1
     assert layers == len(quantise.quantised_layers(model)) == 8, "new layers and lm_head stay whole"
     batch = batch_of(model)
-    expected_loss, expected = grouped.gradients(twin, batch)
-    before_loss, before = grouped.gradients(model, batch)
+    expected_loss, expected = toy_batch.gradients(twin, batch)
+    before_loss, before = toy_batch.gradients(model, batch)
     model.eval().generate(batch, Decoding(max_new_tokens=3, beams=2))
-    after_loss, after = grouped.gradients(model.train(), batch)
+    after_loss, after = toy_batch.gradients(model.train(), batch)
     assert before_loss == after_loss == pytest.approx(expected_loss, abs=1e-5)
-    assert grouped.furthest(expected, before) < 1e-5
-    assert grouped.furthest(before, after) == 0.0
+    assert toy_batch.furthest(expected, before) < 1e-5
+    assert toy_batch.furthest(before, after) == 0.0
     assert sum("lora" in name and bool(g.any()) for name, g in after.items()) == 16
 
 
@@ -253,7 +253,8 @@ def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_a
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cross_attention):
     from test_vlm import moved, outputs, pixel_batch, same
-    from tiny import tiny_clip
+
+    from tiny_models import tiny_clip
 
     lm = {"kind": "gpt2", "id": str(tiny_gpt2_folder), "tuning": tuning, "cross_attention": cross_attention}
     bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}
@@ -280,9 +281,9 @@ def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(t
 @pytest.mark.parametrize(("cross_attention", "checkpointing"), [(False, True), (True, False)])
 def test_a_plan_knows_the_bytes_of_its_weights_and_of_a_pass(tiny_gpt2_folder, cross_attention, checkpointing):
     lm = {"kind": "gpt2", "tuning": "qlora", "cross_attention": cross_attention}
-    config = grouped.config(tiny_gpt2_folder, train={"activation_checkpointing": checkpointing}, **lm)
-    real = VisionLanguageModel.build(config, grouped.ENCODER).train()
-    skeleton = Skeleton(config, choose("fp32", torch.device("cpu")), grouped.ENCODER)
+    config = toy_batch.config(tiny_gpt2_folder, train={"activation_checkpointing": checkpointing}, **lm)
+    real = VisionLanguageModel.build(config, toy_batch.ENCODER).train()
+    skeleton = Skeleton(config, choose("fp32", torch.device("cpu")), toy_batch.ENCODER)
     assert weights(skeleton.model) == weights(real)
     batch = batch_of(real)
     planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)
@@ -355,12 +356,12 @@ def test_prompts_and_targets_as_gpt2s_tokenizer_closes_them_and_padding_counts_n
 
 def test_the_known_mistake_pads_to_the_longest_target_and_trains_on_it(tiny_gpt2_folder):
     model = built(tiny_gpt2_folder)
-    made = grouped.collator(model.tokenizer, loss_on_padding=True, max_target_tokens=40)
-    batch, right = made(grouped.samples()), batch_of(model)
+    made = toy_batch.collator(model.tokenizer, loss_on_padding=True, max_target_tokens=40)
+    batch, right = made(toy_batch.samples()), batch_of(model)
     assert batch.labels_TL.shape == (9, 40)
     assert (batch.weight_TL == 1).all()
     assert torch.equal(batch.labels_TL[:, : right.labels_TL.shape[1]], right.labels_TL)
-    lighter = replace(made, eos_weight=0.1)(grouped.samples())
+    lighter = replace(made, eos_weight=0.1)(toy_batch.samples())
     assert torch.equal(lighter.weight_TL < 1, batch.labels_TL == model.tokenizer.eos_token_id)
 
 

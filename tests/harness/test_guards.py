@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from runs import make_config
 from torch import nn
 
 from harness import checkpoint as checkpoints
@@ -10,6 +9,7 @@ from harness import train
 from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
 from harness.model.bridge import Bridge
 from harness.model.vision import VisionTower
+from toy_runs import make_config
 
 
 def small() -> nn.Sequential:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from runs import make_shards
 
 from harness.batch import Batch, Context
 from harness.config import Config, Decoding
@@ -26,6 +25,7 @@ from harness.evaluate.predict import Prediction, answers
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import Generated, LossOutput
 from shards.record import Record, Text
+from toy_runs import make_shards
 
 COLOURS = ("red", "green", "blue")
 DECODING = Decoding(max_new_tokens=5)

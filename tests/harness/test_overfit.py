@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from runs import make_config
 from test_examine import a_set, changed, question
 
 from harness.config import ConfigError
@@ -10,6 +9,7 @@ from harness.doctor.overfit import Result, Signal, findings, one_text_each, over
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text
+from toy_runs import make_config
 
 PATIENCE = 3600.0  # seconds: the number of steps decides, not how busy the machine is
 

@@ -7,9 +7,6 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from planned import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
-from runs import make_config
-from tiny import tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import batch as batches
@@ -23,6 +20,9 @@ from harness.plan import Planner, check, plan
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes, workload
 from harness.precision import choose
+from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
+from tiny_models import tiny_clip
+from toy_runs import make_config
 
 CPU = torch.device("cpu")
 KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation largest_micro_batch disk_bytes advice"

@@ -6,17 +6,17 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from published_models import CHAT, tiny_blip2, tiny_instructblip, tiny_llava
-from runs import make_shards, picture, texts
 from torch.nn import functional as F  # noqa: N812
 
 from harness.batch import Batch
 from harness.config import ConfigError, Data, Decoding, Prompts
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
 from harness.model.processing import ImageDecoder
+from published_models import CHAT, tiny_blip2, tiny_instructblip, tiny_llava
 from shards.read import Sample
 from shards.record import Record
 from shards.write import write_shards
+from toy_runs import make_shards, picture, texts
 
 MAKERS = {"blip-2": tiny_blip2, "instructblip": tiny_instructblip, "llava": tiny_llava}
 

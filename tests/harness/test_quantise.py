@@ -7,11 +7,11 @@ import subprocess
 import sys
 import warnings
 
-import grouped
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import toy_batch
 from harness.config import ConfigError, Decoding, LanguageModel
 from harness.model.language import quantise
 from harness.model.language.t5 import T5Language
@@ -22,17 +22,17 @@ LINEAR = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttentio
 
 @pytest.fixture
 def model(tiny_t5_folder):
-    return grouped.model(tiny_t5_folder, tuning="qlora")
+    return toy_batch.model(tiny_t5_folder, tuning="qlora")
 
 
 @pytest.fixture
 def batch(model):
-    return grouped.collator(model.tokenizer)(grouped.samples())
+    return toy_batch.collator(model.tokenizer)(toy_batch.samples())
 
 
 def dequantised_twin(model, folder):
     """The same model with LoRA on plain layers that hold what the 4-bit ones stand for."""
-    twin = grouped.model(folder, tuning="lora")
+    twin = toy_batch.model(folder, tuning="lora")
     twin.load_state_dict({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, strict=False)
     plain = dict(twin.named_modules())
     count = 0
@@ -47,13 +47,13 @@ def dequantised_twin(model, folder):
 
 def test_gradients_equal_those_of_the_dequantised_weights_before_and_after_an_evaluation(model, batch, tiny_t5_folder):
     twin = dequantised_twin(model, tiny_t5_folder)
-    expected_loss, expected = grouped.gradients(twin, batch)
-    before_loss, before = grouped.gradients(model, batch)
+    expected_loss, expected = toy_batch.gradients(twin, batch)
+    before_loss, before = toy_batch.gradients(model, batch)
     with torch.no_grad():
         evaluated = model.eval().loss(batch)
         said = model.generate(batch, Decoding(max_new_tokens=3))
         alone = model.generate(batch, Decoding(max_new_tokens=3, beams=2))
-    after_loss, after = grouped.gradients(model.train(), batch)
+    after_loss, after = toy_batch.gradients(model.train(), batch)
 
     assert all(g is not None and g.isfinite().all() for g in after.values()), "an evaluation stopped the learning"
     assert sum("lora" in name and bool(g.any()) for name, g in after.items()) > 40

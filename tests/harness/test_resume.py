@@ -5,17 +5,18 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
-from runs import losses, make_config
 from safetensors.torch import load_file
-from worker import at_step, not_finite_in, watch, with_scaler
 
 from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness import mlflow_tracker, train
 from harness.launcher import launch
 from harness.signals import stop_requests
+from rank_program import at_step, not_finite_in, watch, with_scaler
+from toy_runs import losses, make_config
 
 
 def config_of(root, name, **settings):
@@ -206,15 +207,15 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 
 @pytest.fixture(scope="module")
 def launched(root, whole):
-    """The stages of worker.py: two on two processes, one on three."""
+    """The stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         for stage, processes in (("first", 2), ("second", 2), ("three", 3)):
-            launch([str(root), stage], processes, module="worker")
+            launch([str(root), stage], processes, module="rank_program")
 
 
 def results(root, stage):

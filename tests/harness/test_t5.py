@@ -5,12 +5,12 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import grouped
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import T5Config, T5ForConditionalGeneration
 
+import toy_batch
 from harness import batch as batches
 from harness.batch import Collator
 from harness.config import ConfigError, Data, Decoding, LanguageModel, Prompts
@@ -20,17 +20,17 @@ from harness.model.language.t5 import T5Language, _scales_output
 
 @pytest.fixture(scope="module")
 def model(tiny_t5_folder):
-    return grouped.model(tiny_t5_folder, tuning="full")
+    return toy_batch.model(tiny_t5_folder, tuning="full")
 
 
 @pytest.fixture
 def batch(model):
-    return grouped.collator(model.tokenizer)(grouped.samples())
+    return toy_batch.collator(model.tokenizer)(toy_batch.samples())
 
 
 def by_t5_itself(model, batch):
     """The mean loss of T5's own forward over the unrolled batch, and the gradients."""
-    flat = grouped.unrolled(batch)
+    flat = toy_batch.unrolled(batch)
     model.zero_grad(set_to_none=True)
     image, t5 = model.bridge_tokens(flat), model.lm.t5
     embeds = torch.cat([image.tokens_NQD, t5.shared(flat.prompt_ids_CL)], dim=1)
@@ -55,18 +55,18 @@ def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_t5_
     tiny_t5_folder, monkeypatch, tuning, apart
 ):
     monkeypatch.setattr(batches, "_WORTH_A_CUT", 1 if apart else 10**6)
-    model = grouped.model(tiny_t5_folder, tuning=tuning)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    model = toy_batch.model(tiny_t5_folder, tuning=tuning)
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     assert (len(batch.groups) > 2) == apart
-    loss, grads = grouped.gradients(model, batch)
-    for other_loss, other in (grouped.gradients(model, grouped.unrolled(batch)), by_t5_itself(model, batch)):
+    loss, grads = toy_batch.gradients(model, batch)
+    for other_loss, other in (toy_batch.gradients(model, toy_batch.unrolled(batch)), by_t5_itself(model, batch)):
         assert loss == pytest.approx(other_loss, abs=1e-6)
-        assert grouped.furthest(grads, other) < 1e-5
+        assert toy_batch.furthest(grads, other) < 1e-5
 
 
 def test_targets_of_like_length_are_decoded_together_unless_the_model_is_partitioned(model, monkeypatch):
     monkeypatch.setattr(batches, "_WORTH_A_CUT", 1)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     shapes = []
     hook = model.lm.t5.decoder.register_forward_hook(
         lambda m, i, k, o: shapes.append(k["input_ids"].shape), with_kwargs=True
@@ -96,7 +96,8 @@ def test_keys_and_values_of_the_encoder_states_are_made_once_per_context(model, 
 def test_activation_checkpointing_changes_no_gradient(tiny_t5_folder):
     for tuning in ("full", "lora"):
         plain, saving = (
-            grouped.model(tiny_t5_folder, tuning=tuning, train={"activation_checkpointing": on}) for on in (False, True)
+            toy_batch.model(tiny_t5_folder, tuning=tuning, train={"activation_checkpointing": on})
+            for on in (False, True)
         )
         assert saving.lm.t5.decoder.gradient_checkpointing
         assert not plain.lm.t5.decoder.gradient_checkpointing
@@ -105,12 +106,12 @@ def test_activation_checkpointing_changes_no_gradient(tiny_t5_folder):
         inner.register_forward_hook(lambda *_: runs.append(1))  # noqa: B023
         keys, rows = saving.lm.t5.decoder.block[1].layer[1].EncDecAttention.k, []
         keys.register_forward_hook(lambda m, i, o: rows.append(len(o)))  # noqa: B023
-        batch = grouped.collator(plain.tokenizer)(grouped.samples())
-        (loss, grads), (saved_loss, saved) = grouped.gradients(plain, batch), grouped.gradients(saving, batch)
+        batch = toy_batch.collator(plain.tokenizer)(toy_batch.samples())
+        (loss, grads), (saved_loss, saved) = toy_batch.gradients(plain, batch), toy_batch.gradients(saving, batch)
         assert len(runs) == 2, "the block was not run again in the backward pass: nothing was saved"
         assert rows == [9, 9], "checkpointing drops caches: none is to be made"
         assert loss == pytest.approx(saved_loss, abs=1e-6)
-        assert grouped.furthest(grads, saved) < 1e-5
+        assert toy_batch.furthest(grads, saved) < 1e-5
 
 
 def test_logits_are_made_for_weighted_tokens_alone(model, batch):
@@ -125,10 +126,10 @@ def test_logits_are_made_for_weighted_tokens_alone(model, batch):
 
 
 def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(model):
-    filler = grouped.collator(model.tokenizer).filler((grouped.TOKENS, grouped.WIDTH), True)
+    filler = toy_batch.collator(model.tokenizer).filler((toy_batch.TOKENS, toy_batch.WIDTH), True)
     for smoothing in (0.0, 0.1):
         model.label_smoothing = smoothing
-        loss, grads = grouped.gradients(model, filler)
+        loss, grads = toy_batch.gradients(model, filler)
         assert loss == 0.0
         assert all(g is not None and not g.any() for g in grads.values()), [n for n, g in grads.items() if g is None]
     model.label_smoothing = 0.0
@@ -165,11 +166,11 @@ def test_smoothing_is_that_of_cross_entropy_and_for_training_alone(model, batch)
 
 
 def test_a_longer_row_beside_them_does_not_change_the_loss_of_the_others(model, batch):
-    record = grouped.records()[0]
+    record = toy_batch.records()[0]
     question = "is there a red shape in the picture? " * 4
     text = replace(record.texts[1], prompt=question, targets=("a man in a hat lays on the grass with his dogs",))
-    longer = replace(grouped.samples()[0], record=replace(record, texts=(text,)))
-    both = grouped.collator(model.tokenizer)([*grouped.samples(), longer])
+    longer = replace(toy_batch.samples()[0], record=replace(record, texts=(text,)))
+    both = toy_batch.collator(model.tokenizer)([*toy_batch.samples(), longer])
     assert both.labels_TL.shape[1] > batch.labels_TL.shape[1]
     assert both.prompt_ids_CL.shape[1] > batch.prompt_ids_CL.shape[1]
     assert torch.allclose(model.loss(both).sum_T[:9], model.loss(batch).sum_T, atol=1e-5)
@@ -192,13 +193,13 @@ def test_a_t5_of_version_1_is_tied_and_scales_its_output(tmp_path, tiny_t5_folde
     torch.manual_seed(1)
     fields = json.loads((tmp_path / "t5" / "config.json").read_text()) | {"tie_word_embeddings": True}
     T5ForConditionalGeneration(T5Config(**fields)).save_pretrained(tmp_path / "t5")
-    model = grouped.model(tmp_path / "t5", tuning="full")
+    model = toy_batch.model(tmp_path / "t5", tuning="full")
     assert model.lm.t5.lm_head.weight is model.lm.t5.shared.weight
     assert _scales_output(model.lm.t5.config)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
-    (loss, grads), (expected, own) = grouped.gradients(model, batch), by_t5_itself(model, batch)
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
+    (loss, grads), (expected, own) = toy_batch.gradients(model, batch), by_t5_itself(model, batch)
     assert loss == pytest.approx(expected, abs=1e-6)
-    assert grouped.furthest(grads, own) < 1e-5
+    assert toy_batch.furthest(grads, own) < 1e-5
 
 
 def test_the_switch_of_the_output_scale_is_found_under_either_name():
@@ -224,7 +225,7 @@ def test_a_t5_of_unequal_depths_is_refused(tmp_path, tiny_t5_folder):
 @pytest.fixture(scope="module")
 def speaker(tiny_t5_folder):
     """A model whose answers differ: its weights are larger than those of a new one."""
-    model = grouped.model(tiny_t5_folder, tuning="lora").eval()
+    model = toy_batch.model(tiny_t5_folder, tuning="lora").eval()
     return model
 
 
@@ -242,7 +243,7 @@ def alone(model, batch, row: int):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_context_gets_the_answer_that_t5_gives_to_it_alone(speaker, beams):
-    batch = grouped.collator(speaker.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(speaker.tokenizer)(toy_batch.samples())
     decoding = Decoding(max_new_tokens=6, beams=beams)
     said = speaker.generate(batch, decoding)
     assert len(said.texts) == len(said.token_ids) == len(said.p_eos_first_C) == 5
@@ -262,7 +263,7 @@ def test_each_context_gets_the_answer_that_t5_gives_to_it_alone(speaker, beams):
 
 
 def test_the_probability_of_ending_at_once_is_that_of_the_first_step(speaker):
-    batch = grouped.collator(speaker.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(speaker.tokenizer)(toy_batch.samples())
     p_eos_C = speaker.generate(batch, Decoding(max_new_tokens=2, min_new_tokens=2)).p_eos_first_C
     for row in range(5):
         single = alone(speaker, batch, row)
@@ -274,7 +275,7 @@ def test_the_probability_of_ending_at_once_is_that_of_the_first_step(speaker):
 
 
 def test_a_model_that_ends_at_once_says_nothing_unless_it_must(speaker):
-    batch = grouped.collator(speaker.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(speaker.tokenizer)(toy_batch.samples())
     head = speaker.lm.t5.lm_head
     hook = head.register_forward_hook(lambda m, i, o: o.index_fill(-1, torch.tensor([1]), 50.0))
     silent = speaker.generate(batch, Decoding(max_new_tokens=5))
@@ -288,7 +289,7 @@ def test_a_model_that_ends_at_once_says_nothing_unless_it_must(speaker):
 
 def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(speaker):
     nothing = Collator(speaker.tokenizer, Data(), Prompts(caption="none", vqa="none"))
-    batch = nothing(grouped.samples())
+    batch = nothing(toy_batch.samples())
     assert batch.prompt_mask_CL.sum(dim=1).tolist()[0] == 0, "the prompt `none` has no token, not even EOS"
     image = speaker.bridge_tokens(batch)
     for tokens in (image, image.without_tokens()):
@@ -303,7 +304,7 @@ def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(speaker):
         assert not torch.allclose(speaker.loss(batch, blind).sum_T, speaker.loss(batch, image).sum_T)
         # A context with nothing in it is the same whether longer prompts stand beside it or not.
         captions = replace(
-            grouped.samples()[0], record=replace(grouped.records()[0], texts=grouped.records()[0].texts[:1])
+            toy_batch.samples()[0], record=replace(toy_batch.records()[0], texts=toy_batch.records()[0].texts[:1])
         )
         short = nothing([captions])
         beside = speaker.loss(batch, image.without_tokens()).sum_T[:5]

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, make_config, picture, texts
-from worker import not_finite_in
 
 from harness import checkpoint as checkpoints
 from harness import engine as engines
@@ -23,8 +21,10 @@ from harness.config import ConfigError, dump
 from harness.guards import GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.terminal import Clock, Terminal
+from rank_program import not_finite_in
 from shards.record import Record
 from shards.write import write_shards
+from toy_runs import losses, make_config, picture, texts
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from tiny import tiny_gpt2, tiny_t5
 
 from harness.batch import Batch, Collator
 from harness.config import Config
@@ -25,6 +24,7 @@ from harness.model.vlm import VisionLanguageModel
 from shards.loader import Loader
 from shards.record import Record, Text
 from shards.write import write_shards
+from tiny_models import tiny_gpt2, tiny_t5
 
 COLOURS = ("red", "green", "blue", "white")
 PATCHES, WIDTH = 2, 64

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_clip
 from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from harness.config import ConfigError, Vision
 from harness.model.vision import VisionTower, content_hash, load_vision
+from tiny_models import tiny_clip
 
 
 def pixels(images: int, side: int) -> torch.Tensor:

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import grouped
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, T5Config, T5ForConditionalGeneration
 
+import toy_batch
 from harness import checkpoint
 from harness.config import Config, ConfigError, Decoding
 from harness.guards import GradientGuard, frozen_hash
@@ -28,10 +28,10 @@ def with_pixels(t5: Path, clip: Path, tuning: str = "qlora", **model) -> Config:
 
 def pixel_batch(model):
     rng = np.random.default_rng(0)
-    samples = grouped.samples()
+    samples = toy_batch.samples()
     for sample in samples:
         sample.payload, sample.extension = rng.integers(0, 255, (32, 32, 3), np.uint8), "jpg"
-    return grouped.collator(model.tokenizer)(samples)
+    return toy_batch.collator(model.tokenizer)(samples)
 
 
 def moved(model, seed: int = 0):
@@ -62,7 +62,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("trainable", [True, False])
 def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_t5_folder, tuning, kind, trainable):
     bridge = {"kind": kind, "trainable": trainable}
-    model = VisionLanguageModel.build(grouped.config(tiny_t5_folder, bridge=bridge, tuning=tuning), grouped.ENCODER)
+    model = VisionLanguageModel.build(toy_batch.config(tiny_t5_folder, bridge=bridge, tuning=tuning), toy_batch.ENCODER)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     everything = {name for name, _ in model.named_parameters()}
     bridge_names = {name for name in everything if name.startswith("bridge.")}
@@ -74,8 +74,8 @@ def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_t5_f
         return
     guard, before = GradientGuard(model), frozen_hash(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
-    _, gradients = grouped.gradients(model.train(), batch)
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
+    _, gradients = toy_batch.gradients(model.train(), batch)
     optimizer.step()
     guard.check()
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -91,7 +91,7 @@ def test_the_vision_tower_is_in_no_tuning_trainable_and_never_leaves_eval_mode(
     assert model.lm.training
     assert not any(module.training for module in model.vision.modules())
     assert not any(p.requires_grad for p in model.vision.parameters())
-    loss, gradients = grouped.gradients(model, pixel_batch(model))
+    loss, gradients = toy_batch.gradients(model, pixel_batch(model))
     assert np.isfinite(loss)
     assert not any(name.startswith("vision.") for name in gradients)
     assert frozen_hash(model.vision) == before
@@ -104,8 +104,8 @@ def test_the_table_of_parts_counts_every_parameter_once(tiny_t5_folder, tiny_cli
 
 
 def test_image_tokens_have_the_scale_of_the_embeddings_and_both_are_told(tiny_t5_folder):
-    model = grouped.model(tiny_t5_folder)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    model = toy_batch.model(tiny_t5_folder)
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     model.bridge.calibrate(model.patch_tokens(batch))
     scales = model.scales(batch)
     embeddings = load_file(tiny_t5_folder / "model.safetensors")["shared.weight"]
@@ -116,8 +116,8 @@ def test_image_tokens_have_the_scale_of_the_embeddings_and_both_are_told(tiny_t5
 def test_new_parts_are_drawn_from_the_seed_alone(tiny_t5_folder):
     def weights(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(seed + 3)
-        config = grouped.config(tiny_t5_folder).model_copy(update={"seed": seed})
-        return VisionLanguageModel.build(config, grouped.ENCODER).trained_state()
+        config = toy_batch.config(tiny_t5_folder).model_copy(update={"seed": seed})
+        return VisionLanguageModel.build(config, toy_batch.ENCODER).trained_state()
 
     one, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -126,8 +126,8 @@ def test_new_parts_are_drawn_from_the_seed_alone(tiny_t5_folder):
 
 def test_an_autocast_around_the_model_does_not_reach_the_language_model(tiny_t5_folder):
     """As on a T4, where fp16 makes infinities of what T5's `wo` gives; bf16 stands in for it on the CPU."""
-    model = VisionLanguageModel.build(grouped.config(tiny_t5_folder), grouped.ENCODER).eval()
-    batch, seen = grouped.collator(model.tokenizer)(grouped.samples()), set()
+    model = VisionLanguageModel.build(toy_batch.config(tiny_t5_folder), toy_batch.ENCODER).eval()
+    batch, seen = toy_batch.collator(model.tokenizer)(toy_batch.samples()), set()
     for name, module in model.named_modules():
         if name.endswith(".wo"):
             module.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
@@ -139,7 +139,7 @@ def test_an_autocast_around_the_model_does_not_reach_the_language_model(tiny_t5_
 
 
 def test_pixels_without_a_vision_tower_are_refused_in_words(tiny_t5_folder):
-    model = grouped.model(tiny_t5_folder)
+    model = toy_batch.model(tiny_t5_folder)
     with pytest.raises(ValueError, match="without its vision tower"):
         model.loss(pixel_batch(model))
 
@@ -173,20 +173,20 @@ def test_a_fully_tuned_t5_of_version_1_whose_matrices_are_tied_comes_back_tied(t
     fields = json.loads((tmp_path / "t5" / "config.json").read_text()) | {"tie_word_embeddings": True}
     torch.manual_seed(0)
     T5ForConditionalGeneration(T5Config(**fields)).save_pretrained(tmp_path / "t5")
-    model = moved(grouped.model(tmp_path / "t5", tuning="full"))
+    model = moved(toy_batch.model(tmp_path / "t5", tuning="full"))
     model.save_pretrained(tmp_path / "saved")
     again = VisionLanguageModel.from_pretrained(tmp_path / "saved", with_vision=False)
     assert again.lm.t5.lm_head.weight is again.lm.t5.shared.weight
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     assert same(outputs(again, batch), outputs(model, batch))
 
 
 def test_a_bridge_frozen_at_random_is_saved_since_nothing_else_could_restore_it(tiny_t5_folder, tmp_path):
-    model = moved(grouped.model(tiny_t5_folder, bridge={"trainable": False}))
+    model = moved(toy_batch.model(tiny_t5_folder, bridge={"trainable": False}))
     model.save_pretrained(tmp_path)
     torch.manual_seed(5)
     again = VisionLanguageModel.from_pretrained(tmp_path, with_vision=False)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     assert same(outputs(again, batch), outputs(model, batch))
 
 
@@ -229,13 +229,13 @@ def test_it_loads_under_the_meta_device_and_where_transformers_initialises_nothi
 
 def test_a_base_that_was_moved_is_found_by_lm_and_the_new_place_is_saved(tiny_t5_folder, tmp_path):
     base = shutil.copytree(tiny_t5_folder, tmp_path / "base")
-    model = moved(grouped.model(base))
+    model = moved(toy_batch.model(base))
     model.save_pretrained(tmp_path / "saved")
     elsewhere = base.rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="lm=PATH"):
         VisionLanguageModel.from_pretrained(tmp_path / "saved", with_vision=False)
     again = VisionLanguageModel.from_pretrained(tmp_path / "saved", lm=elsewhere, with_vision=False)
-    batch = grouped.collator(model.tokenizer)(grouped.samples())
+    batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     assert same(outputs(again, batch), outputs(model, batch))
     again.save_pretrained(tmp_path / "again")
     VisionLanguageModel.from_pretrained(tmp_path / "again", with_vision=False)
@@ -309,24 +309,24 @@ def test_another_kind_of_model_is_no_saved_model(tiny_t5_folder):
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step-000003", "checkpoints/step-000003/model"])
 def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_seed(tiny_t5_folder, tmp_path, place):
-    earlier = moved(grouped.model(tiny_t5_folder))
+    earlier = moved(toy_batch.model(tiny_t5_folder))
     checkpoint.write(tmp_path, 3, earlier.save_pretrained, {"step/a": torch.zeros(1)}, {"step": 3})
-    config = grouped.config(tiny_t5_folder, train={"learning_rate": 1e-3})
+    config = toy_batch.config(tiny_t5_folder, train={"learning_rate": 1e-3})
     start = {"init_from": str(tmp_path / place)}
     config = config.model_copy(update={"seed": 7, "model": config.model.model_copy(update=start)})
-    model = VisionLanguageModel.build(config, grouped.ENCODER)
+    model = VisionLanguageModel.build(config, toy_batch.ENCODER)
     assert all(torch.equal(w, earlier.trained_state()[name]) for name, w in model.trained_state().items())
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("bridge."))
 
 
 def test_weights_trained_on_another_base_or_for_other_parts_are_no_start(tiny_t5_folder, tmp_path):
-    grouped.model(tiny_t5_folder).save_pretrained(tmp_path / "saved")
+    toy_batch.model(tiny_t5_folder).save_pretrained(tmp_path / "saved")
     start = {"init_from": str(tmp_path / "saved")}
 
     def build(t5: Path, **settings):
-        config = grouped.config(t5, **settings)
+        config = toy_batch.config(t5, **settings)
         return VisionLanguageModel.build(
-            config.model_copy(update={"model": config.model.model_copy(update=start)}), grouped.ENCODER
+            config.model_copy(update={"model": config.model.model_copy(update=start)}), toy_batch.ENCODER
         )
 
     build(tiny_t5_folder)

@@ -4,15 +4,16 @@ a skipped step leaves nothing behind, and a checkpoint of any engine is gone on 
 
 import itertools
 import json
-import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import losses, make_config
 from safetensors.torch import load_file
-from worker import not_finite_in, watch
-from zero_worker import tuned
+
+from rank_program import not_finite_in, watch
+from toy_runs import losses, make_config
+from zero_rank_program import tuned
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -74,9 +75,9 @@ def ranks(root, alone):
     (root / "from-ddp.yaml").write_text(configs.dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
         launch([str(root / "from-ddp.yaml")], 2, launch_file=read_launch("cpu"))
-        launch([str(root)], 2, launch_file=read_launch("zero2"), module="zero_worker")
+        launch([str(root)], 2, launch_file=read_launch("zero2"), module="zero_rank_program")
     return [json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -9,9 +9,9 @@ import zlib
 
 import numpy as np
 import pytest
-from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, encoded, fill, picture
 from PIL import Image
 
+from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, encoded, fill, picture
 from shards.build import build, prepare_image
 from shards.manifest import Manifest, ShardError
 from shards.record import Record

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from pictures import fill, picture
 
+from pictures import fill, picture
 from shards.build import build
 from shards.manifest import Manifest, ShardError
 from shards.read import Reader

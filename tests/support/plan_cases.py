@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import texts
-from tiny import tiny_t5
 from torch.autograd.graph import saved_tensors_hooks
 
 from harness import devices
@@ -22,6 +20,8 @@ from harness.plan.workload import Sizes, Workload
 from harness.precision import choose
 from shards.read import Sample
 from shards.record import Record
+from tiny_models import tiny_t5
+from toy_runs import texts
 
 GPU_CASES = ((8, False), (32, False), (32, True))  # images of a micro-batch, activation checkpointing
 

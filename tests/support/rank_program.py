@@ -15,13 +15,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from runs import make_config
-
 from harness import engine, train
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
+from toy_runs import make_config
 
 
 def at_step(number: int, act, monkeypatch=None) -> None:

@@ -1,6 +1,6 @@
 """Tiny runs of the whole loop: generated pictures in real shards, a tiny CLIP and a tiny T5, every option that matters.
 
-A folder in; shards, models and a config out. Imported by tests and by the worker they launch on two processes.
+A folder in; shards, models and a config out. Imported by tests and by the programs they launch on several processes.
 """
 
 from __future__ import annotations

@@ -11,17 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from accelerate.state import AcceleratorState
-from runs import make_config
-from worker import not_finite_in, watch
 
 from harness import batch, train
 from harness.config import Config
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
 from harness.zero import ZeroEngine
+from rank_program import not_finite_in, watch
+from toy_runs import make_config
 
 
 def tuned(config: Config, tuning: str) -> Config:

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from tiny import tiny_clip, tiny_t5
+from tiny_models import tiny_clip, tiny_t5
 
 
 def hashes(folder):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import SENTENCES, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertTokenizer,
@@ -28,6 +27,8 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tiny_models import SENTENCES, tiny_tokenizer
 
 QUERIES, SIDE = 4, 32
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
