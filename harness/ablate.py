@@ -205,7 +205,7 @@ def run(
 
 def refused(children: Sequence[Child]) -> dict[Child, str]:
     """What can be told before anything is started. Raises ConfigError where it is everything, or a mixture of runs."""
-    from harness.doctor import check_before_launch, explain
+    from harness.doctor.diagnose import check_before_launch, explain
 
     errors: dict[Child, str] = {}
     first: Exception | None = None
@@ -350,7 +350,7 @@ def train_and_score(out: Path) -> None:
 
 
 def main() -> None:
-    from harness.doctor import explain
+    from harness.doctor.diagnose import explain
 
     try:
         train_and_score(Path(sys.argv[1]))

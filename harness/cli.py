@@ -69,9 +69,10 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Also where the plan says that it does not fit.")] = False,
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
-    from harness import launcher, plan
+    from harness import launcher
     from harness.config import ConfigError, load
-    from harness.doctor import check_before_launch, check_resume
+    from harness.doctor.diagnose import check_before_launch, check_resume
+    from harness.plan.plan import check
 
     loaded = load(config, overrides or ())
     launch_file = launcher.read_launch(launch, zero_stage)
@@ -80,7 +81,7 @@ def train(
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
     check_resume(loaded, resume)
     check_before_launch(loaded)
-    plan.check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
+    check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
     arguments = [config, *(overrides or ()), *(["--resume", resume] if resume else [])]
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
@@ -100,7 +101,7 @@ def plan(
     """Says before anything is loaded whether a run fits on a device, how long it takes, and what would make it fit."""
     from harness.config import load
     from harness.launcher import read_launch
-    from harness.plan import plan
+    from harness.plan.plan import plan
 
     loaded, launched = load(config, overrides or ()), read_launch(launch, zero_stage)
     made = plan(loaded, device, launched, processes)
@@ -120,7 +121,8 @@ def doctor(
 ) -> None:
     """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
     from harness.config import ConfigError, load
-    from harness.doctor import diagnose, findings
+    from harness.doctor import findings
+    from harness.doctor.diagnose import diagnose
     from harness.launcher import read_launch
 
     if config is None and overfit:
@@ -241,7 +243,7 @@ def main() -> None:
     try:
         app(prog_name="harness")
     except Exception as error:
-        from harness.doctor import explain
+        from harness.doctor.diagnose import explain
 
         sentence = None if os.environ.get("HARNESS_DEBUG") == "1" else explain(error)
         if sentence is None:

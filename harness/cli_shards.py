@@ -138,7 +138,7 @@ def features(
 ) -> None:
     """Runs the frozen encoder once over a set, and writes what it saw as feature shards."""
     from harness.config import load
-    from harness.doctor import check_vision
+    from harness.doctor.diagnose import check_vision
 
     loaded = load(config, overrides or ())
     check_vision(loaded)

@@ -27,7 +27,7 @@ from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness.batch import Batch, Collator, drawn
 from harness.config import Config
-from harness.doctor import changes, check_before_launch, check_resume, explain
+from harness.doctor.diagnose import changes, check_before_launch, check_resume, explain
 from harness.engine import Engine, make_engine
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set

@@ -96,7 +96,7 @@ def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterato
 
 def encoder_for_later(config: Config) -> Iterator[Finding]:
     """A run on feature shards does without the encoder; a question about a new picture does not."""
-    from harness.doctor import check_vision
+    from harness.doctor.diagnose import check_vision
 
     if Manifest.read_index(config.data.train[0].path).kind == "features":
         try:
@@ -227,7 +227,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     """Builds the run's model: the scale of its image tokens on the first batch, and the bytes of its checkpoints."""
     from harness.batch import Collator
     from harness.model.vlm import VisionLanguageModel
-    from harness.plan import checkpoint_bytes
+    from harness.plan.planner import checkpoint_bytes
     from harness.train import calibrate, encoder_of, make_loader, micro_batches
 
     loader = make_loader(config, None)
@@ -252,8 +252,8 @@ def model(config: Config, device: str) -> Iterator[Finding]:
 
 def plan(config: Config, launch: Launch, processes: int) -> Finding:
     """The verdict of `harness plan` for the device that is here. Raises ConfigError where the run cannot fit."""
-    from harness import plan
+    from harness.plan.plan import check
 
     said: list[str] = []
-    plan.check(config, launch, processes, said.append, force=False)
+    check(config, launch, processes, said.append, force=False)
     return Finding("plan", "OK", " ".join(" ".join(said).split()))

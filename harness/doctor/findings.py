@@ -28,7 +28,7 @@ Check = Callable[[], Finding | Iterable[Finding] | None]
 
 def run(name: str, check: Check) -> list[Finding]:
     """What the check says, `name` where it says nothing of its own; whatever it raises becomes an error line."""
-    from harness.doctor import explain  # which imports this module
+    from harness.doctor.diagnose import explain
 
     found: list[Finding] = []
     try:

@@ -11,7 +11,7 @@ from harness.launcher import read_launch
 from harness.plan.report import gb
 
 if TYPE_CHECKING:
-    from harness.plan import Planner
+    from harness.plan.planner import Planner
 
 Change = Callable[["Planner"], "Planner"]
 

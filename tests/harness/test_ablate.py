@@ -18,7 +18,7 @@ from harness import ablate, train
 from harness.ablation_scores import interval
 from harness.cli import app
 from harness.config import ConfigError, Evaluation, load, shipped
-from harness.doctor import explain
+from harness.doctor.diagnose import explain
 from harness.evaluate.run import evaluate_run
 from toy_runs import make_shards
 

@@ -12,7 +12,7 @@ from harness import train
 from harness.batch import Collator
 from harness.config import Bridge as BridgeConfig
 from harness.config import Config, ConfigError, LanguageModel, Model
-from harness.doctor import check_models
+from harness.doctor.diagnose import check_models
 from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput

@@ -248,9 +248,9 @@ def test_the_plans_verdict_is_a_line(base, monkeypatch):
     def fits_not(*_, **__):
         raise ConfigError("it needs 20 GB and there are 16")
 
-    monkeypatch.setattr("harness.plan.check", fits)
+    monkeypatch.setattr("harness.plan.plan.check", fits)
     assert examine.plan(base, ZERO2, 2) == Finding("plan", "OK", "fits 2 processes")
-    monkeypatch.setattr("harness.plan.check", fits_not)
+    monkeypatch.setattr("harness.plan.plan.check", fits_not)
     assert run("plan", lambda: examine.plan(base, ZERO2, 2)) == [
         Finding("plan", "error", "it needs 20 GB and there are 16")
     ]

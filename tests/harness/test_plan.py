@@ -16,7 +16,8 @@ from harness.devices import DEVICES
 from harness.doctor import machine
 from harness.launcher import read_launch
 from harness.model.vlm import VisionLanguageModel
-from harness.plan import Planner, check, plan
+from harness.plan.plan import check, plan
+from harness.plan.planner import Planner
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes, workload
 from harness.precision import choose

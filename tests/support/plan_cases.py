@@ -15,7 +15,7 @@ from harness.config import Config
 from harness.engine import parameter_groups
 from harness.launcher import Launch
 from harness.model.vlm import VisionLanguageModel
-from harness.plan import CUDA_CONTEXT, Planner
+from harness.plan.planner import CUDA_CONTEXT, Planner
 from harness.plan.workload import Sizes, Workload
 from harness.precision import choose
 from shards.read import Sample

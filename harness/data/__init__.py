@@ -1,0 +1,1 @@
+"""From records to batches: prompts, decoded images, features made before, collation."""
