@@ -23,7 +23,8 @@ from typing import Any, Protocol
 from pydantic import Field, model_validator
 
 from harness import config as configs
-from harness.config import Config, ConfigError, NonNegative, Section
+from harness.config import Config, NonNegative, Section
+from harness.errors import ConfigError
 
 SCORES = "evaluation/scores.json"  # of a child: there when it is finished
 CONFIG, LOG = "config.yaml", "log.txt"
@@ -205,7 +206,8 @@ def run(
 
 def refused(children: Sequence[Child]) -> dict[Child, str]:
     """What can be told before anything is started. Raises ConfigError where it is everything, or a mixture of runs."""
-    from harness.doctor.diagnose import check_before_launch, explain
+    from harness.checks import check_before_launch
+    from harness.errors import explain
 
     errors: dict[Child, str] = {}
     first: Exception | None = None
@@ -350,7 +352,7 @@ def train_and_score(out: Path) -> None:
 
 
 def main() -> None:
-    from harness.doctor.diagnose import explain
+    from harness.errors import explain
 
     try:
         train_and_score(Path(sys.argv[1]))

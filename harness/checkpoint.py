@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from shards.manifest import sync
 
 FOLDER = "checkpoints"

@@ -70,8 +70,9 @@ def train(
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
     from harness import launcher
-    from harness.config import ConfigError, load
-    from harness.doctor.diagnose import check_before_launch, check_resume
+    from harness.checks import check_before_launch, check_resume
+    from harness.config import load
+    from harness.errors import ConfigError
     from harness.plan.plan import check
 
     loaded = load(config, overrides or ())
@@ -120,9 +121,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
 ) -> None:
     """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
-    from harness.config import ConfigError, load
+    from harness.config import load
     from harness.doctor import findings
     from harness.doctor.diagnose import diagnose
+    from harness.errors import ConfigError
     from harness.launcher import read_launch
 
     if config is None and overfit:
@@ -153,7 +155,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Scores a run, published models or both on the same images, and says whether the answers come from the images."""
-    from harness.config import ConfigError
+    from harness.errors import ConfigError
 
     if not run and not model:
         raise ConfigError("nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both")
@@ -187,7 +189,7 @@ def ablate(
     Exit code 1 where some children failed: the report names them.
     """
     from harness import ablate
-    from harness.config import ConfigError
+    from harness.errors import ConfigError
 
     numbers = seeds.split(",") if seeds else []
     if not all(number.strip().isdecimal() for number in numbers):
@@ -220,7 +222,8 @@ def base_lm(
     steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
     """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the text-only floor."""
-    from harness.config import ConfigError, load
+    from harness.config import load
+    from harness.errors import ConfigError
 
     loaded = load(config)
     if d_model % 4:
@@ -243,7 +246,7 @@ def main() -> None:
     try:
         app(prog_name="harness")
     except Exception as error:
-        from harness.doctor.diagnose import explain
+        from harness.errors import explain
 
         sentence = None if os.environ.get("HARNESS_DEBUG") == "1" else explain(error)
         if sentence is None:

@@ -81,7 +81,7 @@ def compare(
     as_json: AsJSON = False,
 ) -> None:
     """Says by how much A is better than B and how sure that is: a paired bootstrap over the images both answered."""
-    from harness.config import ConfigError
+    from harness.errors import ConfigError
     from harness.evaluate import captions, vqa
     from harness.evaluate import compare as pairs
 

@@ -137,8 +137,8 @@ def features(
     overwrite: Overwrite = False,
 ) -> None:
     """Runs the frozen encoder once over a set, and writes what it saw as feature shards."""
+    from harness.checks import check_vision
     from harness.config import load
-    from harness.doctor.diagnose import check_vision
 
     loaded = load(config, overrides or ())
     check_vision(loaded)

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from harness.errors import ConfigError
+
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool):  # YAML reads yes and on as true, and pydantic would take that for 1
@@ -32,10 +34,6 @@ Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
 S = TypeVar("S", bound="Section")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used: the message names the file, the key, what was found and what would be right."""
 
 
 class Section(BaseModel):

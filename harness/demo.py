@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness import config as configs
-from harness.config import Config, ConfigError
+from harness.config import Config
+from harness.errors import ConfigError
 from shards.manifest import write_whole
 
 SPLITS = ("train", "dev", "test")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")  # of a container; version 2, or 1

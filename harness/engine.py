@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from harness.config import ConfigError, Train
+from harness.config import Train
+from harness.errors import ConfigError
 from harness.precision import Precision, choose
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from harness.config import ConfigError, Vision
+from harness.config import Vision
+from harness.errors import ConfigError
 from harness.model.processing import ImageDecoder, encoder_name
 from shards.manifest import SKIPPED, Manifest
 from shards.record import Record

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-class GuardError(RuntimeError):
-    """A run whose result would be worthless: names the parameters and what is wrong with them."""
+from harness.errors import GuardError
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,8 +21,9 @@ from typing import Any
 import psutil
 import yaml
 
-from harness.config import ConfigError, shipped
+from harness.config import shipped
 from harness.devices import cards
+from harness.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 # Accelerate and transformers import an installed DeepSpeed on their own, and it says on stdout that it found no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

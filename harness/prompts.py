@@ -5,7 +5,7 @@ A config names one of these or gives its own; "none" leaves the prompt out (the 
 
 from __future__ import annotations
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 CAPTION = {
     "none": "",

@@ -26,13 +26,14 @@ from torch import nn
 from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness.batch import Batch, Collator, drawn
+from harness.checks import changes, check_before_launch, check_resume
 from harness.config import Config
-from harness.doctor.diagnose import changes, check_before_launch, check_resume, explain
 from harness.engine import Engine, make_engine
+from harness.errors import GuardError, explain
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.features import check_encoder
-from harness.guards import GradientGuard, GuardError, check_frozen, first_nonfinite, frozen_hash
+from harness.guards import GradientGuard, check_frozen, first_nonfinite, frozen_hash
 from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate

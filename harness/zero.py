@@ -23,8 +23,9 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from packaging.version import Version
 from torch import nn
 
-from harness.config import ConfigError, Train
+from harness.config import Train
 from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
+from harness.errors import ConfigError
 from harness.launcher import deepspeed_file
 
 # DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on each rank.

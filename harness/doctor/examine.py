@@ -15,9 +15,10 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from harness.config import Config, ConfigError
+from harness.config import Config
 from harness.doctor.findings import Finding
 from harness.doctor.machine import GB, Gpu, disk
+from harness.errors import ConfigError
 from harness.launcher import Launch
 from shards.manifest import Manifest
 
@@ -96,7 +97,7 @@ def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterato
 
 def encoder_for_later(config: Config) -> Iterator[Finding]:
     """A run on feature shards does without the encoder; a question about a new picture does not."""
-    from harness.doctor.diagnose import check_vision
+    from harness.checks import check_vision
 
     if Manifest.read_index(config.data.train[0].path).kind == "features":
         try:

@@ -28,7 +28,7 @@ Check = Callable[[], Finding | Iterable[Finding] | None]
 
 def run(name: str, check: Check) -> list[Finding]:
     """What the check says, `name` where it says nothing of its own; whatever it raises becomes an error line."""
-    from harness.doctor.diagnose import explain
+    from harness.errors import explain
 
     found: list[Finding] = []
     try:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from harness.batch import Batch, Collator, most_common
-from harness.config import Config, ConfigError, Decoding
+from harness.config import Config, Decoding
 from harness.doctor.findings import Finding
 from harness.engine import Engine
+from harness.errors import ConfigError
 from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.model.vlm import VisionLanguageModel
 from harness.train import calibrate, encoder_of, make_loader, micro_batches

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from harness import checkpoint
 from harness.batch import Collator
-from harness.config import Config, ConfigError
+from harness.config import Config
+from harness.errors import ConfigError
 from harness.evaluate.run import load_model
 from harness.model.processing import ImageDecoder
 from shards.read import Sample

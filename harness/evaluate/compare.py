@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
 from shards.manifest import is_remote

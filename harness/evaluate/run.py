@@ -22,8 +22,9 @@ from PIL import Image
 
 from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
-from harness.config import Config, ConfigError, apply_overrides, validated
+from harness.config import Config, apply_overrides, validated
 from harness.config import Evaluation as EvaluationConfig
+from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval
 from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.evaluate.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, percentile, resampled_sums
 
 # The official table maps each of these words with any one of its apostrophes left out to the word itself.

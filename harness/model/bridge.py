@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from harness.config import Bridge as BridgeConfig
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from harness.config import Bridge as BridgeConfig
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 _OF_BERT = (
     (r"^bert\.", ""),

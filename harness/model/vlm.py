@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from harness import checkpoint
 from harness import config as settings
 from harness.batch import Batch
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language

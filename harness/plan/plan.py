@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from harness import devices
-from harness.config import Config, ConfigError
+from harness.config import Config
+from harness.errors import ConfigError
 from harness.launcher import Launch, gpus
 from harness.plan.planner import Planner
 from harness.plan.report import Plan, gb

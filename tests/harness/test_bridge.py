@@ -10,9 +10,10 @@ from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForCondi
 
 from harness import train
 from harness.batch import Collator
+from harness.checks import check_models
 from harness.config import Bridge as BridgeConfig
-from harness.config import Config, ConfigError, LanguageModel, Model
-from harness.doctor.diagnose import check_models
+from harness.config import Config, LanguageModel, Model
+from harness.errors import ConfigError
 from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput

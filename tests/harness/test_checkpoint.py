@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness import checkpoint as checkpoints
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 
 def save_model(folder: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness import cli, launcher
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from shards.record import Record, Text
 from shards.write import write_shards
 
@@ -103,7 +103,7 @@ def test_a_users_error_shows_its_traceback_only_when_asked_and_a_bug_always(harn
 
 def test_train_checks_first_and_hands_its_arguments_to_the_launcher(harness, monkeypatch):
     calls = []
-    monkeypatch.setattr("harness.doctor.diagnose.check_before_launch", lambda config: calls.append(config.train.epochs))
+    monkeypatch.setattr("harness.checks.check_before_launch", lambda config: calls.append(config.train.epochs))
     monkeypatch.setattr("harness.plan.plan.check", lambda config, launch, *rest: calls.append(("planned", launch.name)))
     monkeypatch.setattr(launcher, "launch", lambda *given, launch_file: calls.append((*given, launch_file.name)) or 7)
     code, _, _ = harness(

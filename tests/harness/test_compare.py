@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.evaluate import captions, compare, vqa
 from toy_runs import COLOURS, make_shards, texts
 

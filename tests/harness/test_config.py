@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from harness.config import Config, ConfigError, apply_overrides, dump, flatten, load, parse_override
+from harness.config import Config, apply_overrides, dump, flatten, load, parse_override
+from harness.errors import ConfigError
 
 
 @pytest.fixture

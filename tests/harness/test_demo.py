@@ -6,7 +6,7 @@ import json
 import pytest
 
 from harness import base_lm, demo
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from shards.sources import SOURCES
 
 PROMISED = {

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from harness.config import ConfigError, load
-from harness.doctor.diagnose import check_before_launch, check_models, diagnose, explain
+from harness.checks import check_before_launch, check_models
+from harness.config import load
+from harness.doctor.diagnose import diagnose
 from harness.doctor.findings import Finding, failed
 from harness.doctor.overfit import Result
+from harness.errors import ConfigError, explain
 from harness.launcher import Launch
 from harness.model.processing import encoder_name
 from shards.manifest import ShardError

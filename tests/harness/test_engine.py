@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from harness import engine as engines
-from harness.config import ConfigError, Train
+from harness.config import Train
 from harness.engine import Engine
+from harness.errors import ConfigError
 from harness.schedule import learning_rate
 
 

@@ -240,7 +240,7 @@ def test_image_tokens_outside_the_scale_of_the_embeddings_are_warned_of(base, mo
 
 
 def test_the_plans_verdict_is_a_line(base, monkeypatch):
-    from harness.config import ConfigError
+    from harness.errors import ConfigError
 
     def fits(config, launch, processes, say, force):
         say(f"fits {processes}\n processes")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.config import ConfigError, Vision
+from harness.config import Vision
+from harness.errors import ConfigError
 from harness.features import check_encoder, encode_set, load_controls, skipped
 from harness.model.processing import ImageDecoder
 from harness.model.vision import load_vision

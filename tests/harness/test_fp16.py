@@ -17,7 +17,8 @@ from harness import engine as engines
 from harness import train
 from harness.batch import Collator
 from harness.engine import Engine
-from harness.guards import GuardError, first_nonfinite
+from harness.errors import GuardError
+from harness.guards import first_nonfinite
 from harness.model.vlm import VisionLanguageModel
 from harness.precision import choose
 from toy_runs import losses, make_config

@@ -6,7 +6,8 @@ from torch import nn
 
 from harness import checkpoint as checkpoints
 from harness import train
-from harness.guards import GradientGuard, GuardError, check_frozen, frozen_hash
+from harness.errors import GuardError
+from harness.guards import GradientGuard, check_frozen, frozen_hash
 from harness.model.bridge import Bridge
 from harness.model.vision import VisionTower
 from toy_runs import make_config

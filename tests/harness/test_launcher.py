@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness import launcher
-from harness.config import ConfigError, shipped
+from harness.config import shipped
+from harness.errors import ConfigError
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_examine import a_set, changed, question
 
-from harness.config import ConfigError
 from harness.doctor.overfit import Result, Signal, findings, one_text_each, overfit
+from harness.errors import ConfigError
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text

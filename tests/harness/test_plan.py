@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import batch as batches
 from harness import devices, launcher
-from harness.config import Config, ConfigError
+from harness.config import Config
 from harness.devices import DEVICES
 from harness.doctor import machine
+from harness.errors import ConfigError
 from harness.launcher import read_launch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.plan import check, plan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.precision import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -12,7 +12,8 @@ from PIL import Image
 from harness import batch as batches
 from harness import checkpoint as checkpoints
 from harness.batch import Collator
-from harness.config import Config, ConfigError, Decoding, Generate
+from harness.config import Config, Decoding, Generate
+from harness.errors import ConfigError
 from harness.evaluate import compare
 from harness.evaluate.ask import ask
 from harness.evaluate.captions import read_caption_results, score

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.prompts import prompt, template
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from harness.batch import Batch
-from harness.config import ConfigError, Data, Decoding, Prompts
+from harness.config import Data, Decoding, Prompts
+from harness.errors import ConfigError
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
 from harness.model.processing import ImageDecoder
 from published_models import CHAT, tiny_blip2, tiny_instructblip, tiny_llava

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness import mlflow_tracker, train
+from harness.errors import ConfigError
 from harness.launcher import launch
 from harness.signals import stop_requests
 from rank_program import at_step, not_finite_in, watch, with_scaler
@@ -185,7 +186,7 @@ def test_another_model_or_another_order_is_refused_by_the_keys_name(root, whole,
     config = config_of(root, "whole")
     bridge = config.model.bridge.model_copy(update={"layers": 2})
     other = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge})})
-    with pytest.raises(configs.ConfigError, match=r"model.bridge.layers was 1 in .*step-000008 and is 2 now"):
+    with pytest.raises(ConfigError, match=r"model.bridge.layers was 1 in .*step-000008 and is 2 now"):
         train.run(other, "auto")
     with pytest.raises(ValueError, match="the same sets, weights, seed"):
         train.run(config.model_copy(update={"seed": 4}), "auto")

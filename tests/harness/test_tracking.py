@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from harness import mlflow_tracker
-from harness.config import Config, ConfigError
+from harness.config import Config
+from harness.errors import ConfigError
 from harness.journal import METRICS, NoTracker
 from harness.report import Shown
 from harness.tracking import open_tracker, recorded_run_id, ui_command

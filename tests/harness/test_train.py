@@ -17,8 +17,8 @@ from harness import engine as engines
 from harness import terminal as terminals
 from harness import train
 from harness.batch import Collator
-from harness.config import ConfigError, dump
-from harness.guards import GuardError
+from harness.config import dump
+from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.terminal import Clock, Terminal
 from rank_program import not_finite_in

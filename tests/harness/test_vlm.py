@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel, T5Config, T5ForConditionalGenera
 
 import toy_batch
 from harness import checkpoint
-from harness.config import Config, ConfigError, Decoding
+from harness.config import Config, Decoding
+from harness.errors import ConfigError
 from harness.guards import GradientGuard, frozen_hash
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 

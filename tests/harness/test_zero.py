@@ -20,6 +20,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 from harness import checkpoint as checkpoints
 from harness import config as configs
 from harness import train, zero
+from harness.errors import ConfigError
 from harness.launcher import launch, read_launch
 
 CPU = {"device": "cpu", "pin_memory": True}
@@ -192,29 +193,29 @@ def engine_of(monkeypatch, tmp_path, settings, **environment):
 
 @pytest.mark.parametrize("engine", ["fp16", "bf16", "torch_autocast"])
 def test_an_engine_that_casts_the_whole_model_is_refused(monkeypatch, tmp_path, engine):
-    with pytest.raises(configs.ConfigError, match=f"{engine} casts the whole model"):
+    with pytest.raises(ConfigError, match=f"{engine} casts the whole model"):
         engine_of(monkeypatch, tmp_path, {engine: {"enabled": True}, "zero_optimization": {"stage": 2}})
 
 
 def test_the_variable_that_turns_zero_into_plain_ddp_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(configs.ConfigError, match="gives plain DDP in silence"):
+    with pytest.raises(ConfigError, match="gives plain DDP in silence"):
         engine_of(monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}}, ACCELERATE_USE_CPU="true")
 
 
 def test_plain_ddp_in_place_of_zero_is_noticed(monkeypatch, tmp_path):
     ddp = SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_GPU"))
     monkeypatch.setattr(zero, "Accelerator", lambda **_: ddp)
-    with pytest.raises(configs.ConfigError, match="DeepSpeed was asked for but Accelerate runs MULTI_GPU"):
+    with pytest.raises(ConfigError, match="DeepSpeed was asked for but Accelerate runs MULTI_GPU"):
         engine_of(monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}})
 
 
 def test_fp16_with_deepspeed_is_refused_and_ddp_named_as_the_way(monkeypatch):
     monkeypatch.setattr(zero.Engine, "__init__", lambda self, train: vars(self).update(precision=train))
-    with pytest.raises(configs.ConfigError, match=r"launch/accelerate/multi_gpu\.yaml"):
+    with pytest.raises(ConfigError, match=r"launch/accelerate/multi_gpu\.yaml"):
         zero.ZeroEngine(SimpleNamespace(loss_scaler=True, reason="fp16"))
 
 
 def test_an_older_deepspeed_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("deepspeed.__version__", "0.18.2")
-    with pytest.raises(configs.ConfigError, match=r"deepspeed 0\.18\.2 is too old"):
+    with pytest.raises(ConfigError, match=r"deepspeed 0\.18\.2 is too old"):
         engine_of(monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}})

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
 
 from harness.batch import Batch, padding_id
-from harness.config import ConfigError, Decoding
+from harness.config import Decoding
 from harness.config import LanguageModel as LanguageModelConfig
+from harness.errors import ConfigError
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss

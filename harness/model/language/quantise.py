@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from harness.config import ConfigError
 from harness.config import LanguageModel as LanguageModelConfig
+from harness.errors import ConfigError
 from harness.model.vision import quiet_transformers, without_weights
 
 # At every import bitsandbytes misses a kernel for a path that `keep_autograd` bars.

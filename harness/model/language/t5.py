@@ -12,8 +12,9 @@ from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from harness.batch import Batch
-from harness.config import ConfigError, Decoding
+from harness.config import Decoding
 from harness.config import LanguageModel as LanguageModelConfig
+from harness.errors import ConfigError
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss
