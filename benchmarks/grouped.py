@@ -27,7 +27,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from harness import base_lm
 from harness.batch import Batch, Collator
-from harness.config import Bridge, Config, LanguageModel, Model, Vision
+from harness.config.schema import Bridge, Config, LanguageModel, Model, Vision
 from harness.model.vision import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
 from harness.report import markdown_table

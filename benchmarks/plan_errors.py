@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from harness import devices
-from harness.config import Config
+from harness.config.schema import Config
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes

@@ -14,9 +14,9 @@ from contextlib import closing
 
 import torch
 
-from harness import config as configs
 from harness import train
 from harness.batch import Collator
+from harness.config.load import load
 from harness.engine import make_engine
 from harness.evaluate.small_gate import small_gate, small_set
 from harness.model.vlm import VisionLanguageModel
@@ -25,7 +25,7 @@ STEPS, LOOKS, SHARE = 8, 3, 0.02
 
 
 def main() -> None:
-    config = configs.load(sys.argv[1], sys.argv[2:])
+    config = load(sys.argv[1], sys.argv[2:])
     engine = make_engine(config.train)
     loader = train.make_loader(config, engine)
     model = VisionLanguageModel.build(

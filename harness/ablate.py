@@ -22,8 +22,10 @@ from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
-from harness import config as configs
-from harness.config import Config, NonNegative, Section
+from harness.config.keys import flatten
+from harness.config.load import dump, find, read_yaml, validated
+from harness.config.load import load as load_config
+from harness.config.schema import Config, NonNegative, Section
 from harness.errors import ConfigError
 
 SCORES = "evaluation/scores.json"  # of a child: there when it is finished
@@ -114,7 +116,7 @@ class Child:
         return (self.out / SCORES).is_file()
 
     def config(self) -> Config:
-        return configs.load(self.base, self.overrides)
+        return load_config(self.base, self.overrides)
 
 
 class Process(Protocol):
@@ -129,8 +131,8 @@ Start = Callable[[Child, Mapping[str, str]], Process]
 
 def load(file: str | Path) -> Ablation:
     """A file, or the name of a shipped one. Raises ConfigError."""
-    found = configs.find(file, "configs/ablations")
-    return configs.validated(Ablation, configs.read_yaml(found), found)
+    found = find(file, "configs/ablations")
+    return validated(Ablation, read_yaml(found), found)
 
 
 def children_of(ablation: Ablation, out: Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Child]:
@@ -176,7 +178,7 @@ def run(
     out = out or Path("runs/ablations") / ablation.name
     seeds = list(dict.fromkeys(seeds or ablation.seeds))
     own = [f"out={out}", f"name={ablation.name}", f"seed={seeds[0]}"]
-    parent = configs.load(ablation.base, [*ablation.overrides, *overrides, *own])
+    parent = load_config(ablation.base, [*ablation.overrides, *overrides, *own])
     children = children_of(ablation, out, overrides, seeds)
     errors = refused(children)
     finished = sum(child.finished for child in children)
@@ -231,7 +233,7 @@ def check_same(child: Child, config: Config) -> None:
     """
     if not (child.out / CONFIG).exists():
         return
-    before, now = (configs.flatten(c) for c in (configs.load(child.out / CONFIG), config))
+    before, now = (flatten(c) for c in (load_config(child.out / CONFIG), config))
     for key in now:
         free = key in ("out", "model.init_from") or key.startswith("tracking.")
         if not free and before.get(key) != now[key]:
@@ -276,14 +278,12 @@ def run_all(
         queue.remove(ready)
         try:
             overrides = with_model(ready)
-            config = configs.load(
-                ready.base, [*overrides, *tracking, f"tracking.run_name={ready.variant}-{ready.seed}"]
-            )
+            config = load_config(ready.base, [*overrides, *tracking, f"tracking.run_name={ready.variant}-{ready.seed}"])
         except ConfigError as error:
             errors[ready] = str(error)
             continue
         ready.out.mkdir(parents=True, exist_ok=True)
-        (ready.out / CONFIG).write_text(configs.dump(config), encoding="utf-8")
+        (ready.out / CONFIG).write_text(dump(config), encoding="utf-8")
         slot = slots.popleft()
         running[ready] = (start(ready, environment(jobs, slot)), slot, time.monotonic())
     return errors

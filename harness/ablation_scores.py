@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.config import Evaluation
+from harness.config.schema import Evaluation
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import SCORES

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from harness.batch import Batch, Collator, Context, drawn, most_common
-from harness.config import Config, LanguageModel
+from harness.config.schema import Config, LanguageModel
 from harness.evaluate.predict import select
 from harness.model.bridge import BridgeOutput
 from harness.model.vision import quiet_transformers

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from harness.config import Data as DataConfig
-from harness.config import Prompts
+from harness.config.schema import Data as DataConfig
+from harness.config.schema import Prompts
 from harness.prompts import prompt
 from shards.read import Sample
 from shards.record import Record, Text

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config import Config, flatten
+from harness.config.keys import flatten
+from harness.config.schema import Config
 from harness.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def train(
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
     from harness import launcher
     from harness.checks import check_before_launch, check_resume
-    from harness.config import load
+    from harness.config.load import load
     from harness.errors import ConfigError
     from harness.plan.plan import check
 
@@ -100,7 +100,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Says before anything is loaded whether a run fits on a device, how long it takes, and what would make it fit."""
-    from harness.config import load
+    from harness.config.load import load
     from harness.launcher import read_launch
     from harness.plan.plan import plan
 
@@ -121,7 +121,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
 ) -> None:
     """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
-    from harness.config import load
+    from harness.config.load import load
     from harness.doctor import findings
     from harness.doctor.diagnose import diagnose
     from harness.errors import ConfigError
@@ -222,7 +222,7 @@ def base_lm(
     steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
     """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the text-only floor."""
-    from harness.config import load
+    from harness.config.load import load
     from harness.errors import ConfigError
 
     loaded = load(config)

@@ -138,7 +138,7 @@ def features(
 ) -> None:
     """Runs the frozen encoder once over a set, and writes what it saw as feature shards."""
     from harness.checks import check_vision
-    from harness.config import load
+    from harness.config.load import load
 
     loaded = load(config, overrides or ())
     check_vision(loaded)

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness import config as configs
-from harness.config import Config
+from harness.config.load import dump, load
+from harness.config.schema import Config
 from harness.errors import ConfigError
 from shards.manifest import write_whole
 
@@ -40,7 +40,7 @@ def demo_config(out: Path, seed: int) -> Config:
     overrides = [
         f"{part}=[{{path: {json.dumps(str(out / 'features' / part[5:]))}}}]" for part in map("data.{}".format, SPLITS)
     ]
-    return configs.load("demo", [*overrides, f"out={out}", f"model.lm.id={out / 'base_lm'}", f"seed={seed}"])
+    return load("demo", [*overrides, f"out={out}", f"model.lm.id={out / 'base_lm'}", f"seed={seed}"])
 
 
 def run(out: Path, seed: int = 0) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         importlib.import_module(package)  # a missing one is told before anything is written
     make_folder(out)
     config, console, seconds = demo_config(out, seed), Console(stderr=True), {}
-    (out / "config.yaml").write_text(configs.dump(config))
+    (out / "config.yaml").write_text(dump(config))
 
     with timed("shards", 1, seconds, console) as bar:
         build_shards(out, config, bar)

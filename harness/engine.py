@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from harness.config import Train
+from harness.config.schema import Train
 from harness.errors import ConfigError
 from harness.precision import Precision, choose
 

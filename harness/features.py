@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from harness.config import Vision
+from harness.config.encoder import encoder_name
+from harness.config.schema import Vision
 from harness.errors import ConfigError
-from harness.model.processing import ImageDecoder, encoder_name
+from harness.model.processing import ImageDecoder
 from shards.manifest import SKIPPED, Manifest
 from shards.record import Record
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import yaml
 
-from harness.config import shipped
+from harness.config.load import shipped
 from harness.devices import cards
 from harness.errors import ConfigError
 

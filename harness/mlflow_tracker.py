@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config import Config, dump, flatten
+from harness.config.keys import flatten
+from harness.config.load import dump
+from harness.config.schema import Config
 from harness.journal import Journal, NoTracker
 from harness.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.report import Shown, thumbnail

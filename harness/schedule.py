@@ -5,7 +5,7 @@ A scheduler object prepared by Accelerate steps once per process, so that with t
 
 import math
 
-from harness.config import Train
+from harness.config.schema import Train
 
 
 def learning_rate(config: Train, step: int, total_steps: int) -> float:

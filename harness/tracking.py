@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.journal import Journal, NoTracker
 from harness.mlflow_tracker import RUN_ID, MLflowTracker, database, store_uri, without_password

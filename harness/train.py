@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from harness import checkpoint as checkpoints
-from harness import config as configs
 from harness.batch import Batch, Collator, drawn
 from harness.checks import changes, check_before_launch, check_resume
-from harness.config import Config
+from harness.config.load import load
+from harness.config.schema import Config
 from harness.engine import Engine, make_engine
 from harness.errors import GuardError, explain
 from harness.evaluate.run import evaluate_model
@@ -373,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     rank = os.environ.get("RANK", "0")
     try:
-        config = configs.load(given.config, given.overrides)
+        config = load(given.config, given.overrides)
         check_before_launch(config)
         last = run(config, given.resume)
     except Exception as error:

@@ -23,7 +23,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from packaging.version import Version
 from torch import nn
 
-from harness.config import Train
+from harness.config.schema import Train
 from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
 from harness.errors import ConfigError
 from harness.launcher import deepspeed_file

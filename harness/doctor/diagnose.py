@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.checks import checks_before_launch, data_sets
-from harness.config import Config, flatten
+from harness.config.keys import flatten
+from harness.config.schema import Config
 from harness.doctor.findings import Finding, failed, run
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.doctor.findings import Finding
 from harness.doctor.machine import GB, Gpu, disk
 from harness.errors import ConfigError

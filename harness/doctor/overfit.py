@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from harness.batch import Batch, Collator, most_common
-from harness.config import Config, Decoding
+from harness.config.schema import Config, Decoding
 from harness.doctor.findings import Finding
 from harness.engine import Engine
 from harness.errors import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness import checkpoint
 from harness.batch import Collator
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.run import load_model
 from harness.model.processing import ImageDecoder

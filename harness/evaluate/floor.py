@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.evaluate import vqa
 from harness.evaluate.predict import Prediction
 from shards.manifest import Manifest, ShardError, is_remote

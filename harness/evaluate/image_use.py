@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from harness.batch import Batch
-from harness.config import Decoding
-from harness.config import Evaluation as EvaluationConfig
+from harness.config.schema import Decoding
+from harness.config.schema import Evaluation as EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.measures import SCORES

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.batch import Batch
-from harness.config import Decoding
+from harness.config.schema import Decoding
 from harness.evaluate import vqa
 
 

@@ -23,7 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from harness.batch import Batch, Collator
-from harness.config import Config, Decoding, apply_overrides, validated
+from harness.config.load import apply_overrides, validated
+from harness.config.schema import Config, Decoding
 from harness.errors import ConfigError
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model

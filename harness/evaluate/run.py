@@ -22,8 +22,9 @@ from PIL import Image
 
 from harness import checkpoint as checkpoints
 from harness.batch import Batch, Collator
-from harness.config import Config, apply_overrides, validated
-from harness.config import Evaluation as EvaluationConfig
+from harness.config.load import apply_overrides, validated
+from harness.config.schema import Config
+from harness.config.schema import Evaluation as EvaluationConfig
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harness.batch import Batch, Collator
-from harness.config import Config
+from harness.config.schema import Config
 from harness.evaluate.floor import trained_on
 from harness.evaluate.image_use import Gate, ImageUse, sums_per_context
 from harness.evaluate.predict import answers, by_task, select

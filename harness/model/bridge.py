@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
 
-from harness.config import Bridge as BridgeConfig
+from harness.config.schema import Bridge as BridgeConfig
 from harness.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from harness.config import Bridge as BridgeConfig
+from harness.config.schema import Bridge as BridgeConfig
 from harness.errors import ConfigError
 
 _OF_BERT = (

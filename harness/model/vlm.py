@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from harness import checkpoint
-from harness import config as settings
 from harness.batch import Batch
+from harness.config import schema as settings
 from harness.errors import ConfigError
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from harness import devices
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.launcher import Launch, gpus
 from harness.plan.planner import Planner

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.devices import FREE_SHARE, GIB, Device
 from harness.launcher import Launch, deepspeed_file
 from harness.plan.advice import advice

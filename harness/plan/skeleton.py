@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from harness.batch import Batch
-from harness.config import Config
+from harness.config.schema import Config
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.workload import Sizes

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from harness.batch import Batch, Collator, of_like_length
-from harness.config import Config
+from harness.config.schema import Config
 from shards.loader import Loader
 from shards.manifest import Manifest, ShardError, is_remote
 from shards.read import Reader, Sample

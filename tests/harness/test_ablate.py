@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from harness import ablate, train
 from harness.ablation_scores import interval
 from harness.cli import app
-from harness.config import Evaluation, load, shipped
+from harness.config.load import load, shipped
+from harness.config.schema import Evaluation
 from harness.errors import ConfigError, explain
 from harness.evaluate.run import evaluate_run
 from toy_runs import make_shards

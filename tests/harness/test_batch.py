@@ -9,7 +9,7 @@ import torch
 
 import toy_batch
 from harness.batch import Collator, drawn, most_common, of_like_length
-from harness.config import Data, Prompts
+from harness.config.schema import Data, Prompts
 from shards.loader import Loader
 from shards.read import Sample
 from shards.record import Record, Text

@@ -11,8 +11,8 @@ from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForCondi
 from harness import train
 from harness.batch import Collator
 from harness.checks import check_models
-from harness.config import Bridge as BridgeConfig
-from harness.config import Config, LanguageModel, Model
+from harness.config.schema import Bridge as BridgeConfig
+from harness.config.schema import Config, LanguageModel, Model
 from harness.errors import ConfigError
 from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run

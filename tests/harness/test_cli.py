@@ -96,7 +96,7 @@ def test_a_users_error_shows_its_traceback_only_when_asked_and_a_bug_always(harn
     with pytest.raises(ConfigError):
         cli.main()
     monkeypatch.delenv("HARNESS_DEBUG")
-    monkeypatch.setattr("harness.config.load", bug)
+    monkeypatch.setattr("harness.config.load.load", bug)
     with pytest.raises(ValueError, match="a bug"):
         cli.main()
 

@@ -3,7 +3,9 @@
 import pytest
 import yaml
 
-from harness.config import Config, apply_overrides, dump, flatten, load, parse_override
+from harness.config.keys import flatten
+from harness.config.load import apply_overrides, dump, load, parse_override
+from harness.config.schema import Config
 from harness.errors import ConfigError
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from harness import prompts
-from harness.config import flatten, load, shipped
+from harness.config.keys import flatten
+from harness.config.load import load, shipped
 
 FILES = sorted(shipped("configs").glob("*.yaml"))
 

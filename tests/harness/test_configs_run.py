@@ -11,7 +11,7 @@ import pytest
 
 from harness import checkpoint as checkpoints
 from harness import train
-from harness.config import load, shipped
+from harness.config.load import load, shipped
 from harness.evaluate.run import evaluate_run
 from harness.features import encode_set
 from toy_runs import make_shards

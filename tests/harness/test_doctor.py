@@ -5,13 +5,13 @@ import json
 import pytest
 
 from harness.checks import check_before_launch, check_models
-from harness.config import load
+from harness.config.encoder import encoder_name
+from harness.config.load import load
 from harness.doctor.diagnose import diagnose
 from harness.doctor.findings import Finding, failed
 from harness.doctor.overfit import Result
 from harness.errors import ConfigError, explain
 from harness.launcher import Launch
-from harness.model.processing import encoder_name
 from shards.manifest import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from harness import engine as engines
-from harness.config import Train
+from harness.config.schema import Train
 from harness.engine import Engine
 from harness.errors import ConfigError
 from harness.schedule import learning_rate

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from test_machine import A100, T4
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.doctor import examine
 from harness.doctor.findings import Finding, run
 from harness.features import encode_set

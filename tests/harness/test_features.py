@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.config import Vision
+from harness.config.schema import Vision
 from harness.errors import ConfigError
 from harness.features import check_encoder, encode_set, load_controls, skipped
 from harness.model.processing import ImageDecoder

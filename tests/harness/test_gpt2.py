@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import toy_batch
 from harness import batch as batches
-from harness.config import Config, Decoding, LanguageModel, Prompts
+from harness.config.schema import Config, Decoding, LanguageModel, Prompts
 from harness.errors import ConfigError
 from harness.guards import GradientGuard, frozen_hash
 from harness.model.bridge import BridgeOutput

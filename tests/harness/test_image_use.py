@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness.batch import Batch, Context
-from harness.config import Config, Decoding
-from harness.config import Evaluation as Settings
+from harness.config.schema import Config, Decoding
+from harness.config.schema import Evaluation as Settings
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.floor import Majority, epochs_trained
 from harness.evaluate.image_use import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import launcher
-from harness.config import shipped
+from harness.config.load import shipped
 from harness.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import batch as batches
 from harness import devices, launcher
-from harness.config import Config
+from harness.config.schema import Config
 from harness.devices import DEVICES
 from harness.doctor import machine
 from harness.errors import ConfigError

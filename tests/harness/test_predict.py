@@ -12,7 +12,8 @@ from PIL import Image
 from harness import batch as batches
 from harness import checkpoint as checkpoints
 from harness.batch import Collator
-from harness.config import Config, Decoding, Generate
+from harness.config.encoder import encoder_name
+from harness.config.schema import Config, Decoding, Generate
 from harness.errors import ConfigError
 from harness.evaluate import compare
 from harness.evaluate.ask import ask
@@ -21,7 +22,6 @@ from harness.evaluate.predict import answers, by_task, results, select
 from harness.evaluate.report import table
 from harness.evaluate.run import evaluate_model, evaluate_run
 from harness.evaluate.vqa import read_results
-from harness.model.processing import encoder_name
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text

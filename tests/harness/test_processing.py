@@ -13,7 +13,7 @@ import safetensors.numpy
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config import Vision
+from harness.config.schema import Vision
 from harness.model.processing import ImageDecoder, ImageError, decode_image
 from shards.read import Sample
 

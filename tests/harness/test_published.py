@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from harness.batch import Batch
-from harness.config import Data, Decoding, Prompts
+from harness.config.schema import Data, Decoding, Prompts
 from harness.errors import ConfigError
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
 from harness.model.processing import ImageDecoder

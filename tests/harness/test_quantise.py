@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy_batch
-from harness.config import Decoding, LanguageModel
+from harness.config.schema import Decoding, LanguageModel
 from harness.errors import ConfigError
 from harness.model.language import quantise
 from harness.model.language.t5 import T5Language

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from harness import checkpoint as checkpoints
-from harness import config as configs
 from harness import mlflow_tracker, train
+from harness.config import schema as configs
 from harness.errors import ConfigError
 from harness.launcher import launch
 from harness.signals import stop_requests

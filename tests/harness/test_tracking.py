@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from harness import mlflow_tracker
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.journal import METRICS, NoTracker
 from harness.report import Shown

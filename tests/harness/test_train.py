@@ -17,7 +17,7 @@ from harness import engine as engines
 from harness import terminal as terminals
 from harness import train
 from harness.batch import Collator
-from harness.config import dump
+from harness.config.load import dump
 from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.terminal import Clock, Terminal

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 
 from harness.batch import Batch, Collator
-from harness.config import Config
+from harness.config.schema import Config
 from harness.evaluate.image_use import LOSS_MARGIN, SCORE_MARGIN
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set

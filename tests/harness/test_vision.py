@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config import Vision
+from harness.config.schema import Vision
 from harness.errors import ConfigError
 from harness.model.vision import VisionTower, content_hash, load_vision
 from tiny_models import tiny_clip

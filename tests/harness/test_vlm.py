@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, T5Config, T5ForConditionalGenera
 
 import toy_batch
 from harness import checkpoint
-from harness.config import Config, Decoding
+from harness.config.schema import Config, Decoding
 from harness.errors import ConfigError
 from harness.guards import GradientGuard, frozen_hash
 from harness.model.vlm import VisionLanguageModel, VLMConfig

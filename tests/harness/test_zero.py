@@ -18,8 +18,9 @@ from zero_rank_program import tuned
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from harness import checkpoint as checkpoints
-from harness import config as configs
 from harness import train, zero
+from harness.config import schema
+from harness.config.load import dump
 from harness.errors import ConfigError
 from harness.launcher import launch, read_launch
 
@@ -73,7 +74,7 @@ def alone(root):
 def ranks(root, alone):
     """What both processes tell of their runs; before them DDP on two begins one to go on with."""
     (root / "plan.json").write_text(json.dumps(plan()))
-    (root / "from-ddp.yaml").write_text(configs.dump(config_of(root, "from-ddp", **HALF)))
+    (root / "from-ddp.yaml").write_text(dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
@@ -188,7 +189,7 @@ def engine_of(monkeypatch, tmp_path, settings, **environment):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return zero.ZeroEngine(configs.Train())
+    return zero.ZeroEngine(schema.Train())
 
 
 @pytest.mark.parametrize("engine", ["fp16", "bf16", "torch_autocast"])

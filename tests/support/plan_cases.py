@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from harness import devices
 from harness.batch import Batch, Collator
-from harness.config import Config
+from harness.config.schema import Config
 from harness.engine import parameter_groups
 from harness.launcher import Launch
 from harness.model.vlm import VisionLanguageModel

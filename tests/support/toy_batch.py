@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from harness.batch import Batch, Collator
-from harness.config import Config, Data, Prompts
+from harness.config.schema import Config, Data, Prompts
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from harness.config import Config
+from harness.config.schema import Config
 from shards.record import Record, Text
 from shards.write import write_shards
 

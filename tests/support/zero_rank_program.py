@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from harness import batch, train
-from harness.config import Config
+from harness.config.schema import Config
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
 from harness.zero import ZeroEngine

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
 
 from harness.batch import Batch, padding_id
-from harness.config import Decoding
-from harness.config import LanguageModel as LanguageModelConfig
+from harness.config.schema import Decoding
+from harness.config.schema import LanguageModel as LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise

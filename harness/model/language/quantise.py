@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from harness.config import LanguageModel as LanguageModelConfig
+from harness.config.schema import LanguageModel as LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.vision import quiet_transformers, without_weights
 

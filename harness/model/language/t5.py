@@ -12,8 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from harness.batch import Batch
-from harness.config import Decoding
-from harness.config import LanguageModel as LanguageModelConfig
+from harness.config.schema import Decoding
+from harness.config.schema import LanguageModel as LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise

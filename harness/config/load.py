@@ -1,0 +1,130 @@
+"""YAML file + overrides -> Config, and back: find, read, change by `key=value`, validate, dump."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from harness.config.mistakes import _explain, _short
+from harness.config.schema import Config, Section
+from harness.errors import ConfigError
+
+S = TypeVar("S", bound="Section")
+
+
+def shipped(kind: Literal["configs", "launch"]) -> Path:
+    """The folder of the experiments or launchers that come with harness, in a wheel or in a source checkout."""
+    here = Path(__file__).resolve().parent.parent
+    inside = here / kind  # where the wheel puts it
+    return inside if inside.is_dir() else here.parent / kind
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, changed by overrides such as `train.epochs=2`.
+
+    `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where that is not a file).
+    Raises ConfigError naming the file, the dotted key, the value found and what is expected.
+    """
+    file = find(path)
+    return validated(Config, apply_overrides(read_yaml(file), overrides), file, overrides)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError naming the file."""
+    try:
+        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        raise ConfigError(f"{file}: is not YAML: {why}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model")
+    return document
+
+
+def validated(kind: type[S], document: Mapping[str, Any], file: Path, overrides: Sequence[str] = ()) -> S:
+    """The document as a section of that kind. Raises ConfigError naming the file, or the override that was wrong."""
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        message, key = _explain(error, kind)
+        given = next((o for o in overrides if key == (name := o.partition("=")[0]) or key.startswith(name + ".")), None)
+        where = f"override {given!r}" if given else str(file)
+        raise ConfigError(f"{where}: {message}") from error
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """`train.epochs=2` -> (["train", "epochs"], 2); the value is read as YAML. Raises ConfigError."""
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=2")
+    try:
+        return parts, yaml.load(value, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+
+
+def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the document with each `key=value` put in place; `data.train.0.path=DIR` reaches into a list."""
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        parts, value = parse_override(override)
+        at: Any = changed
+        for depth, part in enumerate(parts):
+            where, last = ".".join(parts[:depth]), depth == len(parts) - 1
+            if isinstance(at, list):
+                if not part.isdecimal() or int(part) >= len(at):
+                    expected = f"a list of {len(at)}, found {part!r}, expected a position in it"
+                    raise ConfigError(f"override {override!r}: {where} is {expected}")
+                part = int(part)
+            elif not isinstance(at, dict):
+                raise ConfigError(f"override {override!r}: {where} is {_short(at)}, it holds no keys")
+            elif at.get(part) is None and not last:
+                at[part] = {}
+            if last:
+                at[part] = value
+            at = at[part]
+    return changed
+
+
+def dump(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """yaml.safe_load, but a key written twice in one section is an error: YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def find(path: str | Path, folder: str = "configs") -> Path:
+    """A YAML file by its path, or a shipped one of `folder` by its bare name. Raises ConfigError."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder, expected a YAML file")
+    ours = {f.stem: f for f in sorted((shipped("configs") / folder.partition("/")[2]).glob("*.yaml"))}
+    if str(file.parent) in (".", folder) and file.suffix in ("", ".yaml") and file.stem in ours:
+        return ours[file.stem]
+    near = difflib.get_close_matches(file.stem, ours, n=1)
+    hint = f"did you mean {folder}/{near[0]}.yaml?" if near else f"the shipped ones are {', '.join(ours)}"
+    raise ConfigError(f"{file}: no such config file; {hint}")
