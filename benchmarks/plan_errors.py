@@ -22,12 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from harness import devices
 from harness.config.schema import Config
+from harness.machine import devices
+from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
-from harness.precision import choose
 from harness.report import markdown_table
 from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
 from tiny_models import tiny_clip, tiny_t5

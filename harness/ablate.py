@@ -171,7 +171,7 @@ def run(
     variant can be started. After SIGTERM or SIGINT every child saves, the report is written, and SystemExit is raised.
     """
     from harness.ablation_report import write
-    from harness.signals import stop_requests
+    from harness.machine.signals import stop_requests
     from harness.tracking import open_tracker, recorded_run_id, store_uri
 
     ablation = load(file).in_form(offline)
@@ -303,7 +303,7 @@ def with_model(child: Child) -> list[str]:
 
 def environment(jobs: int, slot: int) -> dict[str, str]:
     """Of a child among `jobs` at a time: its share of the cores, and one GPU where there are several children."""
-    from harness.launcher import gpus
+    from harness.machine.launcher import gpus
 
     changed = dict(os.environ)
     if jobs > 1:
@@ -344,7 +344,7 @@ def summary(child: Child) -> str:
 def train_and_score(out: Path) -> None:
     """A child's whole life in this process: trains through the launcher, then scores data.test."""
     from harness.evaluate.run import evaluate_run
-    from harness.launcher import launch
+    from harness.machine.launcher import launch
 
     if code := launch([str(out / CONFIG), "--resume", "auto"]):
         sys.exit(code)

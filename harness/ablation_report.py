@@ -74,7 +74,7 @@ def write(
 
 
 def machine() -> str:
-    from harness.launcher import gpus
+    from harness.machine.launcher import gpus
 
     cores = len(os.sched_getaffinity(0))
     return f"{cores} CPU cores, " + (f"{count} GPU" + "s" * (count > 1) if (count := gpus()) else "no GPU")

@@ -176,7 +176,7 @@ def _check_weights(config: Config) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    from harness.launcher import gpus
+    from harness.machine.launcher import gpus
 
     if config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists():  # kfd: AMD's GPUs
         raise ConfigError("train.precision is fp16, but this machine has no GPU: use train.precision=auto")

@@ -69,10 +69,10 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Also where the plan says that it does not fit.")] = False,
 ) -> None:
     """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
-    from harness import launcher
     from harness.checks import check_before_launch, check_resume
     from harness.config.load import load
     from harness.errors import ConfigError
+    from harness.machine import launcher
     from harness.plan.plan import check
 
     loaded = load(config, overrides or ())
@@ -101,7 +101,7 @@ def plan(
 ) -> None:
     """Says before anything is loaded whether a run fits on a device, how long it takes, and what would make it fit."""
     from harness.config.load import load
-    from harness.launcher import read_launch
+    from harness.machine.launcher import read_launch
     from harness.plan.plan import plan
 
     loaded, launched = load(config, overrides or ()), read_launch(launch, zero_stage)
@@ -125,7 +125,7 @@ def doctor(
     from harness.doctor import findings
     from harness.doctor.diagnose import diagnose
     from harness.errors import ConfigError
-    from harness.launcher import read_launch
+    from harness.machine.launcher import read_launch
 
     if config is None and overfit:
         raise ConfigError("--overfit needs a config: harness doctor CONFIG --overfit 8")

@@ -149,7 +149,7 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
 
 def train(out: Path) -> None:
     """Through `accelerate launch`: one process a GPU, or two on a CPU with two cores."""
-    from harness.launcher import gpus, launch
+    from harness.machine.launcher import gpus, launch
 
     processes = gpus() or min(2, os.cpu_count() or 1)
     if code := launch([str(out / "config.yaml")], processes):

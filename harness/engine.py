@@ -21,7 +21,7 @@ from torch import nn
 
 from harness.config.schema import Train
 from harness.errors import ConfigError
-from harness.precision import Precision, choose
+from harness.machine.precision import Precision, choose
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 LONGEST_WAIT = timedelta(hours=2)  # of all ranks for the one that evaluates; a rank that hangs is noticed as late

@@ -53,8 +53,8 @@ def encode_set(
     """
     import torch
 
+    from harness.machine.precision import choose
     from harness.model.vision import load_vision
-    from harness.precision import choose
     from shards.loader import Loader
     from shards.write import write_shards
 

@@ -34,10 +34,10 @@ from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.features import check_encoder
 from harness.guards import GradientGuard, check_frozen, first_nonfinite, frozen_hash
+from harness.machine.signals import stop_requests
 from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate
-from harness.signals import stop_requests
 from harness.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader

@@ -18,7 +18,7 @@ from harness.config.schema import Config
 from harness.doctor.findings import Finding, failed, run
 
 if TYPE_CHECKING:
-    from harness.launcher import Launch
+    from harness.machine.launcher import Launch
 
 
 def diagnose(
@@ -29,7 +29,7 @@ def diagnose(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
     """All that `harness doctor` has to say: of this machine, of the config on it, of learning `overfit` images."""
-    from harness.launcher import Launch, gpus
+    from harness.machine.launcher import Launch, gpus
 
     launch = launch or Launch()
     count = 0 if launch.cpu else gpus()

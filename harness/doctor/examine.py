@@ -19,7 +19,7 @@ from harness.config.schema import Config
 from harness.doctor.findings import Finding
 from harness.doctor.machine import GB, Gpu, disk
 from harness.errors import ConfigError
-from harness.launcher import Launch
+from harness.machine.launcher import Launch
 from shards.manifest import Manifest
 
 FIRST_IMAGES = 300  # whose texts are tokenised
@@ -66,7 +66,7 @@ def precision(config: Config, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """The dtype asked for against what each GPU can do; without a GPU, see `doctor.checks_before_launch`."""
     import torch
 
-    from harness.precision import choose
+    from harness.machine.precision import choose
 
     for gpu in dict.fromkeys(gpus):
         chosen = choose(config.train.precision, torch.device("cuda"), gpu.capability)
@@ -77,8 +77,6 @@ def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterato
     """Keys that are right one by one and wrong together."""
     train, lm = config.train, config.model.lm
     if launch.zero_stage is not None:
-        from harness import precision  # noqa: F401  tells DeepSpeed which device there is, or it says so on stdout
-
         importlib.import_module("deepspeed")  # seconds; a broken installation or an absent one is an error line
         if train.precision == "fp16" or (train.precision == "auto" and any(not gpu.bf16 for gpu in gpus)):
             found = f"fp16 together with DeepSpeed ({launch.name}) is refused: its scaler skips steps in silence"

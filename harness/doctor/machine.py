@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from harness.devices import cards, main_memory
 from harness.doctor.findings import Finding
+from harness.machine.devices import cards, main_memory
 
 GB = 1e9
 PYTHON = (3, 11)
@@ -44,7 +44,7 @@ class Gpu:
 
     @property
     def bf16(self) -> bool:
-        from harness.precision import BF16_FROM
+        from harness.machine.precision import BF16_FROM
 
         return self.capability >= BF16_FROM
 

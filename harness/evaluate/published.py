@@ -29,11 +29,11 @@ from harness.errors import ConfigError
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.features import control_pixels
+from harness.machine.precision import choose
 from harness.model.language.outputs import Generated, LossOutput
 from harness.model.language.quantise import nf4
 from harness.model.processing import ImageDecoder
 from harness.model.vision import quiet_transformers
-from harness.precision import choose
 from shards.manifest import Manifest
 from shards.read import Sample
 

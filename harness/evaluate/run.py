@@ -33,9 +33,9 @@ from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.features import CONTROLS, check_encoder, control_pixels, load_controls
+from harness.machine.precision import choose
 from harness.model.processing import reading
 from harness.model.vlm import VisionLanguageModel
-from harness.precision import choose
 from harness.report import Shown
 from shards.loader import Loader
 from shards.manifest import Manifest

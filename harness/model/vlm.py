@@ -23,6 +23,7 @@ from harness import checkpoint
 from harness.batch import Batch
 from harness.config import schema as settings
 from harness.errors import ConfigError
+from harness.machine.precision import Precision, choose
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
@@ -30,7 +31,6 @@ from harness.model.language.outputs import Generated, LossOutput
 from harness.model.language.t5 import T5Language
 from harness.model.pretrained import start_from
 from harness.model.vision import VisionTower, load_vision, without_weights
-from harness.precision import Precision, choose
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.devices import DEVICES
-from harness.launcher import read_launch
+from harness.machine.devices import DEVICES
+from harness.machine.launcher import read_launch
 from harness.plan.report import gb
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from harness import devices
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from harness.launcher import Launch, gpus
+from harness.machine import devices
+from harness.machine.launcher import Launch, gpus
 from harness.plan.planner import Planner
 from harness.plan.report import Plan, gb
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from harness.config.schema import Config
-from harness.devices import FREE_SHARE, GIB, Device
-from harness.launcher import Launch, deepspeed_file
+from harness.machine.devices import FREE_SHARE, GIB, Device
+from harness.machine.launcher import Launch, deepspeed_file
 from harness.plan.advice import advice
 from harness.plan.report import Plan, gb, tightest
 
@@ -61,8 +61,8 @@ class Planner:
     def skeleton(self) -> Skeleton:
         import torch
 
+        from harness.machine.precision import choose
         from harness.plan.skeleton import Skeleton
-        from harness.precision import choose
 
         kind = torch.device("cuda" if self.device.is_gpu else "cpu")
         return Skeleton(self.config, choose(self.config.train.precision, kind, self.device.capability), self.encoder)

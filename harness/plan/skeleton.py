@@ -26,10 +26,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from harness.batch import Batch
 from harness.config.schema import Config
+from harness.machine.precision import Precision
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.workload import Sizes
-from harness.precision import Precision
 
 EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from harness import cli, launcher
+from harness import cli
 from harness.errors import ConfigError
+from harness.machine import launcher
 from shards.record import Record, Text
 from shards.write import write_shards
 

@@ -11,7 +11,7 @@ from harness.doctor.diagnose import diagnose
 from harness.doctor.findings import Finding, failed
 from harness.doctor.overfit import Result
 from harness.errors import ConfigError, explain
-from harness.launcher import Launch
+from harness.machine.launcher import Launch
 from shards.manifest import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards
@@ -69,7 +69,7 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
 def test_what_cannot_be_used_is_named_with_its_key(config, monkeypatch, tmp_path, override, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("harness.launcher.gpus", lambda: 0)
+    monkeypatch.setattr("harness.machine.launcher.gpus", lambda: 0)
     with pytest.raises((ConfigError, ShardError)) as caught:
         check_before_launch(config(override))
     assert message in str(caught.value)

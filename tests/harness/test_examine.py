@@ -16,7 +16,7 @@ from harness.config.schema import Config
 from harness.doctor import examine
 from harness.doctor.findings import Finding, run
 from harness.features import encode_set
-from harness.launcher import Launch
+from harness.machine.launcher import Launch
 from shards.manifest import Manifest
 from shards.record import Record, Text
 from shards.write import write_shards

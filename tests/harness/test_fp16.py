@@ -19,8 +19,8 @@ from harness.batch import Collator
 from harness.engine import Engine
 from harness.errors import GuardError
 from harness.guards import first_nonfinite
+from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
-from harness.precision import choose
 from toy_runs import losses, make_config
 
 T4 = replace(choose("auto", torch.device("cuda"), (7, 5)), device_type="cpu")

@@ -13,6 +13,7 @@ from harness import batch as batches
 from harness.config.schema import Config, Decoding, LanguageModel, Prompts
 from harness.errors import ConfigError
 from harness.guards import GradientGuard, frozen_hash
+from harness.machine.precision import choose
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
@@ -20,7 +21,6 @@ from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
-from harness.precision import choose
 from plan_cases import measured_saved
 
 TUNINGS = ("qlora", "lora", "frozen", "full")

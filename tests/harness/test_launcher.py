@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import launcher
 from harness.config.load import shipped
 from harness.errors import ConfigError
+from harness.machine import launcher
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():

@@ -10,18 +10,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import batch as batches
-from harness import devices, launcher
 from harness.config.schema import Config
-from harness.devices import DEVICES
 from harness.doctor import machine
 from harness.errors import ConfigError
-from harness.launcher import read_launch
+from harness.machine import devices, launcher
+from harness.machine.devices import DEVICES
+from harness.machine.launcher import read_launch
+from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.plan import check, plan
 from harness.plan.planner import Planner
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes, workload
-from harness.precision import choose
 from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
 from tiny_models import tiny_clip
 from toy_runs import make_config

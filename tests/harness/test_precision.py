@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.errors import ConfigError
-from harness.precision import choose
+from harness.machine.precision import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 T4, A100, H100 = (7, 5), (8, 0), (9, 0)

@@ -14,8 +14,8 @@ from harness import checkpoint as checkpoints
 from harness import mlflow_tracker, train
 from harness.config import schema as configs
 from harness.errors import ConfigError
-from harness.launcher import launch
-from harness.signals import stop_requests
+from harness.machine.launcher import launch
+from harness.machine.signals import stop_requests
 from rank_program import at_step, not_finite_in, watch, with_scaler
 from toy_runs import losses, make_config
 

@@ -22,7 +22,7 @@ from harness import train, zero
 from harness.config import schema
 from harness.config.load import dump
 from harness.errors import ConfigError
-from harness.launcher import launch, read_launch
+from harness.machine.launcher import launch, read_launch
 
 CPU = {"device": "cpu", "pin_memory": True}
 SPLIT = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # else nothing so small is split

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from harness import devices
 from harness.batch import Batch, Collator
 from harness.config.schema import Config
 from harness.engine import parameter_groups
-from harness.launcher import Launch
+from harness.machine import devices
+from harness.machine.launcher import Launch
+from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.planner import CUDA_CONTEXT, Planner
 from harness.plan.workload import Sizes, Workload
-from harness.precision import choose
 from shards.read import Sample
 from shards.record import Record
 from tiny_models import tiny_t5

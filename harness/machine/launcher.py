@@ -22,8 +22,8 @@ import psutil
 import yaml
 
 from harness.config.load import shipped
-from harness.devices import cards
 from harness.errors import ConfigError
+from harness.machine.devices import cards
 
 
 @dataclass(frozen=True)
