@@ -26,8 +26,9 @@ from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
 from harness import base_lm
-from harness.batch import Batch, Collator
 from harness.config.schema import Bridge, Config, LanguageModel, Model, Vision
+from harness.data.collate import Collator
+from harness.model.batch import Batch
 from harness.model.vision import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
 from harness.report import markdown_table

@@ -113,7 +113,7 @@ def gpu_rows(config: Config) -> list[list[str]]:
 
 def main() -> None:
     transformers_logging.disable_progress_bar()
-    logging.getLogger("harness.batch").setLevel(logging.ERROR)
+    logging.getLogger("harness.data.collate").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = make_config(root, tiny_clip(root / "clip"), tiny_t5(root / "t5"))

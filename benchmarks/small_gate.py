@@ -15,8 +15,8 @@ from contextlib import closing
 import torch
 
 from harness import train
-from harness.batch import Collator
 from harness.config.load import load
+from harness.data.collate import Collator
 from harness.engine import make_engine
 from harness.evaluate.small_gate import small_gate, small_set
 from harness.model.vlm import VisionLanguageModel

@@ -28,13 +28,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from harness.batch import Batch, Collator, Context, drawn, most_common
 from harness.config.schema import Config, LanguageModel
+from harness.data.collate import Collator, drawn, most_common
+from harness.data.prompts import prompt, template
 from harness.evaluate.predict import select
+from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
 from harness.model.vision import quiet_transformers
 from harness.model.vlm import LANGUAGES
-from harness.prompts import prompt, template
 from harness.schedule import learning_rate
 from shards.loader import Loader
 from shards.read import Sample

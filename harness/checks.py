@@ -35,7 +35,7 @@ def checks_before_launch(
     config: Config, needs: tuple[str, ...] = ("train",)
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """The same one by one: a key of the config, and a function that raises. Later ones build on what earlier found."""
-    from harness import prompts
+    from harness.data import prompts
     from harness.tracking import check_tracking
 
     kinds: dict[str, Kind] = {}
@@ -113,7 +113,7 @@ def _check_some(config: Config, part: str) -> None:
 
 
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
-    from harness.features import check_encoder
+    from harness.data.features import check_encoder
     from shards.manifest import Manifest, ShardError, is_remote
 
     try:

@@ -142,7 +142,7 @@ def features(
 
     loaded = load(config, overrides or ())
     check_vision(loaded)
-    from harness.features import encode_set, skipped
+    from harness.data.features import encode_set, skipped
 
     splits = [index.parent.name for index in sorted(Path(shards).glob("*/index.json"))]
     lines = []

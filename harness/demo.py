@@ -103,7 +103,7 @@ def timed(
 
 def build_shards(out: Path, config: Config, bar: Progress) -> None:
     """OUT/shards/SPLIT with the drawings, OUT/features/SPLIT with what the frozen encoder makes of them."""
-    from harness.features import encode_set
+    from harness.data.features import encode_set
     from shards.build import build
 
     tasks = {split: bar.add_task(f"images {split}") for split in SPLITS}

@@ -24,18 +24,19 @@ import torch
 from torch import nn
 
 from harness import checkpoint as checkpoints
-from harness.batch import Batch, Collator, drawn
 from harness.checks import changes, check_before_launch, check_resume
 from harness.config.load import load
 from harness.config.schema import Config
+from harness.data.collate import Collator, drawn
+from harness.data.features import check_encoder
+from harness.data.images import reading
 from harness.engine import Engine, make_engine
 from harness.errors import GuardError, explain
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
-from harness.features import check_encoder
 from harness.guards import GradientGuard, check_frozen, first_nonfinite, frozen_hash
 from harness.machine.signals import stop_requests
-from harness.model.processing import reading
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.schedule import learning_rate
 from harness.terminal import Clock, Terminal, memory_mb, part_rows

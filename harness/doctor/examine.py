@@ -32,7 +32,7 @@ SCALES = (0.1, 10.0)  # image tokens against word embeddings, root mean squares
 
 def first_sample(key: str, path: str, config: Config) -> Finding:
     """Reads and decodes the first and the last sample of a set. Raises ShardError or ImageError for a damaged one."""
-    from harness.model.processing import ImageDecoder
+    from harness.data.images import ImageDecoder
     from shards.read import Cache, Reader
 
     manifest = Manifest.open(path, Cache.at(config.data.cache_dir, config.data.cache_gb * GB))
@@ -176,8 +176,8 @@ def texts(config: Config) -> Iterator[Finding]:
     """Real batches of the first images: what `max_prompt_tokens` and `max_target_tokens` cut, and what has no label."""
     from transformers import AutoTokenizer
 
-    from harness.batch import Collator
-    from harness.prompts import template
+    from harness.data.collate import Collator
+    from harness.data.prompts import template
     from harness.train import make_loader, micro_batches
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)
@@ -224,7 +224,7 @@ def _state(share: float, any_at_all: int) -> str:
 
 def model(config: Config, device: str) -> Iterator[Finding]:
     """Builds the run's model: the scale of its image tokens on the first batch, and the bytes of its checkpoints."""
-    from harness.batch import Collator
+    from harness.data.collate import Collator
     from harness.model.vlm import VisionLanguageModel
     from harness.plan.planner import checkpoint_bytes
     from harness.train import calibrate, encoder_of, make_loader, micro_batches

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness import checkpoint
-from harness.batch import Collator
 from harness.config.schema import Config
+from harness.data.collate import Collator
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.run import load_model
-from harness.model.processing import ImageDecoder
 from shards.read import Sample
 from shards.record import Record, Text
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from harness.batch import Batch
 from harness.config.schema import Decoding
 from harness.config.schema import Evaluation as EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.measures import SCORES
 from harness.evaluate.predict import ImageTokens, Prediction, select
+from harness.model.batch import Batch
 
 Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evidence"]
 

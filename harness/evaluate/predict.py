@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from harness.batch import Batch
 from harness.config.schema import Decoding
 from harness.evaluate import vqa
+from harness.model.batch import Batch
 
 
 class ImageTokens(Protocol):

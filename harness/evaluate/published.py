@@ -22,17 +22,18 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from harness.batch import Batch, Collator
 from harness.config.load import apply_overrides, validated
 from harness.config.schema import Config, Decoding
+from harness.data.collate import Collator
+from harness.data.features import control_pixels
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
-from harness.features import control_pixels
 from harness.machine.precision import choose
-from harness.model.language.outputs import Generated, LossOutput
+from harness.model.batch import Batch
+from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
-from harness.model.processing import ImageDecoder
 from harness.model.vision import quiet_transformers
 from shards.manifest import Manifest
 from shards.read import Sample

@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 
 from harness import checkpoint as checkpoints
-from harness.batch import Batch, Collator
 from harness.config.load import apply_overrides, validated
 from harness.config.schema import Config
 from harness.config.schema import Evaluation as EvaluationConfig
+from harness.data.collate import Collator
+from harness.data.features import CONTROLS, check_encoder, control_pixels, load_controls
+from harness.data.images import reading
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval
@@ -32,9 +34,8 @@ from harness.evaluate.floor import Majority, epochs_trained, trained_on, trainin
 from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.report import folder, names, variant, write_report
-from harness.features import CONTROLS, check_encoder, control_pixels, load_controls
 from harness.machine.precision import choose
-from harness.model.processing import reading
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report import Shown
 from shards.loader import Loader

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.batch import Batch, Collator
 from harness.config.schema import Config
+from harness.data.collate import Collator
+from harness.data.images import reading
 from harness.evaluate.floor import trained_on
 from harness.evaluate.image_use import Gate, ImageUse, sums_per_context
 from harness.evaluate.predict import answers, by_task, select
-from harness.model.processing import reading
+from harness.model.batch import Batch
 from shards.loader import Loader
 
 _METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")

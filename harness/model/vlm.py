@@ -20,16 +20,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from harness import checkpoint
-from harness.batch import Batch
 from harness.config import schema as settings
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
+from harness.model.batch import Batch
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.gpt2 import GPT2Language
-from harness.model.language.outputs import Generated, LossOutput
+from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.t5 import T5Language
-from harness.model.pretrained import start_from
+from harness.model.start import start_from
 from harness.model.vision import VisionTower, load_vision, without_weights
 
 logger = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from harness.batch import Batch
 from harness.config.schema import Config
 from harness.machine.precision import Precision
+from harness.model.batch import Batch
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.workload import Sizes

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from harness.batch import Batch, Collator, of_like_length
 from harness.config.schema import Config
+from harness.data.collate import Collator, of_like_length
+from harness.model.batch import Batch
 from shards.loader import Loader
 from shards.manifest import Manifest, ShardError, is_remote
 from shards.read import Reader, Sample
@@ -89,7 +90,7 @@ def workload(config: Config) -> Workload:
     if (tokenizer := _tokenizer(config)) is None:
         return Workload(sizes, loader.samples, encoder, f"{assumed}: there is no tokenizer of {config.model.lm.id}")
     collate = Collator(tokenizer, data, config.prompts, config.seed)
-    quiet = logging.getLogger("harness.batch")
+    quiet = logging.getLogger("harness.data.collate")
     level, seen = quiet.level, quiet.setLevel(logging.ERROR)
     seen = collate([sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))])
     quiet.setLevel(level)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness import base_lm
-from harness.batch import Collator
 from harness.config.schema import Config, LanguageModel, Prompts
+from harness.data.collate import Collator
 from harness.model.language.t5 import T5Language
 from shards.record import Record, Text
 from shards.write import write_shards

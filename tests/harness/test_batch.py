@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import toy_batch
-from harness.batch import Collator, drawn, most_common, of_like_length
 from harness.config.schema import Data, Prompts
+from harness.data.collate import Collator, drawn, most_common, of_like_length
 from shards.loader import Loader
 from shards.read import Sample
 from shards.record import Record, Text
@@ -154,7 +154,7 @@ def test_a_draw_is_a_hash_of_all_its_arguments():
 
 def test_texts_that_are_cut_end_in_eos_are_counted_and_named_once(tokenizer, caplog):
     made = toy_batch.collator(tokenizer, max_prompt_tokens=6, max_target_tokens=4)
-    with caplog.at_level(logging.WARNING, logger="harness.batch"):
+    with caplog.at_level(logging.WARNING, logger="harness.data.collate"):
         batch, _ = made(toy_batch.samples()), made(toy_batch.samples())
     whole = collate(tokenizer, toy_batch.samples())
     prompts, targets = (whole.prompt_mask_CL.sum(dim=1) > 6).sum(), (whole.weight_TL.sum(dim=1) > 4).sum()

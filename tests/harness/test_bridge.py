@@ -9,16 +9,16 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
 from harness import train
-from harness.batch import Collator
 from harness.checks import check_models
 from harness.config.schema import Bridge as BridgeConfig
 from harness.config.schema import Config, LanguageModel, Model
+from harness.data.collate import Collator
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.image_use import exchanged
 from harness.evaluate.run import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
-from harness.model.pretrained import start_from
-from harness.model.processing import ImageDecoder
+from harness.model.start import start_from
 from harness.model.vlm import VisionLanguageModel
 from plan_cases import changed
 from shards.loader import Loader

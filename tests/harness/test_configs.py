@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness import prompts
 from harness.config.keys import flatten
 from harness.config.load import load, shipped
+from harness.data import prompts
 
 FILES = sorted(shipped("configs").glob("*.yaml"))
 

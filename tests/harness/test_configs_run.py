@@ -12,8 +12,8 @@ import pytest
 from harness import checkpoint as checkpoints
 from harness import train
 from harness.config.load import load, shipped
+from harness.data.features import encode_set
 from harness.evaluate.run import evaluate_run
-from harness.features import encode_set
 from toy_runs import make_shards
 
 TASKS = {

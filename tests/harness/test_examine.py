@@ -13,9 +13,9 @@ import pytest
 from test_machine import A100, T4
 
 from harness.config.schema import Config
+from harness.data.features import encode_set
 from harness.doctor import examine
 from harness.doctor.findings import Finding, run
-from harness.features import encode_set
 from harness.machine.launcher import Launch
 from shards.manifest import Manifest
 from shards.record import Record, Text

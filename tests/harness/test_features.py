@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from harness.config.schema import Vision
+from harness.data.features import check_encoder, encode_set, load_controls, skipped
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.features import check_encoder, encode_set, load_controls, skipped
-from harness.model.processing import ImageDecoder
 from harness.model.vision import load_vision
 from shards.manifest import Manifest, ShardError
 from shards.read import Reader

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from harness import checkpoint as checkpoints
 from harness import engine as engines
 from harness import train
-from harness.batch import Collator
+from harness.data.collate import Collator
 from harness.engine import Engine
 from harness.errors import GuardError
 from harness.guards import first_nonfinite

@@ -9,8 +9,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
 import toy_batch
-from harness import batch as batches
 from harness.config.schema import Config, Decoding, LanguageModel, Prompts
+from harness.data import collate as batches
 from harness.errors import ConfigError
 from harness.guards import GradientGuard, frozen_hash
 from harness.machine.precision import choose

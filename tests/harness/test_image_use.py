@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from harness.batch import Batch, Context
 from harness.config.schema import Config, Decoding
 from harness.config.schema import Evaluation as Settings
 from harness.evaluate.bootstrap import Interval, ratio
@@ -22,6 +21,7 @@ from harness.evaluate.image_use import (
     sums_per_context,
 )
 from harness.evaluate.predict import Prediction, answers
+from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import Generated, LossOutput
 from shards.record import Record, Text

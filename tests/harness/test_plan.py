@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import batch as batches
 from harness.config.schema import Config
+from harness.data import collate as batches
 from harness.doctor import machine
 from harness.errors import ConfigError
 from harness.machine import devices, launcher

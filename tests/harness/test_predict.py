@@ -9,11 +9,11 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from harness import batch as batches
 from harness import checkpoint as checkpoints
-from harness.batch import Collator
 from harness.config.encoder import encoder_name
 from harness.config.schema import Config, Decoding, Generate
+from harness.data import collate as batches
+from harness.data.collate import Collator
 from harness.errors import ConfigError
 from harness.evaluate import compare
 from harness.evaluate.ask import ask

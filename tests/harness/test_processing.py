@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from harness.config.schema import Vision
-from harness.model.processing import ImageDecoder, ImageError, decode_image
+from harness.data.images import ImageDecoder, ImageError, decode_image
 from shards.read import Sample
 
 LIMIT = 1_000_000

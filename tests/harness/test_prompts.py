@@ -2,8 +2,8 @@
 
 import pytest
 
+from harness.data.prompts import prompt, template
 from harness.errors import ConfigError
-from harness.prompts import prompt, template
 
 
 @pytest.mark.parametrize(

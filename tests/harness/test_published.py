@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from harness.batch import Batch
 from harness.config.schema import Data, Decoding, Prompts
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
-from harness.model.processing import ImageDecoder
+from harness.model.batch import Batch
 from published_models import CHAT, tiny_blip2, tiny_instructblip, tiny_llava
 from shards.read import Sample
 from shards.record import Record

@@ -11,9 +11,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import T5Config, T5ForConditionalGeneration
 
 import toy_batch
-from harness import batch as batches
-from harness.batch import Collator
 from harness.config.schema import Data, Decoding, LanguageModel, Prompts
+from harness.data import collate as batches
+from harness.data.collate import Collator
 from harness.errors import ConfigError
 from harness.model.bridge import BridgeOutput
 from harness.model.language.t5 import T5Language, _scales_output

@@ -16,8 +16,8 @@ from harness import checkpoint as checkpoints
 from harness import engine as engines
 from harness import terminal as terminals
 from harness import train
-from harness.batch import Collator
 from harness.config.load import dump
+from harness.data.collate import Collator
 from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.terminal import Clock, Terminal

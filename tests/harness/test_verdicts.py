@@ -13,13 +13,14 @@ import pytest
 import safetensors.numpy
 import torch
 
-from harness.batch import Batch, Collator
 from harness.config.schema import Config
+from harness.data.collate import Collator
+from harness.data.features import CONTROLS
+from harness.data.images import ImageDecoder
 from harness.evaluate.image_use import LOSS_MARGIN, SCORE_MARGIN
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set
-from harness.features import CONTROLS
-from harness.model.processing import ImageDecoder
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.loader import Loader
 from shards.record import Record, Text

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from harness.batch import Batch, Collator
 from harness.config.schema import Config
+from harness.data.collate import Collator
 from harness.engine import parameter_groups
 from harness.machine import devices
 from harness.machine.launcher import Launch
 from harness.machine.precision import choose
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.planner import CUDA_CONTEXT, Planner
 from harness.plan.workload import Sizes, Workload

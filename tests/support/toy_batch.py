@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.batch import Batch, Collator
 from harness.config.schema import Config, Data, Prompts
+from harness.data.collate import Collator
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text

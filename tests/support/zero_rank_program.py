@@ -13,8 +13,9 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from harness import batch, train
+from harness import train
 from harness.config.schema import Config
+from harness.data import collate as batch
 from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
 from harness.zero import ZeroEngine

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
 
-from harness.batch import Batch, padding_id
 from harness.config.schema import Decoding
 from harness.config.schema import LanguageModel as LanguageModelConfig
 from harness.errors import ConfigError
+from harness.model.batch import Batch, padding_id
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss
+from harness.model.language.loss import Generated, LossOutput, partitioned, weighted_loss
 
 NEW = "cross"  # in the names of what cross-attention adds: h.0.crossattention.c_attn.weight, h.0.ln_cross_attn.bias
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")

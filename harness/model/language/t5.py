@@ -11,13 +11,13 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from harness.batch import Batch
 from harness.config.schema import Decoding
 from harness.config.schema import LanguageModel as LanguageModelConfig
 from harness.errors import ConfigError
+from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.outputs import Generated, LossOutput, partitioned, weighted_loss
+from harness.model.language.loss import Generated, LossOutput, partitioned, weighted_loss
 
 
 class T5Language(nn.Module):

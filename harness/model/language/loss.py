@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from harness.batch import Batch
+from harness.model.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import safetensors.numpy
 
 from harness.config.encoder import encoder_name
 from harness.config.schema import Vision
+from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.model.processing import ImageDecoder
 from shards.manifest import SKIPPED, Manifest
 from shards.record import Record
 

@@ -1,0 +1,90 @@
+"""The tensors of one micro-batch, in three levels that each point at the one above.
+
+    images    I   pixels_IHW3 or features_IPD         encoder and plain Q-Former run once per image
+    contexts  C   prompt_ids_CL, image_of_C           the T5 encoder runs once per (image, prompt)
+    targets   T   labels_TL, weight_TL, context_of_T  the decoder runs once per target
+
+Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from shards.record import Record, Text
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
+class Context:
+    """Where a row of the context level comes from."""
+
+    record: Record
+    text: Text
+    prompt: str  # after the template
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one micro-batch. Exactly one of `pixels_IHW3` and `features_IPD` is there.
+
+    `weight_TL` is 0 on padding (but for `data.loss_on_padding`, a known mistake) and on everything that must not count:
+    a filler, a sample that could not be read. Its other values carry the EOS weight and the annotator weight. The loss
+    is sum(weight x cross entropy) / sum(weight).
+    """
+
+    prompt_ids_CL: torch.Tensor  # int64, padded on the right
+    prompt_mask_CL: torch.Tensor  # bool
+    image_of_C: torch.Tensor  # int64 in [0, I)
+    labels_TL: torch.Tensor  # int64, `padding_id` on padding
+    weight_TL: torch.Tensor  # float32
+    context_of_T: torch.Tensor  # int64 in [0, C)
+    pixels_IHW3: torch.Tensor | None = None  # uint8; normalised on the device
+    features_IPD: torch.Tensor | None = None  # float16
+    contexts: tuple[Context, ...] = ()  # C of them, for evaluation
+    text_ids_T: tuple[str, ...] = ()
+    groups: tuple[tuple[list[int], int], ...] = ()  # rows of T of like length and their longest; (): T is one group
+
+    @property
+    def images(self) -> int:
+        return len(self.pixels_IHW3 if self.pixels_IHW3 is not None else self.features_IPD)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.weight_TL.sum()
+
+    def parts(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """The groups of targets, each as a batch of all images and contexts, with the rows that it took; or `whole`."""
+        device = self.labels_TL.device
+        if whole or len(self.groups) < 2:
+            yield torch.arange(len(self.labels_TL), device=device), self
+            return
+        for rows, longest in self.groups:
+            rows_T = torch.tensor(rows, device=device)
+            yield (
+                rows_T,
+                replace(
+                    self,
+                    labels_TL=self.labels_TL[rows_T, :longest],
+                    weight_TL=self.weight_TL[rows_T, :longest],
+                    context_of_T=self.context_of_T[rows_T],
+                    text_ids_T=tuple(self.text_ids_T[row] for row in rows) if self.text_ids_T else (),
+                    groups=(),
+                ),
+            )
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """GPT-2's tokenizer has none: EOS pads, which teaches nothing, since weights go by lengths and not by ids."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
