@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 
 COLUMNS = {
     "accuracy": "accuracy %",

@@ -31,7 +31,7 @@ from harness.data.collate import Collator
 from harness.model.batch import Batch
 from harness.model.vision import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 from shards.read import Sample
 from shards.record import Record, Text
 

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 
 
 def main() -> None:

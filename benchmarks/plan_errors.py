@@ -28,7 +28,7 @@ from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
 from tiny_models import tiny_clip, tiny_t5
 from toy_runs import make_config

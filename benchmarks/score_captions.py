@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from harness.evaluate import captions, ptb
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.ablation_scores import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config
 from harness.evaluate import vqa
-from harness.report import loss_curves, markdown_table, thumbnail
+from harness.report.pictures import loss_curves, markdown_table, thumbnail
 from shards.manifest import Manifest, ShardError, write_whole
 from shards.read import Cache, Reader
 

@@ -103,14 +103,14 @@ def compare(
 
 
 def _table(figures: dict[str, Interval], title: str) -> str:
-    from harness.report import markdown_table
+    from harness.report.pictures import markdown_table
 
     rows = [[name, *interval.to_dict(4).values()] for name, interval in figures.items()]
     return markdown_table([["-" if cell is None else cell for cell in row] for row in rows], [title, "", "low", "high"])
 
 
 def _compared(task: str, found: dict[str, Compared]) -> str:
-    from harness.report import markdown_table
+    from harness.report.pictures import markdown_table
 
     one = next(iter(found.values()))
     rows: list[list[Any]] = [

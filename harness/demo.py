@@ -170,7 +170,7 @@ def model_facts(out: Path) -> dict[str, int]:
     """Parameters of the trained model, its frozen encoder included, and how many of its layers are in 4 bits."""
     from harness import checkpoint
     from harness.model.vlm import VisionLanguageModel
-    from harness.terminal import part_rows
+    from harness.report.terminal import part_rows
 
     model = VisionLanguageModel.from_pretrained(checkpoint.newest(out).model)
     rows = part_rows(model.parts)
@@ -201,7 +201,7 @@ def resources() -> dict[str, float]:
 
 def curves(out: Path) -> Path:
     """OUT/loss.png: the loss on the training images and on the dev images, by step."""
-    from harness.report import loss_curves
+    from harness.report.pictures import loss_curves
 
     names = {"train/loss": "training images", "dev/loss": "dev images"}
     lines = journal(out)
@@ -219,7 +219,7 @@ def journal(out: Path) -> list[dict[str, Any]]:
 def picture(out: Path) -> Path:
     """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question, answer and prediction."""
     from harness.evaluate import FOLDER, vqa
-    from harness.report import Shown, predictions_picture
+    from harness.report.pictures import Shown, predictions_picture
     from shards.manifest import Manifest
     from shards.read import Reader
 
@@ -245,7 +245,7 @@ def track(out: Path, config: Config) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    from harness.report import markdown_table
+    from harness.report.pictures import markdown_table
 
     percent = {
         "accuracy": "right answers, all test questions",

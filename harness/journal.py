@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report import Shown, predictions_html
+from harness.report.pictures import Shown, predictions_html
 from shards.manifest import write_whole
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from harness.config.load import dump
 from harness.config.schema import Config
 from harness.journal import Journal, NoTracker
 from harness.provenance import dataset_inputs, git_tags, source_tags, version_tags
-from harness.report import Shown, thumbnail
+from harness.report.pictures import Shown, thumbnail
 from shards.manifest import write_whole
 
 if TYPE_CHECKING:

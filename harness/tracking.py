@@ -21,7 +21,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.journal import Journal, NoTracker
 from harness.mlflow_tracker import RUN_ID, MLflowTracker, database, store_uri, without_password
-from harness.report import Shown
+from harness.report.pictures import Shown
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest

@@ -38,8 +38,8 @@ from harness.guards import GradientGuard, check_frozen, first_nonfinite, frozen_
 from harness.machine.signals import stop_requests
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
+from harness.report.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.schedule import learning_rate
-from harness.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader
 from shards.manifest import Manifest

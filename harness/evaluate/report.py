@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.evaluate.predict import results
-from harness.report import markdown_table
+from harness.report.pictures import markdown_table
 from shards.manifest import Manifest, write_whole
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from harness.evaluate.report import folder, names, variant, write_report
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
-from harness.report import Shown
+from harness.report.pictures import Shown
 from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.read import Cache, Sample

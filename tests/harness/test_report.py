@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from harness.report import (
+from harness.report.pictures import (
     RIGHT,
     WRONG,
     Shown,

@@ -17,7 +17,7 @@ from harness import mlflow_tracker
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.journal import METRICS, NoTracker
-from harness.report import Shown
+from harness.report.pictures import Shown
 from harness.tracking import open_tracker, recorded_run_id, ui_command
 
 

@@ -14,13 +14,13 @@ import torch
 
 from harness import checkpoint as checkpoints
 from harness import engine as engines
-from harness import terminal as terminals
 from harness import train
 from harness.config.load import dump
 from harness.data.collate import Collator
 from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
-from harness.terminal import Clock, Terminal
+from harness.report import terminal as terminals
+from harness.report.terminal import Clock, Terminal
 from rank_program import not_finite_in
 from shards.record import Record
 from shards.write import write_shards

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from harness.model.language.quantise import quantised_layers
-from harness.report import Shown
+from harness.report.pictures import Shown
 
 LINE_SECONDS = 10.0  # between two lines of a log
 
