@@ -172,7 +172,7 @@ def run(
     """
     from harness.ablation_report import write
     from harness.machine.signals import stop_requests
-    from harness.tracking import open_tracker, recorded_run_id, store_uri
+    from harness.tracking.tracker import open_tracker, recorded_run_id, store_uri
 
     ablation = load(file).in_form(offline)
     out = out or Path("runs/ablations") / ablation.name

@@ -20,7 +20,7 @@ from harness.config.schema import Evaluation
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import SCORES
-from harness.journal import METRICS
+from harness.tracking.journal import METRICS
 from shards.read import Cache, records
 from shards.record import Text
 

@@ -36,7 +36,7 @@ def checks_before_launch(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """The same one by one: a key of the config, and a function that raises. Later ones build on what earlier found."""
     from harness.data import prompts
-    from harness.tracking import check_tracking
+    from harness.tracking.tracker import check_tracking
 
     kinds: dict[str, Kind] = {}
     yield "tracking.kind", partial(check_tracking, config)

@@ -70,7 +70,7 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
     write_whole(out / REPORT, json.dumps(report, indent=1).encode())
     track(out, config)
     console.print(table(report), markup=False, highlight=False)
-    from harness.tracking import recorded_run_id, ui_command
+    from harness.tracking.tracker import recorded_run_id, ui_command
 
     console.print(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}", highlight=False)
     console.print(f"MLflow     {ui_command(config, recorded_run_id(config))}", highlight=False, soft_wrap=True)
@@ -236,7 +236,7 @@ def picture(out: Path) -> Path:
 
 
 def track(out: Path, config: Config) -> None:
-    from harness.tracking import open_tracker, recorded_run_id
+    from harness.tracking.tracker import open_tracker, recorded_run_id
 
     tracker = open_tracker(config, run_id=recorded_run_id(config))
     for name in (REPORT, "predictions.png", "loss.png"):

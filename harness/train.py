@@ -40,7 +40,7 @@ from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Clock, Terminal, memory_mb, part_rows
 from harness.schedule import learning_rate
-from harness.tracking import NoTracker, Tracker, open_tracker, recorded_run_id
+from harness.tracking.tracker import NoTracker, Tracker, open_tracker, recorded_run_id
 from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.read import Sample

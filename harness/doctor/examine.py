@@ -145,7 +145,7 @@ def world(config: Config, processes: int) -> Iterator[Finding]:
 
 def tracking(config: Config) -> Finding:
     """Asks the store for its experiments. A run goes on without one, and sends what it missed when it is back."""
-    from harness.mlflow_tracker import database, store_uri, without_password
+    from harness.tracking.store import database, store_uri, without_password
 
     if config.tracking.kind == "none":
         return Finding("MLflow", "OK", "not used: figures go to metrics.jsonl alone")

@@ -379,7 +379,7 @@ def _track(config: Config, found: checkpoints.Checkpoint, evaluation: Evaluation
     run_id = found.state.get("run_id")
     if config.tracking.kind == "none" or run_id is None:
         return
-    from harness.tracking import open_tracker
+    from harness.tracking.tracker import open_tracker
 
     tracker = open_tracker(config, run_id=run_id)
     tracker.metrics({f"test/{name}": value for name, value in evaluation.metrics().items()}, found.step)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harness import mlflow_tracker
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from harness.journal import METRICS, NoTracker
 from harness.report.pictures import Shown
-from harness.tracking import open_tracker, recorded_run_id, ui_command
+from harness.tracking import mlflow as mlflow_tracker
+from harness.tracking.journal import METRICS, NoTracker
+from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
 
 
 @dataclass

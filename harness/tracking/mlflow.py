@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from harness.config.keys import flatten
 from harness.config.load import dump
 from harness.config.schema import Config
-from harness.journal import Journal, NoTracker
-from harness.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.report.pictures import Shown, thumbnail
+from harness.tracking.journal import Journal, NoTracker
+from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
+from harness.tracking.store import database, store_uri, without_password
 from shards.manifest import write_whole
 
 if TYPE_CHECKING:
@@ -305,17 +306,3 @@ def _code(error: Exception) -> str:
 
 def _batches(entries: list[Any], size: int) -> list[list[Any]]:
     return [entries[start : start + size] for start in range(0, len(entries), size)]
-
-
-def store_uri(config: Config) -> str:
-    """tracking.uri, else MLFLOW_TRACKING_URI, else a database in the output folder."""
-    given = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{(config.out_dir / 'mlflow.db').absolute().as_posix()}"
-
-
-def without_password(text: str) -> str:
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
-
-
-def database(uri: str) -> Path:
-    return Path(uri.partition(":///")[2]).absolute()

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from harness.journal import Journal, NoTracker
-from harness.mlflow_tracker import RUN_ID, MLflowTracker, database, store_uri, without_password
 from harness.report.pictures import Shown
+from harness.tracking.journal import Journal, NoTracker
+from harness.tracking.mlflow import RUN_ID, MLflowTracker
+from harness.tracking.store import database, store_uri, without_password
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
