@@ -343,7 +343,7 @@ def summary(child: Child) -> str:
 
 def train_and_score(out: Path) -> None:
     """A child's whole life in this process: trains through the launcher, then scores data.test."""
-    from harness.evaluate.run import evaluate_run
+    from harness.evaluate.run_on_disk import evaluate_run
     from harness.machine.launcher import launch
 
     if code := launch([str(out / CONFIG), "--resume", "auto"]):

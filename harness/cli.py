@@ -160,7 +160,7 @@ def evaluate(
     if not run and not model:
         raise ConfigError("nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both")
     from harness.evaluate.report import table
-    from harness.evaluate.run import evaluate_run
+    from harness.evaluate.run_on_disk import evaluate_run
 
     with told("evaluating") as progress:
         override = override or []

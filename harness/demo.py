@@ -157,7 +157,7 @@ def train(out: Path) -> None:
 
 
 def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
-    from harness.evaluate.run import evaluate_run
+    from harness.evaluate.run_on_disk import evaluate_run
 
     task = bar.add_task("images")
     report = evaluate_run(

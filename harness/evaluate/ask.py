@@ -9,7 +9,7 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.evaluate.run import load_model
+from harness.evaluate.run_on_disk import load_model
 from shards.read import Sample
 from shards.record import Record, Text
 

@@ -16,7 +16,7 @@ from harness.report.pictures import markdown_table
 from shards.manifest import Manifest, write_whole
 
 if TYPE_CHECKING:
-    from harness.evaluate.run import Evaluation
+    from harness.evaluate.results import Evaluation
 
 
 def write_report(

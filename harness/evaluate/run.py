@@ -6,12 +6,10 @@ on the test sets, with predictions in the official formats and scores.json in RU
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,101 +18,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness import checkpoint as checkpoints
-from harness.config.load import apply_overrides, validated
 from harness.config.schema import Config
 from harness.config.schema import Evaluation as EvaluationConfig
 from harness.data.collate import Collator
-from harness.data.features import CONTROLS, check_encoder, control_pixels, load_controls
+from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
-from harness.errors import ConfigError
-from harness.evaluate import FOLDER, captions, vqa
+from harness.evaluate import captions, vqa
 from harness.evaluate.bootstrap import Interval
-from harness.evaluate.floor import Majority, epochs_trained, trained_on, training_records
-from harness.evaluate.image_use import Gate, ImageUse, complementary_pairs, sums_per_context
+from harness.evaluate.floor import Majority, trained_on
+from harness.evaluate.image_use import Gate, sums_per_context
 from harness.evaluate.predict import Prediction, answers, by_task
-from harness.evaluate.report import folder, names, variant, write_report
-from harness.machine.precision import choose
+from harness.evaluate.results import Evaluation, TaskResult
 from harness.model.batch import Batch
-from harness.model.vlm import VisionLanguageModel
 from harness.report.pictures import Shown
 from shards.loader import Loader
 from shards.manifest import Manifest
-from shards.read import Cache, Sample
+from shards.read import Sample
 
-CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
 _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
-_IN_METRICS = (
-    *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
-    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr", "complementary_pairs_right"),
-)
 
-_GROUPS = ("per_answer_type", "per_question_type")
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
-
-
-@dataclass
-class TaskResult:
-    """All that is known of one task. Accuracy in percent, captions' measures as pycocoevalcap has them, nats per target
-    token."""
-
-    task: str
-    predictions: list[Prediction] = field(default_factory=list)
-    nats: float = 0.0
-    weight: float = 0.0
-    intervals: dict[str, Interval] = field(default_factory=dict)  # of accuracy, or of Bleu_1 ... CIDEr
-    groups: dict[str, dict[str, Interval]] = field(default_factory=dict)  # accuracy per_answer_type, per_question_type
-    image_use: ImageUse | None = None
-    majority_accuracy: float | None = None
-    text_only_accuracy: float | None = None
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.weight if self.weight else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; figures of the whole set go before those of the gate's subset where both are there."""
-        gate = self.image_use.to_dict() if self.image_use else {}
-        right, pairs = complementary_pairs(self.predictions)
-        subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
-        own = {
-            "texts": len(self.predictions),
-            "loss_nats": None if math.isnan(self.loss) else self.loss,
-            "accuracy": None,
-            **{key: value for name, known in self.intervals.items() for key, value in known.flat(name).items()},
-            **{kind: {name: i.value for name, i in self.groups.get(kind, {}).items()} for kind in _GROUPS},
-            "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
-            "complementary_pairs": pairs or None,
-            "majority_accuracy": self.majority_accuracy,
-            "text_only_accuracy": self.text_only_accuracy,
-            "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
-            "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
-        }
-        return {**gate, **subset, **own}
-
-
-@dataclass
-class Evaluation:
-    """What one pass over the sets gave, by task."""
-
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
-    images: int = 0
-    unreadable: int = 0
-    shown: list[Prediction] = field(default_factory=list)  # the same images every time, one text each
-    shown_images: list[Shown] = field(default_factory=list)
-
-    def metrics(self) -> dict[str, float]:
-        """The few figures to watch in training; with several tasks each name starts with its task."""
-        values: dict[str, float] = {}
-        for task, result in self.tasks.items():
-            known = result.to_dict()
-            named = {"loss": known["loss_nats"], **{k: known.get(k) for k in _IN_METRICS}}
-            if result.image_use:
-                named["image_used"] = float(result.image_use.verdict == "image used")
-            prefix = f"{task}/" if len(self.tasks) > 1 else ""
-            values |= {prefix + name: value for name, value in named.items() if value is not None}
-        return values
 
 
 def evaluate_model(
@@ -295,94 +219,3 @@ def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wante
 
 
 # ---- a run on disk ---------------------------------------------------------------------------------------------------
-
-
-def evaluate_run(
-    run_dir: Path | str,
-    data: Sequence[str] | None = None,
-    out: Path | None = None,
-    *,
-    limit: int | None = None,
-    overrides: Sequence[str] = (),
-    text_only_accuracy: float | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Scores a run's newest checkpoint on `data`, or on the config's `data.test`, and writes into `out`.
-
-    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many images, the same for
-    every model. `overrides`: `key=value` of the run's generate, evaluation and data, for instance to choose the beams
-    on the dev set. With either, on other data or for an older checkpoint, `out` is a folder in RUN/evaluation that says
-    so, and nothing goes to the tracker.
-    Returns what scores.json holds: {"checkpoint", "step", "data", "images", "unreadable", "tasks": {task: figures}}.
-    Raises ConfigError, ShardError.
-    """
-    run_dir = Path(run_dir)
-    found = checkpoints.at(run_dir)
-    home = found.path.parent.parent  # where the run lies now; its config may name where it lay once
-    document = {**found.state["config"], "out": str(home)}
-    if foreign := [given for given in overrides if not given.startswith(CHANGEABLE)]:
-        raise ConfigError(
-            f"{foreign[0]}: a run is scored as it was trained, only {', '.join(CHANGEABLE)}... can be given"
-        )
-    config = validated(Config, apply_overrides(document, overrides), run_dir, overrides)
-    paths = list(data or [test.path for test in config.data.test])
-    if not paths:
-        raise ConfigError(f"{run_dir}: its config names no data.test; give the shards to score with --data DIR")
-    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
-    manifests = [Manifest.open(path, cache) for path in paths]
-    model = load_model(found, config, with_vision=manifests[0].kind == "images")
-    for manifest in manifests:
-        if manifest.kind == "features":
-            check_encoder(manifest, model.config.encoder)
-    newest, tested = checkpoints.newest(home), [test.path for test in config.data.test]
-    changed = [found.path.name] * bool(newest and newest.path != found.path) + names(manifests) * (paths != tested)
-    changed += variant(limit, overrides)
-    out = Path(out or home / FOLDER / folder(changed))
-    out.mkdir(parents=True, exist_ok=True)
-    (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
-    if text_only_accuracy is None:
-        text_only_accuracy = known_floor(out / "scores.json", paths)
-    evaluation = evaluate_model(
-        model,
-        paths,
-        config,
-        limit=limit,
-        majority=Majority.of(training_records(config)),
-        text_only_accuracy=text_only_accuracy,
-        progress=progress,
-        quarantine=quarantine,
-        epochs=epochs_trained(config, found.state["train"]["stream"]),
-    )
-    report, files = write_report(evaluation, out, paths, str(found.path), found.step)
-    if not changed:
-        _track(config, found, evaluation, files)
-    return report
-
-
-def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
-    """The text-only accuracy that an earlier evaluation on the same data was given: it does not depend on the run."""
-    if not scores.exists():
-        return None
-    earlier = json.loads(scores.read_text())
-    return earlier["tasks"].get("vqa", {}).get("text_only_accuracy") if earlier["data"] == list(paths) else None
-
-
-def load_model(found: checkpoints.Checkpoint, config: Config, *, with_vision: bool) -> VisionLanguageModel:
-    """The checkpoint's model in eval mode, on the GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose(config.train.precision, device)
-    return VisionLanguageModel.from_pretrained(found.model, with_vision=with_vision, precision=precision, device=device)
-
-
-def _track(config: Config, found: checkpoints.Checkpoint, evaluation: Evaluation, files: Sequence[Path]) -> None:
-    """Adds the figures to the run that trained the model."""
-    run_id = found.state.get("run_id")
-    if config.tracking.kind == "none" or run_id is None:
-        return
-    from harness.tracking.tracker import open_tracker
-
-    tracker = open_tracker(config, run_id=run_id)
-    tracker.metrics({f"test/{name}": value for name, value in evaluation.metrics().items()}, found.step)
-    for file in files:
-        tracker.artifact(file, FOLDER)
-    tracker.close()

@@ -20,7 +20,7 @@ from harness.cli import app
 from harness.config.load import load, shipped
 from harness.config.schema import Evaluation
 from harness.errors import ConfigError, explain
-from harness.evaluate.run import evaluate_run
+from harness.evaluate.run_on_disk import evaluate_run
 from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))

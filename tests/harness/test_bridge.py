@@ -16,7 +16,7 @@ from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.image_use import exchanged
-from harness.evaluate.run import evaluate_run
+from harness.evaluate.run_on_disk import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.start import start_from
 from harness.model.vlm import VisionLanguageModel

@@ -13,7 +13,7 @@ from harness import checkpoint as checkpoints
 from harness import train
 from harness.config.load import load, shipped
 from harness.data.features import encode_set
-from harness.evaluate.run import evaluate_run
+from harness.evaluate.run_on_disk import evaluate_run
 from toy_runs import make_shards
 
 TASKS = {

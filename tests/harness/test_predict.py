@@ -20,7 +20,8 @@ from harness.evaluate.ask import ask
 from harness.evaluate.captions import read_caption_results, score
 from harness.evaluate.predict import answers, by_task, results, select
 from harness.evaluate.report import table
-from harness.evaluate.run import evaluate_model, evaluate_run
+from harness.evaluate.run import evaluate_model
+from harness.evaluate.run_on_disk import evaluate_run
 from harness.evaluate.vqa import read_results
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample

@@ -1,0 +1,85 @@
+"""What an evaluation gives: scores, floors and answers of each task, and the figures of them that are logged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from harness.evaluate.bootstrap import Interval
+from harness.evaluate.image_use import ImageUse, complementary_pairs
+from harness.evaluate.predict import Prediction
+from harness.report.pictures import Shown
+
+_IN_METRICS = (
+    *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
+    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr", "complementary_pairs_right"),
+)
+
+
+_GROUPS = ("per_answer_type", "per_question_type")
+
+
+@dataclass
+class TaskResult:
+    """All that is known of one task. Accuracy in percent, captions' measures as pycocoevalcap has them, nats per target
+    token."""
+
+    task: str
+    predictions: list[Prediction] = field(default_factory=list)
+    nats: float = 0.0
+    weight: float = 0.0
+    intervals: dict[str, Interval] = field(default_factory=dict)  # of accuracy, or of Bleu_1 ... CIDEr
+    groups: dict[str, dict[str, Interval]] = field(default_factory=dict)  # accuracy per_answer_type, per_question_type
+    image_use: ImageUse | None = None
+    majority_accuracy: float | None = None
+    text_only_accuracy: float | None = None
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.weight if self.weight else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; figures of the whole set go before those of the gate's subset where both are there."""
+        gate = self.image_use.to_dict() if self.image_use else {}
+        right, pairs = complementary_pairs(self.predictions)
+        subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
+        own = {
+            "texts": len(self.predictions),
+            "loss_nats": None if math.isnan(self.loss) else self.loss,
+            "accuracy": None,
+            **{key: value for name, known in self.intervals.items() for key, value in known.flat(name).items()},
+            **{kind: {name: i.value for name, i in self.groups.get(kind, {}).items()} for kind in _GROUPS},
+            "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
+            "complementary_pairs": pairs or None,
+            "majority_accuracy": self.majority_accuracy,
+            "text_only_accuracy": self.text_only_accuracy,
+            "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
+            "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
+        }
+        return {**gate, **subset, **own}
+
+
+@dataclass
+class Evaluation:
+    """What one pass over the sets gave, by task."""
+
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    images: int = 0
+    unreadable: int = 0
+    shown: list[Prediction] = field(default_factory=list)  # the same images every time, one text each
+    shown_images: list[Shown] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """The few figures to watch in training; with several tasks each name starts with its task."""
+        values: dict[str, float] = {}
+        for task, result in self.tasks.items():
+            known = result.to_dict()
+            named = {"loss": known["loss_nats"], **{k: known.get(k) for k in _IN_METRICS}}
+            if result.image_use:
+                named["image_used"] = float(result.image_use.verdict == "image used")
+            prefix = f"{task}/" if len(self.tasks) > 1 else ""
+            values |= {prefix + name: value for name, value in named.items() if value is not None}
+        return values
