@@ -188,7 +188,7 @@ def ablate(
 
     Exit code 1 where some children failed: the report names them.
     """
-    from harness import ablate
+    from harness.ablate import runner as ablate
     from harness.errors import ConfigError
 
     numbers = seeds.split(",") if seeds else []

@@ -14,8 +14,10 @@ from PIL import Image
 from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
-from harness import ablate, train
-from harness.ablation_scores import interval
+from harness import train
+from harness.ablate import runner as ablate
+from harness.ablate.experiment import CONFIG, LOG, SCORES, children_of, load
+from harness.ablate.observe import interval
 from harness.cli import app
 from harness.config.load import load, shipped
 from harness.config.schema import Evaluation
@@ -36,11 +38,11 @@ class InProcess:
     def __init__(self, child, environment):
         self.started.append(child)
         try:
-            train.run(load(child.out / ablate.CONFIG), "auto")
+            train.run(load(child.out / CONFIG), "auto")
             evaluate_run(child.out)
             self.code = 0
         except Exception as error:
-            (child.out / ablate.LOG).write_text(f"harness: {explain(error) or repr(error)}\n")
+            (child.out / LOG).write_text(f"harness: {explain(error) or repr(error)}\n")
             self.code = 2
 
     def poll(self):
@@ -124,7 +126,7 @@ def test_a_child_that_was_killed_goes_on_from_its_checkpoint(tmp_path, tiny):
     two_steps = [*tiny, "train.max_steps=2", "train.save_every=1"]
     run(file, two_steps, out)
     child = out / "a" / "seed-0"
-    (child / ablate.SCORES).unlink()
+    (child / SCORES).unlink()
     for name in ("checkpoints/step-000002", "evaluation/scores.json"):
         path = child / name
         if path.is_dir():
@@ -181,7 +183,7 @@ def test_what_no_variant_can_do_is_one_sentence_before_anything_is_started(tmp_p
 )
 def test_a_wrong_file_is_told_in_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=re.escape(sentence)) as raised:
-        ablate.load(file_of(tmp_path, **changes))
+        load(file_of(tmp_path, **changes))
     assert str(tmp_path / "toy.yaml") in str(raised.value)
 
 
@@ -206,7 +208,7 @@ def test_children_run_side_by_side_and_a_signal_reaches_them_all(tmp_path):
             self.looks += 1
             if self.looks == 3 and self.child.variant != "b":
                 (self.child.out / "evaluation").mkdir()
-                (self.child.out / ablate.SCORES).write_text('{"tasks": {}}')
+                (self.child.out / SCORES).write_text('{"tasks": {}}')
                 self.code = 0
             return self.code
 
@@ -214,8 +216,8 @@ def test_children_run_side_by_side_and_a_signal_reaches_them_all(tmp_path):
             self.code = 128 + number
 
     alive, most, threads, said = [], [], [], []
-    ablation = ablate.load(file_of(tmp_path, variants={name: {"expected": "-"} for name in "abcd"}))
-    children = ablate.children_of(ablation, tmp_path / "out", (), [0])
+    ablation = load(file_of(tmp_path, variants={name: {"expected": "-"} for name in "abcd"}))
+    children = children_of(ablation, tmp_path / "out", (), [0])
     rounds = iter([0] * 12 + [15] * 99)
     errors = ablate.run_all(children, [], 2, Slow, said.append, lambda: next(rounds))
     assert max(most) == 2
@@ -286,7 +288,7 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     assert page.count("<th>a</th><th>b</th>") == 2
     first = np.asarray(images[1].convert("RGB")).mean((0, 1))
     assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
-    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / ablate.SCORES).read_text())["tasks"]["caption"]
+    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / SCORES).read_text())["tasks"]["caption"]
     row = next(row for row in report["rows"] if (row["variant"], row["task"]) == ("b", "caption"))
     assert row["score"] == pytest.approx(scores["CIDEr"]), "as harness evaluate has it"
     assert row["lost"] == pytest.approx(scores["CIDEr_gap"] / 100), "the gate's, in the score's own unit"
@@ -320,9 +322,9 @@ def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflo
 
 def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> Path:
     """The offline form with every set and every id of a model replaced by a tiny one of its kind."""
-    offline = ablate.load(file).in_form(offline=True)
+    offline = load(file).in_form(offline=True)
     form = offline.model_dump(mode="json")
-    for child in ablate.children_of(offline, folder, (), [0]):
+    for child in children_of(offline, folder, (), [0]):
         variant = form["variants"][child.variant]
         kind = "captions" if "flickr" in child.config().data.train[0].path else "questions"
         variant["overrides"] += data(sets / kind)
@@ -365,7 +367,7 @@ def test_every_shipped_ablation_runs_in_its_offline_form(
     report = run(toy, own, tmp_path / "out", seeds=[0])
     assert not report["failed"]
     assert not report["unfinished"]
-    assert {row["variant"] for row in report["rows"]} == set(ablate.load(file).variants)
+    assert {row["variant"] for row in report["rows"]} == set(load(file).variants)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -373,8 +375,8 @@ def test_every_variant_of_both_forms_is_a_valid_config_and_differs_from_every_ot
     comment = file.read_text().partition("\nname:")[0]
     assert "Verified" in comment or "ever run with real weights" in comment
     for offline in (False, True):
-        form = ablate.load(file).in_form(offline)
-        configs = [child.config() for child in ablate.children_of(form, Path("out"), (), [0])]
+        form = load(file).in_form(offline)
+        configs = [child.config() for child in children_of(form, Path("out"), (), [0])]
         plain = [config.model_copy(update={"name": "", "out": ""}).model_dump_json() for config in configs]
         assert len(set(plain)) == len(plain)
         assert all(config.data.test for config in configs)

@@ -25,7 +25,7 @@ from shards.read import Cache, records
 from shards.record import Text
 
 if TYPE_CHECKING:
-    from harness.ablate import Child, Variant
+    from harness.ablate.experiment import Child, Variant
 
 SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
 DIGITS = {"vqa": 2, "caption": 3}

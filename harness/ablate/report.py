@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.ablation_scores import DIGITS, Observed, mean_curves, observe, row_of
+from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config
 from harness.evaluate import vqa
 from harness.report.pictures import loss_curves, markdown_table, thumbnail
@@ -24,7 +24,7 @@ from shards.manifest import Manifest, ShardError, write_whole
 from shards.read import Cache, Reader
 
 if TYPE_CHECKING:
-    from harness.ablate import Ablation, Child
+    from harness.ablate.experiment import Ablation, Child
 
 PICTURES, SIDE, QUALITY = 12, 112, 70  # rows of a grid; longer edge in pixels and JPEG quality, for a page under 2 MB
 HEADERS = (
