@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import app
+from harness.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

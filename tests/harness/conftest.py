@@ -43,7 +43,7 @@ def root(tmp_path_factory, tiny_clip_folder, tiny_t5_folder) -> Path:
 @pytest.fixture
 def harness(monkeypatch, capsys):
     """Runs `harness ...` in this process and gives (exit code, stdout, stderr)."""
-    from harness import cli
+    from harness.cli import main as cli
 
     def _harness(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])

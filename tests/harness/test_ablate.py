@@ -18,7 +18,7 @@ from harness import train
 from harness.ablate import runner as ablate
 from harness.ablate.experiment import CONFIG, LOG, SCORES, children_of, load
 from harness.ablate.observe import interval
-from harness.cli import app
+from harness.cli.main import app
 from harness.config.load import load, shipped
 from harness.config.schema import Evaluation
 from harness.errors import ConfigError, explain

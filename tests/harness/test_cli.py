@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness import cli
+from harness.cli import main as cli
 from harness.errors import ConfigError
 from harness.machine import launcher
 from shards.record import Record, Text

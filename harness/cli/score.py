@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli_shards import PLAIN
+from harness.cli.progress import PLAIN
 
 if TYPE_CHECKING:
     from harness.evaluate.bootstrap import Interval

@@ -9,20 +9,17 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from harness.cli.progress import PLAIN, _counted, bar, told
 
+if TYPE_CHECKING:
     from shards.build import Summary
 
-PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 app = typer.Typer(help="Makes and checks sets of shards.", **PLAIN)
 
 Out = Annotated[Path, typer.Option(help="The folder to make.")]
@@ -188,32 +185,3 @@ def _summary(summary: Summary) -> str:
     lines.append(f"left out: {left_out}; each is named in {summary.skipped}")
     lines.append(f"re-encoded images: {summary.reencoded_images:,}")
     return "\n".join(lines + [f"note: {n:,} {what}" for what, n in summary.notes.items()])
-
-
-@contextmanager
-def bar() -> Iterator[Progress]:
-    """Progress bars on stderr, if that is a terminal."""
-    from rich import progress as rich
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
-    times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
-    with rich.Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
-        yield progress
-
-
-@contextmanager
-def told(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (done, of how many)."""
-    with bar() as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total, *_: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _counted(title: str) -> Iterator[Callable[[int], None]]:
-    """A bar without an end that is known, advanced by the number of samples done since the last call."""
-    with bar() as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda samples: progress.advance(task, samples)

@@ -15,10 +15,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from harness.cli_score import app as score_app
-from harness.cli_score import compare
-from harness.cli_shards import PLAIN, Out, Sets, told
-from harness.cli_shards import app as shards_app
+from harness.cli.progress import PLAIN, told
+from harness.cli.score import app as score_app
+from harness.cli.score import compare
+from harness.cli.shards import Out, Sets
+from harness.cli.shards import app as shards_app
 
 app = typer.Typer(
     help="Trains small vision-language models and proves that their answers come from the image.", **PLAIN
