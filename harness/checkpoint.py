@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import ConfigError
-from shards.manifest import sync
+from shards.files import sync
 
 FOLDER = "checkpoints"
 OPTIMIZER, STATE, FILES, MODEL = "optimizer.safetensors", "state.json", "files.json", "model"

@@ -114,7 +114,8 @@ def _check_some(config: Config, part: str) -> None:
 
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
     from harness.data.features import check_encoder
-    from shards.manifest import Manifest, ShardError, is_remote
+    from shards.files import ShardError, is_remote
+    from shards.manifest import Manifest
 
     try:
         # The sidecar of a remote set may be large: the run fetches it into its cache.

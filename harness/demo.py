@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.config.load import dump, load
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from shards.manifest import write_whole
+from shards.files import write_whole
 
 SPLITS = ("train", "dev", "test")
 PICTURES = 12

@@ -15,7 +15,7 @@ class GuardError(RuntimeError):
 
 def explain(error: BaseException) -> str | None:
     """The one sentence for a user's error, or None for a bug, which deserves its traceback."""
-    from shards.manifest import ShardError
+    from shards.files import ShardError
     from shards.record import RecordError
 
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:

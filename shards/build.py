@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from shards.manifest import SKIPPED, ShardError, write_whole
+from shards.files import ShardError, write_whole
+from shards.manifest import SKIPPED
 from shards.record import Record
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, NO_SPLIT, TEXT_WITHOUT_IMAGE, UNDECODABLE

@@ -18,20 +18,11 @@ from typing import Any, BinaryIO
 import fsspec
 from braceexpand import braceexpand
 
-from shards.manifest import (
-    INDEX,
-    SKIPPED,
-    Manifest,
-    ShardError,
-    ShardInfo,
-    SidecarWriter,
-    is_remote,
-    join,
-    write_index,
-    write_whole,
-)
-from shards.read import members, parse_sample
+from shards.files import ShardError, is_remote, join, write_whole
+from shards.manifest import INDEX, SKIPPED, Manifest, ShardInfo, SidecarWriter, write_index
+from shards.read import parse_sample
 from shards.record import RecordError
+from shards.tar import members
 
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
 

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.manifest import Manifest, ShardError, is_remote
-from shards.read import Cache, Reader, Sample
+from shards.cache import Cache
+from shards.files import ShardError, is_remote
+from shards.manifest import Manifest
+from shards.read import Reader, Sample
 from shards.stream import FirstOf, Mixture, Order, StreamState, deal
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import numpy as np
 
+from shards.files import FileInfo, ShardError, is_remote, join, write_whole
+
 if TYPE_CHECKING:
-    from shards.read import Cache
+    from shards.cache import Cache
     from shards.record import Record
 
 Kind = Literal["images", "features"]
@@ -32,29 +34,8 @@ MAX_KEY_BYTES = 255
 _FIELDS = [("offset", "<u8"), ("size", "<u8")] + [(name, "<u4") for name in ("texts", "targets", "characters", "crc")]
 
 
-class ShardError(ValueError):
-    """A set of shards that is missing, damaged or does not match its index; the message names the place."""
-
-
 def sidecar_dtype(key_bytes: int) -> np.dtype:
     return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
-
-
-def is_remote(location: str) -> bool:
-    return "://" in location and not location.startswith("file://")
-
-
-def join(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """A file of the set: its sidecar, or the controls of a feature set."""
-
-    name: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -278,31 +259,6 @@ class SidecarWriter:
         rows[[name for name, _ in _FIELDS]] = np.frombuffer(self._figures, _FIELDS)
         rows["key"] = self._keys
         return write_whole(folder / SIDECAR, rows.tobytes()), width
-
-
-def write_whole(path: Path, data: bytes) -> FileInfo:
-    """Writes beside, syncs, renames: the file is whole or absent. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Makes a file's bytes, or what was renamed into a folder, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:

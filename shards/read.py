@@ -6,30 +6,22 @@ read, because a plain tar reader ends silently at a damaged header and never not
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import re
-import tarfile
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from shards.manifest import Manifest, ShardError, is_remote
+from shards.cache import Cache
+from shards.files import ShardError, is_remote
+from shards.manifest import Manifest
 from shards.record import Record, RecordError, Text
+from shards.tar import members
 
-BLOCK = 512
 PAYLOADS = {"images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"), "features": ("safetensors",)}
-_ZEROS = bytes(BLOCK)
-_PAX = re.compile(rb"^[0-9]+ (path|size)=(.*)$", re.MULTILINE)
-_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset: the key ends at the first dot
 
 
 @dataclass
@@ -45,17 +37,6 @@ class Sample:
     weight: float = 1.0
     error: str | None = None
     epoch: int = 0  # of its own set: how often that has passed before, which in a weighted mixture is its own affair
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file in a tar: its first header is at `start`, its content at `offset`."""
-
-    key: str
-    extension: str
-    start: int
-    offset: int
-    size: int
 
 
 class Reader:
@@ -167,183 +148,3 @@ def _captions(contents: Mapping[str, bytes]) -> tuple[str, ...]:
     except ValueError as error:
         raise ShardError(f"its text cannot be read: {error}") from error
     return tuple(text.strip() for text in ([found] if isinstance(found, str) else found) if text and text.strip())
-
-
-def members(read: Callable[[int, int], bytes], end: int, begin: int = 0, whole: bool = False) -> Iterator[Member]:
-    """Walks the 512-byte headers of a tar, or of one sample of it, from `begin` to `end` by `read(offset, n)`.
-
-    Offsets only grow. Understands ustar, GNU and PAX names. `whole`: the tar must close with its end marker. Raises
-    ShardError naming the offset of what is not a sound header of a plain file.
-    """
-    offset, start, name, length = begin, None, None, None
-    while offset < end:
-        header = read(offset, BLOCK)
-        if whole and header == _ZEROS:
-            return _check_rest(read, offset, end)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ShardError(f"no valid tar header at offset {offset} ({error}): the shard is damaged") from error
-        start = offset if start is None else start
-        plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-        content = length if plain and length is not None else info.size
-        offset += BLOCK
-        if content < 0 or offset + content > end:
-            raise ShardError(f"the data ends inside the member {info.name!r} at offset {start}: the shard is damaged")
-        if plain:
-            match = _NAME.fullmatch(name or info.name)
-            key, extension = match.groups() if match else (name or info.name, "")
-            yield Member(key, extension.lower(), start, offset, content)
-            start = name = length = None
-        elif info.type == tarfile.GNUTYPE_LONGNAME:  # what follows describes the next header
-            name = read(offset, content).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif info.type == tarfile.XHDTYPE:
-            described = dict(_PAX.findall(read(offset, content)))
-            name = described[b"path"].decode("utf-8", "surrogateescape") if b"path" in described else None
-            length = int(described[b"size"]) if b"size" in described else None
-        elif info.type in (tarfile.DIRTYPE, tarfile.XGLTYPE):  # a folder; comments on the whole archive
-            start = None
-        else:
-            raise ShardError(f"the member {info.name!r} at offset {start} is a link or special file, not a plain one")
-        offset += -(-content // BLOCK) * BLOCK
-    if whole:
-        raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
-
-
-def _check_rest(read: Callable[[int, int], bytes], offset: int, size: int) -> None:
-    """A tar's end marker is two blocks of zeros with nothing but zeros behind; zeros alone may be a lost header."""
-    if size - offset < 2 * BLOCK:
-        raise ShardError(f"the tar ends at {size} inside its end marker: it is truncated")
-    for start in range(offset, size, 1 << 20):
-        if read(start, min(1 << 20, size - start)).strip(b"\0"):
-            raise ShardError(f"zeros in place of the tar header at offset {offset}: the shard is damaged")
-
-
-class Cache:
-    """Remote files in a folder of at most `max_bytes`, the least recently opened evicted first.
-
-    Files are named by their sha256, downloaded beside and renamed once size and hash are right. Any number of
-    processes may share the folder. What `open` gave stays readable after an eviction.
-    """
-
-    def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
-        self.folder, self.max_bytes, self._attempts = Path(folder), int(max_bytes), attempts
-        self._lock = self.folder / ".lock"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    @classmethod
-    def at(cls, folder: str | os.PathLike | None, max_bytes: float | None) -> Cache | None:
-        """None where one of them is not given: then only local sets can be read."""
-        return cls(folder, int(max_bytes)) if folder and max_bytes else None
-
-    def open(self, url: str, size: int, sha256: str) -> int:
-        """A file descriptor for reading, the caller's to close; downloads what is not there.
-
-        Raises ShardError for a file larger than the cache, unreachable, or not the one with this size and hash.
-        """
-        if size > self.max_bytes:
-            raise ShardError(f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}")
-        path, part = self.folder / sha256, self.folder / f"{sha256}.part"
-        while True:
-            with self._locked():
-                if (number := self._present(path, size)) is not None:
-                    return number
-            number = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX)  # waits for another process that downloads the same file
-                if not self._is(part, number):
-                    continue  # it is done, or gave up and removed it
-                self._reserve(part, number, size)
-                self._download(url, number, size, sha256)
-                with self._locked():
-                    os.replace(part, path)
-                    return os.open(path, os.O_RDONLY)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-            finally:
-                fcntl.flock(number, fcntl.LOCK_UN)
-                os.close(number)
-
-    def _present(self, path: Path, size: int) -> int | None:
-        try:
-            number = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        if os.fstat(number).st_size != size:  # cut by a full disk or a crash of the machine
-            os.close(number)
-            path.unlink()
-            return None
-        os.utime(path)
-        return number
-
-    @staticmethod
-    def _is(part: Path, number: int) -> bool:
-        try:
-            return os.path.samestat(os.stat(part), os.fstat(number))
-        except FileNotFoundError:
-            return False
-
-    def _reserve(self, part: Path, number: int, size: int) -> None:
-        """Makes room, then takes it by the length of the empty file; waits for room others have taken."""
-        while True:
-            with self._locked():
-                entries = [(entry, entry.stat()) for entry in self.folder.iterdir() if entry not in (self._lock, part)]
-                taken = sum(stat.st_size for _, stat in entries)
-                for entry, stat in sorted(entries, key=lambda item: item[1].st_mtime_ns):
-                    if taken + size <= self.max_bytes:
-                        break
-                    if entry.suffix != ".part" or self._abandoned(entry):
-                        entry.unlink()
-                        taken -= stat.st_size
-                if taken + size <= self.max_bytes:
-                    return os.ftruncate(number, size)
-            time.sleep(0.05)
-
-    @staticmethod
-    def _abandoned(part: Path) -> bool:
-        """Whether the process that downloaded it has died: then nobody holds its lock."""
-        number = os.open(part, os.O_RDWR)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(number)
-
-    def _download(self, url: str, number: int, size: int, sha256: str) -> None:
-        for attempt in range(self._attempts):
-            if attempt:
-                time.sleep(2**attempt / 2)
-            digest, offset = hashlib.sha256(), 0
-            try:
-                with fsspec.open(url, "rb") as source:
-                    while chunk := source.read(1 << 20):
-                        if offset + len(chunk) <= size:
-                            os.pwrite(number, chunk, offset)
-                        offset += len(chunk)
-                        digest.update(chunk)
-            except FileNotFoundError as error:
-                raise ShardError(f"{url} does not exist") from error
-            except Exception as error:  # every fsspec back end has exceptions of its own
-                problem = f"cannot be downloaded: {type(error).__name__}: {error}"
-                continue
-            if (offset, digest.hexdigest()) == (size, sha256):
-                return os.fsync(number)
-            found = (
-                f"{offset} bytes, expected {size}"
-                if offset != size
-                else f"sha256 {digest.hexdigest()}, expected {sha256}"
-            )
-            problem = f"has {found}: it is not the indexed file"
-        raise ShardError(f"{url} {problem} ({self._attempts} attempts)")
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self._lock, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:  # closing is not enough to unlock: a process forked meanwhile would hold the lock on
-                fcntl.flock(file, fcntl.LOCK_UN)

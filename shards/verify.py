@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
+from shards.files import ShardError, is_remote, join
 from shards.index import Group, Progress, groups, open_shard
-from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest, ShardError, is_remote, join
+from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
 from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
 

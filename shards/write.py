@@ -20,17 +20,8 @@ from typing import Any
 import psutil
 from webdataset import TarWriter
 
-from shards.manifest import (
-    INDEX,
-    Kind,
-    Manifest,
-    ShardError,
-    ShardInfo,
-    SidecarWriter,
-    sync,
-    write_index,
-    write_whole,
-)
+from shards.files import ShardError, sync, write_whole
+from shards.manifest import INDEX, Kind, Manifest, ShardInfo, SidecarWriter, write_index
 from shards.read import PAYLOADS
 from shards.record import Record
 

@@ -21,7 +21,8 @@ from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import SCORES
 from harness.tracking.journal import METRICS
-from shards.read import Cache, records
+from shards.cache import Cache
+from shards.read import records
 from shards.record import Text
 
 if TYPE_CHECKING:

@@ -20,8 +20,10 @@ from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_o
 from harness.config.schema import Config
 from harness.evaluate import vqa
 from harness.report.pictures import loss_curves, markdown_table, thumbnail
-from shards.manifest import Manifest, ShardError, write_whole
-from shards.read import Cache, Reader
+from shards.cache import Cache
+from shards.files import ShardError, write_whole
+from shards.manifest import Manifest
+from shards.read import Reader
 
 if TYPE_CHECKING:
     from harness.ablate.experiment import Ablation, Child

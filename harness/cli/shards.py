@@ -83,8 +83,8 @@ def index(
     overwrite: Overwrite = False,
 ) -> None:
     """Indexes WebDataset shards that were made elsewhere."""
+    from shards.files import ShardError
     from shards.index import index_shards
-    from shards.manifest import ShardError
 
     if out and len(places) > 1:
         raise ShardError(f"--out {out} is one folder and {len(places)} sets were given: index them one at a time")

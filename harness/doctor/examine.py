@@ -33,7 +33,8 @@ SCALES = (0.1, 10.0)  # image tokens against word embeddings, root mean squares
 def first_sample(key: str, path: str, config: Config) -> Finding:
     """Reads and decodes the first and the last sample of a set. Raises ShardError or ImageError for a damaged one."""
     from harness.data.images import ImageDecoder
-    from shards.read import Cache, Reader
+    from shards.cache import Cache
+    from shards.read import Reader
 
     manifest = Manifest.open(path, Cache.at(config.data.cache_dir, config.data.cache_gb * GB))
     reader, decode = Reader(manifest), ImageDecoder.of(config.model.vision, config.data.max_image_pixels)

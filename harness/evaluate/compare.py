@@ -18,7 +18,7 @@ import numpy as np
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
-from shards.manifest import is_remote
+from shards.files import is_remote
 from shards.read import records
 
 

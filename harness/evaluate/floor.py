@@ -16,7 +16,8 @@ import numpy as np
 from harness.config.schema import Config
 from harness.evaluate import vqa
 from harness.evaluate.predict import Prediction
-from shards.manifest import Manifest, ShardError, is_remote
+from shards.files import ShardError, is_remote
+from shards.manifest import Manifest
 from shards.read import Reader
 from shards.record import Record
 

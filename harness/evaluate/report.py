@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.evaluate.predict import results
 from harness.report.pictures import markdown_table
-from shards.manifest import Manifest, write_whole
+from shards.files import write_whole
+from shards.manifest import Manifest
 
 if TYPE_CHECKING:
     from harness.evaluate.results import Evaluation

@@ -21,8 +21,8 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
+from shards.cache import Cache
 from shards.manifest import Manifest
-from shards.read import Cache
 
 CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
 

@@ -16,8 +16,9 @@ import numpy as np
 from harness.config.schema import Config
 from harness.data.collate import Collator, of_like_length
 from harness.model.batch import Batch
+from shards.files import ShardError, is_remote
 from shards.loader import Loader
-from shards.manifest import Manifest, ShardError, is_remote
+from shards.manifest import Manifest
 from shards.read import Reader, Sample
 
 LOOKED_AT = 256  # images whose texts are read, spread over the set

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.report.pictures import Shown, predictions_html
-from shards.manifest import write_whole
+from shards.files import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from harness.report.pictures import Shown, thumbnail
 from harness.tracking.journal import Journal, NoTracker
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.tracking.store import database, store_uri, without_password
-from shards.manifest import write_whole
+from shards.files import write_whole
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest

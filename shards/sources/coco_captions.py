@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.sources.source import TEXT_WITHOUT_IMAGE, Images, ImagesAt, Source, read_json, rows_of, unique
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.record import Text
 from shards.sources.source import Images, Source, order_of
 

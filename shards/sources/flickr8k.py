@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.sources.source import NO_SPLIT, TEXT_WITHOUT_IMAGE, Images, ImagesAt, Source, keys_of, read_text, unique
 
 _TOKEN_LINE = re.compile(r"(.+)#(\d+)\t(.*)")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.record import Text
 from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, TEXT_WITHOUT_IMAGE, Source, keys_of, unique
 

@@ -11,7 +11,7 @@ import posixpath
 from pathlib import Path
 from typing import Annotated, Any
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.record import Text
 from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, ImagesAt, Source, keys_of, read_text, unique
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.sources.source import Images, ImagesAt, Source, keys_of, read_json, rows_of, unique
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.record import Record, Text
 
 ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.record import Text
 from shards.sources.source import (
     EMPTY_TEXT,

@@ -14,7 +14,8 @@ from harness.data.features import check_encoder, encode_set, load_controls, skip
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.model.vision import load_vision
-from shards.manifest import Manifest, ShardError
+from shards.files import ShardError
+from shards.manifest import Manifest
 from shards.read import Reader
 from shards.record import Record, Text
 from shards.write import write_shards

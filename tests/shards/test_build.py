@@ -13,7 +13,8 @@ from PIL import Image
 
 from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, encoded, fill, picture
 from shards.build import build, prepare_image
-from shards.manifest import Manifest, ShardError
+from shards.files import ShardError
+from shards.manifest import Manifest
 from shards.record import Record
 
 TOKEN = FLICKR8K / "Flickr8k.token.txt"

@@ -6,7 +6,8 @@ import pytest
 
 from pictures import fill, picture
 from shards.build import build
-from shards.manifest import Manifest, ShardError
+from shards.files import ShardError
+from shards.manifest import Manifest
 from shards.read import Reader
 from shards.sources import flickr8k, hf
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from shards.files import ShardError
 from shards.loader import Loader
-from shards.manifest import ShardError
 from shards.read import Reader
 from shards.record import Record, Text
 from shards.stream import StreamState

@@ -9,8 +9,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards.manifest import Manifest, ShardError
-from shards.read import Cache, Reader
+from shards.cache import Cache
+from shards.files import ShardError
+from shards.manifest import Manifest
+from shards.read import Reader
 from shards.record import Record, Text
 from shards.write import write_shards
 

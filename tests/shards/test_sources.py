@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, fill, picture
-from shards.manifest import ShardError
+from shards.files import ShardError
 from shards.sources import coco_captions, easy_vqa, flickr8k, image_folder, karpathy, vqav2
 from shards.sources.source import keys_of
 

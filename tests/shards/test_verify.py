@@ -11,9 +11,11 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from shards.cache import Cache
+from shards.files import ShardError
 from shards.index import index_shards
-from shards.manifest import Manifest, ShardError
-from shards.read import Cache, Reader
+from shards.manifest import Manifest
+from shards.read import Reader
 from shards.record import Record, Text
 from shards.verify import stats, verify
 from shards.write import write_shards

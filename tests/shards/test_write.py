@@ -6,7 +6,8 @@ import os
 import pytest
 import webdataset
 
-from shards.manifest import Manifest, ShardError
+from shards.files import ShardError
+from shards.manifest import Manifest
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards
 

@@ -1,0 +1,54 @@
+"""Files of a set, local or remote: names, hashes, writing whole or not at all, the error that names a place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ShardError(ValueError):
+    """A set of shards that is missing, damaged or does not match its index; the message names the place."""
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location and not location.startswith("file://")
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of the set: its sidecar, or the controls of a feature set."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_whole(path: Path, data: bytes) -> FileInfo:
+    """Writes beside, syncs, renames: the file is whole or absent. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or what was renamed into a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
