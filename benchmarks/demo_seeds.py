@@ -38,7 +38,7 @@ def main() -> None:
     for seed in given.seeds:
         out = given.out / f"seed{seed}"
         if not (out / "report.json").exists():
-            line = [sys.executable, "-m", "harness.cli.main", "demo", "--out", str(out), "--seed", str(seed)]
+            line = [sys.executable, "-m", "harness", "demo", "--out", str(out), "--seed", str(seed)]
             subprocess.run(line, check=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
         reports[seed] = json.loads((out / "report.json").read_text())
     rows = [

@@ -14,12 +14,12 @@ from contextlib import closing
 
 import torch
 
-from harness import train
 from harness.config.load import load
 from harness.data.collate import Collator
-from harness.engine import make_engine
 from harness.evaluate.small_gate import small_gate, small_set
 from harness.model.vlm import VisionLanguageModel
+from harness.train import prepare
+from harness.train.engines import make_engine
 
 STEPS, LOOKS, SHARE = 8, 3, 0.02
 
@@ -27,11 +27,11 @@ STEPS, LOOKS, SHARE = 8, 3, 0.02
 def main() -> None:
     config = load(sys.argv[1], sys.argv[2:])
     engine = make_engine(config.train)
-    loader = train.make_loader(config, engine)
+    loader = prepare.make_loader(config, engine)
     model = VisionLanguageModel.build(
-        config, train.encoder_of(loader, config), precision=engine.precision, device=engine.device
+        config, prepare.encoder_of(loader, config), precision=engine.precision, device=engine.device
     )
-    train.calibrate(model, config)
+    prepare.calibrate(model, config)
     wrapped, collate = engine.prepare(model), Collator(model.tokenizer, config.data, config.prompts, config.seed)
     model.train()
     step_seconds, look_seconds = [], []
@@ -39,7 +39,7 @@ def main() -> None:
         for _ in range(STEPS):
             began = time.perf_counter()
             _, samples = next(steps)
-            for batch in train.micro_batches(samples, collate, config.train.micro_batch):
+            for batch in prepare.micro_batches(samples, collate, config.train.micro_batch):
                 loss = wrapped(batch.to(engine.device))
                 engine.backward(loss.sum / loss.weight)
             engine.step(config.train.learning_rate, skip=False)

@@ -36,7 +36,7 @@ from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
 from harness.model.vision import quiet_transformers
 from harness.model.vlm import LANGUAGES
-from harness.schedule import learning_rate
+from harness.train.schedule import learning_rate
 from shards.loader import Loader
 from shards.read import Sample
 

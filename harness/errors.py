@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 
 class ConfigError(ValueError):
     """A config that cannot be used: the message names the file, the key, what was found and what would be right."""
@@ -20,9 +18,7 @@ def explain(error: BaseException) -> str | None:
 
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
-    guards = sys.modules.get("harness.guards")  # imports torch: not loaded, not raised
-    of_guards = (guards.GuardError,) if guards else ()
-    if isinstance(error, (ConfigError, ShardError, RecordError, OSError, *of_guards)):
+    if isinstance(error, (ConfigError, ShardError, RecordError, OSError, GuardError)):
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
         return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"

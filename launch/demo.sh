@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 make_environment demo
 export OMP_WAIT_POLICY=PASSIVE # two OpenMP threads that spin beside another process are 100 times slower
-exec "$venv_python" -m harness.cli demo "$@"
+exec "$venv_python" -m harness demo "$@"

@@ -104,7 +104,7 @@ def test_without_a_gpu_torch_is_pinned_first_on_the_pip_line(checkout):
     assert ran.returncode == 0, ran.stderr
     assert "-m venv .venv" in calls
     assert pip(calls).endswith("-c launch/constraints.txt torch==2.13.0 -e .[demo]")
-    assert calls[-1] == "-m harness.cli demo --out x y"
+    assert calls[-1] == "-m harness demo --out x y"
 
 
 @pytest.mark.parametrize("torch", ["", "cpu"])

@@ -113,7 +113,7 @@ def _quantisation(folder: Path) -> str | None:
 
 def world(config: Config, processes: int) -> Iterator[Finding]:
     """Effective batch, steps and learning rate for this number of processes."""
-    from harness.train import make_loader
+    from harness.train.prepare import make_loader
 
     train, name = config.train, "global batch"
     share = train.global_batch / processes
@@ -179,7 +179,7 @@ def texts(config: Config) -> Iterator[Finding]:
 
     from harness.data.collate import Collator
     from harness.data.prompts import template
-    from harness.train import make_loader, micro_batches
+    from harness.train.prepare import make_loader, micro_batches
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)
     collate = Collator(tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
@@ -228,7 +228,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     from harness.data.collate import Collator
     from harness.model.vlm import VisionLanguageModel
     from harness.plan.planner import checkpoint_bytes
-    from harness.train import calibrate, encoder_of, make_loader, micro_batches
+    from harness.train.prepare import calibrate, encoder_of, make_loader, micro_batches
 
     loader = make_loader(config, None)
     built = VisionLanguageModel.build(config, encoder_of(loader, config), device=device)

@@ -18,12 +18,12 @@ from torch import nn
 from harness.config.schema import Config, Decoding
 from harness.data.collate import Collator, most_common
 from harness.doctor.findings import Finding
-from harness.engine import Engine
 from harness.errors import ConfigError
 from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
-from harness.train import calibrate, encoder_of, make_loader, micro_batches
+from harness.train.engine import Engine
+from harness.train.prepare import calibrate, encoder_of, make_loader, micro_batches
 from shards.read import Sample
 
 STEPS, SECONDS = 600, 60.0  # whichever comes first

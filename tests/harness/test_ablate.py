@@ -14,15 +14,16 @@ from PIL import Image
 from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
-from harness import train
 from harness.ablate import runner as ablate
 from harness.ablate.experiment import CONFIG, LOG, SCORES, children_of, load
 from harness.ablate.observe import interval
 from harness.cli.main import app
-from harness.config.load import load, shipped
+from harness.config.load import load as load_config
+from harness.config.load import shipped
 from harness.config.schema import Evaluation
 from harness.errors import ConfigError, explain
 from harness.evaluate.run_on_disk import evaluate_run
+from harness.train import run as train
 from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
@@ -38,7 +39,7 @@ class InProcess:
     def __init__(self, child, environment):
         self.started.append(child)
         try:
-            train.run(load(child.out / CONFIG), "auto")
+            train.run(load_config(child.out / CONFIG), "auto")
             evaluate_run(child.out)
             self.code = 0
         except Exception as error:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
-from harness import train
 from harness.checks import check_models
 from harness.config.schema import Bridge as BridgeConfig
 from harness.config.schema import Config, LanguageModel, Model
@@ -20,6 +19,7 @@ from harness.evaluate.run_on_disk import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.start import start_from
 from harness.model.vlm import VisionLanguageModel
+from harness.train import run as train
 from plan_cases import changed
 from shards.loader import Loader
 from toy_runs import make_config

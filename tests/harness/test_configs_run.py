@@ -10,10 +10,10 @@ import math
 import pytest
 
 from harness import checkpoint as checkpoints
-from harness import train
 from harness.config.load import load, shipped
 from harness.data.features import encode_set
 from harness.evaluate.run_on_disk import evaluate_run
+from harness.train.__main__ import main
 from toy_runs import make_shards
 
 TASKS = {
@@ -62,7 +62,7 @@ def test_an_experiment_takes_a_few_steps_is_saved_and_scored(
     file, tmp_path, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_folder
 ):
     overrides = replacements(file, tmp_path, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_folder)
-    assert train.main([str(file), *overrides]) == 0
+    assert main([str(file), *overrides]) == 0
     rows = [json.loads(line)["values"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     assert len(losses) == 2

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness import engine as engines
 from harness.config.schema import Train
-from harness.engine import Engine
 from harness.errors import ConfigError
-from harness.schedule import learning_rate
+from harness.train import engine as engines
+from harness.train.engine import Engine
+from harness.train.schedule import learning_rate
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "loss scaler"])

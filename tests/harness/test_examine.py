@@ -234,7 +234,9 @@ def test_image_tokens_outside_the_scale_of_the_embeddings_are_warned_of(base, mo
     tokens, disk = examine.model(base, "cpu")
     assert (tokens.name, tokens.state) == ("image tokens", "OK")
     assert disk.state == "OK"
-    monkeypatch.setattr("harness.train.calibrate", lambda model, config: model.bridge.projection.gain_D.data.mul_(1e4))
+    monkeypatch.setattr(
+        "harness.train.prepare.calibrate", lambda model, config: model.bridge.projection.gain_D.data.mul_(1e4)
+    )
     tokens, _ = examine.model(base, "cpu")
     assert (tokens.state, "reads noise" in tokens.found) == ("warning", True)
 

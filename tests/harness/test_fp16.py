@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import checkpoint as checkpoints
-from harness import engine as engines
-from harness import train
 from harness.data.collate import Collator
-from harness.engine import Engine
 from harness.errors import GuardError
-from harness.guards import first_nonfinite
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
+from harness.train import engine as engines
+from harness.train import prepare
+from harness.train import run as train
+from harness.train.engine import Engine
+from harness.train.guards import first_nonfinite
 from toy_runs import losses, make_config
 
 T4 = replace(choose("auto", torch.device("cuda"), (7, 5)), device_type="cpu")
@@ -188,7 +189,7 @@ def test_the_engine_leaves_wo_norms_and_embeddings_in_fp32(config_of):
 
 
 def first_batch(config, model):
-    loader = train.make_loader(config, None)
+    loader = prepare.make_loader(config, None)
     return Collator(model.tokenizer, config.data, config.prompts, config.seed)(next(loader.iterate())[1])
 
 

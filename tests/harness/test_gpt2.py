@@ -12,7 +12,6 @@ import toy_batch
 from harness.config.schema import Config, Decoding, LanguageModel, Prompts
 from harness.data import collate as batches
 from harness.errors import ConfigError
-from harness.guards import GradientGuard, frozen_hash
 from harness.machine.precision import choose
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
@@ -21,6 +20,7 @@ from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
+from harness.train.guards import GradientGuard, frozen_hash
 from plan_cases import measured_saved
 
 TUNINGS = ("qlora", "lora", "frozen", "full")

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from harness import checkpoint as checkpoints
-from harness import train
 from harness.errors import GuardError
-from harness.guards import GradientGuard, check_frozen, frozen_hash
 from harness.model.bridge import Bridge
 from harness.model.vision import VisionTower
+from harness.train import run as train
+from harness.train.guards import GradientGuard, check_frozen, frozen_hash
 from toy_runs import make_config
 
 

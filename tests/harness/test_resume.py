@@ -11,12 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from harness import checkpoint as checkpoints
-from harness import train
 from harness.config import schema as configs
 from harness.errors import ConfigError
 from harness.machine.launcher import launch
 from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
+from harness.train import run as train
 from rank_program import at_step, not_finite_in, watch, with_scaler
 from toy_runs import losses, make_config
 

@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from harness import checkpoint as checkpoints
-from harness import engine as engines
-from harness import train
 from harness.config.load import dump
 from harness.data.collate import Collator
 from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.report import terminal as terminals
-from harness.report.terminal import Clock, Terminal
+from harness.report.terminal import Terminal
+from harness.train import between_steps, prepare
+from harness.train import engine as engines
+from harness.train import run as train
+from harness.train.__main__ import main
+from harness.train.clock import Clock
 from rank_program import not_finite_in
 from shards.record import Record
 from shards.write import write_shards
@@ -50,10 +53,10 @@ def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_howev
     assert runs[3] == pytest.approx(runs[4], rel=1e-5)
 
     engine = engines.Engine(config.train)
-    loader = train.make_loader(config, engine)
+    loader = prepare.make_loader(config, engine)
     _, samples = next(loader.iterate(epochs=1))
     model = VisionLanguageModel.build(config).train()
-    train.calibrate(model, config)
+    prepare.calibrate(model, config)
     collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
     parts = [model.loss(collate([sample])) for sample in samples]
     weights = [part.weight.item() for part in parts]
@@ -136,7 +139,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
 
 
 def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_of, monkeypatch):
-    evaluate_model = train.evaluate_model
+    evaluate_model = between_steps.evaluate_model
 
     def ignored(*given, **named):
         result = evaluate_model(*given, **named)
@@ -144,7 +147,7 @@ def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_
             task.image_use = replace(task.image_use, verdict="image ignored", reason="no gap")
         return result
 
-    monkeypatch.setattr(train, "evaluate_model", ignored)
+    monkeypatch.setattr(between_steps, "evaluate_model", ignored)
     config = config_of(dev=True, stop_if_image_ignored=True)
     with pytest.raises(GuardError, match=r"after step 4 the images are ignored \(.*: no gap\)"):
         train.run(config)  # evaluated after step 3 too, within the first epoch: too early to tell
@@ -174,9 +177,9 @@ def test_a_second_run_into_the_same_folder_is_refused(config_of):
 def test_the_module_takes_a_config_and_overrides_and_answers_bad_input_with_a_sentence(config_of, tmp_path, capfd):
     file = tmp_path / "run.yaml"
     file.write_text(dump(config_of()))
-    assert train.main([str(file), "train.max_steps=1"]) == 0
+    assert main([str(file), "train.max_steps=1"]) == 0
     assert capfd.readouterr().out == f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-000001'}\n"
-    assert train.main([str(file), "train.max_step=1"]) == 2
+    assert main([str(file), "train.max_step=1"]) == 2
     said = capfd.readouterr().err
     assert said.startswith("harness: ")
     assert "did you mean train.max_steps?" in said
@@ -186,7 +189,7 @@ def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(confi
     slept = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", slept.append)
-    assert train.main([str(tmp_path / "nope.yaml")]) == 2
+    assert main([str(tmp_path / "nope.yaml")]) == 2
     assert slept == [3]
     assert capfd.readouterr().err.startswith("harness, rank 1: ")
 

@@ -14,8 +14,8 @@ import toy_batch
 from harness import checkpoint
 from harness.config.schema import Config, Decoding
 from harness.errors import ConfigError
-from harness.guards import GradientGuard, frozen_hash
 from harness.model.vlm import VisionLanguageModel, VLMConfig
+from harness.train.guards import GradientGuard, frozen_hash
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 

@@ -18,11 +18,12 @@ from zero_rank_program import tuned
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 from harness import checkpoint as checkpoints
-from harness import train, zero
 from harness.config import schema
 from harness.config.load import dump
 from harness.errors import ConfigError
 from harness.machine.launcher import launch, read_launch
+from harness.train import run as train
+from harness.train import zero
 
 CPU = {"device": "cpu", "pin_memory": True}
 SPLIT = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # else nothing so small is split

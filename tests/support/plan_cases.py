@@ -11,7 +11,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from harness.config.schema import Config
 from harness.data.collate import Collator
-from harness.engine import parameter_groups
 from harness.machine import devices
 from harness.machine.launcher import Launch
 from harness.machine.precision import choose
@@ -19,6 +18,7 @@ from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.planner import CUDA_CONTEXT, Planner
 from harness.plan.workload import Sizes, Workload
+from harness.train.engine import parameter_groups
 from shards.read import Sample
 from shards.record import Record
 from tiny_models import tiny_t5

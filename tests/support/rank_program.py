@@ -15,9 +15,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from harness import engine, train
-from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
+from harness.train import engine, loop
+from harness.train import run as train
+from harness.train.engine import Engine
 from toy_runs import make_config
 
 
@@ -37,7 +38,7 @@ def at_step(number: int, act, monkeypatch=None) -> None:
 
 def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
     """Makes the loss NaN in these steps (0, 1, ... of the run) on one rank; in odd ones its gradient stays finite."""
-    original, drawn = VisionLanguageModel.forward, train.drawn
+    original, drawn = VisionLanguageModel.forward, loop.drawn
     at = []
 
     def forward(self, batch):
@@ -52,19 +53,19 @@ def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
         at[:] = [step]
         return drawn(seed, step, name)
 
-    for owner, name, value in ((VisionLanguageModel, "forward", forward), (train, "drawn", watched)):
+    for owner, name, value in ((VisionLanguageModel, "forward", forward), (loop, "drawn", watched)):
         monkeypatch.setattr(owner, name, value) if monkeypatch else setattr(owner, name, value)
 
 
 def watch(seen: list, patch=setattr) -> None:
     """Writes down which samples each step of this process reads."""
-    micro_batches = train.micro_batches
+    micro_batches = loop.micro_batches
 
     def watched(samples, *rest):
         seen.append([s.record.key for s in samples])
         return micro_batches(samples, *rest)
 
-    patch(train, "micro_batches", watched)
+    patch(loop, "micro_batches", watched)
 
 
 def with_scaler(patch=setattr) -> None:
@@ -75,11 +76,11 @@ def with_scaler(patch=setattr) -> None:
 
 def restored(function, *arguments) -> None:
     """Calls a function and takes back what it has patched."""
-    before = Engine.step, VisionLanguageModel.forward, train.drawn, engine.choose
+    before = Engine.step, VisionLanguageModel.forward, loop.drawn, engine.choose
     try:
         function(*arguments)
     finally:
-        Engine.step, VisionLanguageModel.forward, train.drawn, engine.choose = before
+        Engine.step, VisionLanguageModel.forward, loop.drawn, engine.choose = before
 
 
 def main(root: Path, stage: str) -> None:

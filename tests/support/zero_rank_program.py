@@ -13,12 +13,13 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from harness import train
 from harness.config.schema import Config
 from harness.data import collate as batch
-from harness.engine import Engine
 from harness.model.vlm import VisionLanguageModel
-from harness.zero import ZeroEngine
+from harness.train import loop
+from harness.train import run as train
+from harness.train.engine import Engine
+from harness.train.zero import ZeroEngine
 from rank_program import not_finite_in, watch
 from toy_runs import make_config
 
@@ -33,14 +34,14 @@ def main(root: Path) -> None:
     rank, told = os.environ["RANK"], {}
     batch._WORTH_A_CUT = 4  # the ranks' decoders run unequally often, but for a partitioned model's
     Engine.close = Engine.wait  # the group serves all runs of this process
-    prepare, micro_batches = ZeroEngine.prepare, train.micro_batches
-    forward, drawn = VisionLanguageModel.forward, train.drawn
+    prepare, micro_batches = ZeroEngine.prepare, loop.micro_batches
+    forward, drawn = VisionLanguageModel.forward, loop.drawn
     for run in json.loads((root / "plan.json").read_text()):
         settings = root / f"{run['name']}-{rank}-deepspeed.json"
         settings.write_text(json.dumps({"zero_optimization": run["zero"]}))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
         AcceleratorState._reset_state()
-        VisionLanguageModel.forward, train.drawn, train.micro_batches = forward, drawn, micro_batches
+        VisionLanguageModel.forward, loop.drawn, loop.micro_batches = forward, drawn, micro_batches
         told[run["name"]] = mine = {"samples": []}
         watch(mine["samples"])
 

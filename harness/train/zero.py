@@ -24,9 +24,9 @@ from packaging.version import Version
 from torch import nn
 
 from harness.config.schema import Train
-from harness.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
 from harness.errors import ConfigError
 from harness.machine.launcher import deepspeed_file
+from harness.train.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
 
 # DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on each rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

@@ -1,0 +1,1 @@
+"""Training: `python -m harness.train CONFIG` under any launcher."""

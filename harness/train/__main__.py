@@ -1,0 +1,48 @@
+"""What `accelerate launch -m harness.train CONFIG` runs on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from harness.checks import check_before_launch
+from harness.config.load import load
+from harness.errors import explain
+from harness.train.run import run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What `accelerate launch -m harness.train` runs. Bad input: one sentence, of one rank, and exit code 2."""
+    parser = argparse.ArgumentParser(prog="harness.train", description="Train a vision-language model.")
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--resume", help="auto, or a checkpoint's folder")
+    given = parser.parse_args(arguments)
+    rank = os.environ.get("RANK", "0")
+    try:
+        config = load(given.config, given.overrides)
+        check_before_launch(config)
+        last = run(config, given.resume)
+    except Exception as error:
+        if (sentence := explain(error)) is None:
+            raise
+        if rank != "0":
+            time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
+        print(f"harness: {sentence}" if rank == "0" else f"harness, rank {rank}: {sentence}", file=sys.stderr)
+        return 2
+    if rank == "0":
+        print(f"checkpoint: {last}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except SystemExit as left:
+        code = left.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own way out meets gloo's threads: 1 launch in 100 aborted there, its work done

@@ -1,0 +1,59 @@
+"""What a run needs before its first step: the loader, the micro-batches, the bridge's start values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import torch
+
+from harness.config.schema import Config
+from harness.data.collate import Collator
+from harness.data.features import check_encoder
+from harness.data.images import reading
+from harness.model.batch import Batch
+from harness.model.vlm import VisionLanguageModel
+from harness.train.engine import Engine
+from shards.loader import Loader
+from shards.read import Sample
+
+
+def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
+    """This rank's share of a global batch, `size` images at a time; [] where there is nothing to learn from."""
+    parts = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return [part for part in parts if part is not None]
+
+
+def make_loader(config: Config, engine: Engine | None) -> Loader:
+    """Of this rank's samples; without an engine of all samples, in this process."""
+    sets = config.data.train
+    return Loader(
+        [s.path for s in sets],
+        [s.weight for s in sets] if any(s.weight for s in sets) else None,
+        global_batch=config.train.global_batch,
+        seed=config.seed,
+        rank=engine.rank if engine else 0,
+        world_size=engine.world_size if engine else 1,
+        images=config.data.train_images,
+        last_batch=config.data.last_batch,
+        quarantine=config.out_dir / "quarantine.jsonl" if engine else None,
+        **reading(config) | ({} if engine else {"workers": 0}),
+    )
+
+
+def calibrate(model: VisionLanguageModel, config: Config) -> None:
+    """The bridge's start values, from the first global batch: every rank reads all of it, so that all start alike."""
+    collate, size = Collator(model.tokenizer, config.data, config.prompts, config.seed), config.train.micro_batch
+    with closing(make_loader(config, None).iterate()) as steps:
+        samples = next(steps)[1]
+    if batches := micro_batches(samples, collate, size):
+        patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
+        model.bridge.calibrate(*model.bridge_inputs(collate(samples).to(model.device), patches_IPD))
+
+
+def encoder_of(loader: Loader, config: Config) -> dict | None:
+    """The encoder that made the features of these sets, None for sets of images. Raises ConfigError for another's."""
+    features = [manifest for manifest in loader.manifests if manifest.kind == "features"]
+    for manifest in features:
+        check_encoder(manifest, config.model.vision)
+    return features[0].encoder if features else None
