@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import ConfigError
-from shards.files import sync
 
 FOLDER = "checkpoints"
 OPTIMIZER, STATE, FILES, MODEL = "optimizer.safetensors", "state.json", "files.json", "model"
@@ -74,7 +73,7 @@ def write(
         files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
         (beside / FILES).write_text(json.dumps(files, indent=1))
         for path in (*beside.rglob("*"), beside):
-            sync(path)
+            _sync(path)
         if problem := problems(beside):
             raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
         if final.exists():  # of a step that is run again, since it was damaged or an older one was gone on from
@@ -83,7 +82,7 @@ def write(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    sync(final.parent)
+    _sync(final.parent)
     return Checkpoint(final, dict(state))
 
 
@@ -133,6 +132,11 @@ def at(folder: Path) -> Checkpoint:
     raise ConfigError(f"{folder} holds no whole checkpoint in {FOLDER}/; train the run first")
 
 
+def model_folder(folder: Path) -> Path:
+    """Returns the saved model that a run's folder, a checkpoint or the model itself stands for. Raises ConfigError."""
+    return folder if (folder / "model.safetensors").is_file() else at(folder).model
+
+
 def find(out: Path, resume: str | None, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
     """What `--resume auto|PATH` means: the newest of this run or None; the named checkpoint, or the newest of a run."""
     if resume is None:
@@ -170,3 +174,12 @@ def _by_step(out: Path) -> list[Path]:
 def _fact(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's bytes, or what was renamed into a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,12 +13,10 @@ class GuardError(RuntimeError):
 
 def explain(error: BaseException) -> str | None:
     """The one sentence for a user's error, or None for a bug, which deserves its traceback."""
-    from shards.files import ShardError
-    from shards.record import RecordError
-
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
-    if isinstance(error, (ConfigError, ShardError, RecordError, OSError, GuardError)):
+    # The marker, in place of the classes: errors of shards are told too, and nothing of shards is imported here.
+    if isinstance(error, ConfigError | GuardError | OSError) or getattr(error, "is_for_user", False):
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRA_OF.get((error.name or "").partition(".")[0])):
         return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"

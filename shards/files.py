@@ -11,6 +11,8 @@ from pathlib import Path
 class ShardError(ValueError):
     """A set of shards that is missing, damaged or does not match its index; the message names the place."""
 
+    is_for_user = True  # harness.errors tells its message in place of a traceback
+
 
 def is_remote(location: str) -> bool:
     return "://" in location and not location.startswith("file://")

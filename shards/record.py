@@ -20,6 +20,8 @@ _KEY = re.compile(r"[A-Za-z0-9_\-]+")
 class RecordError(ValueError):
     """A record that breaks the format; the message names the key and the field."""
 
+    is_for_user = True  # as ShardError
+
 
 @dataclass(frozen=True, slots=True)
 class Text:

@@ -226,12 +226,11 @@ def _state(share: float, any_at_all: int) -> str:
 def model(config: Config, device: str) -> Iterator[Finding]:
     """Builds the run's model: the scale of its image tokens on the first batch, and the bytes of its checkpoints."""
     from harness.data.collate import Collator
-    from harness.model.vlm import VisionLanguageModel
     from harness.plan.planner import checkpoint_bytes
-    from harness.train.prepare import calibrate, encoder_of, make_loader, micro_batches
+    from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
 
     loader = make_loader(config, None)
-    built = VisionLanguageModel.build(config, encoder_of(loader, config), device=device)
+    built = build_model(config, encoder_of(loader, config), device=device)
     if not config.model.init_from:
         calibrate(built, config)
     collate = Collator(built.tokenizer, config.data, config.prompts, config.seed)

@@ -23,7 +23,7 @@ from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.train.engine import Engine
-from harness.train.prepare import calibrate, encoder_of, make_loader, micro_batches
+from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
 from shards.read import Sample
 
 STEPS, SECONDS = 600, 60.0  # whichever comes first
@@ -72,9 +72,8 @@ def overfit(
     """Trains on the first `images` of data.train until they are known by heart, at most so long."""
     config = _without_chance(config, images)
     engine, loader = Engine(config.train), make_loader(config, None)
-    model = VisionLanguageModel.build(
-        config, encoder_of(loader, config), precision=engine.precision, device=engine.device
-    )
+    encoder = encoder_of(loader, config)
+    model = build_model(config, encoder, precision=engine.precision, device=engine.device)
     if not config.model.init_from:
         calibrate(model, config)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shards.record import Record, Text
-
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
 class Context:
-    """Where a row of the context level comes from."""
+    """Where a row of the context level comes from. The model only passes it on, and knows nothing of shards."""
 
-    record: Record
-    text: Text
+    record: Any  # shards.record.Record
+    text: Any  # shards.record.Text
     prompt: str  # after the template
 
 

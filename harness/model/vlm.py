@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from harness import checkpoint
 from harness.config import schema as settings
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
@@ -104,9 +103,6 @@ class VisionLanguageModel(PreTrainedModel):
             model.checkpoint_activations()
         if config.model.bridge.init_from and not without_weights():
             logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
-        if config.model.init_from and not without_weights():
-            folder = Path(config.model.init_from).expanduser()  # as the check before the launch reads it
-            model.load_trained(folder if (folder / WEIGHTS).is_file() else checkpoint.at(folder).model)
         return model
 
     @classmethod

@@ -9,6 +9,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine import devices
 from harness.machine.launcher import Launch, gpus
+from harness.plan.advice import advice
 from harness.plan.planner import Planner
 from harness.plan.report import Plan, gb
 
@@ -30,10 +31,18 @@ def plan(
     many = gpus() if device == "here" and found.is_gpu else 1  # without a number the launcher takes all GPUs
     work = workload(config)
     planner = Planner(config, found, launch, processes or launch.processes or many, work, work.encoder)
-    made = planner.plan(brief)
+    made = advised(planner, brief)
     if device == "here" or processes or launch.processes or launch.single or not launch.name:
         return made
     return replace(made, warnings=[*made.warnings, f"1 process: give --processes N for {launch.name} on N devices"])
+
+
+def advised(planner: Planner, brief: bool) -> Plan:
+    """Returns the planner's plan with what would make the run fit, where that could help."""
+    made = planner.plan(brief)
+    if made.refused:
+        return made
+    return replace(made, advice=advice(planner, made.fits, made.largest_micro_batch))
 
 
 def check(

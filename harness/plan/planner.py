@@ -17,7 +17,6 @@ import yaml
 from harness.config.schema import Config
 from harness.machine.devices import FREE_SHARE, GIB, Device
 from harness.machine.launcher import Launch, deepspeed_file
-from harness.plan.advice import advice
 from harness.plan.report import Plan, gb, tightest
 
 if TYPE_CHECKING:
@@ -273,7 +272,6 @@ class Planner:
             seconds_per_epoch=epoch_seconds,
             hours=all_hours,
             disk_bytes=checkpoint_bytes(self.config, skeleton.trained_bytes),
-            advice=[] if refused else advice(self, fits, largest),
             notes=self.notes(passed),
         )
 

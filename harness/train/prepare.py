@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from harness import checkpoint as checkpoints
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import check_encoder
 from harness.data.images import reading
+from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.train.engine import Engine
@@ -39,6 +43,23 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         quarantine=config.out_dir / "quarantine.jsonl" if engine else None,
         **reading(config) | ({} if engine else {"workers": 0}),
     )
+
+
+def build_model(
+    config: Config,
+    encoder: dict[str, Any] | None = None,
+    *,
+    precision: Precision | None = None,
+    device: torch.device | str = "cpu",
+) -> VisionLanguageModel:
+    """Returns the model to train, with the weights that `model.init_from` names. Raises ConfigError.
+
+    `encoder`: as `encoder_of` gives it. The model itself knows nothing of runs and checkpoints.
+    """
+    model = VisionLanguageModel.build(config, encoder, precision=precision, device=device)
+    if config.model.init_from:
+        model.load_trained(checkpoints.model_folder(Path(config.model.init_from).expanduser()))
+    return model
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:

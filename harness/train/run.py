@@ -9,12 +9,11 @@ from harness import checkpoint as checkpoints
 from harness.checks import changes, check_resume
 from harness.config.schema import Config
 from harness.machine.signals import stop_requests
-from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal, part_rows
 from harness.tracking.tracker import NoTracker, Tracker, open_tracker, recorded_run_id
 from harness.train.engines import make_engine
 from harness.train.loop import loop
-from harness.train.prepare import calibrate, encoder_of, make_loader
+from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
 from harness.train.state import Run, TrainState
 from shards.manifest import Manifest
 from shards.stream import StreamState
@@ -33,9 +32,8 @@ def run(config: Config, resume: str | None = None) -> Path:
         terminal.say(sentence)
     loader = make_loader(config, engine)
     terminal.say(f"precision: {engine.precision.reason}")
-    model = VisionLanguageModel.build(
-        config, encoder_of(loader, config), precision=engine.precision, device=engine.device
-    )
+    encoder = encoder_of(loader, config)
+    model = build_model(config, encoder, precision=engine.precision, device=engine.device)
     state = TrainState(StreamState(0, 0, loader.digest))
     if found:  # before prepare: an engine may keep copies of the weights of its own
         model.load_trained(found.model)

@@ -18,7 +18,7 @@ from harness.machine.devices import DEVICES
 from harness.machine.launcher import read_launch
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
-from harness.plan.plan import check, plan
+from harness.plan.plan import advised, check, plan
 from harness.plan.planner import Planner
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes, workload
@@ -143,7 +143,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(config):
 def test_a_smaller_micro_batch_is_advised_first(config):
     config = changed(config, train={"global_batch": 64, "micro_batch": 64})
     small = replace(DEVICES["a10"], name="small", memory=room(planner(config, DEVICES["a10"]).bytes(20)))
-    made = planner(config, small).plan(brief=False)
+    made = advised(planner(config, small), brief=False)
     assert not made.fits
     assert made.largest_micro_batch == 20
     (advice,) = made.advice
@@ -161,11 +161,11 @@ def test_where_no_micro_batch_fits_the_next_cheapest_change_is_found(config):
         needed = planner(change, DEVICES["a10"]).bytes(1)
         assert needed < whole.bytes(1)
         small = replace(DEVICES["a10"], memory=room(needed))
-        (advice,) = planner(config, small).plan(brief=False).advice
+        (advice,) = advised(planner(config, small), brief=False).advice
         assert name in advice
         assert "fits" in advice
     tiny = replace(DEVICES["a10"], name="tiny", memory=1000)
-    (advice,) = planner(config, tiny).plan(brief=False).advice
+    (advice,) = advised(planner(config, tiny), brief=False).advice
     assert "zero3_offload does not fit tiny; t4 does" in advice
 
 
@@ -189,7 +189,7 @@ def test_zero_divides_by_processes_and_offload_moves_to_main_memory(config):
 @pytest.mark.parametrize("processes", [1, 8])
 def test_epochs_add_up_to_the_hours_evaluations_included(config, processes):
     config = changed(config, train={"evaluate_every": 1, "epochs": 3}, evaluation={"dev_images": 5000})
-    made = planner(config, DEVICES["a100-40"], n=processes).plan(brief=True)
+    made = advised(planner(config, DEVICES["a100-40"], n=processes), brief=True)
     assert made.steps == 3 * 4
     assert made.evaluations == 3 + made.steps
     assert made.seconds_per_epoch * 3 == pytest.approx(made.hours * 3600)
@@ -200,7 +200,7 @@ def test_main_memory_decides_on_a_cpu_and_fewer_processes_are_advised_first(conf
     config = changed(config, data={"workers": 0})
     two = planner(config, n=2)
     short = planner(config, replace(devices.cpu(), memory=room(two.host(two.images, two.bytes(two.images)))), n=4)
-    made = short.plan(brief=False)
+    made = advised(short, brief=False)
     assert not made.fits
     assert made.peak_bytes < made.usable_bytes < made.host_bytes
     assert made.tightest == ("main memory", made.host_bytes, made.usable_bytes)
@@ -213,32 +213,32 @@ def test_main_memory_of_the_machine_counts_for_the_gpu_that_is_here(config):
     by_name = planner(config, DEVICES["a10"], n=2)
     images = by_name.images
     needed = by_name.host(images, by_name.bytes(images))
-    assert by_name.plan(brief=True).fits
+    assert advised(by_name, brief=True).fits
     here = replace(DEVICES["a10"], main_memory=room(needed))
     assert planner(config, here, n=2).fits(images)
     made = planner(config, replace(here, main_memory=room(needed // 2)), n=2).plan(brief=True)
     assert not made.fits
     assert made.tightest[0] == "main memory"
     assert any("main memory" in line and "does not fit" in line for line in made.summary())
-    tiny = planner(config, replace(here, main_memory=1000)).plan(brief=True)
+    tiny = advised(planner(config, replace(here, main_memory=1000)), brief=True)
     assert "a larger machine" in tiny.advice[0]
 
 
 def test_offload_says_what_main_memory_it_takes(config):
-    said = "\n".join(planner(config, DEVICES["a10"], name="zero2_offload", n=2).plan(brief=True).summary())
+    said = "\n".join(advised(planner(config, DEVICES["a10"], name="zero2_offload", n=2), brief=True).summary())
     assert re.search(r"needs \d+\.\d\d GB of main memory", said)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 def test_deepspeed_and_fp16_are_refused_in_the_plan(config, monkeypatch, precision):
-    made = planner(changed(config, train={"precision": precision}), DEVICES["t4"], name="zero2").plan(brief=True)
+    made = advised(planner(changed(config, train={"precision": precision}), DEVICES["t4"], name="zero2"), brief=True)
     assert not made.fits
     assert "refused: DeepSpeed and fp16" in made.summary()[0]
     assert "refused: DeepSpeed and fp16" in made.table()
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", lambda *_, **__: _Done(made))
     with pytest.raises(ConfigError, match="refused: DeepSpeed and fp16"):
         check(config, None, 1, [].append, force=True)
-    assert planner(config, DEVICES["t4"], name="multi_gpu").plan(brief=True).fits
+    assert advised(planner(config, DEVICES["t4"], name="multi_gpu"), brief=True).fits
 
 
 def test_the_number_of_processes_is_the_launchers_and_said_where_it_is_not_known(config, nvidia_smi):

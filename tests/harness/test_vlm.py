@@ -16,6 +16,7 @@ from harness.config.schema import Config, Decoding
 from harness.errors import ConfigError
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 from harness.train.guards import GradientGuard, frozen_hash
+from harness.train.prepare import build_model
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 
@@ -315,7 +316,7 @@ def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_s
     config = toy_batch.config(tiny_t5_folder, train={"learning_rate": 1e-3})
     start = {"init_from": str(tmp_path / place)}
     config = config.model_copy(update={"seed": 7, "model": config.model.model_copy(update=start)})
-    model = VisionLanguageModel.build(config, toy_batch.ENCODER)
+    model = build_model(config, toy_batch.ENCODER)
     assert all(torch.equal(w, earlier.trained_state()[name]) for name, w in model.trained_state().items())
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("bridge."))
 
@@ -326,7 +327,7 @@ def test_weights_trained_on_another_base_or_for_other_parts_are_no_start(tiny_t5
 
     def build(t5: Path, **settings):
         config = toy_batch.config(t5, **settings)
-        return VisionLanguageModel.build(
+        return build_model(
             config.model_copy(update={"model": config.model.model_copy(update=start)}), toy_batch.ENCODER
         )
 
