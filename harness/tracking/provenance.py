@@ -58,7 +58,7 @@ def version_tags() -> dict[str, str]:
 
 def git_tags() -> dict[str, str]:
     """The revision of this code, where it runs from its own repository (an installed one has only its version)."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         result = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)

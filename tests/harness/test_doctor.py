@@ -128,8 +128,8 @@ def test_errors_of_the_user_are_sentences_and_bugs_are_not():
 @pytest.fixture
 def quick(monkeypatch):
     """Without the seconds of two real processes and a 4-bit layer: test_machine.py has them."""
-    monkeypatch.setattr("harness.doctor.diagnose.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", ""))
-    monkeypatch.setattr("harness.doctor.diagnose.machine.four_bit", lambda: Finding("bitsandbytes", "OK", ""))
+    monkeypatch.setattr("harness.doctor.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", ""))
+    monkeypatch.setattr("harness.doctor.machine.four_bit", lambda: Finding("bitsandbytes", "OK", ""))
 
 
 def test_the_machine_alone_is_examined_without_a_config(quick):
@@ -142,8 +142,8 @@ def test_a_check_of_the_machine_that_breaks_is_a_line_and_the_others_go_on(quick
     def broken(*_):
         raise OSError("libcudart.so is missing")
 
-    monkeypatch.setattr("harness.doctor.diagnose.machine.all_reduce", broken)
-    monkeypatch.setattr("harness.doctor.diagnose.machine.four_bit", broken)
+    monkeypatch.setattr("harness.doctor.machine.all_reduce", broken)
+    monkeypatch.setattr("harness.doctor.machine.four_bit", broken)
     found = {finding.name: finding for finding in diagnose()}
     assert found["bitsandbytes"] == Finding("bitsandbytes", "error", "libcudart.so is missing")
     assert found["all-reduce"].state == "error"
@@ -174,7 +174,7 @@ def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
 
     monkeypatch.setattr("harness.plan.plan.check", lambda *_, **__: None)
     monkeypatch.setattr(
-        "harness.doctor.diagnose.overfit.overfit",
+        "harness.doctor.overfit.overfit",
         lambda config, images, progress: Result(images, 5, 4.0, 0.1, 1.0, images, ()),
     )
     found = diagnose(make_config(tmp_path, tiny_clip_folder, tiny_t5_folder), overfit=3)

@@ -99,7 +99,7 @@ def test_lora_has_a_signal_although_half_of_it_starts_at_zero(base):
 
 def test_nothing_keeps_a_text_from_being_learnt(base, monkeypatch):
     seen = []
-    monkeypatch.setattr("harness.doctor.diagnose.overfit.calibrate", lambda model, config: seen.append(config))
+    monkeypatch.setattr("harness.doctor.overfit.calibrate", lambda model, config: seen.append(config))
     random = {"model__bridge__dropout": 0.5, "model__lm__lora__dropout": 0.5, "data__last_batch": "drop"}
     regular = {"train__label_smoothing": 0.5, "train__weight_decay": 0.5, "data__texts_per_image": 1}
     overfit(changed(base, **random, **regular), 20, steps=0)

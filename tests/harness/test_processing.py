@@ -131,5 +131,5 @@ def test_the_decoder_reads_images_and_features_and_can_be_sent_to_a_process():
 
 
 def test_reading_processes_do_not_import_torch():
-    program = "import sys, harness.model.processing, harness.features; sys.exit('torch' in sys.modules)"
+    program = "import sys, harness.data.images, harness.data.features; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

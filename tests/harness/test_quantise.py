@@ -189,7 +189,7 @@ def test_a_folder_without_weights_is_named(tiny_t5_folder, tmp_path):
 def test_loading_in_4_bits_writes_nothing_to_the_terminal(tiny_t5_folder):
     """In a process of its own: these lines are written at the first import, and once alone."""
     code = (
-        "from harness.config import LanguageModel\n"
+        "from harness.config.schema import LanguageModel\n"
         "from harness.model.language.t5 import T5Language\n"
         f"T5Language(LanguageModel(id={json.dumps(str(tiny_t5_folder))}))\n"
     )

@@ -240,8 +240,8 @@ class NotThere:
 sys.meta_path.insert(0, NotThere())
 from pathlib import Path
 from harness.config import Config
-from harness.report import Shown
-from harness.tracking import open_tracker
+from harness.report.pictures import Shown
+from harness.tracking.tracker import open_tracker
 config = Config(name="tiny", out={str(tmp_path)!r}, tracking={{"kind": "none"}})
 tracker = open_tracker(config, facts={{"dtype": "fp32"}})
 tracker.metrics({{"loss": 1.5}}, 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import harness
 from harness import checkpoint as checkpoints
 from harness.config.load import dump
 from harness.data.collate import Collator
@@ -117,7 +118,7 @@ def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config
 def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
     config = config_of(epochs=40, global_batch=14, micro_batch=14, save_every=1000, log_every=5)
     config = config.model_copy(update={"data": config.data.model_copy(update={"dev": ()})})  # evaluated every epoch
-    package = str(Path(train.__file__).parent)
+    package = str(Path(harness.__file__).parent)
     ours = [tracemalloc.Filter(True, f"{folder}/*") for folder in (package, package.replace("harness", "shards"))]
     held, original = [], Clock.restart
 

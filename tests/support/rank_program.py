@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.model.vlm import VisionLanguageModel
-from harness.train import engine, loop
+from harness.train import engine, loop, prepare
 from harness.train import run as train
 from harness.train.engine import Engine
 from toy_runs import make_config
@@ -65,7 +65,8 @@ def watch(seen: list, patch=setattr) -> None:
         seen.append([s.record.key for s in samples])
         return micro_batches(samples, *rest)
 
-    patch(loop, "micro_batches", watched)
+    for module in (loop, prepare):  # the steps, and before them the batch that calibrates the bridge
+        patch(module, "micro_batches", watched)
 
 
 def with_scaler(patch=setattr) -> None:

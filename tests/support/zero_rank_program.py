@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from harness.config.schema import Config
 from harness.data import collate as batch
 from harness.model.vlm import VisionLanguageModel
-from harness.train import loop
+from harness.train import loop, prepare
 from harness.train import run as train
 from harness.train.engine import Engine
 from harness.train.zero import ZeroEngine
@@ -34,19 +34,22 @@ def main(root: Path) -> None:
     rank, told = os.environ["RANK"], {}
     batch._WORTH_A_CUT = 4  # the ranks' decoders run unequally often, but for a partitioned model's
     Engine.close = Engine.wait  # the group serves all runs of this process
-    prepare, micro_batches = ZeroEngine.prepare, loop.micro_batches
+    prepare_engine = ZeroEngine.prepare
+    micro_batches = loop.micro_batches
     forward, drawn = VisionLanguageModel.forward, loop.drawn
     for run in json.loads((root / "plan.json").read_text()):
         settings = root / f"{run['name']}-{rank}-deepspeed.json"
         settings.write_text(json.dumps({"zero_optimization": run["zero"]}))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
         AcceleratorState._reset_state()
-        VisionLanguageModel.forward, loop.drawn, loop.micro_batches = forward, drawn, micro_batches
+        VisionLanguageModel.forward = forward
+        loop.drawn = drawn
+        loop.micro_batches = prepare.micro_batches = micro_batches
         told[run["name"]] = mine = {"samples": []}
         watch(mine["samples"])
 
         def told_of(self, model, mine=mine):
-            wrapped = prepare(self, model)
+            wrapped = prepare_engine(self, model)
             kept = ("wo.weight", "layer_norm.weight", "shared.weight", "lm_head.weight")
             mine["dtypes"] = sorted({str(p.dtype) for n, p in model.named_parameters() if n.endswith(kept)})
             mine["engine"] = [type(wrapped).__name__, self.facts()["engine"], self.world_size]
