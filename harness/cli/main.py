@@ -53,7 +53,10 @@ def harness(
 
 @app.command()
 def demo(out: Out = Path("runs/demo"), seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
-    """The whole path on real data, from shards to the proof that the answers come from the image."""
+    """The whole path on real data, from shards to the proof that the answers come from the image.
+
+    Run again it goes on with a demo that was broken off, and shows the results of a finished one.
+    """
     from harness import demo
 
     demo.run(out, seed)

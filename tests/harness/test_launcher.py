@@ -82,7 +82,10 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, proces
         "pathlib.Path(sys.argv[1], 'started' + rank).touch()\n"
         "time.sleep(60)\n"
     )
-    program = "import sys\nfrom harness.machine.launcher import launch\nsys.exit(launch([sys.argv[1]], COUNT, module='probe'))"
+    program = (
+        "import sys\nfrom harness.machine.launcher import launch\n"
+        "sys.exit(launch([sys.argv[1]], COUNT, module='probe'))"
+    )
     program = program.replace("COUNT", str(processes))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "CUDA_VISIBLE_DEVICES": ""}
     started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
