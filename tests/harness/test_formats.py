@@ -1,4 +1,4 @@
-"""Sets and runs of earlier versions are read, scored, asked and gone on from: tests/data/formats."""
+"""Sets and runs of earlier versions are read, scored, asked and gone on from (data/formats)."""
 
 import hashlib
 import json
