@@ -2,7 +2,7 @@
 
 OUT/checkpoints/step-000100/model/             what `VisionLanguageModel.save_pretrained` wrote
                             optimizer.safetensors  moments by parameter name: exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-                            state.json         step, stream state, scaler, config, MLflow run id
+                            state.json         format, step, stream state, scaler, config, MLflow run id
                             files.json         sha256 and size of every file above: the mark of a whole checkpoint
 """
 
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness import __version__
 from harness.errors import ConfigError
 
 FOLDER = "checkpoints"
 OPTIMIZER, STATE, FILES, MODEL = "optimizer.safetensors", "state.json", "files.json", "model"
+FORMAT = 2  # of state.json and what it stands for; 1 was written without a number
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def write(
         beside.mkdir(parents=True)
         save_model(beside / MODEL)
         save_file({k: v.cpu().contiguous() for k, v in optimizer.items()}, beside / OPTIMIZER)
-        (beside / STATE).write_text(json.dumps(dict(state), indent=1))
+        (beside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
         files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
         (beside / FILES).write_text(json.dumps(files, indent=1))
         for path in (*beside.rglob("*"), beside):
@@ -103,22 +105,37 @@ def problems(path: Path) -> str | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Raises ConfigError, naming the file, for anything but a whole checkpoint."""
+    """Raises ConfigError, naming the file, for anything but a whole checkpoint that this version reads."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; a checkpoint is a folder such as OUT/{FOLDER}/step-000100")
     if problem := problems(path):
         raise ConfigError(f"{path} is not a whole checkpoint: {problem}")
-    return Checkpoint(path, json.loads((path / STATE).read_text()))
+    return _read(path)
 
 
 def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; a damaged one is named through `note` and passed over."""
+    """The newest whole checkpoint of a run; a damaged one is named through `note` and passed over.
+
+    Raises ConfigError for one of a later version: passed over, it would be trained again and removed.
+    """
     for path in reversed(_by_step(out)):
-        try:
-            return load(path)
-        except ConfigError as error:
-            note(f"passed over: {error}")
+        problem = problems(path)
+        if problem is None:
+            return _read(path)
+        note(f"passed over: {path} is not a whole checkpoint: {problem}")
     return None
+
+
+def _read(path: Path) -> Checkpoint:
+    """Returns a whole checkpoint with its state. Raises ConfigError for a format that is not known."""
+    state = json.loads((path / STATE).read_text())
+    found = state.pop("format", 1)
+    if found not in (1, FORMAT):
+        raise ConfigError(
+            f"{path / STATE} has format {found!r}, harness {__version__} reads 1 to {FORMAT}: "
+            "go on with the version of harness that wrote it, or a later one"
+        )
+    return Checkpoint(path, state)
 
 
 def at(folder: Path) -> Checkpoint:

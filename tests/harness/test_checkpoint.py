@@ -182,3 +182,33 @@ def test_moments_and_state_come_back_as_they_were_and_the_digest_names_them(tmp_
     other = checkpoints.write(tmp_path / "other", 4, save_model, {}, {"step": 4})
     assert other.digest != written.digest
     assert other.optimizer() == {}
+
+
+def rewritten(folder: Path, **changes: object) -> None:
+    """A whole checkpoint whose state.json says otherwise; None takes a field out."""
+    state = json.loads((folder / "state.json").read_text()) | changes
+    kept = {key: value for key, value in state.items() if value is not None}
+    (folder / "state.json").write_text(json.dumps(kept))
+    files = json.loads((folder / "files.json").read_text())
+    files["state.json"] = checkpoints._fact(folder / "state.json")
+    (folder / "files.json").write_text(json.dumps(files))
+
+
+def test_a_state_says_its_format_and_one_without_a_number_is_read_as_before(tmp_path):
+    folder = write(tmp_path, 1).path
+    assert json.loads((folder / "state.json").read_text()) == {"format": 2, "step": 1}
+    rewritten(folder, format=None)
+    assert json.loads((folder / "state.json").read_text()) == {"step": 1}
+    assert checkpoints.newest(tmp_path).state == {"step": 1}
+
+
+@pytest.mark.parametrize("unknown", [3, "two"])
+def test_a_later_versions_checkpoint_is_refused_and_not_passed_over(tmp_path, unknown):
+    write(tmp_path, 1)
+    rewritten(write(tmp_path, 2).path, format=unknown)
+    said = []
+    words = rf"step-000002/state.json has format {unknown!r}, harness .* reads 1 to 2: go on with the version"
+    for resume in ("auto", str(tmp_path), str(tmp_path / "checkpoints" / "step-000002")):
+        with pytest.raises(ConfigError, match=words):
+            checkpoints.find(tmp_path, resume, said.append)
+    assert (said, names(tmp_path)) == ([], ["step-000001", "step-000002"])
