@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.config.schema import Config, Data, Prompts
+from harness.config.schema import Config, Data, Decoding, Prompts
 from harness.data.collate import Collator
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
@@ -95,3 +95,31 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     assert one.keys() == other.keys()
     size = max(g.abs().max().item() for g in one.values())
     return max((one[name] - other[name]).abs().max().item() for name in one) / size
+
+
+def pixel_batch(model):
+    rng = np.random.default_rng(0)
+    samples = samples()
+    for sample in samples:
+        sample.payload, sample.extension = rng.integers(0, 255, (32, 32, 3), np.uint8), "jpg"
+    return collator(model.tokenizer)(samples)
+
+
+def moved(model, seed: int = 0):
+    """The model after something like training: every trainable weight is another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        said = model.eval().generate(batch, Decoding(max_new_tokens=4, min_new_tokens=4))
+        return model.loss(batch).sum_T, said.p_eos_first_C, said.token_ids
+
+
+def same(one, other) -> bool:
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]

@@ -78,7 +78,7 @@ def ranks(root, alone):
     (root / "from-ddp.yaml").write_text(dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support"))
         launch([str(root / "from-ddp.yaml")], 2, launch_file=read_launch("cpu"))
         launch([str(root)], 2, launch_file=read_launch("zero2"), module="zero_rank_program")
     return [json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -253,9 +253,8 @@ def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_a
 @pytest.mark.parametrize("cross_attention", [False, True])
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cross_attention):
-    from test_vlm import moved, outputs, pixel_batch, same
-
     from tiny_models import tiny_clip
+    from toy_batch import moved, outputs, pixel_batch, same
 
     lm = {"kind": "gpt2", "id": str(tiny_gpt2_folder), "tuning": tuning, "cross_attention": cross_attention}
     bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_machine import A100, T4
+from test_doctor_machine import A100, T4
 
 from harness.config.schema import Config
 from harness.data.features import encode_set

@@ -10,7 +10,7 @@ from test_cli import imported
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import percentile, ratio, resampled_sums
 
-GOLDEN = Path(__file__).parents[1] / "data" / "ptb" / "scores.json"
+GOLDEN = Path(__file__).parents[2] / "data" / "ptb" / "scores.json"
 ASKED = '{"questions": [{"question_id": 1}, {"question_id": 2}]}'
 
 

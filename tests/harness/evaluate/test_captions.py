@@ -10,7 +10,7 @@ import pytest
 from harness.evaluate import captions
 from harness.evaluate.vqa import ScoreError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "ptb" / "scores.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "ptb" / "scores.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])

@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 from harness.train.guards import GradientGuard, frozen_hash
 from harness.train.prepare import build_model
+from toy_batch import moved, outputs, pixel_batch, same
 
 TUNINGS = ("qlora", "lora", "frozen", "full")
 
@@ -26,34 +27,6 @@ def with_pixels(t5: Path, clip: Path, tuning: str = "qlora", **model) -> Config:
     bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}
     lm = {"id": str(t5), "tuning": tuning, "lora": {"r": 4}}
     return Config(name="saved", model={"vision": vision, "bridge": bridge, "lm": lm} | model)
-
-
-def pixel_batch(model):
-    rng = np.random.default_rng(0)
-    samples = toy_batch.samples()
-    for sample in samples:
-        sample.payload, sample.extension = rng.integers(0, 255, (32, 32, 3), np.uint8), "jpg"
-    return toy_batch.collator(model.tokenizer)(samples)
-
-
-def moved(model, seed: int = 0):
-    """The model after something like training: every trainable weight is another."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        said = model.eval().generate(batch, Decoding(max_new_tokens=4, min_new_tokens=4))
-        return model.loss(batch).sum_T, said.p_eos_first_C, said.token_ids
-
-
-def same(one, other) -> bool:
-    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from harness.evaluate.ptb import tokenise
 
-GOLDEN = Path(__file__).parents[1] / "data" / "ptb" / "tokens.json"
+GOLDEN = Path(__file__).parents[2] / "data" / "ptb" / "tokens.json"
 
 
 def test_every_caption_of_the_golden_file_has_the_tokens_of_the_original():
