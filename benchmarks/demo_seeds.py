@@ -1,7 +1,7 @@
 """The demo with several seeds: `python benchmarks/demo_seeds.py --out runs/seeds --seeds 0 1 2`.
 
-Prints one table: accuracy on the test set, its floors, times and memory of each seed, and their mean and worst. A seed
-whose report is there already is not run again.
+Prints one table: accuracy on the test set, its floors, times and memory of each seed, and their
+mean and worst. A seed whose report is there already is not run again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def main() -> None:
             subprocess.run(line, check=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
         reports[seed] = json.loads((out / "report.json").read_text())
     rows = [
-        [seed, *(report[key] for key in COLUMNS), f"{report['seconds']['all']:.0f}"] for seed, report in reports.items()
+        [seed, *(report[key] for key in COLUMNS), f"{report['seconds']['all']:.0f}"]
+        for seed, report in reports.items()
     ]
     accuracies = [report["accuracy"] for report in reports.values()]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU unless said\n")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU unless said\n"
+    )
     print(markdown_table(rows, ["seed", *COLUMNS.values(), "s"]))
     print(f"\nmean accuracy {mean(accuracies):.2f}%, worst {min(accuracies):.2f}%")
 

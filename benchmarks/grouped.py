@@ -1,11 +1,12 @@
-"""What computing nothing twice is worth: one training step over the same images and captions, four ways.
+"""What computing nothing twice is worth: one training step over the same images and captions, four
+ways.
 
     python benchmarks/grouped.py [--images DIR [--captions Flickr8k.token.txt]] [--batch 16] [--steps 5]
 
-unrolled: every caption brings its own picture, as in most trainers; grouped: a picture's work is done once; of like
-length: and captions are decoded with others of their length, without most of the padding; features: and the frozen
-encoder's work was done before. Ratios of one run; the ways take turns, so that a busy machine slows all alike. Losses
-must agree, or the program stops.
+unrolled: every caption brings its own picture, as in most trainers; grouped: a picture's work is
+done once; of like length: and captions are decoded with others of their length, without most of the
+padding; features: and the frozen encoder's work was done before. Ratios of one run; the ways take
+turns, so that a busy machine slows all alike. Losses must agree, or the program stops.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
 from harness import base_lm
-from harness.config.schema import Bridge, Config, LanguageModel, Model, Vision
+from harness.config.schema import (
+    BridgeConfig,
+    Config,
+    LanguageModelConfig,
+    ModelConfig,
+    VisionConfig,
+)
 from harness.data.collate import Collator
 from harness.model.batch import Batch
 from harness.model.vision import quiet_transformers
@@ -57,8 +64,12 @@ def unrolled(batch: Batch) -> Batch:
     )
 
 
-def pictures(folder: Path | None, captions: Path | None, count: int, side: int) -> list[tuple[np.ndarray, list[str]]]:
-    """Pixels and the captions of each picture: of the file's lines `NAME.jpg#N<tab>CAPTION`, or the five above."""
+def pictures(
+    folder: Path | None, captions: Path | None, count: int, side: int
+) -> list[tuple[np.ndarray, list[str]]]:
+    """Pixels and the captions of each picture: of the file's lines `NAME.jpg#N<tab>CAPTION`, or the
+    five above.
+    """
     if folder is None:
         pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
         return [(one, list(CAPTIONS)) for one in pixels]
@@ -66,10 +77,16 @@ def pictures(folder: Path | None, captions: Path | None, count: int, side: int) 
     for line in captions.read_text().splitlines() if captions else ():
         name, _, caption = line.partition("\t")
         texts[name.partition("#")[0]].append(caption)
-    files = [file for file in sorted(folder.glob("*.jpg")) if not captions or file.name in texts][:count]
-    opened = [Image.open(io.BytesIO(file.read_bytes())).convert("RGB").resize((side, side)) for file in files]
+    files = [file for file in sorted(folder.glob("*.jpg")) if not captions or file.name in texts][
+        :count
+    ]
+    opened = [
+        Image.open(io.BytesIO(file.read_bytes())).convert("RGB").resize((side, side))
+        for file in files
+    ]
     return [
-        (np.asarray(image), texts.get(file.name) or list(CAPTIONS)) for file, image in zip(files, opened, strict=True)
+        (np.asarray(image), texts.get(file.name) or list(CAPTIONS))
+        for file, image in zip(files, opened, strict=True)
     ]
 
 
@@ -86,33 +103,51 @@ def step(model: VisionLanguageModel, batch: Batch) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="a folder of JPEGs; without it, noise")
-    parser.add_argument("--captions", type=Path, help="theirs, as Flickr8k.token.txt; without it, five of like length")
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        help="theirs, as Flickr8k.token.txt; without it, five of like length",
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()
     shown = pictures(given.images, given.captions, given.batch, 224)
     with tempfile.TemporaryDirectory() as folder:
-        base_lm.train_tokenizer([caption for _, captions in shown for caption in captions], Path(folder), 512)
+        base_lm.train_tokenizer(
+            [caption for _, captions in shown for caption in captions], Path(folder), 512
+        )
         lm = T5ForConditionalGeneration(
             T5Config(
-                vocab_size=512, d_model=256, d_kv=64, d_ff=1024, num_layers=3, num_heads=4, decoder_start_token_id=0
+                vocab_size=512,
+                d_model=256,
+                d_kv=64,
+                d_ff=1024,
+                num_layers=3,
+                num_heads=4,
+                decoder_start_token_id=0,
             )
         )
         with quiet_transformers():
             lm.save_pretrained(folder)
         config = Config(
             name="grouped",
-            model=Model(
-                vision=Vision(kind="efficientnet_lite0", image_size=224),
-                bridge=Bridge(query_tokens=32, layers=2, width=256, heads=4),
-                lm=LanguageModel(id=folder, tuning="qlora"),
+            model=ModelConfig(
+                vision=VisionConfig(kind="efficientnet_lite0", image_size=224),
+                bridge=BridgeConfig(query_tokens=32, layers=2, width=256, heads=4),
+                lm=LanguageModelConfig(id=folder, tuning="qlora"),
             ),
         )
         model = VisionLanguageModel.build(config).train()
     collate = Collator(model.tokenizer, config.data, config.prompts)
     like = collate(
         [
-            Sample(Record(f"{n}", "d", "s", "i", (Text("t", "caption", tuple(captions)),)), image, "jpg", 0, n)
+            Sample(
+                Record(f"{n}", "d", "s", "i", (Text("t", "caption", tuple(captions)),)),
+                image,
+                "jpg",
+                0,
+                n,
+            )
             for n, (image, captions) in enumerate(shown)
         ]
     )

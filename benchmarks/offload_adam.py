@@ -1,9 +1,11 @@
-"""The optimizer's step on the CPU, as ZeRO offload takes it: torch's AdamW (plain, fused) against DeepSpeedCPUAdam.
+"""The optimizer's step on the CPU, as ZeRO offload takes it: torch's AdamW (plain, fused) against
+DeepSpeedCPUAdam.
 
     python benchmarks/offload_adam.py --million 50
 
-Prints one table. DeepSpeedCPUAdam is compiled first (a minute, once, g++ and ninja needed); `harness` itself uses the
-fused AdamW of torch, which needs no compiler. The three take turns, so that a busy machine slows all of them.
+Prints one table. DeepSpeedCPUAdam is compiled first (a minute, once, g++ and ninja needed);
+`harness` itself uses the fused AdamW of torch, which needs no compiler. The three take turns, so
+that a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def main() -> None:
     kinds = {
         "torch AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
         "torch AdamW, fused (used)": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-        "DeepSpeedCPUAdam": lambda p: DeepSpeedCPUAdam(p, lr=1e-3, weight_decay=0.01, adamw_mode=True),
+        "DeepSpeedCPUAdam": lambda p: DeepSpeedCPUAdam(
+            p, lr=1e-3, weight_decay=0.01, adamw_mode=True
+        ),
     }
     torch.manual_seed(0)
     start, gradient = torch.randn(given.million * 10**6), torch.randn(given.million * 10**6)
@@ -43,7 +47,9 @@ def main() -> None:
             began = time.perf_counter()
             optimizer.step()
             seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first makes the moments
+    medians = {
+        name: statistics.median(times[1:]) for name, times in seconds.items()
+    }  # the first makes the moments
     reference = weights["torch AdamW"].detach()
     rows = [
         (
@@ -54,9 +60,16 @@ def main() -> None:
         )
         for name, median in medians.items()
     ]
-    headers = ("optimizer", f"ms a step of {given.million} M parameters", "times as fast", "largest difference")
+    headers = (
+        "optimizer",
+        f"ms a step of {given.million} M parameters",
+        "times as fast",
+        "largest difference",
+    )
     print(markdown_table(rows, headers))
-    print(f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

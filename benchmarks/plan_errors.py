@@ -2,8 +2,9 @@
 
     python benchmarks/plan_errors.py
 
-Weights part by part; tensors saved for the backward pass, over ten random tiny models; on the CPU the growth of the
-process' memory in a training step; on a GPU, where there is one, the peak that CUDA's allocator saw.
+Weights part by part; tensors saved for the backward pass, over ten random tiny models; on the CPU
+the growth of the process' memory in a training step; on a GPU, where there is one, the peak that
+CUDA's allocator saw.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes
 from harness.report.pictures import markdown_table
-from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
+from plan_cases import (
+    GPU_CASES,
+    changed,
+    collated,
+    drawn,
+    measured_peak,
+    measured_saved,
+    middle_sized,
+)
 from tiny_models import tiny_clip, tiny_t5
 from toy_runs import make_config
 
@@ -59,16 +68,22 @@ def saved_rows(config: Config, root: Path) -> list[list[str]]:
         batch = collated(one, model, images)
         kept = one.train.activation_checkpointing
         skeleton = Skeleton(one, choose("fp32", CPU))
-        planned = skeleton.run(Sizes.of(batch), images, checkpointing=kept, gradients_held=False).saved
+        planned = skeleton.run(
+            Sizes.of(batch), images, checkpointing=kept, gradients_held=False
+        ).saved
         real = measured_saved(model, batch)
         bridge = one.model.bridge
         what = f"{one.model.lm.tuning}, {bridge.kind} of {bridge.query_tokens}, {images} images"
-        rows.append([what + ", checkpointed" * kept, f"{planned:,}", f"{real:,}", off(planned, real)])
+        rows.append(
+            [what + ", checkpointed" * kept, f"{planned:,}", f"{real:,}", off(planned, real)]
+        )
     return rows
 
 
 def step_growth(config: Config, images: int) -> tuple[int, int]:
-    """(planned, measured) bytes that a micro-batch adds to the memory of a process that has nothing else to do."""
+    """(planned, measured) bytes that a micro-batch adds to the memory of a process that has nothing
+    else to do.
+    """
     torch.set_num_threads(1)
     model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
     batch = collated(config, model, images)
@@ -123,10 +138,14 @@ def main() -> None:
         print("\nBytes saved for the backward pass, of ten random tiny models:\n")
         print(markdown_table(saved_rows(config, root), columns))
         middle = middle_sized(config, root)
-        print("\nResident memory that a forward pass adds, T5 of width 512 with 6 + 6 layers, 32 images, on the CPU:\n")
+        print(
+            "\nResident memory that a forward pass adds, T5 of width 512 with 6 + 6 layers, 32 images, on the CPU:\n"
+        )
         print(markdown_table(growth_rows(middle), columns))
         if torch.cuda.is_available():
-            print("\nPeak of CUDA's allocator in training steps of that model, the context not counted:\n")
+            print(
+                "\nPeak of CUDA's allocator in training steps of that model, the context not counted:\n"
+            )
             print(markdown_table(gpu_rows(middle), columns))
         else:
             print(

@@ -1,9 +1,10 @@
-"""How long `harness score captions` takes: captions drawn from a file, five references each, figures with intervals.
+"""How long `harness score captions` takes: captions drawn from a file, five references each,
+figures with intervals.
 
     python benchmarks/score_captions.py --captions raw_captions.txt [--images 1000] [--turns 5]
 
-A line of the file is a caption; what is scored is another line without its first word. In one process and
-one thread; reading files and starting Python are not counted, tokenising is.
+A line of the file is a caption; what is scored is another line without its first word. In one
+process and one thread; reading files and starting Python are not counted, tokenising is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main() -> None:
     lines, rng = given.captions.read_text(encoding="utf-8").splitlines(), random.Random(0)
     references = {str(i): rng.choices(lines, k=5) for i in range(given.images)}
     hypotheses = {image: " ".join(rng.choice(lines).split()[1:]) for image in references}
-    texts = [text for of_image in references.values() for text in of_image] + list(hypotheses.values())
+    texts = [text for of_image in references.values() for text in of_image] + list(
+        hypotheses.values()
+    )
     times: dict[str, list[float]] = {}
     for _ in range(given.turns):
         started = time.perf_counter()
@@ -49,7 +52,10 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, one process; {given.images:,} images, {len(texts):,} captions\n"
     )
     print(
-        markdown_table([[n, f"{median(t):.2f}", f"{max(t):.2f}"] for n, t in times.items()], ["s", "median", "longest"])
+        markdown_table(
+            [[n, f"{median(t):.2f}", f"{max(t):.2f}"] for n, t in times.items()],
+            ["s", "median", "longest"],
+        )
     )
 
 

@@ -1,8 +1,10 @@
-"""What the small image-use gate costs: seconds of one look against seconds of one training step, for a config.
+"""What the small image-use gate costs: seconds of one look against seconds of one training step,
+for a config.
 
     python benchmarks/small_gate.py configs/demo.yaml data.train.0.path=DIR data.dev.0.path=DIR ...
 
-Prints the steps between looks from which on they take under 2% of a run's time (`train.image_use_every`).
+Prints the steps between looks from which on they take under 2% of a run's time
+(`train.image_use_every`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def main() -> None:
         config, prepare.encoder_of(loader, config), precision=engine.precision, device=engine.device
     )
     prepare.calibrate(model, config)
-    wrapped, collate = engine.prepare(model), Collator(model.tokenizer, config.data, config.prompts, config.seed)
+    wrapped, collate = (
+        engine.prepare(model),
+        Collator(model.tokenizer, config.data, config.prompts, config.seed),
+    )
     model.train()
     step_seconds, look_seconds = [], []
     with closing(loader.iterate()) as steps:
@@ -51,12 +56,18 @@ def main() -> None:
         began = time.perf_counter()
         small_gate(model, small, config)
         look_seconds.append(time.perf_counter() - began)
-    step, look = (sorted(values[1:])[len(values[1:]) // 2] for values in (step_seconds, look_seconds))
+    step, look = (
+        sorted(values[1:])[len(values[1:]) // 2] for values in (step_seconds, look_seconds)
+    )
     print(
         f"{config.name} on {engine.device}, {torch.get_num_threads()} threads: a step {step:.3f} s, a look {look:.3f} s"
     )
-    print(f"(medians without the first; the set is read once: {read:.2f} s). Under {SHARE:.0%} of the time from")
-    print(f"train.image_use_every={math.ceil(look * (1 / SHARE - 1) / step)} on, without the evaluations' own time")
+    print(
+        f"(medians without the first; the set is read once: {read:.2f} s). Under {SHARE:.0%} of the time from"
+    )
+    print(
+        f"train.image_use_every={math.ceil(look * (1 / SHARE - 1) / step)} on, without the evaluations' own time"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/stream.py [--images FOLDER] [--count 2000]
 
-FOLDER holds JPEGs, for instance those of Flickr8k; without it noisy 224 x 224 ones are made. Prints one table.
+FOLDER holds JPEGs, for instance those of Flickr8k; without it noisy 224 x 224 ones are made. Prints
+one table.
 """
 
 from __future__ import annotations
@@ -63,7 +64,12 @@ def decode(sample: Sample) -> np.ndarray:
 
 def read_ours(folder: str, decoded: bool, shuffle: bool, workers: int) -> Iterator[object]:
     loader = Loader(
-        [folder], global_batch=32, window_shards=4, shuffle=shuffle, workers=workers, decode=decode if decoded else None
+        [folder],
+        global_batch=32,
+        window_shards=4,
+        shuffle=shuffle,
+        workers=workers,
+        decode=decode if decoded else None,
     )
     with closing(loader.iterate(epochs=1)) as batches:
         for _, samples in batches:
@@ -71,7 +77,9 @@ def read_ours(folder: str, decoded: bool, shuffle: bool, workers: int) -> Iterat
 
 
 def read_webdataset(folder: str, decoded: bool) -> Iterator[object]:
-    for sample in webdataset.WebDataset([str(p) for p in sorted(Path(folder).glob("*.tar"))], shardshuffle=False):
+    for sample in webdataset.WebDataset(
+        [str(p) for p in sorted(Path(folder).glob("*.tar"))], shardshuffle=False
+    ):
         sample["json"] = json.loads(sample["json"])
         if decoded:
             sample["jpg"] = pixels(sample["jpg"])
@@ -79,7 +87,9 @@ def read_webdataset(folder: str, decoded: bool) -> Iterator[object]:
 
 
 def speed(read: Callable[[], Iterable[object]], count: int, rounds: int = 3) -> tuple[str, str]:
-    """Samples per second of wall-clock time, and of CPU time of this process; the best of some rounds."""
+    """Samples per second of wall-clock time, and of CPU time of this process; the best of some
+    rounds.
+    """
     wall, cpu = [], []
     for _ in range(rounds):
         began, began_cpu = time.perf_counter(), time.process_time()
@@ -108,10 +118,16 @@ def build(out: Path, folder: Path | None, count: int) -> tuple[str, int, int]:
 
     def records() -> Iterator[tuple[Record, bytes, str]]:
         for n, data in enumerate(jpegs(folder, count)):
-            text = Text(str(n), "caption", tuple(f"caption {i} of picture {n}, of a usual length" for i in range(5)))
+            text = Text(
+                str(n),
+                "caption",
+                tuple(f"caption {i} of picture {n}, of a usual length" for i in range(5)),
+            )
             yield Record(f"{n:06d}", "benchmark", "train", str(n), (text,)), data, "jpg"
 
-    manifest = write_shards(records(), out, dataset="benchmark", split="train", max_shard_samples=-(-count // 16))
+    manifest = write_shards(
+        records(), out, dataset="benchmark", split="train", max_shard_samples=-(-count // 16)
+    )
     return str(out), manifest.samples, manifest.bytes
 
 
@@ -119,7 +135,14 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), name)
+        name = next(
+            (
+                x.split(":")[1].strip()
+                for x in cpuinfo.read_text().splitlines()
+                if "model name" in x
+            ),
+            name,
+        )
     load = os.getloadavg()[0]
     return f"{name}, {os.cpu_count()} CPUs, load {load:.1f}, Python {platform.python_version()}, numpy {np.__version__}"
 
@@ -131,15 +154,22 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("what", "", "", title=f"The stream on {hardware()}")
     for shards, window in ((100_000, 8), (10_000, 8), (10_000, 128)):
-        table.add_row(f"seek in 10^8 samples, {shards:,} shards, window {window}", *seek(shards, window))
+        table.add_row(
+            f"seek in 10^8 samples, {shards:,} shards, window {window}", *seek(shards, window)
+        )
     with tempfile.TemporaryDirectory() as place:
         folder, count, size = build(Path(place, "train"), options.images, options.count)
         source = options.images.parent.name if options.images else "generated"
         table.add_section()
-        table.add_row(f"{count:,} JPEGs ({source})", f"{size / count / 1e3:.1f} kB each", "page cache warm")
+        table.add_row(
+            f"{count:,} JPEGs ({source})", f"{size / count / 1e3:.1f} kB each", "page cache warm"
+        )
         for decoded in (False, True):
             what = "decoded by Pillow" if decoded else "bytes and texts"
-            table.add_row(f"{what}: webdataset, in order", *speed(partial(read_webdataset, folder, decoded), count))
+            table.add_row(
+                f"{what}: webdataset, in order",
+                *speed(partial(read_webdataset, folder, decoded), count),
+            )
             for name, shuffle, workers in (
                 ("in order", False, 0),
                 ("shuffled", True, 0),

@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch is imported: OpenMP threads that spin while another process is busy make a small step 100 times slower.
+# Before torch is imported: OpenMP threads that spin while another process is busy make a small step
+# 100 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

@@ -1,7 +1,9 @@
-"""Tokenizer and text-only training of a small T5 or GPT-2: the offline base language model, and the text-only floor.
+"""Tokenizer and text-only training of a small T5 or GPT-2: the offline base language model, and the
+text-only floor.
 
-Sets of shards in, a folder in the hub's own format out. The model reads prompts and writes answers and never sees an
-image, so its score is what the words alone give: the honest floor for every model built on it.
+Sets of shards in, a folder in the hub's own format out. The model reads prompts and writes answers
+and never sees an image, so its score is what the words alone give: the honest floor for every model
+built on it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -28,7 +38,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from harness.config.schema import Config, LanguageModel
+from harness.config.schema import Config, LanguageModelConfig
 from harness.data.collate import Collator, drawn, most_common
 from harness.data.prompts import prompt, template
 from harness.evaluate.predict import select
@@ -41,13 +51,19 @@ from shards.loader import Loader
 from shards.read import Sample
 
 
-def train_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with T5's special tokens (pad 0, EOS 1, unknown 2; `$A </s>`), saved as `AutoTokenizer` reads it.
+def train_tokenizer(
+    texts: Sequence[str], folder: Path, vocabulary: int = 4000
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with T5's special tokens (pad 0, EOS 1, unknown 2; `$A </s>`), saved as
+    `AutoTokenizer` reads it.
 
-    BPE and not T5's Unigram: of a few hundred distinct words Unigram keeps no whole one, and prompts are twice as long.
+    BPE and not T5's Unigram: of a few hundred distinct words Unigram keeps no whole one, and
+    prompts are twice as long.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\n", " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -60,16 +76,26 @@ def train_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) 
             show_progress=False,
         ),
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
     fast.save_pretrained(folder)
     return fast
 
 
-def train_byte_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2's: <|endoftext|> is BOS and EOS, nothing pads, no text gets a token added."""
+def train_byte_tokenizer(
+    texts: Sequence[str], folder: Path, vocabulary: int = 4000
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as GPT-2's: <|endoftext|> is BOS and EOS, nothing pads, no text
+    gets a token added.
+    """
     tokenizer, end = Tokenizer(models.BPE()), "<|endoftext|>"
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,16 +105,22 @@ def train_byte_tokenizer(texts: Sequence[str], folder: Path, vocabulary: int = 4
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, model_max_length=_POSITIONS
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        model_max_length=_POSITIONS,
     )
     fast.save_pretrained(folder)
     return fast
 
 
 def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]:
-    """Every distinct prompt of sets of shards (in its first record), and how often each target follows it.
+    """Every distinct prompt of sets of shards (in its first record), and how often each target
+    follows it.
 
-    Without an image, texts that are equal are the same example: 34,761 questions of easy-VQA are 107 prompts.
+    Without an image, texts that are equal are the same example: 34,761 questions of easy-VQA are
+    107 prompts.
     """
     loader = Loader(sets, global_batch=256, shuffle=False, decode=no_image)
     contexts: dict[tuple[str, str], Context] = {}
@@ -98,7 +130,8 @@ def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]
             for text in record.texts:
                 words = prompt(text.task, getattr(config.prompts, text.task), text.prompt)
                 context = contexts.setdefault((text.task, words), Context(record, text, words))
-                # As in training with images: of a question the most common answer, of a caption every one.
+                # As in training with images: of a question the most common answer, of a caption
+                # every one.
                 targets = text.targets if text.task == "caption" else [most_common(text.targets)]
                 pairs.setdefault(context, Counter()).update(targets)
     return pairs
@@ -114,7 +147,9 @@ _POSITIONS = 512
 
 
 def without_images(batch: Batch, width: int) -> BridgeOutput:
-    return BridgeOutput(torch.zeros(1, 0, width), torch.zeros(len(batch.prompt_ids_CL), dtype=torch.long))
+    return BridgeOutput(
+        torch.zeros(1, 0, width), torch.zeros(len(batch.prompt_ids_CL), dtype=torch.long)
+    )
 
 
 def make(
@@ -133,22 +168,29 @@ def make(
     peak: float = 5e-4,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Path:
-    """Trains tokenizer and model on the texts of `sets` alone and saves both in `out`. The seed is `config.seed`.
+    """Trains tokenizer and model on the texts of `sets` alone and saves both in `out`. The seed is
+    `config.seed`.
 
-    The `peak` learning rate is low on purpose: a model made with a higher one gives the same answers from the words,
-    and learns to use image tokens far more slowly later (docs/log.md).
+    The `peak` learning rate is low on purpose: a model made with a higher one gives the same
+    answers from the words, and learns to use image tokens far more slowly later (docs/log.md).
     """
     out.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(sets, config)
     # The template of a task that these sets do not have must have its words too.
     words = {template("caption", config.prompts.caption), template("vqa", config.prompts.vqa)}
-    texts = [*words, *(c.prompt for c in pairs), *dict.fromkeys(t for targets in pairs.values() for t in targets)]
+    texts = [
+        *words,
+        *(c.prompt for c in pairs),
+        *dict.fromkeys(t for targets in pairs.values() for t in targets),
+    ]
     tokenizer = {"t5": train_tokenizer, "gpt2": train_byte_tokenizer}[kind](texts, out, vocabulary)
     torch.manual_seed(config.seed)
-    new = {"t5": _new_t5, "gpt2": _new_gpt2}[kind](_round_up(len(tokenizer), 64), d_model, layers, heads, d_ff)
+    new = {"t5": _new_t5, "gpt2": _new_gpt2}[kind](
+        _round_up(len(tokenizer), 64), d_model, layers, heads, d_ff
+    )
     with quiet_transformers():
         new.save_pretrained(out)
-    language = LANGUAGES[kind](LanguageModel(kind=kind, id=str(out), tuning="full"))
+    language = LANGUAGES[kind](LanguageModelConfig(kind=kind, id=str(out), tuning="full"))
     _train(language, pairs, config, steps, prompts_a_step, peak, progress)
     with quiet_transformers():
         language.lm.save_pretrained(out)
@@ -191,19 +233,40 @@ def _new_gpt2(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int)
     )
 
 
-def _train(language: nn.Module, pairs, config: Config, steps: int, prompts_a_step: int, peak: float, progress) -> None:
+def _train(
+    language: nn.Module,
+    pairs,
+    config: Config,
+    steps: int,
+    prompts_a_step: int,
+    peak: float,
+    progress,
+) -> None:
     # A sound base, as published ones are, also for a config that shows the mistake.
-    collate = Collator(language.tokenizer, config.data.model_copy(update={"loss_on_padding": False}), config.prompts)
-    # A prompt with very many targets (all captions have the same) is cut into units that fit into a step.
-    units = [(context, part) for context, targets in pairs.items() for part in _parts(sorted(targets.items()))]
-    schedule = config.train.model_copy(update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1})
+    collate = Collator(
+        language.tokenizer,
+        config.data.model_copy(update={"loss_on_padding": False}),
+        config.prompts,
+    )
+    # A prompt with very many targets (all captions have the same) is cut into units that fit into a
+    # step.
+    units = [
+        (context, part)
+        for context, targets in pairs.items()
+        for part in _parts(sorted(targets.items()))
+    ]
+    schedule = config.train.model_copy(
+        update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1}
+    )
     optimizer = torch.optim.AdamW(language.parameters(), lr=peak, weight_decay=0.01)
     language.train()
     order: list[int] = []
     for step in range(steps):
         while len(order) < prompts_a_step:
             epoch = step * prompts_a_step // len(units)
-            order += sorted(range(len(units)), key=lambda unit, e=epoch: drawn(config.seed, e, f"unit {unit}"))
+            order += sorted(
+                range(len(units)), key=lambda unit, e=epoch: drawn(config.seed, e, f"unit {unit}")
+            )
         chosen, order = [units[index] for index in order[:prompts_a_step]], order[prompts_a_step:]
         batch = _batch(collate, chosen)
         out = language.loss(without_images(batch, language.width), batch)
@@ -221,9 +284,15 @@ def _train(language: nn.Module, pairs, config: Config, steps: int, prompts_a_ste
 
 def _batch(collate: Collator, units: Sequence[tuple[Context, Sequence[tuple[str, int]]]]) -> Batch:
     """Prompts with their targets, each target weighted by how often it follows its prompt."""
-    rows = [(index, target, count) for index, (_, part) in enumerate(units) for target, count in part]
+    rows = [
+        (index, target, count) for index, (_, part) in enumerate(units) for target, count in part
+    ]
     batch = collate.assemble(
-        _NOTHING[None], [c for c, _ in units], [0] * len(units), [r[1] for r in rows], [r[0] for r in rows]
+        _NOTHING[None],
+        [c for c, _ in units],
+        [0] * len(units),
+        [r[1] for r in rows],
+        [r[0] for r in rows],
     )
     return replace(batch, weight_TL=batch.weight_TL * torch.tensor([[float(r[2])] for r in rows]))
 
@@ -232,9 +301,13 @@ def _batch(collate: Collator, units: Sequence[tuple[Context, Sequence[tuple[str,
 def answer(
     folder: Path | str, sets: Sequence[str], config: Config, images_a_batch: int = 256
 ) -> dict[tuple[str, str], str]:
-    """(record key, text id) -> what the text-only model says to every question or caption prompt of `sets`."""
+    """(record key, text id) -> what the text-only model says to every question or caption prompt of
+    `sets`.
+    """
     kind = json.loads(Path(folder, "config.json").read_text())["model_type"]
-    language = LANGUAGES[kind](LanguageModel(kind=kind, id=str(folder), tuning="frozen")).eval()
+    language = LANGUAGES[kind](
+        LanguageModelConfig(kind=kind, id=str(folder), tuning="frozen")
+    ).eval()
     collate = Collator(language.tokenizer, config.data, config.prompts, training=False)
     loader = Loader(sets, global_batch=images_a_batch, shuffle=False, decode=no_image)
     said: dict[tuple[str, str], str] = {}
@@ -244,7 +317,11 @@ def answer(
         if (batch := collate(samples)) is None:
             continue
         for task in ("caption", "vqa"):
-            new = {c.prompt: i for i, c in enumerate(batch.contexts) if c.text.task == task and c.prompt not in known}
+            new = {
+                c.prompt: i
+                for i, c in enumerate(batch.contexts)
+                if c.text.task == task and c.prompt not in known
+            }
             if new:
                 part = select(batch, list(new.values()))
                 nothing = without_images(part, language.width)

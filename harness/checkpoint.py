@@ -1,4 +1,5 @@
-"""Checkpoints as files: written whole or not at all, verified, found again, pruned. Knows no engine and no model.
+"""Checkpoints as files: written whole or not at all, verified, found again, pruned. Knows no engine
+and no model.
 
 OUT/checkpoints/step-000100/model/             what `VisionLanguageModel.save_pretrained` wrote
                             optimizer.safetensors  moments by parameter name: exp_avg/NAME, exp_avg_sq/NAME, step/NAME
@@ -63,7 +64,9 @@ def write(
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
 ) -> Checkpoint:
-    """Writes beside, verifies, renames; a process killed at any moment leaves the older checkpoints whole."""
+    """Writes beside, verifies, renames; a process killed at any moment leaves the older checkpoints
+    whole.
+    """
     final = place(out, step)
     beside = final.with_name(f".writing-{final.name}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -72,13 +75,17 @@ def write(
         save_model(beside / MODEL)
         save_file({k: v.cpu().contiguous() for k, v in optimizer.items()}, beside / OPTIMIZER)
         (beside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-        files = {str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()
+        }
         (beside / FILES).write_text(json.dumps(files, indent=1))
         for path in (*beside.rglob("*"), beside):
             _sync(path)
         if problem := problems(beside):
             raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
-        if final.exists():  # of a step that is run again, since it was damaged or an older one was gone on from
+        if (
+            final.exists()
+        ):  # of a step that is run again, since it was damaged or an older one was gone on from
             shutil.rmtree(final)
         os.replace(beside, final)
     except BaseException:
@@ -105,9 +112,13 @@ def problems(path: Path) -> str | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Raises ConfigError, naming the file, for anything but a whole checkpoint that this version reads."""
+    """Raises ConfigError, naming the file, for anything but a whole checkpoint that this version
+    reads.
+    """
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; a checkpoint is a folder such as OUT/{FOLDER}/step-000100")
+        raise ConfigError(
+            f"{path} is not a folder; a checkpoint is a folder such as OUT/{FOLDER}/step-000100"
+        )
     if problem := problems(path):
         raise ConfigError(f"{path} is not a whole checkpoint: {problem}")
     return _read(path)
@@ -116,7 +127,8 @@ def load(path: Path) -> Checkpoint:
 def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
     """The newest whole checkpoint of a run; a damaged one is named through `note` and passed over.
 
-    Raises ConfigError for one of a later version: passed over, it would be trained again and removed.
+    Raises ConfigError for one of a later version: passed over, it would be trained again and
+    removed.
     """
     for path in reversed(_by_step(out)):
         problem = problems(path)
@@ -139,7 +151,9 @@ def _read(path: Path) -> Checkpoint:
 
 
 def at(folder: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises ConfigError."""
+    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises
+    ConfigError.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
     if (folder / STATE).is_file():
@@ -150,12 +164,18 @@ def at(folder: Path) -> Checkpoint:
 
 
 def model_folder(folder: Path) -> Path:
-    """Returns the saved model that a run's folder, a checkpoint or the model itself stands for. Raises ConfigError."""
+    """Returns the saved model that a run's folder, a checkpoint or the model itself stands for.
+    Raises ConfigError.
+    """
     return folder if (folder / "model.safetensors").is_file() else at(folder).model
 
 
-def find(out: Path, resume: str | None, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """What `--resume auto|PATH` means: the newest of this run or None; the named checkpoint, or the newest of a run."""
+def find(
+    out: Path, resume: str | None, note: Callable[[str], None] = lambda message: None
+) -> Checkpoint | None:
+    """What `--resume auto|PATH` means: the newest of this run or None; the named checkpoint, or the
+    newest of a run.
+    """
     if resume is None:
         return None
     if resume == "auto":
@@ -169,13 +189,19 @@ def find(out: Path, resume: str | None, note: Callable[[str], None] = lambda mes
 
 
 def prune(out: Path, step: int, keep: int) -> None:
-    """After `step` was written: removes all but the newest `keep`, and what an interrupted write left.
+    """After `step` was written: removes all but the newest `keep`, and what an interrupted write
+    left.
 
-    A later step's belongs to a future that is being run again, from an older checkpoint or past a damaged one.
+    A later step's belongs to a future that is being run again, from an older checkpoint or past a
+    damaged one.
     """
     paths = _by_step(out)
     later = [path for path in paths if _step(path) > step]
-    for path in [*later, *paths[: len(paths) - len(later) - keep], *(out / FOLDER).glob(".writing-*")]:
+    for path in [
+        *later,
+        *paths[: len(paths) - len(later) - keep],
+        *(out / FOLDER).glob(".writing-*"),
+    ]:
         shutil.rmtree(path)
 
 
@@ -185,12 +211,17 @@ def _step(path: Path) -> int:
 
 def _by_step(out: Path) -> list[Path]:
     found = (out / FOLDER).glob("step-*")
-    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=_step)
+    return sorted(
+        (path for path in found if path.name.removeprefix("step-").isdecimal()), key=_step
+    )
 
 
 def _fact(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
 
 
 def _sync(path: Path) -> None:

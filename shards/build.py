@@ -1,7 +1,9 @@
-"""`harness shards build`: a source's records and images, checked one by one, into one set of shards a split.
+"""`harness shards build`: a source's records and images, checked one by one, into one set of shards
+a split.
 
-Source -> every image decoded once, dirt set aside -> OUT/SPLIT/... and OUT/skipped.jsonl -> Summary. Everything is
-written beside OUT and moved there at the end, so that a failed build leaves nothing.
+Source -> every image decoded once, dirt set aside -> OUT/SPLIT/... and OUT/skipped.jsonl ->
+Summary. Everything is written beside OUT and moved there at the end, so that a failed build leaves
+nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +30,20 @@ from shards.files import ShardError, write_whole
 from shards.manifest import SKIPPED
 from shards.record import Record
 from shards.sources import SOURCES, Item, Source
-from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, NO_SPLIT, TEXT_WITHOUT_IMAGE, UNDECODABLE
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    NO_SPLIT,
+    TEXT_WITHOUT_IMAGE,
+    UNDECODABLE,
+)
 from shards.write import folder_beside, write_shards
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
 
-# What shards hold byte by byte; the other formats (and what `_as_seen` has to change) become JPEG or PNG.
+# What shards hold byte by byte; the other formats (and what `_as_seen` has to change) become JPEG
+# or PNG.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -74,11 +83,13 @@ def build(
     progress: Progress | None = None,
     **options: Any,
 ) -> Summary:
-    """Builds OUT/SPLIT for every split of `source`, with `options` being those of its `load` (None: not given).
+    """Builds OUT/SPLIT for every split of `source`, with `options` being those of its `load` (None:
+    not given).
 
-    `workers` threads decode (default: the cores of this process); the result does not depend on their number. An image
-    of more than `max_pixels` is skipped like one that cannot be decoded. OUT may hold other splits already. Raises
-    ShardError for anything wrong with the official files or the options, and then leaves OUT as it was.
+    `workers` threads decode (default: the cores of this process); the result does not depend on
+    their number. An image of more than `max_pixels` is skipped like one that cannot be decoded. OUT
+    may hold other splits already. Raises ShardError for anything wrong with the official files or
+    the options, and then leaves OUT as it was.
     """
     if short_side is not None and short_side < 1:
         raise ShardError(f"--short-side is {short_side}: it is a number of pixels, 1 or more")
@@ -97,7 +108,12 @@ def build(
                 samples = _samples(found, split, items, pool, (short_side, max_pixels), show)
                 made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
                 targets = int(made.sidecar["targets"].sum())
-                splits[split] = {"records": made.samples, "texts": made.texts, "targets": targets, "bytes": made.bytes}
+                splits[split] = {
+                    "records": made.samples,
+                    "texts": made.texts,
+                    "targets": targets,
+                    "bytes": made.bytes,
+                }
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
         write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
         if out.exists():
@@ -124,14 +140,17 @@ def build(
     )
 
 
-def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str, str]:
+def prepare_image(
+    data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[bytes, str, str]:
     """Image file -> (payload, extension, what was changed or "").
 
-    Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage (mostly OSError).
-    The bytes stay as they are when plain decoding to RGB shows the picture people see. Else it is encoded anew, JPEG
-    as JPEG (quality 95), the others as PNG: EXIF rotation applied, transparency laid on white, CMYK to RGB, 16-bit
-    grey to 8, the first frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side`
-    is brought down to it (Lanczos, JPEG).
+    Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage
+    (mostly OSError). The bytes stay as they are when plain decoding to RGB shows the picture people
+    see. Else it is encoded anew, JPEG as JPEG (quality 95), the others as PNG: EXIF rotation
+    applied, transparency laid on white, CMYK to RGB, 16-bit grey to 8, the first frame of an
+    animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is brought
+    down to it (Lanczos, JPEG).
     """
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         if image.width * image.height > max_pixels:
@@ -158,7 +177,9 @@ def prepare_image(data: bytes, short_side: int | None = None, max_pixels: int = 
 
 
 def _as_seen(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The picture as a viewer shows it, in a mode that converts to RGB without loss of sense, and what that took."""
+    """The picture as a viewer shows it, in a mode that converts to RGB without loss of sense, and
+    what that took.
+    """
     changed = []
     # The further pictures of an MPO file (phones) are no animation.
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -192,12 +213,19 @@ def _orientation(image: Image.Image) -> int:
 def _load(name: str, options: dict[str, Any]) -> Source:
     if name not in SOURCES:
         raise ShardError(f"there is no source {name!r}: choose one of {', '.join(SOURCES)}")
-    takes = {"--" + option.replace("_", "-"): p for option, p in inspect.signature(SOURCES[name]).parameters.items()}
+    takes = {
+        "--" + option.replace("_", "-"): p
+        for option, p in inspect.signature(SOURCES[name]).parameters.items()
+    }
     given = {option: value for option, value in options.items() if value is not None}
     flags = ["--" + option.replace("_", "-") for option in given]
     if wrong := next((flag for flag in flags if flag not in takes), None):
-        raise ShardError(f"{name} has no option {wrong}; its options are {', '.join(takes) or 'none'}")
-    if lacks := next((flag for flag, p in takes.items() if p.default is p.empty and flag not in flags), None):
+        raise ShardError(
+            f"{name} has no option {wrong}; its options are {', '.join(takes) or 'none'}"
+        )
+    if lacks := next(
+        (flag for flag, p in takes.items() if p.default is p.empty and flag not in flags), None
+    ):
         raise ShardError(f"{name} needs {lacks}")
     return SOURCES[name](**given)
 
@@ -207,10 +235,14 @@ def _check_splits(source: Source, out: Path) -> None:
         kinds = Counter(skipped.kind for skipped in source.skipped)
         why = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common()) or "the files are empty"
         first = next((f"; first: {s.name}, {s.reason}" for s in source.skipped), "")
-        raise ShardError(f"nothing to build from {source.images.place}: no image has a text ({why}{first})")
+        raise ShardError(
+            f"nothing to build from {source.images.place}: no image has a text ({why}{first})"
+        )
     for split in source.splits:
         if not re.fullmatch(r"[A-Za-z0-9_\-]+", split):
-            raise ShardError(f"the split {split!r} cannot be a folder: use letters, digits, '_' and '-'")
+            raise ShardError(
+                f"the split {split!r} cannot be a folder: use letters, digits, '_' and '-'"
+            )
         if (out / split).exists():
             raise ShardError(f"{out / split} is there already: remove it or choose another --out")
     if out.exists() and not out.is_dir():
@@ -225,13 +257,19 @@ def _samples(
     image_options: tuple[int | None, int],
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[Record, bytes, str]]:
-    """The items in their order, a bounded number of images ahead of the writer; unusable ones go to `skipped`."""
+    """The items in their order, a bounded number of images ahead of the writer; unusable ones go to
+    `skipped`.
+    """
 
     def prepare(path: str) -> tuple[bytes, str, str] | str:
         try:
             return prepare_image(source.images.read(path), *image_options)
-        except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-            return f"{type(error).__name__}: {error}".split(" <_io")[0]  # an address in memory, another in every build
+        except (
+            Exception
+        ) as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
+            return f"{type(error).__name__}: {error}".split(" <_io")[
+                0
+            ]  # an address in memory, another in every build
 
     usable, waiting, rest = 0, deque(), iter(items)
     for done in range(1, len(items) + 1):
@@ -249,7 +287,9 @@ def _samples(
         progress(done, len(items))
     if not usable:
         last = source.skipped[-1]
-        raise ShardError(f"no image of the split {split} can be used; the last: {last.name}, {last.reason}")
+        raise ShardError(
+            f"no image of the split {split} can be used; the last: {last.name}, {last.reason}"
+        )
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
@@ -260,4 +300,6 @@ def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [line for line in lines if json.loads(line)["split"] not in (None, *source.splits)]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not what an earlier build wrote: move it away, or choose another --out") from error
+        raise ShardError(
+            f"{path} is not what an earlier build wrote: move it away, or choose another --out"
+        ) from error

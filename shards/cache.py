@@ -18,8 +18,8 @@ from shards.files import ShardError
 class Cache:
     """Remote files in a folder of at most `max_bytes`, the least recently opened evicted first.
 
-    Files are named by their sha256, downloaded beside and renamed once size and hash are right. Any number of
-    processes may share the folder. What `open` gave stays readable after an eviction.
+    Files are named by their sha256, downloaded beside and renamed once size and hash are right. Any
+    number of processes may share the folder. What `open` gave stays readable after an eviction.
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
@@ -35,10 +35,13 @@ class Cache:
     def open(self, url: str, size: int, sha256: str) -> int:
         """A file descriptor for reading, the caller's to close; downloads what is not there.
 
-        Raises ShardError for a file larger than the cache, unreachable, or not the one with this size and hash.
+        Raises ShardError for a file larger than the cache, unreachable, or not the one with this
+        size and hash.
         """
         if size > self.max_bytes:
-            raise ShardError(f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}")
+            raise ShardError(
+                f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}"
+            )
         path, part = self.folder / sha256, self.folder / f"{sha256}.part"
         while True:
             with self._locked():
@@ -46,7 +49,9 @@ class Cache:
                     return number
             number = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(number, fcntl.LOCK_EX)  # waits for another process that downloads the same file
+                fcntl.flock(
+                    number, fcntl.LOCK_EX
+                )  # waits for another process that downloads the same file
                 if not self._is(part, number):
                     continue  # it is done, or gave up and removed it
                 self._reserve(part, number, size)
@@ -81,10 +86,16 @@ class Cache:
             return False
 
     def _reserve(self, part: Path, number: int, size: int) -> None:
-        """Makes room, then takes it by the length of the empty file; waits for room others have taken."""
+        """Makes room, then takes it by the length of the empty file; waits for room others have
+        taken.
+        """
         while True:
             with self._locked():
-                entries = [(entry, entry.stat()) for entry in self.folder.iterdir() if entry not in (self._lock, part)]
+                entries = [
+                    (entry, entry.stat())
+                    for entry in self.folder.iterdir()
+                    if entry not in (self._lock, part)
+                ]
                 taken = sum(stat.st_size for _, stat in entries)
                 for entry, stat in sorted(entries, key=lambda item: item[1].st_mtime_ns):
                     if taken + size <= self.max_bytes:
@@ -141,5 +152,6 @@ class Cache:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield
-            finally:  # closing is not enough to unlock: a process forked meanwhile would hold the lock on
+            # closing is not enough to unlock: a process forked meanwhile would hold the lock on
+            finally:
                 fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,4 +1,6 @@
-"""Files of a set, local or remote: names, hashes, writing whole or not at all, the error that names a place."""
+"""Files of a set, local or remote: names, hashes, writing whole or not at all, the error that names
+a place.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from pathlib import Path
 
 
 class ShardError(ValueError):
-    """A set of shards that is missing, damaged or does not match its index; the message names the place."""
+    """A set of shards that is missing, damaged or does not match its index; the message names the
+    place.
+    """
 
     is_for_user = True  # harness.errors tells its message in place of a traceback
 

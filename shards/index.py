@@ -1,6 +1,7 @@
 """An index of ours for WebDataset shards made elsewhere; the tars stay as and where they are.
 
-A folder, an fsspec URL or a pattern of tars -> `index.json` and its sidecar, in one pass over each tar.
+A folder, an fsspec URL or a pattern of tars -> `index.json` and its sidecar, in one pass over each
+tar.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Progress = Callable[[int], None]  # called with the number of samples done since
 
 @dataclass(frozen=True)
 class Group:
-    """The adjacent files of one key: one sample, from its first header at `start` to its last byte at `end`."""
+    """The adjacent files of one key: one sample, from its first header at `start` to its last byte
+    at `end`.
+    """
 
     key: str
     start: int
@@ -71,9 +74,15 @@ def groups(read: OnePass, size: int) -> Iterator[Group]:
         if not contents:
             key, start = member.key, member.start
         if member.extension in contents:
-            raise ShardError(f"{member.key}.{member.extension} occurs twice, again at offset {member.start}")
+            raise ShardError(
+                f"{member.key}.{member.extension} occurs twice, again at offset {member.start}"
+            )
         data = read(member.offset, member.size)
-        contents[member.extension], crc, end = data, zlib.crc32(data, crc), member.offset + member.size
+        contents[member.extension], crc, end = (
+            data,
+            zlib.crc32(data, crc),
+            member.offset + member.size,
+        )
     if contents:
         yield Group(key, start, end, crc, contents)
 
@@ -87,25 +96,35 @@ def index_shards(
     overwrite: bool = False,
     on_progress: Progress = lambda samples: None,
 ) -> Manifest:
-    """Makes `index.json` and its sidecar for WebDataset shards made elsewhere; the tars stay as and where they are.
+    """Makes `index.json` and its sidecar for WebDataset shards made elsewhere; the tars stay as and
+    where they are.
 
-    `source` is a folder or fsspec URL of tars, or a pattern like `s3://b/train-{0000..0042}.tar`. `out` is where the
-    index goes: needed for a remote source, else beside the tars. A sample is adjacent files of one key: an image with
-    our record, or with a "caption" in .json, or with a caption in .txt. A sample without image or text is left out,
-    counted in the index and named in `skipped.jsonl`. Raises ShardError, naming shard and offset, for a damaged tar
-    or a key that occurs again.
+    `source` is a folder or fsspec URL of tars, or a pattern like `s3://b/train-{0000..0042}.tar`.
+    `out` is where the index goes: needed for a remote source, else beside the tars. A sample is
+    adjacent files of one key: an image with our record, or with a "caption" in .json, or with a
+    caption in .txt. A sample without image or text is left out, counted in the index and named in
+    `skipped.jsonl`. Raises ShardError, naming shard and offset, for a damaged tar or a key that
+    occurs again.
     """
     base, names = _find_tars(os.fspath(source).removeprefix("file://"))
     if out is None and is_remote(base):
         raise ShardError(f"{base} is remote: say with --out where its index is to be written")
     folder = Path(base if out is None else out)
     if (folder / INDEX).exists() and not overwrite:
-        raise ShardError(f"{folder / INDEX} is there already: index the shards again with --overwrite")
+        raise ShardError(
+            f"{folder / INDEX} is there already: index the shards again with --overwrite"
+        )
     sidecar, shards, keys, skipped = SidecarWriter(), [], set(), []
     for name in names:
-        shards.append(_index_tar(join(base, name), dataset, split, sidecar, keys, skipped, on_progress))
+        shards.append(
+            _index_tar(join(base, name), dataset, split, sidecar, keys, skipped, on_progress)
+        )
     if not sum(shard.samples for shard in shards):
-        why = f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+        why = (
+            f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}"
+            if skipped
+            else ""
+        )
         raise ShardError(f"{base} holds no sample with image and text{why}")
     (folder / INDEX).unlink(missing_ok=True)
     files = sidecar.finish(folder)
@@ -114,7 +133,16 @@ def index_shards(
         write_whole(folder / SKIPPED, lines.encode())
     place = base if is_remote(base) else str(Path(base).resolve())
     place = None if place == str(folder.resolve()) else place
-    manifest = Manifest(str(folder), "images", dataset, split, tuple(shards), *files, base=place, skipped=len(skipped))
+    manifest = Manifest(
+        str(folder),
+        "images",
+        dataset,
+        split,
+        tuple(shards),
+        *files,
+        base=place,
+        skipped=len(skipped),
+    )
     write_index(manifest, folder)
     return manifest
 
@@ -125,7 +153,9 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
         locations = list(braceexpand(source))
         folders = {location.rpartition("/")[0] for location in locations}
         if len(folders) > 1:
-            raise ShardError(f"{source} names tars of {len(folders)} folders: index one folder at a time")
+            raise ShardError(
+                f"{source} names tars of {len(folders)} folders: index one folder at a time"
+            )
         return folders.pop() or ".", [location.rpartition("/")[2] for location in locations]
     try:
         system, path = fsspec.core.url_to_fs(source)
@@ -156,7 +186,14 @@ def _index_tar(
                     record, _ = parse_sample(group.key, group.contents, "images", dataset, split)
                 except (ShardError, RecordError) as error:
                     name = location.rpartition("/")[2]
-                    skipped.append({"shard": name, "offset": group.start, "key": group.key, "reason": str(error)})
+                    skipped.append(
+                        {
+                            "shard": name,
+                            "offset": group.start,
+                            "key": group.key,
+                            "reason": str(error),
+                        }
+                    )
                     continue
                 if record.key != group.key:
                     _must_be_new(record.key, keys, group.start)

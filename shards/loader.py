@@ -1,7 +1,9 @@
-"""Order + reading: shards in, this rank's samples of each global batch out, with the state to resume from.
+"""Order + reading: shards in, this rank's samples of each global batch out, with the state to
+resume from.
 
-Workers are told a step as (epoch, start, stop) and work out the rest themselves, so what comes does not depend on how
-many there are, and they live as long as the iteration: an epoch's end is only another number in the next step.
+Workers are told a step as (epoch, start, stop) and work out the rest themselves, so what comes does
+not depend on how many there are, and they live as long as the iteration: an epoch's end is only
+another number in the next step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from shards.stream import FirstOf, Mixture, Order, StreamState, deal
 logger = logging.getLogger(__name__)
 
 _NAMED = 10_000  # unreadable samples kept by name; beyond that they are only counted and written
-_IN_A_ROW = 100  # unreadable ones of a set without a good one between them: the set, or what decodes it, is broken
+# unreadable ones of a set without a good one between them: the set, or what decodes it, is broken
+_IN_A_ROW = 100
 
 
 class Step(NamedTuple):
@@ -40,14 +43,16 @@ class Step(NamedTuple):
 class Loader:
     """This rank's share of the global batches of one or several sets of shards.
 
-    paths: folders or URLs of sets. weights: their shares; None: every record of every set exactly once an epoch (what
-    an epoch of a weighted mixture is, see `stream.Mixture`). global_batch: images a step over all ranks. images: an
-    epoch is the first so many of epoch 0 alone.
-    last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or is dropped.
-    decode: Sample -> its new payload, called where the sample is read. workers: processes; prefetch: batches read
-    ahead by each. cache_dir, cache_bytes: for remote sets. quarantine: a JSONL file that names what cannot be read.
+    paths: folders or URLs of sets. weights: their shares; None: every record of every set exactly
+    once an epoch (what an epoch of a weighted mixture is, see `stream.Mixture`). global_batch:
+    images a step over all ranks. images: an epoch is the first so many of epoch 0 alone.
+    last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or
+    is dropped. decode: Sample -> its new payload, called where the sample is read. workers:
+    processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote sets.
+    quarantine: a JSONL file that names what cannot be read.
 
-    Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through the cache.
+    Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through
+    the cache.
     """
 
     def __init__(
@@ -73,15 +78,24 @@ class Loader:
         cache = Cache.at(cache_dir, cache_bytes)
         self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
         self.global_batch, self.last_batch = global_batch, last_batch
-        self.rank, self.world_size, self.workers, self.prefetch = rank, world_size, workers, prefetch
+        self.rank, self.world_size, self.workers, self.prefetch = (
+            rank,
+            world_size,
+            workers,
+            prefetch,
+        )
         self._check_sets()
         orders = [
-            Order([shard.samples for shard in manifest.shards], seed, window_shards, shuffle, salt=s)
+            Order(
+                [shard.samples for shard in manifest.shards], seed, window_shards, shuffle, salt=s
+            )
             for s, manifest in enumerate(self.manifests)
         ]
         mixture = Mixture(orders, weights)
         if images is not None and images > mixture.samples:
-            raise ShardError(f"{self._names()}: {images} images are asked for, there are {mixture.samples}")
+            raise ShardError(
+                f"{self._names()}: {images} images are asked for, there are {mixture.samples}"
+            )
         mixture = mixture if images is None else FirstOf(mixture, images, seed)
         self._check_cache(mixture, window_shards, cache_bytes if cache else 0)
         self.samples = mixture.samples
@@ -93,11 +107,24 @@ class Loader:
                 "last_batch 'drop' leaves none; take a smaller batch or last_batch 'short'"
             )
         if last_batch == "drop" and rest and rank == 0:
-            logger.warning("%s: the last %d of %d images of every epoch are dropped", self._names(), rest, self.samples)
-        order_depends_on = [[m.digest for m in self.manifests], weights, seed, window_shards, shuffle]
+            logger.warning(
+                "%s: the last %d of %d images of every epoch are dropped",
+                self._names(),
+                rest,
+                self.samples,
+            )
+        order_depends_on = [
+            [m.digest for m in self.manifests],
+            weights,
+            seed,
+            window_shards,
+            shuffle,
+        ]
         order_depends_on += [] if images is None else [images]  # so that older states still fit
         self.digest = hashlib.sha256(json.dumps(order_depends_on).encode()).hexdigest()
-        readers = [Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)]
+        readers = [
+            Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)
+        ]
         self._reading = _Reading(
             mixture, readers, decode, rank, world_size, global_batch if last_batch == "fill" else 0
         )
@@ -110,13 +137,15 @@ class Loader:
     def iterate(
         self, state: StreamState | None = None, epochs: int | None = None
     ) -> Iterator[tuple[StreamState, list[Sample]]]:
-        """Yields (state after the batch, this rank's samples of it), from `state` until `epochs` are complete.
+        """Yields (state after the batch, this rank's samples of it), from `state` until `epochs`
+        are complete.
 
-        `epochs` counts from the start of the run, not from `state`; None goes on for ever. `state.epoch` is the epoch
-        the batch belongs to, and after the last batch of an epoch `state.position` equals `samples`. All ranks get the
-        same number of steps, some of them perhaps empty. A sample that cannot be read has weight 0 and no payload.
-        Closing the generator (`contextlib.closing`) ends the workers.
-        Raises ShardError for a state of another order, and when nothing of a set can be read any more.
+        `epochs` counts from the start of the run, not from `state`; None goes on for ever.
+        `state.epoch` is the epoch the batch belongs to, and after the last batch of an epoch
+        `state.position` equals `samples`. All ranks get the same number of steps, some of them
+        perhaps empty. A sample that cannot be read has weight 0 and no payload. Closing the
+        generator (`contextlib.closing`) ends the workers. Raises ShardError for a state of another
+        order, and when nothing of a set can be read any more.
         """
         if state is not None and state.digest != self.digest:
             raise ShardError(
@@ -124,11 +153,16 @@ class Loader:
                 "with the same sets, weights, seed, window_shards and shuffle, or begin anew"
             )
         if state is not None and state.position > self.samples:
-            raise ShardError(f"the stream state is at image {state.position} of an epoch of {self.samples}")
+            raise ShardError(
+                f"the stream state is at image {state.position} of an epoch of {self.samples}"
+            )
         return self._iterate(state or StreamState(0, 0, self.digest), epochs)
 
-    def _iterate(self, state: StreamState, epochs: int | None) -> Iterator[tuple[StreamState, list[Sample]]]:
-        # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator: the global random
+    def _iterate(
+        self, state: StreamState, epochs: int | None
+    ) -> Iterator[tuple[StreamState, list[Sample]]]:
+        # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
+        # the global random
         # numbers are the model's.
         batches = iter(
             DataLoader(
@@ -147,7 +181,10 @@ class Loader:
                 self._account(samples)
                 rest = self.samples - step.stop
                 ended = self.last_batch == "drop" and rest < self.global_batch
-                yield StreamState(step.epoch, self.samples if ended else step.stop, self.digest), samples
+                yield (
+                    StreamState(step.epoch, self.samples if ended else step.stop, self.digest),
+                    samples,
+                )
         finally:
             if self.workers:
                 batches._shutdown_workers()
@@ -174,16 +211,24 @@ class Loader:
     def _count_unreadable(self, sample: Sample) -> None:
         self.unreadable += 1
         if self.unreadable.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a log that cannot flood
-            logger.warning("rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, sample.error)
+            logger.warning(
+                "rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, sample.error
+            )
         name = (sample.set_index, sample.index)
         if name not in self._known:
             if len(self._known) < _NAMED:
                 self._known.add(name)
                 self.quarantined.append((*name, sample.error))
             if self.quarantine is not None:
-                line = {"set": self.manifests[sample.set_index].folder, "index": sample.index, "error": sample.error}
+                line = {
+                    "set": self.manifests[sample.set_index].folder,
+                    "index": sample.index,
+                    "error": sample.error,
+                }
                 self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-                with self.quarantine.open("a", encoding="utf-8") as file:  # one short write: ranks do not mix lines
+                with self.quarantine.open(
+                    "a", encoding="utf-8"
+                ) as file:  # one short write: ranks do not mix lines
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._in_a_row[sample.set_index] += 1
         if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
@@ -207,19 +252,31 @@ class Loader:
                     f"{self.manifests[0].kind}: one run reads sets of one kind"
                 )
 
-    def _check_cache(self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int) -> None:
-        """Two windows of every remote set must fit: a batch may need both, and what goes early is fetched again. Of the
-        first images of a mixture, in whose epochs nothing keeps to windows, all shards must."""
+    def _check_cache(
+        self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int
+    ) -> None:
+        """Two windows of every remote set must fit: a batch may need both, and what goes early is
+        fetched again. Of the first images of a mixture, in whose epochs nothing keeps to windows,
+        all shards must.
+        """
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
         few, needed = isinstance(mixture, FirstOf), 0
         for s, manifest in remote.items():
-            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)[: 2 * window_shards]
+            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)[
+                : 2 * window_shards
+            ]
             if few:
-                held = set((manifest.starts.searchsorted(mixture.indices_of(s), side="right") - 1).tolist())
+                held = set(
+                    (manifest.starts.searchsorted(mixture.indices_of(s), side="right") - 1).tolist()
+                )
                 sizes = [manifest.shards[shard].bytes for shard in held]
             needed += sum(sizes) + manifest.sidecar_file.bytes
         if cache_bytes < needed:
-            what = f"the first {mixture.samples} images" if few else f"two windows of {window_shards} shards"
+            what = (
+                f"the first {mixture.samples} images"
+                if few
+                else f"two windows of {window_shards} shards"
+            )
             less = "fewer images" if few else "smaller windows"
             raise ShardError(
                 f"{', '.join(m.folder for m in remote.values())}: {what} and the index are {needed} bytes, the cache "
@@ -246,9 +303,13 @@ class _Reading(Dataset):
         size = step.stop - step.start
         mine = deal(max(size, self.fill_to), self.rank, self.world_size)
         start, stop = (step.start + min(end, size) for end in (mine.start, mine.stop))
-        samples = [self._read(*pick) for pick in self.mixture.picks(step.epoch, start, stop).tolist()]
+        samples = [
+            self._read(*pick) for pick in self.mixture.picks(step.epoch, start, stop).tolist()
+        ]
         fillers = mine.stop - mine.start - len(samples)
-        samples += [Sample(None, None, "", set_index=-1, index=-1, weight=0.0) for _ in range(fillers)]
+        samples += [
+            Sample(None, None, "", set_index=-1, index=-1, weight=0.0) for _ in range(fillers)
+        ]
         return step, samples
 
     def _read(self, set_index: int, index: int, epoch: int) -> Sample:
@@ -259,7 +320,8 @@ class _Reading(Dataset):
             if self.decode is not None:
                 sample.payload = self.decode(sample)
             return sample
-        # Whatever a damaged file makes a decoder raise (Pillow alone: six types) costs that sample, not the run.
+        # Whatever a damaged file makes a decoder raise (Pillow alone: six types) costs that sample,
+        # not the run.
         except Exception as error:
             text = str(error)
             if not isinstance(error, ShardError):  # which names the place itself

@@ -1,8 +1,10 @@
-"""What a set of shards holds: `index.json` (the shards, their sizes and hashes) and its sidecar `index.bin`.
+"""What a set of shards holds: `index.json` (the shards, their sizes and hashes) and its sidecar
+`index.bin`.
 
-A folder or fsspec URL -> Manifest. The sidecar is memory-mapped, one row a sample in shard order, so that a set of any
-size is opened in little memory: offset and size (bytes of the sample in its tar, first header to last byte), texts,
-targets, characters, crc (zlib.crc32 over the contents of its members in tar order) and key.
+A folder or fsspec URL -> Manifest. The sidecar is memory-mapped, one row a sample in shard order,
+so that a set of any size is opened in little memory: offset and size (bytes of the sample in its
+tar, first header to last byte), texts, targets, characters, crc (zlib.crc32 over the contents of
+its members in tar order) and key.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ INDEX = "index.json"
 SIDECAR = "index.bin"
 SKIPPED = "skipped.jsonl"
 MAX_KEY_BYTES = 255
-_FIELDS = [("offset", "<u8"), ("size", "<u8")] + [(name, "<u4") for name in ("texts", "targets", "characters", "crc")]
+_FIELDS = [("offset", "<u8"), ("size", "<u8")] + [
+    (name, "<u4") for name in ("texts", "targets", "characters", "crc")
+]
 
 
 def sidecar_dtype(key_bytes: int) -> np.dtype:
@@ -67,8 +71,9 @@ class Manifest:
     def open(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
         """Reads the index and checks the sidecar's hash and the size of every local file it names.
 
-        The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises ShardError for a folder
-        that is missing, has no index, or does not match it. The shards' own hashes are verify's business.
+        The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises
+        ShardError for a folder that is missing, has no index, or does not match it. The shards' own
+        hashes are verify's business.
         """
         manifest = cls.read_index(path_or_url, cache)
         if problems := manifest.file_problems():
@@ -79,7 +84,9 @@ class Manifest:
 
     @classmethod
     def read_index(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
-        """Reads `index.json` alone. Raises ShardError if it is missing, malformed or was changed by hand."""
+        """Reads `index.json` alone. Raises ShardError if it is missing, malformed or was changed by
+        hand.
+        """
         folder = os.fspath(path_or_url).removeprefix("file://")
         where = join(folder, INDEX)
         try:
@@ -90,7 +97,9 @@ class Manifest:
             raise ShardError(f"{where} cannot be read as JSON: {error}") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
-            raise ShardError(f"{where} has format {found!r}, expected {FORMAT}: build the set again")
+            raise ShardError(
+                f"{where} has format {found!r}, expected {FORMAT}: build the set again"
+            )
         try:
             manifest = cls(
                 folder=folder,
@@ -102,7 +111,9 @@ class Manifest:
             )
             digest = document["digest"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{where} is not a complete index: {error!r}; build or index the set again") from error
+            raise ShardError(
+                f"{where} is not a complete index: {error!r}; build or index the set again"
+            ) from error
         if digest != manifest.digest:
             raise ShardError(
                 f"{where} says digest {digest}, its content gives {manifest.digest}: it was changed by hand"
@@ -112,7 +123,10 @@ class Manifest:
     def file_problems(self) -> list[str]:
         """A sentence for each local file that is missing or has another size than the index says."""
         problems = []
-        for place, infos in ((self.base or self.folder, self.shards), (self.folder, (self.sidecar_file, *self.files))):
+        for place, infos in (
+            (self.base or self.folder, self.shards),
+            (self.folder, (self.sidecar_file, *self.files)),
+        ):
             if is_remote(place):
                 continue
             for info in infos:
@@ -120,7 +134,9 @@ class Manifest:
                 if not path.is_file():
                     problems.append(f"{path} is missing: {join(self.folder, INDEX)} names it")
                 elif (found := path.stat().st_size) != info.bytes:
-                    problems.append(f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file")
+                    problems.append(
+                        f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file"
+                    )
         return problems
 
     def _content(self) -> dict[str, Any]:
@@ -134,12 +150,20 @@ class Manifest:
 
     def document(self) -> dict[str, Any]:
         """The content of `index.json`."""
-        return {**self._content(), **{name: getattr(self, name) for name in _PLAIN}, "digest": self.digest}
+        return {
+            **self._content(),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "digest": self.digest,
+        }
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples in equal order."""
-        return hashlib.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples
+        in equal order.
+        """
+        return hashlib.sha256(
+            json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     @property
     def samples(self) -> int:
@@ -164,15 +188,21 @@ class Manifest:
 
     @cached_property
     def sidecar(self) -> np.ndarray:
-        """Structured array with a row for each sample (see the module). Raises ShardError if it is another one's."""
+        """Structured array with a row for each sample (see the module). Raises ShardError if it is
+        another one's.
+        """
         info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes)
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
-            raise ShardError(f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}")
+            raise ShardError(
+                f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}"
+            )
         if is_remote(self.folder) and self.cache is None:
             return np.frombuffer(self.read_file(info.name), dtype)
         remote = is_remote(self.folder)
-        with open(self.cache.open(where, info.bytes, info.sha256) if remote else where, "rb") as file:
+        with open(
+            self.cache.open(where, info.bytes, info.sha256) if remote else where, "rb"
+        ) as file:
             if not remote:  # the cache checks the hash itself
                 _check_hash(where, hashlib.file_digest(file, "sha256").hexdigest(), info)
             return np.memmap(file, dtype, mode="r")
@@ -181,7 +211,9 @@ class Manifest:
         return self.sidecar["key"][index].decode()
 
     def read_file(self, name: str) -> bytes:
-        """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is missing or damaged."""
+        """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is
+        missing or damaged.
+        """
         where = join(self.folder, name)
         info = next((file for file in (*self.files, self.sidecar_file) if file.name == name), None)
         if info is None:
@@ -196,7 +228,11 @@ class Manifest:
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memmap would be a copy of the whole file.
         mapped = isinstance(self.__dict__.get("sidecar"), np.memmap)
-        return {name: value for name, value in self.__dict__.items() if not (mapped and name == "sidecar")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (mapped and name == "sidecar")
+        }
 
 
 _PLAIN = ("kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
@@ -209,7 +245,9 @@ def _fetch(location: str) -> bytes:
 
 def _check_hash(where: str, found: str, info: FileInfo) -> None:
     if found != info.sha256:
-        raise ShardError(f"{where} has sha256 {found}, expected {info.sha256}: it is damaged, or of another set")
+        raise ShardError(
+            f"{where} has sha256 {found}, expected {info.sha256}: it is damaged, or of another set"
+        )
 
 
 def _info(cls: type, entry: Mapping[str, Any]) -> Any:
@@ -217,7 +255,9 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
     for item in fields(cls):
         value, expected = getattr(info, item.name), int if item.type == "int" else str
         if type(value) is not expected or (expected is int and value < 0):
-            raise ValueError(f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}")
+            raise ValueError(
+                f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}"
+            )
     if "/" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info
@@ -239,7 +279,9 @@ def _no_index(folder: str) -> str:
 
 
 class SidecarWriter:
-    """Rows -> `index.bin`. They wait in memory, some 100 bytes a sample, as the keys must: each may occur but once."""
+    """Rows -> `index.bin`. They wait in memory, some 100 bytes a sample, as the keys must: each may
+    occur but once.
+    """
 
     def __init__(self):
         self._figures, self._keys = bytearray(), []
@@ -247,7 +289,9 @@ class SidecarWriter:
     def append(self, record: Record, key: str, offset: int, size: int, crc: int) -> None:
         name = key.encode()
         if len(name) > MAX_KEY_BYTES:
-            raise ShardError(f"the key {key!r} has {len(name)} bytes, at most {MAX_KEY_BYTES} are possible")
+            raise ShardError(
+                f"the key {key!r} has {len(name)} bytes, at most {MAX_KEY_BYTES} are possible"
+            )
         self._keys.append(name)
         figures = (offset, size, len(record.texts), record.targets, record.characters, crc)
         self._figures += np.array(figures, _FIELDS).tobytes()
@@ -262,4 +306,7 @@ class SidecarWriter:
 
 
 def write_index(manifest: Manifest, folder: Path) -> None:
-    write_whole(folder / INDEX, (json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(
+        folder / INDEX,
+        (json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n").encode(),
+    )

@@ -1,6 +1,8 @@
-"""A Record is one image and every text that belongs to it: what the sources make and what a shard stores.
+"""A Record is one image and every text that belongs to it: what the sources make and what a shard
+stores.
 
-Official files -> Record -> `{key}.json` in a shard -> Record. The image itself lies beside it as `{key}.jpg`.
+Official files -> Record -> `{key}.json` in a shard -> Record. The image itself lies beside it as
+`{key}.jpg`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any, Literal
 Task = Literal["caption", "vqa"]
 TASKS: tuple[str, ...] = ("caption", "vqa")
 
-# WebDataset splits a member's name at the first dot, and a slash would make folders: neither may be in a key.
+# WebDataset splits a member's name at the first dot, and a slash would make folders: neither may be
+# in a key.
 _KEY = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -69,7 +72,9 @@ class Record:
                 Text(t["id"], t["task"], tuple(t["targets"]), t.get("prompt"), t.get("meta") or {})
                 for t in document["texts"]
             )
-            record = cls(document["key"], document["dataset"], document["split"], document["image_id"], texts)
+            record = cls(
+                document["key"], document["dataset"], document["split"], document["image_id"], texts
+            )
         except KeyError as error:
             raise RecordError(f"the record {data[:80]!r} has no field {error}") from error
         except (ValueError, TypeError) as error:
@@ -80,21 +85,32 @@ class Record:
     def check(self) -> None:
         """Raises RecordError unless every field has its type and every text has something to learn."""
         if not isinstance(self.key, str) or not _KEY.fullmatch(self.key):
-            raise RecordError(f"key {self.key!r}: a key is made of letters, digits, '_' and '-' alone")
+            raise RecordError(
+                f"key {self.key!r}: a key is made of letters, digits, '_' and '-' alone"
+            )
         for name in ("dataset", "split", "image_id"):
             if not isinstance(getattr(self, name), str):
-                raise RecordError(f"record {self.key}: {name} is {getattr(self, name)!r}, not a string")
+                raise RecordError(
+                    f"record {self.key}: {name} is {getattr(self, name)!r}, not a string"
+                )
         seen: set[str] = set()
         for text in self.texts:
             where = f"record {self.key}, text {text.id!r}"
             if not isinstance(text.id, str) or text.id in seen:
-                raise RecordError(f"{where}: the id must be a string that occurs once in the record")
+                raise RecordError(
+                    f"{where}: the id must be a string that occurs once in the record"
+                )
             seen.add(text.id)
             if text.task not in TASKS:
-                raise RecordError(f"{where}: task is {text.task!r}, expected one of {', '.join(TASKS)}")
+                raise RecordError(
+                    f"{where}: task is {text.task!r}, expected one of {', '.join(TASKS)}"
+                )
             if text.task == "vqa" and not (isinstance(text.prompt, str) and text.prompt.strip()):
-                raise RecordError(f"{where}: a vqa text needs its question in 'prompt', found {text.prompt!r}")
+                raise RecordError(
+                    f"{where}: a vqa text needs its question in 'prompt', found {text.prompt!r}"
+                )
             filled = [isinstance(t, str) and bool(t.strip()) for t in text.targets]
-            # An annotator of VQAv2 may have left an answer empty: it is kept, since the scores count all ten.
+            # An annotator of VQAv2 may have left an answer empty: it is kept, since the scores
+            # count all ten.
             if not (any(filled) if text.task == "vqa" else filled and all(filled)):
                 raise RecordError(f"{where}: 'targets' holds an empty text or none at all")

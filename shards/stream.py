@@ -1,7 +1,9 @@
-"""The order, nothing else: (seed, epoch, position) -> which sample of which set. No reading, no torch.
+"""The order, nothing else: (seed, epoch, position) -> which sample of which set. No reading, no
+torch.
 
-Shard sizes and a seed go in; any slice of any epoch comes out, at the cost of the windows it touches and not of what
-lies before it. Every rank and every worker computes its own part of the same order, so none has to be told anything.
+Shard sizes and a seed go in; any slice of any epoch comes out, at the cost of the windows it
+touches and not of what lies before it. Every rank and every worker computes its own part of the
+same order, so none has to be told anything.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _WORD = 2**64
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """Where a run is in its data: `position` images of `epoch` are used; `digest` names the order they belong to.
+    """Where a run is in its data: `position` images of `epoch` are used; `digest` names the order
+    they belong to.
 
     (e, all images) and (e + 1, 0) are the same place.
     """
@@ -39,7 +42,9 @@ class StreamState:
         for name, kind in (("epoch", int), ("position", int), ("digest", str)):
             value = fields.get(name)
             if type(value) is not kind or (kind is int and value < 0):
-                raise ValueError(f"stream state: {name} is {value!r}, expected {'a count' if kind is int else 'text'}")
+                raise ValueError(
+                    f"stream state: {name} is {value!r}, expected {'a count' if kind is int else 'text'}"
+                )
         return cls(fields["epoch"], fields["position"], fields["digest"])
 
 
@@ -51,11 +56,14 @@ def deal(n: int, rank: int, world: int) -> slice:
 def permutation(n: int, seed: int, salt: int, epoch: int, stream: int) -> np.ndarray:
     """A permutation of range(n), int64, keyed by (seed, salt) and numbered by (epoch, stream).
 
-    Made of Philox's raw words alone, since numpy promises those, and not `Generator.permutation`, to stay the same in
-    every version. The item's number in the low bits makes all keys different: no tie for a sort to break its own way.
+    Made of Philox's raw words alone, since numpy promises those, and not `Generator.permutation`,
+    to stay the same in every version. The item's number in the low bits makes all keys different:
+    no tie for a sort to break its own way.
     """
     counter = np.array([0, 0, epoch % _WORD, stream % _WORD], np.uint64)
-    words = np.random.Philox(key=np.array([seed % _WORD, salt % _WORD], np.uint64), counter=counter).random_raw(n)
+    words = np.random.Philox(
+        key=np.array([seed % _WORD, salt % _WORD], np.uint64), counter=counter
+    ).random_raw(n)
     low = np.uint64((1 << max(n - 1, 0).bit_length()) - 1)
     keys = (words & ~low) | np.arange(n, dtype=np.uint64)
     keys.sort()
@@ -63,13 +71,20 @@ def permutation(n: int, seed: int, salt: int, epoch: int, stream: int) -> np.nda
 
 
 class Order:
-    """The order of one set. Shards are permuted; samples are shuffled inside a window of `window_shards` of them.
+    """The order of one set. Shards are permuted; samples are shuffled inside a window of
+    `window_shards` of them.
 
-    Holds two prefix sums over shards for one epoch and two windows: 10^8 samples in 10^5 shards take 1.7 MB.
+    Holds two prefix sums over shards for one epoch and two windows: 10^8 samples in 10^5 shards
+    take 1.7 MB.
     """
 
     def __init__(
-        self, samples_per_shard: Sequence[int], seed: int, window_shards: int, shuffle: bool = True, salt: int = 0
+        self,
+        samples_per_shard: Sequence[int],
+        seed: int,
+        window_shards: int,
+        shuffle: bool = True,
+        salt: int = 0,
     ):
         """`salt` tells the sets of a mixture apart, which would else be shuffled alike."""
         self.sizes = np.asarray(samples_per_shard, np.int64)
@@ -80,9 +95,13 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def epoch_indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Samples at positions [start, stop) of an epoch, as int64 indices into the set in shard order."""
+        """Samples at positions [start, stop) of an epoch, as int64 indices into the set in shard
+        order.
+        """
         if not 0 <= start <= stop <= self.samples:
-            raise ValueError(f"positions {start} to {stop} are not in an epoch of {self.samples} samples")
+            raise ValueError(
+                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
+            )
         if not self.shuffle:
             return np.arange(start, stop)
         if epoch != self._epoch:
@@ -106,7 +125,9 @@ class Order:
         cached = self._windows.pop((epoch, window), None)
         if cached is None:
             shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
-            samples = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
+            samples = np.concatenate(
+                [np.arange(self.starts[s], self.starts[s + 1]) for s in shards]
+            )
             cached = samples[permutation(len(samples), self.seed, self.salt, epoch, window + 1)]
         self._windows[epoch, window] = cached
         while len(self._windows) > _KEPT_WINDOWS:
@@ -115,10 +136,12 @@ class Order:
 
 
 class Interleave:
-    """Which set the n-th pick takes, so that each set has its share at every moment (Webster / Sainte-Laguë).
+    """Which set the n-th pick takes, so that each set has its share at every moment (Webster /
+    Sainte-Laguë).
 
-    Set s would like its j-th pick at time (2j + 1) / (2 share_s); picks are taken in the order of these times. Whole
-    numbers throughout, so that no rounding can make two machines disagree. A seek costs O(sets).
+    Set s would like its j-th pick at time (2j + 1) / (2 share_s); picks are taken in the order of
+    these times. Whole numbers throughout, so that no rounding can make two machines disagree. A
+    seek costs O(sets).
     """
 
     def __init__(self, shares: Sequence[int]):
@@ -128,10 +151,16 @@ class Interleave:
 
     def picks(self, start: int, stop: int) -> tuple[list[int], list[int]]:
         """(How many of the first `start` picks each set has, the sets of picks start to stop)."""
-        # At time t the sets together have had t * total picks, give or take half a pick each: begin safely before.
+        # At time t the sets together have had t * total picks, give or take half a pick each: begin
+        # safely before.
         total, early = sum(self.shares), max(0, start - len(self.shares))
-        counts = [(2 * early * share + total) // (2 * total) if early else 0 for share in self.shares]
-        queue = [((2 * c + 1) * space, s) for s, (c, space) in enumerate(zip(counts, self._spacing, strict=True))]
+        counts = [
+            (2 * early * share + total) // (2 * total) if early else 0 for share in self.shares
+        ]
+        queue = [
+            ((2 * c + 1) * space, s)
+            for s, (c, space) in enumerate(zip(counts, self._spacing, strict=True))
+        ]
         heapq.heapify(queue)
         taken = []
         for n in range(sum(counts), stop):
@@ -147,10 +176,11 @@ class Interleave:
 class Mixture:
     """Several orders as one.
 
-    An epoch is as many picks as the sets have samples together. Without weights a set's share is its size, so every
-    sample of every set comes exactly once an epoch, the sets mixed evenly. With weights the shares are the weights:
-    each set runs through its own epochs at its own pace, whatever the epoch of the mixture, so that in one epoch of
-    the mixture samples of a heavy set come several times and a light set is not finished; it goes on in the next.
+    An epoch is as many picks as the sets have samples together. Without weights a set's share is
+    its size, so every sample of every set comes exactly once an epoch, the sets mixed evenly. With
+    weights the shares are the weights: each set runs through its own epochs at its own pace,
+    whatever the epoch of the mixture, so that in one epoch of the mixture samples of a heavy set
+    come several times and a light set is not finished; it goes on in the next.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float] | None = None):
@@ -162,16 +192,24 @@ class Mixture:
             shares = [Fraction(order.samples) for order in self.orders]
         else:
             if len(weights) != len(self.orders) or not all(0 < w < math.inf for w in weights):
-                raise ValueError(f"weights {list(weights)}: expected {len(self.orders)} numbers above 0, one a set")
+                raise ValueError(
+                    f"weights {list(weights)}: expected {len(self.orders)} numbers above 0, one a set"
+                )
             shares = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is meant as 7/10
         scale = math.lcm(*(share.denominator for share in shares))
         self._interleave = Interleave([share * scale for share in shares])
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the set, epoch of the set."""
+        """Positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the set,
+        epoch of the set.
+        """
         if not 0 <= start <= stop <= self.samples:
-            raise ValueError(f"positions {start} to {stop} are not in an epoch of {self.samples} samples")
-        counts, taken = self._interleave.picks(epoch * self.samples + start, epoch * self.samples + stop)
+            raise ValueError(
+                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
+            )
+        counts, taken = self._interleave.picks(
+            epoch * self.samples + start, epoch * self.samples + stop
+        )
         sets = np.asarray(taken, np.int64)
         picks = np.empty((stop - start, 3), np.int64)
         picks[:, 0] = sets
@@ -188,12 +226,15 @@ class Mixture:
 class FirstOf:
     """The first `samples` picks of a mixture's epoch 0 and no others, shuffled anew in every epoch.
 
-    A small data set cut out of a large one: holds all its picks, so `samples` is what fits into memory (24 bytes each).
+    A small data set cut out of a large one: holds all its picks, so `samples` is what fits into
+    memory (24 bytes each).
     """
 
     def __init__(self, mixture: Mixture, samples: int, seed: int):
         if not 0 < samples <= mixture.samples:
-            raise ValueError(f"the first {samples} images are asked for, the sets hold {mixture.samples}")
+            raise ValueError(
+                f"the first {samples} images are asked for, the sets hold {mixture.samples}"
+            )
         self.samples, self.seed, self._picks = samples, seed, mixture.picks(0, 0, samples)
         self._epoch: int | None = None
 
@@ -204,7 +245,9 @@ class FirstOf:
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """As of a mixture."""
         if not 0 <= start <= stop <= self.samples:
-            raise ValueError(f"positions {start} to {stop} are not in an epoch of {self.samples} samples")
+            raise ValueError(
+                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
+            )
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.samples, self.seed, 0, epoch, 0)
         picks = self._picks[self._order[start:stop]]

@@ -1,6 +1,7 @@
 """Whole sets: what is wrong with one, and what is in it.
 
-A folder or fsspec URL of a set -> sentences about its problems (verify), figures (stats). Nothing is extracted.
+A folder or fsspec URL of a set -> sentences about its problems (verify), figures (stats). Nothing
+is extracted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from shards.record import RecordError
 
 
 def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: None) -> list[str]:
-    """Re-reads and re-hashes everything, decodes every image; a sentence for each problem, none if all is well."""
+    """Re-reads and re-hashes everything, decodes every image; a sentence for each problem, none if
+    all is well.
+    """
     try:
         manifest = Manifest.read_index(folder)
     except ShardError as error:
@@ -41,7 +44,9 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
         return problems + ([] if any(SIDECAR in problem for problem in problems) else broken)
     keys, counts = np.unique(manifest.sidecar["key"], return_counts=True)
     problems += [
-        f"{folder}: key {key.decode()!r} occurs {n} times" for key, n in zip(keys, counts, strict=True) if n > 1
+        f"{folder}: key {key.decode()!r} occurs {n} times"
+        for key, n in zip(keys, counts, strict=True)
+        if n > 1
     ]
     left_out = _left_out(manifest)
     for shard, info in enumerate(manifest.shards):
@@ -50,13 +55,21 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
     return problems
 
 
-def _verify_shard(manifest: Manifest, shard: int, left_out: set[int], on_progress: Progress) -> list[str]:
-    info, location, first = manifest.shards[shard], manifest.location(shard), int(manifest.starts[shard])
+def _verify_shard(
+    manifest: Manifest, shard: int, left_out: set[int], on_progress: Progress
+) -> list[str]:
+    info, location, first = (
+        manifest.shards[shard],
+        manifest.location(shard),
+        int(manifest.starts[shard]),
+    )
     rows = manifest.sidecar[first : manifest.starts[shard + 1]]
     waiting = {int(row["offset"]): first + i for i, row in enumerate(rows)}
     problems, stopped, hashed = [], None, None
     if int(rows["texts"].sum()) != info.texts:
-        problems.append(f"{location}: the sidecar counts {rows['texts'].sum()} texts, the index {info.texts}")
+        problems.append(
+            f"{location}: the sidecar counts {rows['texts'].sum()} texts, the index {info.texts}"
+        )
     try:
         with open_shard(location) as (read, size):
             try:
@@ -66,14 +79,18 @@ def _verify_shard(manifest: Manifest, shard: int, left_out: set[int], on_progres
                         problems += _check_group(manifest, index, group, location)
                         on_progress(1)
                     elif group.start not in left_out:
-                        problems.append(f"{location}: {group.key} at offset {group.start} is not in the index")
+                        problems.append(
+                            f"{location}: {group.key} at offset {group.start} is not in the index"
+                        )
             except ShardError as error:
                 stopped = f"{location}: {error}"
             hashed = read.finish()
     except ShardError as error:
         return [str(error)]
     precise = len(problems)
-    if stopped and not is_remote(location):  # behind a damaged place the samples are still found by their offsets
+    if stopped and not is_remote(
+        location
+    ):  # behind a damaged place the samples are still found by their offsets
         reader = Reader(manifest)
         for index in waiting.values():
             problems += _problem(lambda index=index: _decode(manifest, reader.read(index)))
@@ -82,7 +99,9 @@ def _verify_shard(manifest: Manifest, shard: int, left_out: set[int], on_progres
         problems.append(stopped)
     if waiting and not stopped:
         keys = ", ".join(manifest.key(index) for index in list(waiting.values())[:3])
-        problems.append(f"{location}: {len(waiting)} samples of the index are not where it says ({keys} ...)")
+        problems.append(
+            f"{location}: {len(waiting)} samples of the index are not where it says ({keys} ...)"
+        )
     if not problems and hashed != (info.bytes, info.sha256):
         problems.append(f"{location} has sha256 {hashed[1]}, expected {info.sha256}")
     return problems
@@ -94,9 +113,13 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
     if group.key != row["key"].decode():
         return [f"{place}: the index has {row['key'].decode()} here"]
     if group.crc != row["crc"] or group.end - group.start != row["size"]:
-        return [f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they are damaged"]
+        return [
+            f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they are damaged"
+        ]
     try:
-        record, extension = parse_sample(group.key, group.contents, manifest.kind, manifest.dataset, manifest.split)
+        record, extension = parse_sample(
+            group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
+        )
     except (ShardError, RecordError) as error:
         return [f"{place}: {error}"]
     found = {"texts": len(record.texts), "targets": record.targets, "characters": record.characters}
@@ -114,7 +137,9 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
             with Image.open(io.BytesIO(sample.payload)) as image:
                 image.load()
         except Exception as error:  # Pillow's decoders raise what they like
-            raise ShardError(f"the image cannot be decoded: {str(error).split(' <_io')[0]}") from error
+            raise ShardError(
+                f"the image cannot be decoded: {str(error).split(' <_io')[0]}"
+            ) from error
         return
     try:
         patches_PD = load_safetensors(sample.payload)["patches_PD"]
@@ -123,7 +148,9 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
     encoder = manifest.encoder or {}
     shape = encoder.get("tokens", patches_PD.shape[0]), encoder.get("width", patches_PD.shape[-1])
     if patches_PD.shape != shape or not np.isfinite(patches_PD).all():
-        raise ShardError(f"patches_PD has shape {patches_PD.shape}, expected {shape} and finite values")
+        raise ShardError(
+            f"patches_PD has shape {patches_PD.shape}, expected {shape} and finite values"
+        )
 
 
 def _problem(check: Callable[[], object]) -> list[str]:
@@ -156,8 +183,9 @@ def _left_out(manifest: Manifest) -> dict[str, set[int]]:
 def stats(folder: str | os.PathLike) -> dict[str, Any]:
     """Counts, lengths in characters and sizes in pixels, ready for JSON.
 
-    `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`) is counted on at
-    most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read` says on how many.
+    `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`)
+    is counted on at most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read`
+    says on how many.
     """
     manifest = Manifest.open(folder)
     reader, read = Reader(manifest), _spread(manifest.samples, 100_000)

@@ -1,4 +1,5 @@
-"""Records -> tar shards, atomically: the folder of a set appears whole, under its name, or not at all.
+"""Records -> tar shards, atomically: the folder of a set appears whole, under its name, or not at
+all.
 
 Equal input gives equal bytes (fixed time and owner), so a set that is built twice has one digest.
 """
@@ -26,7 +27,9 @@ from shards.read import PAYLOADS
 from shards.record import Record
 
 BLOCK = 512
-MAX_NAME = 100  # characters of a member's name that every tar reader takes without an extended header
+MAX_NAME = (
+    100  # characters of a member's name that every tar reader takes without an extended header
+)
 
 
 def write_shards(
@@ -42,16 +45,20 @@ def write_shards(
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes (record, payload, extension) triples to OUT/SPLIT-000000.tar ... with `index.json` and its sidecar.
+    """Writes (record, payload, extension) triples to OUT/SPLIT-000000.tar ... with `index.json` and
+    its sidecar.
 
     OUT is the folder of the split itself. A shard is closed before it would pass either bound. Raises ShardError for
-    an OUT that already holds something (unless `overwrite`), a key that occurs twice, an extension that is not of the
-    set's kind, no sample at all; RecordError for a bad record. On any error OUT is as it was before.
+    an OUT that already holds something (unless `overwrite`), a key that occurs twice, an extension
+    that is not of the set's kind, no sample at all; RecordError for a bad record. On any error OUT
+    is as it was before.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         if (out / INDEX).exists():
-            raise ShardError(f"{out} already holds shards: choose another folder, or replace them with --overwrite")
+            raise ShardError(
+                f"{out} already holds shards: choose another folder, or replace them with --overwrite"
+            )
         if not out.is_dir() or any(out.iterdir()):
             raise ShardError(f"{out} is there and is not empty: choose another folder")
     with folder_beside(out) as beside:
@@ -61,10 +68,20 @@ def write_shards(
             shards.append(_write_tar(beside / f"{split}-{number:06d}.tar", members, sidecar))
         if not shards:
             raise ShardError(f"there is no sample to write for {split}")
-        files = tuple(write_whole(beside / name, data) for name, data in sorted((extra_files or {}).items()))
+        files = tuple(
+            write_whole(beside / name, data) for name, data in sorted((extra_files or {}).items())
+        )
         info, key_bytes = sidecar.finish(beside)
         manifest = Manifest(
-            str(out), kind, dataset, split, tuple(shards), info, key_bytes, encoder=encoder, files=files
+            str(out),
+            kind,
+            dataset,
+            split,
+            tuple(shards),
+            info,
+            key_bytes,
+            encoder=encoder,
+            files=files,
         )
         write_index(manifest, beside)
         sync(beside)
@@ -83,14 +100,17 @@ def write_shards(
 def folder_beside(out: Path) -> Iterator[Path]:
     """A new folder beside `out` to build in, gone at the end if it was not renamed to it.
 
-    What killed processes of this machine left there is removed; that of others may still be written.
+    What killed processes of this machine left there is removed; that of others may still be
+    written.
     """
     out = Path(os.path.abspath(out))  # also where it is "."
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{os.uname().nodename}."
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix).partition(".")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):  # else of a machine whose name goes on
+        if process.isdecimal() and not psutil.pid_exists(
+            int(process)
+        ):  # else of a machine whose name goes on
             shutil.rmtree(left)
     beside = out.with_name(f"{prefix}{os.getpid()}")
     beside.mkdir()
@@ -101,21 +121,33 @@ def folder_beside(out: Path) -> Iterator[Path]:
 
 
 def _numbered(
-    samples: Iterable[tuple[Record, bytes, str]], split: str, kind: Kind, max_bytes: int, max_samples: int
+    samples: Iterable[tuple[Record, bytes, str]],
+    split: str,
+    kind: Kind,
+    max_bytes: int,
+    max_samples: int,
 ) -> Iterator[tuple[int, Record, dict[str, bytes]]]:
-    """Checked samples as (number of the shard, record, its files by extension in the order of TarWriter)."""
-    keys: set[str] = set()  # grows by some 100 bytes a sample: the price of naming a duplicate at once
+    """Checked samples as (number of the shard, record, its files by extension in the order of
+    TarWriter).
+    """
+    keys: set[str] = (
+        set()
+    )  # grows by some 100 bytes a sample: the price of naming a duplicate at once
     number = held = count = 0
     for record, payload, extension in samples:
         record.check()
         if record.key in keys:
-            raise ShardError(f"the key {record.key!r} occurs twice in {split}: keys must be unique in a split")
+            raise ShardError(
+                f"the key {record.key!r} occurs twice in {split}: keys must be unique in a split"
+            )
         if extension not in PAYLOADS[kind]:
             raise ShardError(
                 f"{record.key}: extension {extension!r} in a set of {kind}, expected {', '.join(PAYLOADS[kind])}"
             )
         if len(record.key) + 1 + max(len(extension), 4) > MAX_NAME:
-            raise ShardError(f"the key {record.key!r} makes a name of more than {MAX_NAME} characters")
+            raise ShardError(
+                f"the key {record.key!r} makes a name of more than {MAX_NAME} characters"
+            )
         keys.add(record.key)
         members = dict(sorted({extension: payload, "json": record.to_json()}.items()))
         size = sum(map(_size_in_tar, members.values()))
@@ -130,12 +162,18 @@ def _write_tar(
 ) -> ShardInfo:
     count = texts = offset = 0
     with open(path, "w+b") as file:
-        with TarWriter(file, user="harness", group="harness", mtime=0, encoder=False, compress=False) as tar:
+        with TarWriter(
+            file, user="harness", group="harness", mtime=0, encoder=False, compress=False
+        ) as tar:
             for _, record, members in samples:
                 tar.write({"__key__": record.key, **members})
                 *before, last = members.values()
-                size = sum(map(_size_in_tar, before)) + BLOCK + len(last)  # from the first header to the last byte
-                sidecar.append(record, record.key, offset, size, zlib.crc32(b"".join(members.values())))
+                size = (
+                    sum(map(_size_in_tar, before)) + BLOCK + len(last)
+                )  # from the first header to the last byte
+                sidecar.append(
+                    record, record.key, offset, size, zlib.crc32(b"".join(members.values()))
+                )
                 offset += sum(map(_size_in_tar, members.values()))
                 count, texts = count + 1, texts + len(record.texts)
         file.flush()

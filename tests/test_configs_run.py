@@ -1,7 +1,8 @@
-"""Every shipped experiment takes a few steps, with its model ids replaced by tiny random models in the hub's format.
+"""Every shipped experiment takes a few steps, with its model ids replaced by tiny random models in
+the hub's format.
 
-The code path is that of real ids. What the CPU cannot do is overridden: precision is `auto` (fp32 here), and image_size
-is the tiny CLIP's.
+The code path is that of real ids. What the CPU cannot do is overridden: precision is `auto` (fp32
+here), and image_size is the tiny CLIP's.
 """
 
 import json
@@ -32,12 +33,28 @@ TASKS = {
 
 
 def replacements(file, root, clip, t5, gpt2) -> list[str]:
-    """Overrides that put tiny models and sets in the place of real ones; everything else stays the experiment's."""
+    """Overrides that put tiny models and sets in the place of real ones; everything else stays the
+    experiment's.
+    """
     config = load(file)
     lm = {"t5": t5, "gpt2": gpt2}[config.model.lm.kind]
-    overrides = [f"out={root / 'run'}", f"model.lm.id={lm}", "train.max_steps=2", "train.precision=auto"]
-    overrides += ["train.global_batch=4", "train.micro_batch=3", "train.log_every=1", "data.workers=0"]
-    overrides += ["evaluation.counterfactual_texts=4", "evaluation.bootstrap=20", "evaluation.batch_images=4"]
+    overrides = [
+        f"out={root / 'run'}",
+        f"model.lm.id={lm}",
+        "train.max_steps=2",
+        "train.precision=auto",
+    ]
+    overrides += [
+        "train.global_batch=4",
+        "train.micro_batch=3",
+        "train.log_every=1",
+        "data.workers=0",
+    ]
+    overrides += [
+        "evaluation.counterfactual_texts=4",
+        "evaluation.bootstrap=20",
+        "evaluation.batch_images=4",
+    ]
     overrides += ["tracking.kind=none"]
     if config.model.vision.kind == "clip":
         overrides += [f"model.vision.id={clip}", "model.vision.image_size=32"]
@@ -49,7 +66,9 @@ def replacements(file, root, clip, t5, gpt2) -> list[str]:
             kinds = TASKS.get(file.stem, {})
             if len(config.data.train) > 1:  # captions from one set and questions from the other
                 kinds = {"questions": "vqa" in dataset.path, "captions": "flickr" in dataset.path}
-            folder = make_shards(root / f"{part}-{position}", 9 if part == "train" else 4, part, **kinds)
+            folder = make_shards(
+                root / f"{part}-{position}", 9 if part == "train" else 4, part, **kinds
+            )
             if "features" in dataset.path:
                 encode_set(folder, root / f"{part}-features", load(file, overrides).model.vision)
                 folder = root / f"{part}-features"
@@ -63,7 +82,10 @@ def test_an_experiment_takes_a_few_steps_is_saved_and_scored(
 ):
     overrides = replacements(file, tmp_path, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_folder)
     assert main([str(file), *overrides]) == 0
-    rows = [json.loads(line)["values"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["values"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     assert len(losses) == 2
     assert all(math.isfinite(loss) and loss > 0 for loss in losses)

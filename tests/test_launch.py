@@ -1,4 +1,6 @@
-"""The launchers: bash that parses, pins that are only pins, and a torch that stays where there is a GPU."""
+"""The launchers: bash that parses, pins that are only pins, and a torch that stays where there is a
+GPU.
+"""
 
 import os
 import re
@@ -11,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
-# Stands in for python3 and for .venv/bin/python: writes down what it was asked for, and has the torch of $FAKE_TORCH.
+# Stands in for python3 and for .venv/bin/python: writes down what it was asked for, and has the
+# torch of $FAKE_TORCH.
 PYTHON = """#!/bin/bash
 echo "$@" >>"$CALLS"
 echo "$OMP_WAIT_POLICY" >"$CALLS.waits"
@@ -27,7 +30,9 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what the launchers read, with programs of ours in place of python3, and in need nvidia-smi."""
+    """A copy of what the launchers read, with programs of ours in place of python3, and in need
+    nvidia-smi.
+    """
     folder, programs = tmp_path / "a checkout", tmp_path / "bin"
     programs.mkdir()
     shutil.copytree(ROOT / "launch", folder / "launch")
@@ -42,9 +47,19 @@ def checkout(tmp_path):
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "COLAB_RELEASE_TAG")}
-        changed = {**clean, "PATH": f"{programs}:/usr/bin:/bin", "CALLS": str(calls), "FAKE_TORCH": "", **environment}
+        changed = {
+            **clean,
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "CALLS": str(calls),
+            "FAKE_TORCH": "",
+            **environment,
+        }
         ran = subprocess.run(
-            ["bash", folder / "launch" / script, *arguments], capture_output=True, text=True, env=changed, check=False
+            ["bash", folder / "launch" / script, *arguments],
+            capture_output=True,
+            text=True,
+            env=changed,
+            check=False,
         )
         return ran, calls.read_text().splitlines() if calls.exists() else []
 
@@ -70,18 +85,33 @@ def test_constraints_are_pins_alone_without_torch_or_an_index():
     lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     for pin in pins:
-        assert re.fullmatch(r'[A-Za-z0-9_.\-]+==[0-9][\w.]*(; python_version >= "3\.11")?', pin), pin
+        assert re.fullmatch(r'[A-Za-z0-9_.\-]+==[0-9][\w.]*(; python_version >= "3\.11")?', pin), (
+            pin
+        )
     names = {re.sub(r"[_.]", "-", pin.partition("==")[0].lower()) for pin in pins}
     assert len(names) == len(pins)
     assert not names & {"torch", "torchvision", "triton", "pip", "setuptools", "vl-harness"}
-    assert {"transformers", "peft", "bitsandbytes", "easy-vqa", "ruff", "pytest", "deepspeed"} <= names
+    assert {
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "easy-vqa",
+        "ruff",
+        "pytest",
+        "deepspeed",
+    } <= names
 
 
 def test_every_dependency_is_pinned_and_has_a_lower_bound_alone():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
-    pins = {line.partition("==")[0].lower() for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines()}
+    wanted = project["dependencies"] + [
+        d for extra in project["optional-dependencies"].values() for d in extra
+    ]
+    pins = {
+        line.partition("==")[0].lower()
+        for line in (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+    }
     for dependency in wanted:
         assert re.fullmatch(r"[a-z0-9_\-]+>=[0-9.]+", dependency), dependency
         name = dependency.partition(">=")[0]
@@ -90,7 +120,9 @@ def test_every_dependency_is_pinned_and_has_a_lower_bound_alone():
 
 def test_the_wheel_holds_every_package_and_the_data():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     found = {
         ".".join(file.parent.relative_to(ROOT).parts)
         for top in ("harness", "shards")
@@ -114,7 +146,9 @@ def test_with_a_gpu_and_no_torch_for_it_pip_chooses_one(checkout, torch):
     assert pip(calls).endswith("-c launch/constraints.txt -e .[demo]")
 
 
-@pytest.mark.parametrize("environment", [{"FAKE_TORCH": "cuda"}, {"FAKE_TORCH": "cpu", "COLAB_RELEASE_TAG": "x"}])
+@pytest.mark.parametrize(
+    "environment", [{"FAKE_TORCH": "cuda"}, {"FAKE_TORCH": "cpu", "COLAB_RELEASE_TAG": "x"}]
+)
 def test_the_torch_of_colab_and_of_gpu_machines_stays(checkout, environment):
     _, calls = checkout("demo.sh", gpu="cuda" in environment.values(), **environment)
     assert "-m venv --system-site-packages .venv" in calls
@@ -143,7 +177,9 @@ def test_a_python_that_is_too_old_or_missing_is_one_sentence(checkout):
     assert "python3 is Python 3.8.1; harness needs 3.11 or newer" in ran.stderr
     ran, _ = checkout("demo.sh", PYTHON="python3.99")
     assert ran.returncode == 2
-    assert ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.11 or newer\n"
+    assert (
+        ran.stderr == "harness: python3.99 is not installed; harness needs Python 3.11 or newer\n"
+    )
     assert not (checkout.folder / ".venv").exists()
 
 

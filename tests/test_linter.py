@@ -25,6 +25,15 @@ def test_folders_that_runs_leave_in_the_root_change_nothing_for_the_linter(tree)
     for folder in MADE:
         (tree / folder).mkdir()
         (tree / folder / "made.py").touch()
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--output-format",
+        "concise",
+        ".",
+    ]
     linted = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert (linted.returncode, linted.stdout) == (0, "All checks passed!\n")

@@ -1,4 +1,6 @@
-"""An experiment of variants and seeds as its YAML file tells it, and the runs (children) that it asks for."""
+"""An experiment of variants and seeds as its YAML file tells it, and the runs (children) that it
+asks for.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,30 @@ SCORES = "evaluation/scores.json"  # of a child: there when it is finished
 CONFIG, LOG = "config.yaml", "log.txt"
 
 
-MODEL = "<model>"  # in an override: the folder of the model that the variant `after` has trained with the same seed
+# in an override: the folder of the model that the variant `after` has trained with the same seed
+MODEL = "<model>"
 
 
 class Variant(Section):
     """One way to do it: overrides on the base config, and what is expected of it."""
 
     expected: str  # in words
-    below: str | None = None  # the same as a claim to be tested: its score lies below that of this variant
+    below: str | None = (
+        None  # the same as a claim to be tested: its score lies below that of this variant
+    )
     above: str | None = None
     like: str | None = None  # no difference is expected
     overrides: tuple[str, ...] = ()
     base: str | None = None  # none: the base of all
-    after: str | None = None  # starts from that variant's model: <model> in an override is its folder
+    after: str | None = (
+        None  # starts from that variant's model: <model> in an override is its folder
+    )
 
 
 class Change(Variant):
-    """What the offline form puts in the place of a variant's; a key that is left out stays as it is."""
+    """What the offline form puts in the place of a variant's; a key that is left out stays as it
+    is.
+    """
 
     expected: str = ""
 
@@ -57,7 +66,9 @@ class Ablation(Section):
     overrides: tuple[str, ...] = ()  # for every variant, before its own
     seeds: tuple[NonNegative, ...] = (0, 1, 2)
     variants: dict[str, Variant]
-    pictures: tuple[str, ...] = ()  # sets with the images of data.test, where that holds features; for the report
+    pictures: tuple[
+        str, ...
+    ] = ()  # sets with the images of data.test, where that holds features; for the report
     offline: Offline
 
     @model_validator(mode="after")
@@ -66,7 +77,10 @@ class Ablation(Section):
             raise ValueError("expected at least one variant and one seed")
         if unknown := sorted(self.offline.variants.keys() - self.variants.keys()):
             raise ValueError(f"offline.variants.{unknown[0]}: there is no variant of this name")
-        for where, variants in (("", self.variants), ("offline.", self.in_form(offline=True).variants)):
+        for where, variants in (
+            ("", self.variants),
+            ("offline.", self.in_form(offline=True).variants),
+        ):
             earlier: set[str] = set()
             for name, variant in variants.items():
                 for key in ("below", "above", "like", "after"):
@@ -74,7 +88,9 @@ class Ablation(Section):
                     known = earlier if key == "after" else variants.keys() - {name}
                     if other is not None and other not in known:
                         which = "an earlier variant" if key == "after" else "another variant"
-                        raise ValueError(f"{where}variants.{name}.{key} is {other!r}, expected {which} of the file")
+                        raise ValueError(
+                            f"{where}variants.{name}.{key} is {other!r}, expected {which} of the file"
+                        )
                 earlier.add(name)
         return self
 
@@ -82,8 +98,13 @@ class Ablation(Section):
         """With base, overrides and pictures of the offline form in place of its own."""
         if not offline:
             return self
-        changes = {name: change.model_dump(exclude_unset=True) for name, change in self.offline.variants.items()}
-        variants = {name: v.model_copy(update=changes.get(name, {})) for name, v in self.variants.items()}
+        changes = {
+            name: change.model_dump(exclude_unset=True)
+            for name, change in self.offline.variants.items()
+        }
+        variants = {
+            name: v.model_copy(update=changes.get(name, {})) for name, v in self.variants.items()
+        }
         own = {key: getattr(self.offline, key) for key in ("base", "overrides", "pictures")}
         return self.model_copy(update={**own, "name": f"{self.name}_offline", "variants": variants})
 
@@ -113,12 +134,20 @@ def load(file: str | Path) -> Ablation:
     return validated(Ablation, read_yaml(found), found)
 
 
-def children_of(ablation: Ablation, out: Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Child]:
-    """All variants with the first seed, then with the next: what is there early compares all of them."""
+def children_of(
+    ablation: Ablation, out: Path, overrides: Sequence[str], seeds: Sequence[int]
+) -> list[Child]:
+    """All variants with the first seed, then with the next: what is there early compares all of
+    them.
+    """
     made = []
     for seed in seeds:
         for name, variant in ablation.variants.items():
-            own = (f"name={ablation.name}-{name}-{seed}", f"seed={seed}", f"out={out / name / f'seed-{seed}'}")
+            own = (
+                f"name={ablation.name}-{name}-{seed}",
+                f"seed={seed}",
+                f"out={out / name / f'seed-{seed}'}",
+            )
             made.append(
                 Child(
                     variant=name,

@@ -1,7 +1,8 @@
-"""What the finished children of an ablation have shown: scores with intervals, and whether the expectation held.
+"""What the finished children of an ablation have shown: scores with intervals, and whether the
+expectation held.
 
-scores.json and the predictions of each child -> one Observed for each variant and task -> rows of the report.
-Legend: S seeds, I test images.
+scores.json and the predictions of each child -> one Observed for each variant and task -> rows of
+the report. Legend: S seeds, I test images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.config.schema import Evaluation
+from harness.config.schema import EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import SCORES
@@ -66,19 +67,25 @@ class Observed:
     lost: float | None  # of the score, where the gate exchanges the images; mean over seeds
     verdicts: Counter[str]
     said: dict[Id, str]  # of the first seed
-    left_out: int  # texts that not all children on these images answered: their image could not be read
+    left_out: (
+        int  # texts that not all children on these images answered: their image could not be read
+    )
 
 
 def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Observed]:
-    """In the order of the variants; each child's predictions are read from its result files and scored again, by image.
+    """In the order of the variants; each child's predictions are read from its result files and
+    scored again, by image.
 
-    Only texts count that all children on the same test set answered. `cache`: for remote test sets. Raises ShardError
-    for a test set that is gone.
+    Only texts count that all children on the same test set answered. `cache`: for remote test sets.
+    Raises ShardError for a test set that is gone.
     """
     tests: dict[tuple[str, ...], TestSet] = {}
     answers: dict[tuple[tuple[str, ...], str], dict[Child, dict[Id, str]]] = defaultdict(dict)
     by_variant: dict[str, list[Child]] = defaultdict(list)
-    scores = {child: json.loads((child.out / "evaluation" / "scores.json").read_text()) for child in finished}
+    scores = {
+        child: json.loads((child.out / "evaluation" / "scores.json").read_text())
+        for child in finished
+    }
     for child in finished:
         by_variant[child.variant].append(child)
         paths = tuple(scores[child]["data"])
@@ -90,7 +97,9 @@ def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Obser
         paths = tuple(scores[children[0]]["data"])
         for task, asked in sorted(tests[paths].texts.items()):
             answered = answers[paths, task]
-            texts = {i: text for i, text in asked.items() if all(i in each for each in answered.values())}
+            texts = {
+                i: text for i, text in asked.items() if all(i in each for each in answered.values())
+            }
             images, image_of_text = np.unique(
                 [f"{i[0]}/{i[1]}/{key}" for i, (key, _) in texts.items()], return_inverse=True
             )
@@ -123,20 +132,28 @@ def predictions(folder: Path, task: str, texts: Mapping[Id, Any]) -> dict[Id, st
     return {i: found[name] for i in texts if (name := f"{i[0]}_{i[1]}/{i[2]}") in found}
 
 
-def points(task: str, texts: Mapping[Id, tuple[str, Text]], answers: Mapping[Id, str]) -> list[float]:
-    """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of this test set."""
-    each = SCORES[task][1]([answers[i] for i in texts], [text.targets for _, text in texts.values()])
+def points(
+    task: str, texts: Mapping[Id, tuple[str, Text]], answers: Mapping[Id, str]
+) -> list[float]:
+    """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of
+    this test set.
+    """
+    each = SCORES[task][1](
+        [answers[i] for i in texts], [text.targets for _, text in texts.values()]
+    )
     unit = 100 * POINT[task]
     return [unit * one for one in each]
 
 
-def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: Evaluation) -> Interval:
-    """Of the mean score over seeds and texts: how far it would move with other seeds and with other images.
+def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: EvaluationConfig) -> Interval:
+    """Of the mean score over seeds and texts: how far it would move with other seeds and with other
+    images.
 
-    Images by the bootstrap of the seeds' mean. Seeds by Student's t: there are three or so, and resamples of three
-    never leave them (a percentile interval of 95% would hold the truth in 75% of cases). Half-widths are squared and
-    added (MOVER: Zou & Donner 2008, Statistics in Medicine 27). One seed says nothing of others: then only images vary.
-    The resamples are the same for all variants: differences are paired.
+    Images by the bootstrap of the seeds' mean. Seeds by Student's t: there are three or so, and
+    resamples of three never leave them (a percentile interval of 95% would hold the truth in 75% of
+    cases). Half-widths are squared and added (MOVER: Zou & Donner 2008, Statistics in Medicine 27).
+    One seed says nothing of others: then only images vary. The resamples are the same for all
+    variants: differences are paired.
     """
     seeds = len(scores_SI)
     images = ratio(scores_SI.mean(axis=0), texts_I, settings.bootstrap, settings.confidence)
@@ -144,18 +161,24 @@ def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: Evaluation) -
     if seeds > 1:
         deviation = (scores_SI.sum(axis=1) / texts_I.sum()).std(ddof=1)
         of_seeds = student_t(seeds - 1, settings.confidence) * deviation / seeds**0.5
-    low, high = (float(np.hypot(of_seeds, bound - images.value)) for bound in (images.low, images.high))
+    low, high = (
+        float(np.hypot(of_seeds, bound - images.value)) for bound in (images.low, images.high)
+    )
     return Interval(images.value, images.value - low, images.value + high)
 
 
 @cache
 def student_t(degrees: int, confidence: float) -> float:
-    """The two-sided quantile of Student's t: 4.30 for 2 degrees of freedom and 95%. From draws, to half a percent."""
+    """The two-sided quantile of Student's t: 4.30 for 2 degrees of freedom and 95%. From draws, to
+    half a percent.
+    """
     draws = np.random.default_rng(0).standard_t(degrees, size=1_000_000)
     return float(np.quantile(np.abs(draws), confidence))
 
 
-def row_of(one: Observed, variant: Variant, observed: Sequence[Observed], settings: Evaluation) -> dict[str, Any]:
+def row_of(
+    one: Observed, variant: Variant, observed: Sequence[Observed], settings: EvaluationConfig
+) -> dict[str, Any]:
     """What report.json and the tables say of one variant and task."""
     score = interval(one.scores_SI, one.texts_I, settings)
     claim, difference = held(one, variant, observed, settings)
@@ -165,7 +188,13 @@ def row_of(one: Observed, variant: Variant, observed: Sequence[Observed], settin
         "measure": SCORE_OF[one.task],
         "expected": variant.expected,
         **score.flat("score"),
-        "per_seed": dict(zip(map(str, one.seeds), (one.scores_SI.sum(1) / one.texts_I.sum()).tolist(), strict=True)),
+        "per_seed": dict(
+            zip(
+                map(str, one.seeds),
+                (one.scores_SI.sum(1) / one.texts_I.sum()).tolist(),
+                strict=True,
+            )
+        ),
         "difference": difference and difference.to_dict(),
         "observed": claim,
         "loss_nats": one.loss_nats,
@@ -177,13 +206,19 @@ def row_of(one: Observed, variant: Variant, observed: Sequence[Observed], settin
 
 
 def held(
-    one: Observed, variant: Variant, observed: Sequence[Observed], settings: Evaluation
+    one: Observed, variant: Variant, observed: Sequence[Observed], settings: EvaluationConfig
 ) -> tuple[str, Interval | None]:
-    """Did what was expected come true? In words, with the paired difference to the variant it was compared with."""
+    """Did what was expected come true? In words, with the paired difference to the variant it was
+    compared with.
+    """
     other = variant.below or variant.above or variant.like
     if other is None:
         return "nothing to compare with", None
-    same = (o for o in observed if (o.variant, o.task, o.test.paths) == (other, one.task, one.test.paths))
+    same = (
+        o
+        for o in observed
+        if (o.variant, o.task, o.test.paths) == (other, one.task, one.test.paths)
+    )
     against = next(same, None)
     seeds = [seed for seed in one.seeds if against and seed in against.seeds]
     if not seeds:
@@ -203,7 +238,9 @@ def held(
 
 
 def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]]]:
-    """Loss on the training images by step, the mean over the seeds that got there; at most CURVE_POINTS points."""
+    """Loss on the training images by step, the mean over the seeds that got there; at most
+    CURVE_POINTS points.
+    """
     logged: dict[str, dict[int, list[float]]] = {}
     for child in children:
         file = child.out / METRICS
@@ -217,5 +254,7 @@ def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]
     for name, by_step in logged.items():
         steps = sorted(by_step)
         windows = np.array_split(steps, min(CURVE_POINTS, len(steps)))
-        curves[name] = [(float(w[-1]), float(np.mean([np.mean(by_step[s]) for s in w]))) for w in windows]
+        curves[name] = [
+            (float(w[-1]), float(np.mean([np.mean(by_step[s]) for s in w]))) for w in windows
+        ]
     return curves

@@ -1,6 +1,8 @@
-"""The report of an ablation: expectation against observation, loss curves, verdicts, and the same images side by side.
+"""The report of an ablation: expectation against observation, loss curves, verdicts, and the same
+images side by side.
 
-Finished children -> OUT/report.json, report.md and one self-contained report.html of less than 2 MB.
+Finished children -> OUT/report.json, report.md and one self-contained report.html of less than 2
+MB.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from shards.read import Reader
 if TYPE_CHECKING:
     from harness.ablate.experiment import Ablation, Child
 
-PICTURES, SIDE, QUALITY = 12, 112, 70  # rows of a grid; longer edge in pixels and JPEG quality, for a page under 2 MB
+PICTURES, SIDE, QUALITY = (
+    12,
+    112,
+    70,
+)  # rows of a grid; longer edge in pixels and JPEG quality, for a page under 2 MB
 HEADERS = (
     *("variant", "expected", "observed", "score", "interval", "seeds"),
     *("test loss, nats", "lost with exchanged images", "verdict of the gate"),
@@ -42,15 +48,22 @@ def write(
     out: Path,
     config: Config,
 ) -> dict[str, Any]:
-    """Writes the three files and returns what report.json holds; with no child finished, a report of errors.
+    """Writes the three files and returns what report.json holds; with no child finished, a report
+    of errors.
 
     `config`: of the experiment as a whole; its `evaluation` and the cache of its `data` are used.
     """
     settings, cache = config.evaluation, Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
     observed = observe([child for child in children if child.finished], cache)
     rows = [row_of(one, ablation.variants[one.variant], observed, settings) for one in observed]
-    failed = [{"variant": name, "seed": seed, "error": error} for (name, seed), error in errors.items()]
-    left = [child for child in children if not child.finished and (child.variant, child.seed) not in errors]
+    failed = [
+        {"variant": name, "seed": seed, "error": error} for (name, seed), error in errors.items()
+    ]
+    left = [
+        child
+        for child in children
+        if not child.finished and (child.variant, child.seed) not in errors
+    ]
     report = {
         "name": ablation.name,
         "question": ablation.question,
@@ -71,7 +84,9 @@ def write(
     write_whole(out / "report.md", markdown(report).encode())
     curves = loss_curves(mean_curves(children), out / "loss.png")
     sets = [*ablation.pictures, *(path for one in observed for path in one.test.paths)]
-    write_whole(out / "report.html", page(report, observed, curves, image_sets(sets, cache)).encode())
+    write_whole(
+        out / "report.html", page(report, observed, curves, image_sets(sets, cache)).encode()
+    )
     return report
 
 
@@ -79,10 +94,12 @@ def machine() -> str:
     from harness.machine.launcher import gpus
 
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} CPU cores, " + (f"{count} GPU" + "s" * (count > 1) if (count := gpus()) else "no GPU")
+    return f"{cores} CPU cores, " + (
+        f"{count} GPU" + "s" * (count > 1) if (count := gpus()) else "no GPU"
+    )
 
 
-# ---- how it looks ------------------------------------------------------------------------------------------------
+# ---- how it looks --------------------------------------------------------------------------------
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -112,20 +129,39 @@ def cells(row: Mapping[str, Any]) -> list[Any]:
     verdicts = ", ".join(f"{name} ({count})" for name, count in row["verdicts"].items())
     digits, loss = DIGITS[row["task"]], f"{row['loss_nats']:.3f}"
     score, low, high, lost = (
-        "" if row[name] is None else f"{row[name]:.{digits}f}" for name in ("score", "score_low", "score_high", "lost")
+        "" if row[name] is None else f"{row[name]:.{digits}f}"
+        for name in ("score", "score_low", "score_high", "lost")
     )
     bounds = f"[{low}, {high}]"
-    return [row["variant"], row["expected"], row["observed"], score, bounds, len(row["per_seed"]), loss, lost, verdicts]
+    return [
+        row["variant"],
+        row["expected"],
+        row["observed"],
+        score,
+        bounds,
+        len(row["per_seed"]),
+        loss,
+        lost,
+        verdicts,
+    ]
 
 
 def trouble(report: Mapping[str, Any]) -> list[str]:
-    """A line for every child that has no result, and for every task of which texts had to be left out."""
-    failed = [f"{child['variant']}, seed {child['seed']}, failed: {child['error']}" for child in report["failed"]]
+    """A line for every child that has no result, and for every task of which texts had to be left
+    out.
+    """
+    failed = [
+        f"{child['variant']}, seed {child['seed']}, failed: {child['error']}"
+        for child in report["failed"]
+    ]
     left_out = {(row["task"], row["left_out"]) for row in report["rows"] if row["left_out"]}
     return [
         *failed,
         *(f"{name}: not finished" for name in report["unfinished"]),
-        *(f"{task}: {count} texts left out, their images could not be read" for task, count in sorted(left_out)),
+        *(
+            f"{task}: {count} texts left out, their images could not be read"
+            for task, count in sorted(left_out)
+        ),
     ]
 
 
@@ -138,10 +174,17 @@ img { display: block; } .right { color: #1a7f37; } .wrong { color: #c62828; } .f
 """
 
 
-def page(report: Mapping[str, Any], observed: Sequence[Observed], curves: Path, pictures: Sequence[Reader]) -> str:
+def page(
+    report: Mapping[str, Any],
+    observed: Sequence[Observed],
+    curves: Path,
+    pictures: Sequence[Reader],
+) -> str:
     """One HTML page that needs nothing beside it; everything in it is escaped."""
     name = html.escape(report["name"])
-    parts = [f"<h1>{name}</h1><p>{html.escape(report['question'])}</p><p class='faint'>{html.escape(how(report))}</p>"]
+    parts = [
+        f"<h1>{name}</h1><p>{html.escape(report['question'])}</p><p class='faint'>{html.escape(how(report))}</p>"
+    ]
     for measure, rows in by_measure(report).items():
         shown = [[html.escape(str(cell)) for cell in cells(row)] for row in rows]
         parts.append(f"<h2>{html.escape(measure)}</h2>{table(shown, HEADERS)}")
@@ -167,7 +210,9 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 
 
 def grid(group: Sequence[Observed], pictures: Sequence[Reader]) -> str:
-    """A row for each of PICTURES test images, evenly spaced and not chosen; a column for each variant."""
+    """A row for each of PICTURES test images, evenly spaced and not chosen; a column for each
+    variant.
+    """
     texts = group[0].test.texts[group[0].task]
     images = sorted({(i[0], i[1], key) for i, (key, _) in texts.items()})
     count = min(PICTURES, len(images))
@@ -192,7 +237,9 @@ def grid(group: Sequence[Observed], pictures: Sequence[Reader]) -> str:
 
 
 def image_sets(paths: Sequence[str], cache: Cache | None) -> list[Reader]:
-    """Those of the sets that hold images and are there: what is in no other has a grey square in the grid."""
+    """Those of the sets that hold images and are there: what is in no other has a grey square in
+    the grid.
+    """
     found = []
     for path in dict.fromkeys(paths):
         with suppress(ShardError, OSError):  # moved or never made
@@ -201,12 +248,16 @@ def image_sets(paths: Sequence[str], cache: Cache | None) -> list[Reader]:
     return found
 
 
-def payloads(readers: Sequence[Reader], wanted: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], bytes]:
+def payloads(
+    readers: Sequence[Reader], wanted: Sequence[tuple[str, str, str]]
+) -> dict[tuple[str, str, str], bytes]:
     """The encoded pictures of these (dataset, split, key), from whichever set has them; or none."""
     found: dict[tuple[str, str, str], bytes] = {}
     for reader in readers:
         manifest = reader.manifest
-        index_of = {(manifest.dataset, manifest.split, manifest.key(n)): n for n in range(manifest.samples)}
+        index_of = {
+            (manifest.dataset, manifest.split, manifest.key(n)): n for n in range(manifest.samples)
+        }
         for name in wanted:
             with suppress(KeyError, ShardError):
                 found[name] = reader.read(index_of[name]).payload

@@ -1,10 +1,13 @@
-"""`harness ablate FILE`: named variants x seeds of one experiment, as the children of one run in MLflow, and a report.
+"""`harness ablate FILE`: named variants x seeds of one experiment, as the children of one run in
+MLflow, and a report.
 
-A YAML file of configs/ablations -> OUT/VARIANT/seed-N, each a run with its evaluation on data.test -> OUT/report.html,
-report.md and report.json. A child whose evaluation is there is finished and is not run again, any other goes on from
-its newest checkpoint; one that fails leaves its error in the report and the rest run on.
+A YAML file of configs/ablations -> OUT/VARIANT/seed-N, each a run with its evaluation on data.test
+-> OUT/report.html, report.md and report.json. A child whose evaluation is there is finished and is
+not run again, any other goes on from its newest checkpoint; one that fails leaves its error in the
+report and the rest run on.
 
-Nothing is chosen here: whatever a variant was tuned on was the dev set, and data.test is scored once per child.
+Nothing is chosen here: whatever a variant was tuned on was the dev set, and data.test is scored
+once per child.
 """
 
 from __future__ import annotations
@@ -50,8 +53,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs what is not finished, `jobs` children at a time, and returns what OUT/report.json holds.
 
-    `overrides` come last, for every child. Raises ConfigError for a file or overrides that cannot be used and where no
-    variant can be started. After SIGTERM or SIGINT every child saves, the report is written, and SystemExit is raised.
+    `overrides` come last, for every child. Raises ConfigError for a file or overrides that cannot
+    be used and where no variant can be started. After SIGTERM or SIGINT every child saves, the
+    report is written, and SystemExit is raised.
     """
     from harness.ablate.report import write
     from harness.machine.signals import stop_requests
@@ -65,9 +69,14 @@ def run(
     children = children_of(ablation, out, overrides, seeds)
     errors = refused(children)
     finished = sum(child.finished for child in children)
-    say(f"{len(ablation.variants)} variants x seeds {', '.join(map(str, seeds))} in {out}, {finished} finished already")
+    say(
+        f"{len(ablation.variants)} variants x seeds {', '.join(map(str, seeds))} in {out}, {finished} finished already"
+    )
     tracker = open_tracker(parent, run_id=recorded_run_id(parent), resume_step=0)
-    tracking = [f"tracking.parent_run_id={tracker.run_id or 'null'}", f"tracking.uri={store_uri(parent)}"]
+    tracking = [
+        f"tracking.parent_run_id={tracker.run_id or 'null'}",
+        f"tracking.uri={store_uri(parent)}",
+    ]
     status, number = "FAILED", 0
     try:
         with stop_requests() as stop_asked:
@@ -90,7 +99,9 @@ def run(
 
 
 def refused(children: Sequence[Child]) -> dict[Child, str]:
-    """What can be told before anything is started. Raises ConfigError where it is everything, or a mixture of runs."""
+    """What can be told before anything is started. Raises ConfigError where it is everything, or a
+    mixture of runs.
+    """
     from harness.checks import check_before_launch
     from harness.errors import explain
 
@@ -110,7 +121,8 @@ def refused(children: Sequence[Child]) -> dict[Child, str]:
 
 
 def check_same(child: Child, config: Config) -> None:
-    """Raises ConfigError where a child was begun with another config: figures of two experiments are not to be mixed.
+    """Raises ConfigError where a child was begun with another config: figures of two experiments
+    are not to be mixed.
 
     Where it was tracked and what it started from may differ: folders may have moved.
     """
@@ -134,7 +146,9 @@ def run_all(
     say: Callable[[str], None],
     stop_asked: Callable[[], int],
 ) -> dict[Child, str]:
-    """Starts each child as soon as there is room and what it starts from is finished; returns the errors."""
+    """Starts each child as soon as there is room and what it starts from is finished; returns the
+    errors.
+    """
     queue, slots = deque(waiting), deque(range(jobs))
     running: dict[Child, tuple[Process, int, float]] = {}
     errors: dict[Child, str] = {}
@@ -152,7 +166,9 @@ def run_all(
                 if not child.finished and not stopping:
                     errors[child] = last_words(child.out / LOG)
                 result = errors.get(child, "stopped" if not child.finished else summary(child))
-                say(f"{child.variant}, seed {child.seed}: {result} ({time.monotonic() - began:.0f} s)")
+                say(
+                    f"{child.variant}, seed {child.seed}: {result} ({time.monotonic() - began:.0f} s)"
+                )
         busy = {child.out for child in (*queue, *running)}
         ready = next((child for child in queue if child.after not in busy), None)
         if ready is None or not slots:
@@ -161,7 +177,10 @@ def run_all(
         queue.remove(ready)
         try:
             overrides = with_model(ready)
-            config = load_config(ready.base, [*overrides, *tracking, f"tracking.run_name={ready.variant}-{ready.seed}"])
+            config = load_config(
+                ready.base,
+                [*overrides, *tracking, f"tracking.run_name={ready.variant}-{ready.seed}"],
+            )
         except ConfigError as error:
             errors[ready] = str(error)
             continue
@@ -173,7 +192,9 @@ def run_all(
 
 
 def with_model(child: Child) -> list[str]:
-    """Its overrides with the folder of the model that it starts from. Raises ConfigError where that was not made."""
+    """Its overrides with the folder of the model that it starts from. Raises ConfigError where that
+    was not made.
+    """
     if child.after is None:
         return list(child.overrides)
     from harness import checkpoint
@@ -185,7 +206,9 @@ def with_model(child: Child) -> list[str]:
 
 
 def environment(jobs: int, slot: int) -> dict[str, str]:
-    """Of a child among `jobs` at a time: its share of the cores, and one GPU where there are several children."""
+    """Of a child among `jobs` at a time: its share of the cores, and one GPU where there are
+    several children.
+    """
     from harness.machine.launcher import gpus
 
     changed = dict(os.environ)
@@ -200,7 +223,9 @@ class Launched(subprocess.Popen):
     """A child as a process of its own (`main` below), which writes into OUT/VARIANT/seed-N/log.txt."""
 
     def __init__(self, child: Child, environment: Mapping[str, str]) -> None:
-        with (child.out / LOG).open("wb") as log:  # of this attempt: its last words are to be its own
+        with (child.out / LOG).open(
+            "wb"
+        ) as log:  # of this attempt: its last words are to be its own
             line = [sys.executable, "-m", "harness.ablate.runner", str(child.out)]
             # A session of its own: a Ctrl-C reaches it once, through `run_all`.
             super().__init__(line, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -208,9 +233,13 @@ class Launched(subprocess.Popen):
 
 def last_words(log: Path) -> str:
     """Why a child failed: the sentence for users after the last traceback, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    lines = [
+        line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
+    ] or ["no output"]
     begun = max((n for n, line in enumerate(lines) if line.startswith("Traceback")), default=0)
-    told = [line.removeprefix("harness: ") for line in lines[begun:] if line.startswith("harness: ")]
+    told = [
+        line.removeprefix("harness: ") for line in lines[begun:] if line.startswith("harness: ")
+    ]
     return (told or lines)[-1][:500]
 
 
@@ -218,7 +247,9 @@ def summary(child: Child) -> str:
     """Scores and verdict of a finished child in one line."""
     parts = []
     for task, known in json.loads((child.out / SCORES).read_text())["tasks"].items():
-        keys = [key for key in ("accuracy", "CIDEr", "loss_nats") if isinstance(known.get(key), float)]
+        keys = [
+            key for key in ("accuracy", "CIDEr", "loss_nats") if isinstance(known.get(key), float)
+        ]
         figures = [f"{key} {known[key]:.4g}" for key in keys]
         parts.append(f"{task}: {', '.join([*figures, known.get('verdict') or 'no verdict'])}")
     return "; ".join(parts)

@@ -1,7 +1,8 @@
 """The verbs of `harness`: each checks what it was given and calls the module that does the work.
 
-Arguments -> exit code. Imports no torch before a verb needs it, so `harness --help` and every refusal are fast. A
-user's mistake is one sentence on stderr and exit code 2; HARNESS_DEBUG=1 shows the traceback.
+Arguments -> exit code. Imports no torch before a verb needs it, so `harness --help` and every
+refusal are fast. A user's mistake is one sentence on stderr and exit code 2; HARNESS_DEBUG=1 shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -22,16 +23,22 @@ from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
 
 app = typer.Typer(
-    help="Trains small vision-language models and proves that their answers come from the image.", **PLAIN
+    help="Trains small vision-language models and proves that their answers come from the image.",
+    **PLAIN,
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(score_app, name="score")
 app.command()(compare)
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")
+]
 Run = Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")]
 LaunchFile = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="Of launch/accelerate/, as zero2; None: one process, or DDP.")
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="Of launch/accelerate/, as zero2; None: one process, or DDP."
+    ),
 ]
 ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="In place of zero2's 2.")]
 
@@ -46,7 +53,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def harness(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     pass
 
@@ -66,13 +75,21 @@ def demo(out: Out = Path("runs/demo"), seed: Annotated[int, typer.Option(min=0)]
 def train(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
     overrides: Overrides = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="None: one for each GPU, or one.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="None: one for each GPU, or one.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")
+    ] = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
-    force: Annotated[bool, typer.Option("--force", help="Also where the plan says that it does not fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where the plan says that it does not fit.")
+    ] = False,
 ) -> None:
-    """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can be checked."""
+    """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can
+    be checked.
+    """
     from harness.checks import check_before_launch, check_resume
     from harness.config.load import load
     from harness.errors import ConfigError
@@ -82,7 +99,9 @@ def train(
     loaded = load(config, overrides or ())
     launch_file = launcher.read_launch(launch, zero_stage)
     if launch_file.zero_stage is not None and loaded.train.precision == "fp16":
-        raise ConfigError("train.precision is fp16: DeepSpeed would stall it in silence, take --launch multi_gpu (DDP)")
+        raise ConfigError(
+            "train.precision is fp16: DeepSpeed would stall it in silence, take --launch multi_gpu (DDP)"
+        )
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
     check_resume(loaded, resume)
     check_before_launch(loaded)
@@ -103,7 +122,9 @@ def plan(
     zero_stage: ZeroStage = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Says before anything is loaded whether a run fits on a device, how long it takes, and what would make it fit."""
+    """Says before anything is loaded whether a run fits on a device, how long it takes, and what
+    would make it fit.
+    """
     from harness.config.load import load
     from harness.machine.launcher import read_launch
     from harness.plan.plan import plan
@@ -118,13 +139,19 @@ def plan(
 def doctor(
     config: Annotated[str | None, typer.Argument(help="None: this machine alone.")] = None,
     overrides: Overrides = None,
-    overfit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Learn N images by heart, a minute.")] = None,
+    overfit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Learn N images by heart, a minute.")
+    ] = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="None: one for each GPU, or one.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="None: one for each GPU, or one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
 ) -> None:
-    """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if there are errors."""
+    """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if
+    there are errors.
+    """
     from harness.config.load import load
     from harness.doctor import findings
     from harness.doctor.diagnose import diagnose
@@ -146,49 +173,80 @@ def doctor(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf.")
+    run: Annotated[
+        Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")
     ] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The published model, NF4.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf."),
+    ] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="The published model, NF4.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many images, the same for every model.")
+    ] = None,
     override: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Scores a run, published models or both on the same images, and says whether the answers come from the images."""
+    """Scores a run, published models or both on the same images, and says whether the answers come
+    from the images.
+    """
     from harness.errors import ConfigError
 
     if not run and not model:
-        raise ConfigError("nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both")
+        raise ConfigError(
+            "nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both"
+        )
     from harness.evaluate.report import table
     from harness.evaluate.run_on_disk import evaluate_run
 
     with told("evaluating") as progress:
         override = override or []
-        own = [given for given in override if not (model and given.startswith("prompts."))]  # a run keeps its prompts
-        reports = [evaluate_run(run, data, limit=limit, overrides=own, progress=progress)] if run else []
+        own = [
+            given for given in override if not (model and given.startswith("prompts."))
+        ]  # a run keeps its prompts
+        reports = (
+            [evaluate_run(run, data, limit=limit, overrides=own, progress=progress)] if run else []
+        )
         if model:
             from harness.evaluate.published import evaluate_published
 
             given = {"load_in_4bit": load_in_4bit, "limit": limit, "overrides": override}
             sets = data or (reports[0]["data"] if reports else ())
-            reports += [evaluate_published(name, sets, **given, progress=progress) for name in model]
-    print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2) if as_json else table(*reports))
+            reports += [
+                evaluate_published(name, sets, **given, progress=progress) for name in model
+            ]
+    print(
+        json.dumps(reports if len(reports) > 1 else reports[0], indent=2)
+        if as_json
+        else table(*reports)
+    )
 
 
 @app.command()
 def ablate(
-    file: Annotated[str, typer.Argument(help="A YAML file of variants, or the name of a shipped one.")],
+    file: Annotated[
+        str, typer.Argument(help="A YAML file of variants, or the name of a shipped one.")
+    ],
     overrides: Overrides = None,
     offline: Annotated[bool, typer.Option("--offline", help="The form for two CPU cores.")] = False,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="None: those of the file.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1,2", help="None: those of the file.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="None: runs/ablations/NAME.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Children at a time; with GPUs, one on each.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Children at a time; with GPUs, one on each.")
+    ] = 1,
 ) -> None:
-    """Runs named variants x seeds as one experiment, goes on where it stopped, and reports what was expected and seen.
+    """Runs named variants x seeds as one experiment, goes on where it stopped, and reports what was
+    expected and seen.
 
     Exit code 1 where some children failed: the report names them.
     """
@@ -207,7 +265,9 @@ def ablate(
 def ask(
     run: Run,
     image: Annotated[Path, typer.Option(help="The picture.")],
-    prompt: Annotated[str | None, typer.Option(help="A question; without it the picture is described.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A question; without it the picture is described.")
+    ] = None,
 ) -> None:
     """Asks a trained model about one picture."""
     from harness.evaluate.ask import ask
@@ -219,13 +279,21 @@ def ask(
 def base_lm(
     data: Sets,
     out: Out,
-    config: Annotated[str, typer.Option(help="Its prompts and seed; the model then is its model.lm.id.")],
+    config: Annotated[
+        str, typer.Option(help="Its prompts and seed; the model then is its model.lm.id.")
+    ],
     d_model: Annotated[int, typer.Option(min=4, help="Width, a multiple of 4.")] = 128,
-    layers: Annotated[int, typer.Option(min=1, help="Of the encoder, and as many of the decoder.")] = 2,
-    kind: Annotated[Literal["t5", "gpt2"], typer.Option(help="GPT-2: twice as many layers in its one stack.")] = "t5",
+    layers: Annotated[
+        int, typer.Option(min=1, help="Of the encoder, and as many of the decoder.")
+    ] = 2,
+    kind: Annotated[
+        Literal["t5", "gpt2"], typer.Option(help="GPT-2: twice as many layers in its one stack.")
+    ] = "t5",
     steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
-    """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the text-only floor."""
+    """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the
+    text-only floor.
+    """
     from harness.config.load import load
     from harness.errors import ConfigError
 

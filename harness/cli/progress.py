@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-PLAIN = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+PLAIN = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+}
 
 
 @contextmanager
@@ -22,7 +27,9 @@ def bar() -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
     times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
-    with rich.Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
+    with rich.Progress(
+        *columns, *times, console=console, disable=not console.is_terminal
+    ) as progress:
         yield progress
 
 
@@ -36,7 +43,9 @@ def told(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _counted(title: str) -> Iterator[Callable[[int], None]]:
-    """A bar without an end that is known, advanced by the number of samples done since the last call."""
+    """A bar without an end that is known, advanced by the number of samples done since the last
+    call.
+    """
     with bar() as progress:
         task = progress.add_task(title, total=None)
         yield lambda samples: progress.advance(task, samples)

@@ -1,4 +1,6 @@
-"""`harness score` and `harness compare`: official result files -> figures with intervals, as a table or as JSON."""
+"""`harness score` and `harness compare`: official result files -> figures with intervals, as a
+table or as JSON.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
     from harness.evaluate.bootstrap import Interval
     from harness.evaluate.compare import Compared
 
-app = typer.Typer(help="Scores result files as the official programs do, with 95% intervals over images.", **PLAIN)
+app = typer.Typer(
+    help="Scores result files as the official programs do, with 95% intervals over images.", **PLAIN
+)
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-Predictions = Annotated[Path, typer.Option(help="Results in the official format, one entry for each text.")]
+Predictions = Annotated[
+    Path, typer.Option(help="Results in the official format, one entry for each text.")
+]
 Questions = Annotated[Path | None, typer.Option(help="v2_OpenEnded_..._questions.json.")]
 Annotations = Annotated[Path | None, typer.Option(help="v2_mscoco_..._annotations.json.")]
 References = Annotated[Path | None, typer.Option(help="COCO caption annotations.")]
@@ -37,12 +43,17 @@ def score_vqa(
     grades = vqa.graded(vqa.read_results(predictions), vqa.read_truths(questions, annotations))
     found = vqa.intervals(grades)
     if as_json:
-        groups = {k: {n: i.to_dict() for n, i in v.items()} for k, v in found.items() if k != "overall"}
+        groups = {
+            k: {n: i.to_dict() for n, i in v.items()} for k, v in found.items() if k != "overall"
+        }
         print(json.dumps({"overall": found["overall"].to_dict(), **groups}, indent=2))
         return
     rows = {"overall": found["overall"]}
     for kind in ("answer type", "question type"):
-        rows |= {f"{kind} {name}": i for name, i in sorted(found[f"per_{kind.replace(' ', '_')}"].items())}
+        rows |= {
+            f"{kind} {name}": i
+            for name, i in sorted(found[f"per_{kind.replace(' ', '_')}"].items())
+        }
     print(_table(rows, f"VQA accuracy %, {len(grades):,} questions"), end="")
 
 
@@ -51,7 +62,10 @@ def score_captions(
     predictions: Predictions,
     references: Annotated[Path, typer.Option(help="COCO caption annotations.")],
     partial: Annotated[
-        bool, typer.Option("--partial", help="Score the described images alone, as the official example does.")
+        bool,
+        typer.Option(
+            "--partial", help="Score the described images alone, as the official example does."
+        ),
     ] = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -62,7 +76,10 @@ def score_captions(
     if partial:
         described = {image: texts for image, texts in wanted.items() if image in said}
         if left := len(wanted) - len(described):
-            print(f"harness: {left:,} of {len(wanted):,} images are not described and left out", file=sys.stderr)
+            print(
+                f"harness: {left:,} of {len(wanted):,} images are not described and left out",
+                file=sys.stderr,
+            )
         wanted = described
     found = captions.score(said, wanted).with_intervals()
     if as_json:
@@ -72,15 +89,22 @@ def score_captions(
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The folder of an evaluated run, or a result file.")],
+    a: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_A", help="The folder of an evaluated run, or a result file."),
+    ],
     b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The same.")],
-    data: Annotated[list[str] | None, typer.Option(help="Test sets of the runs, if they were moved.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Test sets of the runs, if they were moved.")
+    ] = None,
     references: References = None,
     questions: Questions = None,
     annotations: Annotations = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Says by how much A is better than B and how sure that is: a paired bootstrap over the images both answered."""
+    """Says by how much A is better than B and how sure that is: a paired bootstrap over the images
+    both answered.
+    """
     from harness.errors import ConfigError
     from harness.evaluate import captions, vqa
     from harness.evaluate import compare as pairs
@@ -93,11 +117,18 @@ def compare(
             said = map(vqa.read_results, (a, b))
             found = {"vqa": pairs.answers(*said, vqa.read_truths(questions, annotations))}
         else:
-            raise ConfigError(f"{a} and {b} are result files: give --references, or --questions and --annotations")
+            raise ConfigError(
+                f"{a} and {b} are result files: give --references, or --questions and --annotations"
+            )
     else:
         found = pairs.runs(a, b, data)
     if as_json:
-        print(json.dumps({task: {k: c.to_dict() for k, c in of.items()} for task, of in found.items()}, indent=2))
+        print(
+            json.dumps(
+                {task: {k: c.to_dict() for k, c in of.items()} for task, of in found.items()},
+                indent=2,
+            )
+        )
         return
     print(*(_compared(task, of) for task, of in found.items()), sep="\n", end="")
 
@@ -106,7 +137,10 @@ def _table(figures: dict[str, Interval], title: str) -> str:
     from harness.report.pictures import markdown_table
 
     rows = [[name, *interval.to_dict(4).values()] for name, interval in figures.items()]
-    return markdown_table([["-" if cell is None else cell for cell in row] for row in rows], [title, "", "low", "high"])
+    return markdown_table(
+        [["-" if cell is None else cell for cell in row] for row in rows],
+        [title, "", "low", "high"],
+    )
 
 
 def _compared(task: str, found: dict[str, Compared]) -> str:
@@ -114,8 +148,17 @@ def _compared(task: str, found: dict[str, Compared]) -> str:
 
     one = next(iter(found.values()))
     rows: list[list[Any]] = [
-        [name, c.a, c.b, c.difference.value, f"{c.difference.low:.4g} to {c.difference.high:.4g}", f"{c.a_better:.1%}"]
+        [
+            name,
+            c.a,
+            c.b,
+            c.difference.value,
+            f"{c.difference.low:.4g} to {c.difference.high:.4g}",
+            f"{c.a_better:.1%}",
+        ]
         for name, c in found.items()
     ]
-    title = f"{task}, {one.texts:,} texts that both answered" + (f", {one.left_out:,} not" if one.left_out else "")
+    title = f"{task}, {one.texts:,} texts that both answered" + (
+        f", {one.left_out:,} not" if one.left_out else ""
+    )
     return markdown_table(rows, [title, "A", "B", "A - B", "95%", "resamples with A > B"])

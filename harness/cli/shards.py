@@ -1,6 +1,8 @@
-"""`harness shards`: makes sets of shards, indexes those made elsewhere, checks, counts, and runs the encoder over them.
+"""`harness shards`: makes sets of shards, indexes those made elsewhere, checks, counts, and runs
+the encoder over them.
 
-Official files or folders of shards -> folders of shards, and a summary on stdout. Imports nothing heavy before a verb.
+Official files or folders of shards -> folders of shards, and a summary on stdout. Imports nothing
+heavy before a verb.
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 def _common(
     out: Out,
-    short_side: Annotated[int | None, typer.Option(min=1, help="Shrink images to it on their short side.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode. None: one a core.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shrink images to it on their short side.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode. None: one a core.")
+    ] = None,
 ) -> None:
     """What every `harness shards build SOURCE` takes beside the options of the source's own `load`."""
 
@@ -54,7 +60,10 @@ class _Sources(TyperGroup):
 
         own = inspect.signature(SOURCES[name], eval_str=True).parameters.values()
         options = [p.replace(kind=p.KEYWORD_ONLY, annotation=_option(p.annotation)) for p in own]
-        common = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_common, eval_str=True).parameters.values()]
+        common = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(_common, eval_str=True).parameters.values()
+        ]
         verb.__signature__ = inspect.Signature(options + common)
         verb.__doc__ = inspect.getmodule(SOURCES[name]).__doc__.partition("\n")[0]
         one = typer.Typer(**PLAIN)
@@ -69,17 +78,27 @@ def _option(annotation: object) -> object:
 
 
 app.add_typer(
-    typer.Typer(cls=_Sources, help="Makes shards of a data set's official files.", **PLAIN, callback=lambda: None),
+    typer.Typer(
+        cls=_Sources,
+        help="Makes shards of a data set's official files.",
+        **PLAIN,
+        callback=lambda: None,
+    ),
     name="build",
 )
 
 
 @app.command()
 def index(
-    places: Annotated[list[str], typer.Argument(metavar="DIR_OR_URL...", help="Folders of tars, or a-{000..9}.tar.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR_OR_URL...", help="Folders of tars, or a-{000..9}.tar."),
+    ],
     dataset: Annotated[str | None, typer.Option(help="None: the name of the folder above.")] = None,
     split: Annotated[str | None, typer.Option(help="None: the name of the folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the index goes. None: beside the tars.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the index goes. None: beside the tars.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Indexes WebDataset shards that were made elsewhere."""
@@ -87,14 +106,20 @@ def index(
     from shards.index import index_shards
 
     if out and len(places) > 1:
-        raise ShardError(f"--out {out} is one folder and {len(places)} sets were given: index them one at a time")
+        raise ShardError(
+            f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
+        )
     for place in places:
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         above, name = os.path.split(os.path.dirname(where) if where.endswith(".tar") else where)
         with _counted(f"indexing {place}") as count:
             names = (dataset or os.path.basename(above) or "webdataset", split or name)
             made = index_shards(place, *names, out=out, overwrite=overwrite, on_progress=count)
-        skipped = f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl" if made.skipped else ""
+        skipped = (
+            f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl"
+            if made.skipped
+            else ""
+        )
         print(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
 
 
@@ -127,7 +152,9 @@ def stats(sets: Sets) -> None:
 
 @app.command()
 def features(
-    shards: Annotated[str, typer.Argument(metavar="DIR", help="A folder of image shards, or one of all splits.")],
+    shards: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder of image shards, or one of all splits.")
+    ],
     config: Annotated[str, typer.Option(help="Its model.vision names the encoder.")],
     out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value")] = None,
@@ -161,16 +188,22 @@ def features(
     print(*lines, sep="\n")
 
 
-def _build(source: str, out: Path, short_side: int | None, workers: int | None, **options: object) -> None:
+def _build(
+    source: str, out: Path, short_side: int | None, workers: int | None, **options: object
+) -> None:
     from shards.build import build
 
     with bar() as progress:
-        task = progress.add_task(source, total=None)  # one line for all splits: a notebook cannot go back up
+        task = progress.add_task(
+            source, total=None
+        )  # one line for all splits: a notebook cannot go back up
 
         def show(split: str, done: int, images: int) -> None:
             progress.update(task, description=f"{source} {split}", completed=done, total=images)
 
-        summary = build(source, out, short_side=short_side, workers=workers, progress=show, **options)
+        summary = build(
+            source, out, short_side=short_side, workers=workers, progress=show, **options
+        )
     print(_summary(summary))
 
 
@@ -180,7 +213,13 @@ def _summary(summary: Summary) -> str:
         f"{n['bytes'] / 1e6:,.1f} MB"
         for split, n in summary.splits.items()
     ]
-    counts = ("images_without_text", "texts_without_image", "undecodable_images", "images_in_no_split", "empty_texts")
+    counts = (
+        "images_without_text",
+        "texts_without_image",
+        "undecodable_images",
+        "images_in_no_split",
+        "empty_texts",
+    )
     left_out = ", ".join(f"{getattr(summary, name):,} {name.replace('_', ' ')}" for name in counts)
     lines.append(f"left out: {left_out}; each is named in {summary.skipped}")
     lines.append(f"re-encoded images: {summary.reencoded_images:,}")

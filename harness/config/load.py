@@ -19,7 +19,9 @@ S = TypeVar("S", bound="Section")
 
 
 def shipped(kind: Literal["configs", "launch"]) -> Path:
-    """The folder of the experiments or launchers that come with harness, in a wheel or in a source checkout."""
+    """The folder of the experiments or launchers that come with harness, in a wheel or in a source
+    checkout.
+    """
     here = Path(__file__).resolve().parent.parent
     inside = here / kind  # where the wheel puts it
     return inside if inside.is_dir() else here.parent / kind
@@ -28,8 +30,9 @@ def shipped(kind: Literal["configs", "launch"]) -> Path:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in a YAML file, changed by overrides such as `train.epochs=2`.
 
-    `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where that is not a file).
-    Raises ConfigError naming the file, the dotted key, the value found and what is expected.
+    `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where
+    that is not a file). Raises ConfigError naming the file, the dotted key, the value found and
+    what is expected.
     """
     file = find(path)
     return validated(Config, apply_overrides(read_yaml(file), overrides), file, overrides)
@@ -45,17 +48,30 @@ def read_yaml(file: Path) -> dict[str, Any]:
         why = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
         raise ConfigError(f"{file}: is not YAML: {why}") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model")
+        raise ConfigError(
+            f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model"
+        )
     return document
 
 
-def validated(kind: type[S], document: Mapping[str, Any], file: Path, overrides: Sequence[str] = ()) -> S:
-    """The document as a section of that kind. Raises ConfigError naming the file, or the override that was wrong."""
+def validated(
+    kind: type[S], document: Mapping[str, Any], file: Path, overrides: Sequence[str] = ()
+) -> S:
+    """The document as a section of that kind. Raises ConfigError naming the file, or the override
+    that was wrong.
+    """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
         message, key = _explain(error, kind)
-        given = next((o for o in overrides if key == (name := o.partition("=")[0]) or key.startswith(name + ".")), None)
+        given = next(
+            (
+                o
+                for o in overrides
+                if key == (name := o.partition("=")[0]) or key.startswith(name + ".")
+            ),
+            None,
+        )
         where = f"override {given!r}" if given else str(file)
         raise ConfigError(f"{where}: {message}") from error
 
@@ -69,11 +85,15 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     try:
         return parts, yaml.load(value, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}"
+        ) from error
 
 
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of the document with each `key=value` put in place; `data.train.0.path=DIR` reaches into a list."""
+    """A copy of the document with each `key=value` put in place; `data.train.0.path=DIR` reaches
+    into a list.
+    """
     changed = copy.deepcopy(dict(document))
     for override in overrides:
         parts, value = parse_override(override)
@@ -86,7 +106,9 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
                     raise ConfigError(f"override {override!r}: {where} is {expected}")
                 part = int(part)
             elif not isinstance(at, dict):
-                raise ConfigError(f"override {override!r}: {where} is {_short(at)}, it holds no keys")
+                raise ConfigError(
+                    f"override {override!r}: {where} is {_short(at)}, it holds no keys"
+                )
             elif at.get(part) is None and not last:
                 at[part] = {}
             if last:
@@ -97,11 +119,15 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
 
 def dump(config: Config) -> str:
     """The whole config, defaults included, as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """yaml.safe_load, but a key written twice in one section is an error: YAML keeps the last in silence."""
+    """yaml.safe_load, but a key written twice in one section is an error: YAML keeps the last in
+    silence.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -122,9 +148,15 @@ def find(path: str | Path, folder: str = "configs") -> Path:
         return file
     if file.is_dir():
         raise ConfigError(f"{file}: is a folder, expected a YAML file")
-    ours = {f.stem: f for f in sorted((shipped("configs") / folder.partition("/")[2]).glob("*.yaml"))}
+    ours = {
+        f.stem: f for f in sorted((shipped("configs") / folder.partition("/")[2]).glob("*.yaml"))
+    }
     if str(file.parent) in (".", folder) and file.suffix in ("", ".yaml") and file.stem in ours:
         return ours[file.stem]
     near = difflib.get_close_matches(file.stem, ours, n=1)
-    hint = f"did you mean {folder}/{near[0]}.yaml?" if near else f"the shipped ones are {', '.join(ours)}"
+    hint = (
+        f"did you mean {folder}/{near[0]}.yaml?"
+        if near
+        else f"the shipped ones are {', '.join(ours)}"
+    )
     raise ConfigError(f"{file}: no such config file; {hint}")

@@ -14,9 +14,13 @@ from harness.config.schema import Config, Section
 
 
 def _explain(error: ValidationError, root: type[Section]) -> tuple[str, str]:
-    """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often why another lacks."""
+    """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often
+    why another lacks.
+    """
     errors = error.errors()
-    unknown = [problem for problem in errors if problem["type"] in ("extra_forbidden", "invalid_key")]
+    unknown = [
+        problem for problem in errors if problem["type"] in ("extra_forbidden", "invalid_key")
+    ]
     first = (unknown or errors)[0]
     path = _field_path(first["loc"])
     key = ".".join(map(str, path))
@@ -37,7 +41,11 @@ def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:
     if problem["type"] == "missing":  # of a list with a fixed length
         return "one value more"
     text = problem["msg"].removeprefix("Input should be ").partition(", unable to")[0]
-    return text.replace("a valid integer", "an integer").replace("valid tuple", "list").replace("valid ", "")
+    return (
+        text.replace("a valid integer", "an integer")
+        .replace("valid tuple", "list")
+        .replace("valid ", "")
+    )
 
 
 def _section_at(location: Sequence[str | int], root: type[Section]) -> type[Section]:

@@ -1,7 +1,9 @@
-"""The whole experiment as frozen, validated dataclasses: load a YAML file, override by `key=value`, dump it again.
+"""The whole experiment as frozen, validated dataclasses: load a YAML file, override by `key=value`,
+dump it again.
 
-Every key a config may have is a field below, with its unit and its default. Nothing else is accepted: a wrong key is
-answered with the closest right one. Imports no torch, so that `harness --help` and every check before a launch is fast.
+Every key a config may have is a field below, with its unit and its default. Nothing else is
+accepted: a wrong key is answered with the closest right one. Imports no torch, so that `harness
+--help` and every check before a launch is fast.
 """
 
 from __future__ import annotations
@@ -27,26 +29,38 @@ Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
-class DataSet(Section):
-    """One set of shards. `weight` is its share of a mixture; without weights every record comes once an epoch."""
+class DataSetConfig(Section):
+    """One set of shards. `weight` is its share of a mixture; without weights every record comes
+    once an epoch.
+    """
 
     path: str
     weight: Above0 | None = None
 
 
-class Data(Section):
-    train: tuple[DataSet, ...] = ()
-    dev: tuple[DataSet, ...] = ()  # scored during training; everything is chosen on it
-    test: tuple[DataSet, ...] = ()  # scored by `harness evaluate`, at the end
-    texts_per_image: Positive | None = None  # texts drawn of each image per epoch; none: all of them
-    answer: Literal["most_common", "drawn"] = "most_common"  # vqa training target; drawn: by annotator frequency
+class DataConfig(Section):
+    train: tuple[DataSetConfig, ...] = ()
+    dev: tuple[DataSetConfig, ...] = ()  # scored during training; everything is chosen on it
+    test: tuple[DataSetConfig, ...] = ()  # scored by `harness evaluate`, at the end
+    texts_per_image: Positive | None = (
+        None  # texts drawn of each image per epoch; none: all of them
+    )
+    answer: Literal["most_common", "drawn"] = (
+        "most_common"  # vqa training target; drawn: by annotator frequency
+    )
     max_prompt_tokens: Positive = 64
     max_target_tokens: Positive = 48
-    loss_on_padding: bool = False  # targets padded to max_target_tokens and trained on: docs/why-is-my-caption-empty.md
-    train_images: Positive | None = None  # the first so many of epoch 0, in every epoch; none: all of them
+    loss_on_padding: bool = (
+        False  # targets padded to max_target_tokens and trained on: docs/why-is-my-caption-empty.md
+    )
+    train_images: Positive | None = (
+        None  # the first so many of epoch 0, in every epoch; none: all of them
+    )
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
@@ -56,15 +70,17 @@ class Data(Section):
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
 
 
-class Vision(Section):
+class VisionConfig(Section):
     kind: Literal["clip", "efficientnet_lite0"] = "clip"
-    id: str = "openai/clip-vit-base-patch32"  # hub id or local folder (unused by efficientnet_lite0)
+    id: str = (
+        "openai/clip-vit-base-patch32"  # hub id or local folder (unused by efficientnet_lite0)
+    )
     revision: str | None = None
     layer: int = -2  # which hidden state of CLIP; -1 is the last
     image_size: Positive = 224  # pixels, both sides
 
 
-class Bridge(Section):
+class BridgeConfig(Section):
     kind: Literal["qformer", "mean_pool", "linear"] = "qformer"
     query_tokens: Positive = 32
     layers: Positive = 2
@@ -72,71 +88,84 @@ class Bridge(Section):
     heads: Positive = 12
     cross_attention_frequency: Positive = 1  # every how many layers the queries look at the image
     dropout: Fraction = 0.0
-    # false: frozen whole at its random start, the control experiment; projection: all of it but the projection
+    # false: frozen whole at its random start, the control experiment; projection: all of it but the
+    # projection
     trainable: bool | Literal["projection"] = True
     question_aware: bool = False  # the queries read the prompt too (InstructBLIP)
-    init_from: str | None = None  # hub id or folder of BERT, or of a BLIP-2, whose weights the Q-Former starts from
+    init_from: str | None = (
+        None  # hub id or folder of BERT, or of a BLIP-2, whose weights the Q-Former starts from
+    )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Bridge:
+    def _fits_together(self) -> BridgeConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.kind != "qformer" and (self.question_aware or self.init_from):
-            raise ValueError(f"question_aware and init_from are keys of kind qformer, this is {self.kind}")
+            raise ValueError(
+                f"question_aware and init_from are keys of kind qformer, this is {self.kind}"
+            )
         return self
 
 
-class Lora(Section):
+class LoraConfig(Section):
     r: Positive = 16
     alpha: Above0 = 32.0
     dropout: Fraction = 0.0
     targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
 
 
-class LanguageModel(Section):
+class LanguageModelConfig(Section):
     kind: Literal["t5", "gpt2"] = "t5"
     id: str = "google/flan-t5-base"  # hub id or local folder
     revision: str | None = None
     tuning: Literal["qlora", "lora", "frozen", "full"] = "qlora"
-    lora: Lora = Lora()
+    lora: LoraConfig = LoraConfig()
     dropout: Fraction = 0.0  # in the base itself, for one that is trained whole on few texts
-    cross_attention: bool = False  # gpt2: new layers look at the image tokens, which else stand before the prompt
-    bos: Literal["always", "generation_only"] = "always"  # gpt2: generation_only is a known mistake, as loss_on_padding
+    cross_attention: bool = (
+        False  # gpt2: new layers look at the image tokens, which else stand before the prompt
+    )
+    bos: Literal["always", "generation_only"] = (
+        "always"  # gpt2: generation_only is a known mistake, as loss_on_padding
+    )
 
     @model_validator(mode="after")
-    def _only_gpt2_has_it(self) -> LanguageModel:
+    def _only_gpt2_has_it(self) -> LanguageModelConfig:
         if self.kind != "gpt2" and (self.cross_attention or self.bos != "always"):
             raise ValueError(f"cross_attention and bos are keys of kind gpt2, this is {self.kind}")
         return self
 
 
-class Model(Section):
-    vision: Vision = Vision()
-    bridge: Bridge = Bridge()
-    lm: LanguageModel = LanguageModel()
-    init_from: str | None = None  # an earlier run, a checkpoint or its model/: whose trained weights are the start
+class ModelConfig(Section):
+    vision: VisionConfig = VisionConfig()
+    bridge: BridgeConfig = BridgeConfig()
+    lm: LanguageModelConfig = LanguageModelConfig()
+    init_from: str | None = (
+        None  # an earlier run, a checkpoint or its model/: whose trained weights are the start
+    )
 
 
-class Prompts(Section):
-    """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out (a question stays)."""
+class PromptsConfig(Section):
+    """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out (a
+    question stays).
+    """
 
     caption: str = "describe"
     vqa: str = "question"
 
 
-class Decoding(Section):
+class DecodingConfig(Section):
     max_new_tokens: Positive = 40
     min_new_tokens: NonNegative = 0
     beams: Positive = 1
     length_penalty: Number = 1.0
 
 
-class Generate(Section):
-    caption: Decoding = Decoding(max_new_tokens=40)
-    vqa: Decoding = Decoding(max_new_tokens=10)
+class GenerateConfig(Section):
+    caption: DecodingConfig = DecodingConfig(max_new_tokens=40)
+    vqa: DecodingConfig = DecodingConfig(max_new_tokens=10)
 
 
-class Train(Section):
+class TrainConfig(Section):
     epochs: Positive = 5
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
@@ -158,40 +187,50 @@ class Train(Section):
     keep_checkpoints: Positive = 2
     log_every: Positive = 10  # steps
     max_skipped_in_a_row: Positive = 10  # non-finite steps before the run stops
-    image_use_every: Positive | None = 200  # steps between looks of the gate at few images; none: at evaluations alone
+    image_use_every: Positive | None = (
+        200  # steps between looks of the gate at few images; none: at evaluations alone
+    )
     stop_if_image_ignored: bool = False
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     batch_images: Positive = 64
     dev_images: Positive | None = 400  # images scored during training; none: all
-    counterfactual_texts: Positive = 2000  # of each task, on which the images are shuffled, blanked and left out
-    dev_counterfactual_texts: NonNegative = 400  # the same during training, where it must cost little
-    small_gate_images: Positive = 32  # of the dev sets, for train.image_use_every: one text of each task and image
+    counterfactual_texts: Positive = (
+        2000  # of each task, on which the images are shuffled, blanked and left out
+    )
+    dev_counterfactual_texts: NonNegative = (
+        400  # the same during training, where it must cost little
+    )
+    small_gate_images: Positive = (
+        32  # of the dev sets, for train.image_use_every: one text of each task and image
+    )
     show_images: Positive = 8  # the same images after each epoch, with what the model says
     confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     bootstrap: Positive = 1000  # resamples over images
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     kind: Literal["mlflow", "none"] = "mlflow"
     uri: str | None = None  # none: MLFLOW_TRACKING_URI, else sqlite in the output folder
     experiment: str = "harness"
     run_name: str | None = None  # none: the config's name
-    parent_run_id: str | None = None  # the MLflow run whose child this one is, as `harness ablate` says
+    parent_run_id: str | None = (
+        None  # the MLflow run whose child this one is, as `harness ablate` says
+    )
 
 
 class Config(Section):
     name: str
     out: str | None = None  # none: runs/<name>
     seed: NonNegative = 0
-    data: Data = Data()
-    model: Model = Model()
-    prompts: Prompts = Prompts()
-    generate: Generate = Generate()
-    train: Train = Train()
-    evaluation: Evaluation = Evaluation()
-    tracking: Tracking = Tracking()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    generate: GenerateConfig = GenerateConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def out_dir(self) -> Path:

@@ -1,4 +1,5 @@
-"""Records -> Batch: three levels, each pointing at the one above, so that a picture's work is done once.
+"""Records -> Batch: three levels, each pointing at the one above, so that a picture's work is done
+once.
 
     images    I   pixels_IHW3 or features_IPD         encoder and plain Q-Former run once per image
     contexts  C   prompt_ids_CL, image_of_C           the T5 encoder runs once per (image, prompt)
@@ -19,8 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from harness.config.schema import Data as DataConfig
-from harness.config.schema import Prompts
+from harness.config.schema import DataConfig, PromptsConfig
 from harness.data.prompts import prompt
 from harness.model.batch import Batch, Context, padding_id
 from shards.read import Sample
@@ -32,7 +32,9 @@ _WORTH_A_CUT = 256  # positions; to run the decoder once more for fewer costs as
 
 
 def drawn(seed: int, epoch: int, *names: str) -> int:
-    """A random 64-bit number that depends on nothing but its arguments: no generator's state to save or to lose."""
+    """A random 64-bit number that depends on nothing but its arguments: no generator's state to
+    save or to lose.
+    """
     key = "\x1f".join((str(seed), str(epoch), *names))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
@@ -44,17 +46,19 @@ def most_common(answers: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is a hash.
+    """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is
+    a hash.
 
-    In training `texts_per_image` texts are drawn of each image and epoch (of its own set: a heavy set of a mixture
-    passes several times): a question is one, each caption is one. In evaluation every question is a context with its
-    most common answer as target, and all captions are targets. `truncated` counts the "prompt" and "target" texts that
-    were cut at `max_prompt_tokens` and `max_target_tokens`; the first of each is logged.
+    In training `texts_per_image` texts are drawn of each image and epoch (of its own set: a heavy
+    set of a mixture passes several times): a question is one, each caption is one. In evaluation
+    every question is a context with its most common answer as target, and all captions are targets.
+    `truncated` counts the "prompt" and "target" texts that were cut at `max_prompt_tokens` and
+    `max_target_tokens`; the first of each is logged.
     """
 
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
-    prompts: Prompts
+    prompts: PromptsConfig
     seed: int = 0
     eos_weight: float = 1.0
     training: bool = True
@@ -69,7 +73,9 @@ class Collator:
             for text, chosen in self._texts(sample.record, sample.epoch):
                 context_of_T += [len(contexts)] * len(chosen)
                 template = getattr(self.prompts, text.task)
-                contexts.append(Context(sample.record, text, prompt(text.task, template, text.prompt)))
+                contexts.append(
+                    Context(sample.record, text, prompt(text.task, template, text.prompt))
+                )
                 image_of_C.append(len(images))
                 targets += chosen
             images.append(sample.payload)
@@ -78,7 +84,9 @@ class Collator:
         return self.assemble(np.stack(images), contexts, image_of_C, targets, context_of_T)
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
-        """A batch of weight 0 for a rank that has nothing left: it joins every collective and teaches nothing."""
+        """A batch of weight 0 for a rank that has nothing left: it joins every collective and
+        teaches nothing.
+        """
         record = Record("filler", "", "", "", (Text("filler", "caption", ("",)),))
         payload = np.zeros((1, *payload_shape), np.float16 if is_features else np.uint8)
         batch = self.assemble(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
@@ -117,7 +125,9 @@ class Collator:
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
         labels = self._ids("target", targets, data.max_target_tokens, [eos])
         prompt_ids_CL, lengths_C = _padded(prompts, pad)
-        labels_TL, lengths_T = _padded(labels, pad, data.max_target_tokens if data.loss_on_padding else 1)
+        labels_TL, lengths_T = _padded(
+            labels, pad, data.max_target_tokens if data.loss_on_padding else 1
+        )
         counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | data.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
         tensor = torch.from_numpy(np.asarray(images))
@@ -137,8 +147,12 @@ class Collator:
 
     def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
         """Token ids that close with `end` also where a text is cut."""
-        rows = self.tokenizer([text.strip() for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-        if cut := [text for text, row in zip(texts, rows, strict=True) if len(row) + len(end) > limit]:
+        rows = self.tokenizer(
+            [text.strip() for text in texts], add_special_tokens=False, verbose=False
+        )["input_ids"]
+        if cut := [
+            text for text, row in zip(texts, rows, strict=True) if len(row) + len(end) > limit
+        ]:
             if not self.truncated[kind]:
                 logger.warning(
                     "%ss longer than data.max_%s_tokens=%d are cut (and counted), the first is %r",
@@ -149,7 +163,8 @@ class Collator:
 
 
 def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
-    """Rows in groups, each with the length of its longest: half of a batch of captions would be padding.
+    """Rows in groups, each with the length of its longest: half of a batch of captions would be
+    padding.
 
     Every cut saves _WORTH_A_CUT padded positions or more, the one that saves most first.
     """
@@ -167,7 +182,8 @@ def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
 
 def _padded(rows: list[list[int]], pad: int, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
-    # At least one column: a model with neither image tokens nor prompt still needs a position to attend to.
+    # At least one column: a model with neither image tokens nor prompt still needs a position to
+    # attend to.
     out = torch.full((len(rows), max(least, int(lengths.max()))), pad)
     for index, row in enumerate(rows):
         out[index, : len(row)] = torch.tensor(row, dtype=torch.long)

@@ -1,7 +1,9 @@
-"""Image shards -> feature shards: the frozen encoder runs once over a set instead of once in every epoch.
+"""Image shards -> feature shards: the frozen encoder runs once over a set instead of once in every
+epoch.
 
-Same records, keys and order; in place of the image {"patches_PD": float16}; beside the shards the features of a blank
-and of noise images, for the proof that images are used. Legend: K noise images, P patch tokens, D encoder width.
+Same records, keys and order; in place of the image {"patches_PD": float16}; beside the shards the
+features of a blank and of noise images, for the proof that images are used. Legend: K noise images,
+P patch tokens, D encoder width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from harness.config.encoder import encoder_name
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from shards.manifest import SKIPPED, Manifest
@@ -34,7 +36,7 @@ NOISE_IMAGES = 4
 def encode_set(
     folder: str | Path,
     out: str | Path,
-    vision: Vision,
+    vision: VisionConfig,
     *,
     batch_images: int = 32,
     device: torch.device | str | None = None,
@@ -44,12 +46,14 @@ def encode_set(
     workers: int = 0,
     overwrite: bool = False,
 ) -> Manifest:
-    """Runs the encoder over the image set in `folder` and writes the feature set `out` (".../SPLIT").
+    """Runs the encoder over the image set in `folder` and writes the feature set `out`
+    (".../SPLIT").
 
-    device: none means the GPU where there is one. precision: as `train.precision`, for the encoder alone; the features
-    are stored as float16. progress: called with (images done, images in all). workers: processes that decode images.
-    An image that cannot be read is left out, logged and named in OUT/skipped.jsonl (see `skipped`). Raises ShardError
-    or ConfigError for sets and encoders that cannot be used; then OUT is as it was before.
+    device: none means the GPU where there is one. precision: as `train.precision`, for the encoder
+    alone; the features are stored as float16. progress: called with (images done, images in all).
+    workers: processes that decode images. An image that cannot be read is left out, logged and
+    named in OUT/skipped.jsonl (see `skipped`). Raises ShardError or ConfigError for sets and
+    encoders that cannot be used; then OUT is as it was before.
     """
     import torch
 
@@ -61,10 +65,14 @@ def encode_set(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     policy = choose(precision, device)
     decoder = ImageDecoder.of(vision, max_image_pixels)
-    loader = Loader([str(folder)], global_batch=batch_images, shuffle=False, decode=decoder, workers=workers)
+    loader = Loader(
+        [str(folder)], global_batch=batch_images, shuffle=False, decode=decoder, workers=workers
+    )
     source = loader.manifests[0]
     if source.kind != "images":
-        raise ConfigError(f"{folder} holds {source.kind} already; give the set of images they were made from")
+        raise ConfigError(
+            f"{folder} holds {source.kind} already; give the set of images they were made from"
+        )
     tower = load_vision(vision).to(device)
 
     def encode(pixels_IHW3: np.ndarray) -> np.ndarray:
@@ -86,15 +94,25 @@ def encode_set(
                             f"{folder}, key {sample.record.key}: the features of {vision.id} do not fit into float16; "
                             f"choose another model.vision.layer than {vision.layer}"
                         )
-                    yield sample.record, safetensors.numpy.save({"patches_PD": features_PD}), "safetensors"
+                    yield (
+                        sample.record,
+                        safetensors.numpy.save({"patches_PD": features_PD}),
+                        "safetensors",
+                    )
             done += len(batch)
             if progress:
                 progress(done, source.samples)
         if loader.quarantined:  # write_shards reads `files` after the last sample
             named = [(source.key(index), error) for _, index, error in loader.quarantined]
-            # Without the folder that the error begins with: the same images give the same bytes wherever they lie.
-            lines = [{"key": key, "reason": error.partition(f"key {key}: ")[2] or error} for key, error in named]
-            files[SKIPPED] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+            # Without the folder that the error begins with: the same images give the same bytes
+            # wherever they lie.
+            lines = [
+                {"key": key, "reason": error.partition(f"key {key}: ")[2] or error}
+                for key, error in named
+            ]
+            files[SKIPPED] = "".join(
+                json.dumps(line, ensure_ascii=False) + "\n" for line in lines
+            ).encode()
 
     encoder = tower.identity() | {"precision": policy.facts()["precision.vision"]}
     return write_shards(
@@ -109,19 +127,25 @@ def encode_set(
     )
 
 
-def _controls(encode: Callable[[np.ndarray], np.ndarray], tower: VisionTower) -> dict[str, np.ndarray]:
+def _controls(
+    encode: Callable[[np.ndarray], np.ndarray], tower: VisionTower
+) -> dict[str, np.ndarray]:
     pixels = control_pixels((tower.image_size, tower.image_size, 3))
     return {"blank_PD": encode(pixels["blank"])[0], "noise_KPD": encode(pixels["noise"])}
 
 
 def control_pixels(shape: Sequence[int]) -> dict[str, np.ndarray]:
-    """{"blank": one grey image, "noise": K of uniform noise}, uint8: always the same of this `shape` (H, W, 3)."""
+    """{"blank": one grey image, "noise": K of uniform noise}, uint8: always the same of this
+    `shape` (H, W, 3).
+    """
     noise_KHW3 = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), dtype=np.uint8)
     return {"blank": np.full((1, *shape), GREY, dtype=np.uint8), "noise": noise_KHW3}
 
 
 def load_controls(manifest: Manifest) -> dict[str, np.ndarray]:
-    """{"blank_PD", "noise_KPD"} of a feature set, float16. Raises ShardError if the file is missing or damaged."""
+    """{"blank_PD", "noise_KPD"} of a feature set, float16. Raises ShardError if the file is missing
+    or damaged.
+    """
     return safetensors.numpy.load(manifest.read_file(CONTROLS))
 
 
@@ -132,21 +156,26 @@ def skipped(manifest: Manifest) -> list[dict[str, str]]:
     return [json.loads(line) for line in manifest.read_file(SKIPPED).splitlines()]
 
 
-def check_encoder(manifest: Manifest, expected: Vision | dict[str, Any]) -> None:
+def check_encoder(manifest: Manifest, expected: VisionConfig | dict[str, Any]) -> None:
     """Raises ConfigError, naming both, unless the feature set was made by the `expected` encoder.
 
-    A config is compared by name, revision, layer and resolution. An identity (`VisionTower.identity()`) is compared
-    by its hash instead of its name, so that a folder may have moved.
+    A config is compared by name, revision, layer and resolution. An identity
+    (`VisionTower.identity()`) is compared by its hash instead of its name, so that a folder may
+    have moved.
     """
     if manifest.kind != "features" or not manifest.encoder:
-        raise ConfigError(f"{manifest.folder} is a set of {manifest.kind} that names no encoder, expected features")
-    if isinstance(expected, Vision):
+        raise ConfigError(
+            f"{manifest.folder} is a set of {manifest.kind} that names no encoder, expected features"
+        )
+    if isinstance(expected, VisionConfig):
         expected, keys = encoder_name(expected), ("kind", "id", "revision", "layer", "image_size")
     else:
         keys = ("kind", "hash", "layer", "image_size", "preprocessing")
     differing = [key for key in keys if manifest.encoder.get(key) != expected.get(key)]
     if differing:
-        found, wanted = ({key: encoder.get(key) for key in differing} for encoder in (manifest.encoder, expected))
+        found, wanted = (
+            {key: encoder.get(key) for key in differing} for encoder in (manifest.encoder, expected)
+        )
         raise ConfigError(
             f"{manifest.folder}: these features were made by {_words(manifest.encoder)}, not by {_words(expected)} "
             f"({', '.join(f'{key} {found[key]!r} instead of {wanted[key]!r}' for key in differing)}): "

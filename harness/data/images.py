@@ -1,7 +1,8 @@
-"""The processor's image side: encoded bytes -> a square uint8 array, as each encoder was trained to see it.
+"""The processor's image side: encoded bytes -> a square uint8 array, as each encoder was trained to
+see it.
 
-Bytes of one image, or of one sample's features, in; numpy arrays out. Imports no torch: it runs in reading processes.
-Legend: H W pixels, 3 colours, P patch tokens, D width of the encoder.
+Bytes of one image, or of one sample's features, in; numpy arrays out. Imports no torch: it runs in
+reading processes. Legend: H W pixels, 3 colours, P patch tokens, D width of the encoder.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from harness.config.schema import Config, Vision
+from harness.config.schema import Config, VisionConfig
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's other decoders are not needed, and an open door
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # Pillow's other decoders are not needed, and an open door
 
 
 class ImageError(ValueError):
@@ -29,14 +37,17 @@ class ImageError(ValueError):
 def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:
     """Encoded image -> uint8 pixels_HW3 with both sides `image_size`.
 
-    crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers' CLIPImageProcessorPil.
-    squash: the whole image to the square (bicubic), aspect not kept. whole: as it is, for another's processor.
-    Transparency is laid on white and the EXIF orientation is honoured, both as transformers does when it loads a
-    file. Raises ImageError for what cannot be decoded, or has more than `max_pixels` before or after resizing.
+    crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
+    CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:
+    as it is, for another's processor. Transparency is laid on white and the EXIF orientation is
+    honoured, both as transformers does when it loads a file. Raises ImageError for what cannot be
+    decoded, or has more than `max_pixels` before or after resizing.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit of pixels: ours is checked below, before decoding
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's own limit of pixels: ours is checked below, before decoding
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         scale = image_size / min(width, height) if mode == "crop" else 1.0
@@ -80,11 +91,17 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 class Encoded(Protocol):
-    """What a reader of shards hands over: the bytes of one member, and what the end of its name says they are."""
+    """What a reader of shards hands over: the bytes of one member, and what the end of its name
+    says they are.
+    """
 
     payload: bytes
     extension: str
@@ -92,28 +109,36 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """A Loader's `decode`: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD. Picklable."""
+    """A Loader's `decode`: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD.
+    Picklable.
+    """
 
     image_size: int
     mode: Mode
     max_pixels: int
 
     @classmethod
-    def of(cls, vision: Vision, max_pixels: int) -> ImageDecoder:
+    def of(cls, vision: VisionConfig, max_pixels: int) -> ImageDecoder:
         return cls(vision.image_size, MODES[vision.kind], max_pixels)
 
     def __call__(self, sample: Encoded) -> np.ndarray:
         """Raises ImageError, or safetensors' own error for a damaged feature payload."""
         if sample.extension != "safetensors":
-            return decode_image(sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode)
+            return decode_image(
+                sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode
+            )
         tensors = safetensors.numpy.load(sample.payload)
         if "patches_PD" not in tensors:
-            raise ImageError(f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD")
+            raise ImageError(
+                f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD"
+            )
         return tensors["patches_PD"]
 
 
 def reading(config: Config) -> dict[str, Any]:
-    """What a config says of reading any of its sets, to train on or to score: keyword arguments of a Loader."""
+    """What a config says of reading any of its sets, to train on or to score: keyword arguments of
+    a Loader.
+    """
     return {
         "workers": config.data.workers,
         "prefetch": config.data.prefetch,

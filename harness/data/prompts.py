@@ -1,6 +1,7 @@
 """Instruction templates: the words around a question, or the whole prompt of a caption.
 
-A config names one of these or gives its own; "none" leaves the prompt out (the question itself stays for vqa).
+A config names one of these or gives its own; "none" leaves the prompt out (the question itself
+stays for vqa).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def template(task: str, name: str) -> str:
             f"prompts.vqa: {name!r} is neither one of {', '.join(VQA)} nor a template with {{question}} in it"
         )
     if task == "caption" and " " not in name:
-        raise ConfigError(f"prompts.caption: {name!r} is neither one of {', '.join(CAPTION)} nor a sentence")
+        raise ConfigError(
+            f"prompts.caption: {name!r} is neither one of {', '.join(CAPTION)} nor a sentence"
+        )
     return name
 
 

@@ -1,7 +1,8 @@
 """What is wrong with a config on this machine, and the fix, before any process is spawned.
 
-Config -> nothing, or one sentence (`check_before_launch`), or every Finding (`diagnose`, which is `harness doctor`).
-Imports no torch: `harness train` and every rank of a launched run call the former first.
+Config -> nothing, or one sentence (`check_before_launch`), or every Finding (`diagnose`, which is
+`harness doctor`). Imports no torch: `harness train` and every rank of a launched run call the
+former first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def diagnose(
     overfit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """All that `harness doctor` has to say: of this machine, of the config on it, of learning `overfit` images."""
+    """All that `harness doctor` has to say: of this machine, of the config on it, of learning
+    `overfit` images.
+    """
     from harness.machine.launcher import Launch, gpus
 
     launch = launch or Launch()
@@ -48,7 +51,11 @@ def diagnose(
     found += run("train.precision", lambda: examine.precision(config, gpus_here))
     found += run("MLflow", lambda: examine.tracking(config))
     if failed(refused):
-        found.append(Finding("data and model", "warning", "not looked at", "put the errors above right first"))
+        found.append(
+            Finding(
+                "data and model", "warning", "not looked at", "put the errors above right first"
+            )
+        )
         return found
     for key, path in data_sets(config).items():
         found += run(key, lambda key=key, path=path: examine.first_sample(key, path, config))
@@ -61,7 +68,10 @@ def diagnose(
     if overfit:
         from harness.doctor import overfit as trial
 
-        found += run(f"overfit {overfit}", lambda: trial.findings(trial.overfit(config, overfit, progress=progress)))
+        found += run(
+            f"overfit {overfit}",
+            lambda: trial.findings(trial.overfit(config, overfit, progress=progress)),
+        )
     return found
 
 
@@ -74,7 +84,11 @@ def _told(key: str, check: Callable[[], object], config: Config) -> Finding | No
     if key == "model.vision.id" and config.model.vision.kind != "clip":
         return Finding(key, "OK", f"{config.model.vision.kind}, a package")
     where = (
-        "" if key.startswith("prompts.") else ", a folder" if Path(value).is_dir() else ", from the hub or its cache"
+        ""
+        if key.startswith("prompts.")
+        else ", a folder"
+        if Path(value).is_dir()
+        else ", from the hub or its cache"
     )
     return Finding(key, "OK", f"{value}{where}")
 
@@ -92,7 +106,9 @@ def _diagnose_machine(config: Config | None, gpus: int, processes: int) -> list[
         found += run("DeepSpeed ops", machine.compiler)
         found += run("build locks", machine.build_locks)
         found += run("threads", lambda: machine.threads(processes))
-        found += run("/dev/shm", lambda: machine.shared_memory(gpus, config.data.workers if config else 0))
+        found += run(
+            "/dev/shm", lambda: machine.shared_memory(gpus, config.data.workers if config else 0)
+        )
         found += run("memory", machine.host_memory)
         found += run("disk", lambda: machine.disk(config.out_dir if config else Path("runs")))
         return found + run("all-reduce", reduced.result)

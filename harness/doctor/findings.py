@@ -1,6 +1,7 @@
 """What a check of `harness doctor` answers, and how the answers are shown.
 
-A name and a function -> its Findings; a function that raises costs the others nothing and is an error line itself.
+A name and a function -> its Findings; a function that raises costs the others nothing and is an
+error line itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Check = Callable[[], Finding | Iterable[Finding] | None]
 
 
 def run(name: str, check: Check) -> list[Finding]:
-    """What the check says, `name` where it says nothing of its own; whatever it raises becomes an error line."""
+    """What the check says, `name` where it says nothing of its own; whatever it raises becomes an
+    error line.
+    """
     from harness.errors import explain
 
     found: list[Finding] = []

@@ -1,7 +1,9 @@
-"""Can this config learn a few images by heart? A minute now, before three hours: `harness doctor CONFIG --overfit 8`.
+"""Can this config learn a few images by heart? A minute now, before three hours: `harness doctor
+CONFIG --overfit 8`.
 
-Config -> Findings: a line for each trained part (its gradient, how far its weights moved), and the verdict.
-The run's own model, engine and collator; one text an image, nothing random: no dropout, no label smoothing.
+Config -> Findings: a line for each trained part (its gradient, how far its weights moved), and the
+verdict. The run's own model, engine and collator; one text an image, nothing random: no dropout, no
+label smoothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from harness.config.schema import Config, Decoding
+from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import Collator, most_common
 from harness.doctor.findings import Finding
 from harness.errors import ConfigError
@@ -45,7 +47,9 @@ class Signal:
 
     @property
     def silent(self) -> bool:
-        return not (self.gradient and self.gradient >= EPSILON * self.parameters**0.5)  # nan is no signal either
+        return not (
+            self.gradient and self.gradient >= EPSILON * self.parameters**0.5
+        )  # nan is no signal either
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,25 @@ def overfit(
     engine.prepare(model)
     with closing(loader.iterate()) as first:
         samples = one_text_each(next(first)[1])
-    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
+    collate = Collator(
+        model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
+    )
     if (whole := collate(samples)) is None:
         raise ConfigError(f"the first {images} images of data.train carry nothing to learn")
-    batches = [_encoded(batch, model, engine) for batch in micro_batches(samples, collate, config.train.micro_batch)]
+    batches = [
+        _encoded(batch, model, engine)
+        for batch in micro_batches(samples, collate, config.train.micro_batch)
+    ]
     whole = _encoded(whole, model, engine)
-    weight, before = float(whole.weight), {name: p.detach().clone() for name, p in engine.named.items()}
+    weight, before = (
+        float(whole.weight),
+        {name: p.detach().clone() for name, p in engine.named.items()},
+    )
     rate, start = max(config.train.learning_rate, LOWEST_RATE), time.monotonic()
     first_loss, done, gradients = _loss(model, whole), 0, dict[str, float | None]()
-    reached = model.train()(batches[0]).sum.requires_grad  # else there is nothing that a step could do
+    reached = model.train()(
+        batches[0]
+    ).sum.requires_grad  # else there is nothing that a step could do
     while reached and done < steps and time.monotonic() - start < seconds:
         total = 0.0
         for position, batch in enumerate(batches):
@@ -132,10 +146,16 @@ def _without_chance(config: Config, images: int) -> Config:
 
 
 def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
-    """Each image with one text and one target: of the question that most of them share, and if it can be another
-    target than the images before, so that only the image tells which. Unreadable images are left out."""
+    """Each image with one text and one target: of the question that most of them share, and if it
+    can be another target than the images before, so that only the image tells which. Unreadable
+    images are left out.
+    """
     readable = [sample for sample in samples if sample.payload is not None]
-    shared = Counter(ask for sample in readable for ask in {(text.task, text.prompt) for text in sample.record.texts})
+    shared = Counter(
+        ask
+        for sample in readable
+        for ask in {(text.task, text.prompt) for text in sample.record.texts}
+    )
     used: set[tuple[str, str | None, str]] = set()
     chosen = []
     for sample in readable:
@@ -146,7 +166,10 @@ def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
         ]
         text, target = max(
             choices,
-            key=lambda c: (shared[c[0].task, c[0].prompt], (c[0].task, c[0].prompt, c[1]) not in used),
+            key=lambda c: (
+                shared[c[0].task, c[0].prompt],
+                (c[0].task, c[0].prompt, c[1]) not in used,
+            ),
         )
         used.add((text.task, text.prompt, target))
         record = replace(sample.record, texts=(replace(text, targets=(target,)),))
@@ -155,7 +178,9 @@ def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _encoded(batch: Batch, model: VisionLanguageModel, engine: Engine) -> Batch:
-    """The batch with its patch tokens in place of its pixels: the encoder is frozen, it need not run at every step."""
+    """The batch with its patch tokens in place of its pixels: the encoder is frozen, it need not
+    run at every step.
+    """
     batch = batch.to(engine.device)
     with torch.no_grad():
         return replace(batch, features_IPD=model.eval().patch_tokens(batch), pixels_IHW3=None)
@@ -178,7 +203,7 @@ def exact_answers(model: VisionLanguageModel, batch: Batch) -> int:
     """How many greedy answers are the target, token for token. Leaves the model in training mode."""
     ends = (model.tokenizer.eos_token_id, model.tokenizer.pad_token_id)
     targets = [[token for token in row if token not in ends] for row in batch.labels_TL.tolist()]
-    said = model.eval().generate(batch, Decoding(max_new_tokens=batch.labels_TL.shape[1]))
+    said = model.eval().generate(batch, DecodingConfig(max_new_tokens=batch.labels_TL.shape[1]))
     model.train()
     return sum(answer == target for answer, target in zip(said.token_ids, targets, strict=True))
 
@@ -190,9 +215,13 @@ def part_of(parameter: str) -> str:
 
 
 def signals_of(
-    named: Mapping[str, nn.Parameter], gradients: Mapping[str, float | None], before: Mapping[str, torch.Tensor]
+    named: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, float | None],
+    before: Mapping[str, torch.Tensor],
 ) -> Iterator[Signal]:
-    """By part, from the first step's gradient norms (empty: no step was taken) and the weights before all steps."""
+    """By part, from the first step's gradient norms (empty: no step was taken) and the weights
+    before all steps.
+    """
     for part in dict.fromkeys(map(part_of, named)):
         names = [name for name in named if part_of(name) == part]
         norms = [gradients[name] for name in names if gradients.get(name) is not None]
@@ -210,32 +239,46 @@ def _together(tensors: Iterator[torch.Tensor]) -> float:
 def findings(result: Result) -> Iterator[Finding]:
     """A line for each part, and the verdict: an error unless all images were learnt by heart."""
     for signal in result.signals:
-        how = "no gradient at all" if signal.gradient is None else f"gradient {signal.gradient:.2g} at the first step"
+        how = (
+            "no gradient at all"
+            if signal.gradient is None
+            else f"gradient {signal.gradient:.2g} at the first step"
+        )
         found = f"{how}, weights {signal.weights:.3g}, moved by {signal.moved:.2%}"
         if signal.silent:
             fix = f"something cuts the {signal.name} off from the loss: a detach, a no_grad, a weight of 0"
             yield Finding(f"overfit: {signal.name}", "error", f"gets no signal: {found}", fix)
         else:
             yield Finding(f"overfit: {signal.name}", "OK", found)
-    name, silent = f"overfit {result.images}", [signal.name for signal in result.signals if signal.silent]
+    name, silent = (
+        f"overfit {result.images}",
+        [signal.name for signal in result.signals if signal.silent],
+    )
     found = (
         f"{result.exact} of {result.images} answered word for word after {result.steps} steps, "
         f"loss {result.first_loss:.3g} -> {result.last_loss:.3g} nats a token"
     )
-    alike = result.shuffled_loss is not None and result.shuffled_loss - result.last_loss < LOSS_NEGLIGIBLE
+    alike = (
+        result.shuffled_loss is not None
+        and result.shuffled_loss - result.last_loss < LOSS_NEGLIGIBLE
+    )
     if result.shuffled_loss is not None:
         found += f", {result.shuffled_loss:.3g} with the images exchanged"
     if result.exact == result.images and not alike:
         yield Finding(name, "OK", f"learnt by heart: {found}")
     elif result.exact == result.images:
         why = "learnt by heart without the images: the words alone tell the texts apart"
-        yield Finding(name, "warning", f"{why}; {found}", "more images, or texts that share a question")
+        yield Finding(
+            name, "warning", f"{why}; {found}", "more images, or texts that share a question"
+        )
     elif silent:
         fix = f"first find what cuts off the {' and the '.join(silent)}"
         yield Finding(name, "error", f"not learnt by heart: {found}", fix)
     elif alike:
         fix = "look at the image tokens' scale, the encoder's layer, and whether the images are the right ones"
-        yield Finding(name, "error", f"not learnt by heart, and the images make no difference: {found}", fix)
+        yield Finding(
+            name, "error", f"not learnt by heart, and the images make no difference: {found}", fix
+        )
     else:
         fix = "if the loss is still falling, fewer images or a faster machine; else more query tokens or a larger LoRA"
         yield Finding(name, "error", f"not learnt by heart: {found}", fix)

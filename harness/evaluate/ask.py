@@ -15,12 +15,16 @@ from shards.record import Record, Text
 
 
 def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
-    """What a run's newest model says to one picture; without a prompt it describes it. Raises ConfigError, OSError."""
+    """What a run's newest model says to one picture; without a prompt it describes it. Raises
+    ConfigError, OSError.
+    """
     found = checkpoint.at(Path(run_dir))
     config = Config(**found.state["config"])
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)
-    sample = Sample(Record("asked", "asked", "asked", "asked", (text,)), Path(image).read_bytes(), "image", 0, 0)
+    sample = Sample(
+        Record("asked", "asked", "asked", "asked", (text,)), Path(image).read_bytes(), "image", 0, 0
+    )
     try:
         sample.payload = decode(sample)
     except ValueError as error:

@@ -1,7 +1,8 @@
-"""95% intervals over images (Efron & Tibshirani 1993, chapter 13): how far a figure would move with other images.
+"""95% intervals over images (Efron & Tibshirani 1993, chapter 13): how far a figure would move with
+other images.
 
-Sums per image -> sums per resample -> Interval. Over images and not over texts, since the texts of an image share it
-and are no independent draws. Legend: I images, K sums, R resamples.
+Sums per image -> sums per resample -> Interval. Over images and not over texts, since the texts of
+an image share it and are no independent draws. Legend: I images, K sums, R resamples.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _CELLS = 1 << 24  # counts held at once, whatever the number of images
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with the interval of the confidence asked for; infinite bounds where nothing can be said."""
+    """A figure with the interval of the confidence asked for; infinite bounds where nothing can be
+    said.
+    """
 
     value: float
     low: float
@@ -32,24 +35,39 @@ class Interval:
     def to_dict(self, digits: int | None = None) -> dict[str, float | None]:
         """{"value", "low", "high"}, JSON-ready: None for an infinite bound."""
         named = {"value": self.value, "low": self.low, "high": self.high}
-        return {k: (v if digits is None else round(v, digits)) if math.isfinite(v) else None for k, v in named.items()}
+        return {
+            k: (v if digits is None else round(v, digits)) if math.isfinite(v) else None
+            for k, v in named.items()
+        }
 
     def flat(self, name: str) -> dict[str, float | None]:
         """{name, name_low, name_high}, likewise."""
-        return dict(zip((name, f"{name}_low", f"{name}_high"), self.to_dict().values(), strict=True))
+        return dict(
+            zip((name, f"{name}_low", f"{name}_high"), self.to_dict().values(), strict=True)
+        )
 
 
-def resampled_sums(values_IK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """sums_RK of the values of images drawn with replacement, as many as there are; K together: paired."""
+def resampled_sums(
+    values_IK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
+) -> np.ndarray:
+    """sums_RK of the values of images drawn with replacement, as many as there are; K together:
+    paired.
+    """
     images = len(values_IK)
     rng, chance_I = np.random.default_rng(seed), np.full(images, 1 / images)
     rows = max(1, _CELLS // images)
     parts = [min(rows, resamples - done) for done in range(0, resamples, rows)]
-    return np.concatenate([rng.multinomial(images, chance_I, size=part) @ values_IK for part in parts])
+    return np.concatenate(
+        [rng.multinomial(images, chance_I, size=part) @ values_IK for part in parts]
+    )
 
 
-def percentile(value: float, values_R: Any, images: int, confidence: float = CONFIDENCE) -> Interval:
-    """The percentile interval; infinite over fewer than two images. Resamples without a value (NaN) are left out."""
+def percentile(
+    value: float, values_R: Any, images: int, confidence: float = CONFIDENCE
+) -> Interval:
+    """The percentile interval; infinite over fewer than two images. Resamples without a value (NaN)
+    are left out.
+    """
     if images < 2:
         return Interval(float(value), -math.inf, math.inf)
     low, high = np.nanquantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])

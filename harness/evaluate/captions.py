@@ -1,8 +1,10 @@
-"""BLEU, ROUGE-L and CIDEr-D of captions, each equal to pycocoevalcap's, and the COCO files they are computed from.
+"""BLEU, ROUGE-L and CIDEr-D of captions, each equal to pycocoevalcap's, and the COCO files they are
+computed from.
 
-Captions and references by image id -> CaptionScores: per-image counts, from which the corpus figures and their
-intervals follow. As in pycocoevalcap BLEU and ROUGE are in [0, 1] and CIDEr in [0, 10]; papers print 100 times that.
-Legend: I images, N = 4 lengths of n-grams, K columns of counts, R resamples.
+Captions and references by image id -> CaptionScores: per-image counts, from which the corpus
+figures and their intervals follow. As in pycocoevalcap BLEU and ROUGE are in [0, 1] and CIDEr in
+[0, 10]; papers print 100 times that. Legend: I images, N = 4 lengths of n-grams, K columns of
+counts, R resamples.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.evaluate.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, percentile, resampled_sums
+from harness.evaluate.bootstrap import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
+    Interval,
+    percentile,
+    resampled_sums,
+)
 from harness.evaluate.ptb import tokenise
 from harness.evaluate.vqa import ScoreError, read_pairs, refuse
 
@@ -31,7 +40,9 @@ Ngrams = Counter[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """`sums_IK`: matched and possible n-grams (4 + 4), own and reference length, ROUGE-L, CIDEr-D, 1; by image."""
+    """`sums_IK`: matched and possible n-grams (4 + 4), own and reference length, ROUGE-L, CIDEr-D,
+    1; by image.
+    """
 
     image_ids: tuple[str, ...]
     sums_IK: np.ndarray
@@ -39,7 +50,10 @@ class CaptionScores:
     @cached_property
     def corpus(self) -> dict[str, float]:
         """The official figures, by measure."""
-        return {name: float(values[0]) for name, values in figures(self.sums_IK.sum(axis=0)[None]).items()}
+        return {
+            name: float(values[0])
+            for name, values in figures(self.sums_IK.sum(axis=0)[None]).items()
+        }
 
     def with_intervals(
         self, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = SEED
@@ -47,15 +61,24 @@ class CaptionScores:
         """The same with intervals over images; document frequencies stay those of the whole set."""
         values_R = figures(resampled_sums(self.sums_IK, resamples, seed))
         images = len(self.image_ids)
-        return {name: percentile(value, values_R[name], images, confidence) for name, value in self.corpus.items()}
+        return {
+            name: percentile(value, values_R[name], images, confidence)
+            for name, value in self.corpus.items()
+        }
 
 
 def figures(sums_RK: np.ndarray) -> dict[str, np.ndarray]:
     """Sums of `CaptionScores.sums_IK` over images -> each measure, for each row.
 
-    BLEU is that of the corpus: ratios of sums (Papineni et al. 2002), with the two constants of pycocoevalcap's scorer.
+    BLEU is that of the corpus: ratios of sums (Papineni et al. 2002), with the two constants of
+    pycocoevalcap's scorer.
     """
-    matched_RN, possible_RN, own_R, wanted_R = sums_RK[:, :4], sums_RK[:, 4:8], sums_RK[:, 8], sums_RK[:, 9]
+    matched_RN, possible_RN, own_R, wanted_R = (
+        sums_RK[:, :4],
+        sums_RK[:, 4:8],
+        sums_RK[:, 8],
+        sums_RK[:, 9],
+    )
     precisions_RN = (matched_RN + 1e-15) / (possible_RN + 1e-9)
     brevity_R = np.exp(np.minimum(0.0, 1 - 1 / ((own_R + 1e-15) / (wanted_R + 1e-9))))
     bleu_RN = np.cumprod(precisions_RN, axis=1) ** (1 / np.arange(1, _N + 1)) * brevity_R[:, None]
@@ -64,13 +87,26 @@ def figures(sums_RK: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
-    """One caption per image id against its references; ScoreError names ids that are missing or extra.
+    """One caption per image id against its references; ScoreError names ids that are missing or
+    extra.
 
     Images are taken in the order of `references`, which the tokeniser notices (see ptb.py).
     """
-    refuse("the predictions lack image", [i for i in references if i not in hypotheses], "which the references hold")
-    refuse("the predictions hold image", [i for i in hypotheses if i not in references], "which the references lack")
-    refuse("the references hold image", [i for i, texts in references.items() if not texts], "without a caption")
+    refuse(
+        "the predictions lack image",
+        [i for i in references if i not in hypotheses],
+        "which the references hold",
+    )
+    refuse(
+        "the predictions hold image",
+        [i for i in hypotheses if i not in references],
+        "which the references lack",
+    )
+    refuse(
+        "the references hold image",
+        [i for i, texts in references.items() if not texts],
+        "without a caption",
+    )
     if not references:
         raise ScoreError("there is no caption to score; give at least one image with references")
     said, wanted = _tokenised(hypotheses, references)
@@ -84,12 +120,20 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
     return CaptionScores(tuple(references), np.concatenate(columns, axis=1))
 
 
-def cider_d_per_image(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """CIDEr-D in [0, 10] of each caption, by image id, with the document frequencies of exactly these references."""
-    return dict(zip(references, _cider_d(*_all_ngrams(*_tokenised(hypotheses, references))), strict=True))
+def cider_d_per_image(
+    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """CIDEr-D in [0, 10] of each caption, by image id, with the document frequencies of exactly
+    these references.
+    """
+    return dict(
+        zip(references, _cider_d(*_all_ngrams(*_tokenised(hypotheses, references))), strict=True)
+    )
 
 
-def _all_ngrams(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> tuple[list[Ngrams], list[list[Ngrams]]]:
+def _all_ngrams(
+    said: Sequence[str], wanted: Sequence[Sequence[str]]
+) -> tuple[list[Ngrams], list[list[Ngrams]]]:
     return [_ngrams(own) for own in said], [[_ngrams(ref) for ref in refs] for refs in wanted]
 
 
@@ -97,26 +141,35 @@ def _tokenised(
     hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
     tokens = iter(tokenise([text for texts in references.values() for text in texts]))
-    return tokenise([hypotheses[i] for i in references]), [[next(tokens) for _ in t] for t in references.values()]
+    return tokenise([hypotheses[i] for i in references]), [
+        [next(tokens) for _ in t] for t in references.values()
+    ]
 
 
 def _ngrams(text: str) -> Ngrams:
     words = text.split()
-    return Counter(tuple(words[i : i + n]) for n in range(1, _N + 1) for i in range(len(words) - n + 1))
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, _N + 1) for i in range(len(words) - n + 1)
+    )
 
 
 def _bleu_counts(own: Ngrams, refs: Sequence[Ngrams]) -> list[int]:
-    """Matched and possible n-grams by length, own length, length of the closest reference (of equals the shorter)."""
+    """Matched and possible n-grams by length, own length, length of the closest reference (of
+    equals the shorter).
+    """
     matched_N = [0] * _N
     for ngram, count in own.items():
         matched_N[len(ngram) - 1] += min(count, max(ref.get(ngram, 0) for ref in refs))
-    length, *lengths = (sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in (own, *refs))
+    length, *lengths = (
+        sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in (own, *refs)
+    )
     closest = min((abs(other - length), other) for other in lengths)[1]
     return [*matched_N, *(max(0, length - n) for n in range(_N)), length, closest]
 
 
 def _rouge_l(own: str, refs: Sequence[str]) -> float:
-    """F of the best precision and the best recall among the references, which may be of two of them (Lin 2004).
+    """F of the best precision and the best recall among the references, which may be of two of them
+    (Lin 2004).
 
     Split at single spaces, as officially: an empty caption is one empty word.
     """
@@ -124,7 +177,11 @@ def _rouge_l(own: str, refs: Sequence[str]) -> float:
     common = [_longest_common_subsequence(words, ref.split(" ")) for ref in refs]
     precision = max(common) / len(words)
     recall = max(c / len(ref.split(" ")) for c, ref in zip(common, refs, strict=True))
-    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision) if precision and recall else 0.0
+    return (
+        (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+        if precision and recall
+        else 0.0
+    )
 
 
 def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
@@ -141,8 +198,10 @@ def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int
 
 
 def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> list[float]:
-    """Per image, times 10 (Vedantam et al. 2015, section 8): the mean over n and references of the cosine of tf-idf
-    vectors, the caption's clipped at the reference's, times a Gaussian penalty for another length."""
+    """Per image, times 10 (Vedantam et al. 2015, section 8): the mean over n and references of the
+    cosine of tf-idf vectors, the caption's clipped at the reference's, times a Gaussian penalty for
+    another length.
+    """
     documents = Counter(ngram for refs in refs_I for ngram in set().union(*refs))
     log_images = math.log(len(refs_I))
     rarity = {ngram: log_images - math.log(count) for ngram, count in documents.items()}
@@ -162,16 +221,27 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
         for ref_weights, ref_norms_N, ref_length in map(vector, refs):
             products_N = [0.0] * _N
             for ngram in weights.keys() & ref_weights.keys():
-                products_N[len(ngram) - 1] += min(weights[ngram], ref_weights[ngram]) * ref_weights[ngram]
-            scales_N = [own_norm * norm for own_norm, norm in zip(norms_N, ref_norms_N, strict=True)]
-            cosine = sum(product / scale for product, scale in zip(products_N, scales_N, strict=True) if scale) / _N
+                products_N[len(ngram) - 1] += (
+                    min(weights[ngram], ref_weights[ngram]) * ref_weights[ngram]
+                )
+            scales_N = [
+                own_norm * norm for own_norm, norm in zip(norms_N, ref_norms_N, strict=True)
+            ]
+            cosine = (
+                sum(
+                    product / scale
+                    for product, scale in zip(products_N, scales_N, strict=True)
+                    if scale
+                )
+                / _N
+            )
             total += cosine * math.exp(-((length - ref_length) ** 2) / (2 * _SIGMA**2))
         return 10 * total / len(refs)
 
     return [similarity(own, refs) for own, refs in zip(said_I, refs_I, strict=True)]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def read_caption_results(path: Path) -> dict[str, str]:
@@ -180,7 +250,9 @@ def read_caption_results(path: Path) -> dict[str, str]:
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
-    """The COCO caption annotations {"images", "annotations"} -> captions by image id, in the order of `images`."""
+    """The COCO caption annotations {"images", "annotations"} -> captions by image id, in the order
+    of `images`.
+    """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         ids = [str(image["id"]) for image in document["images"]]
@@ -188,10 +260,18 @@ def read_references(path: Path) -> dict[str, list[str]]:
         unknown = []
         for annotation in document["annotations"]:
             image_id = str(annotation["image_id"])
-            found[image_id].append(str(annotation["caption"])) if image_id in found else unknown.append(image_id)
+            found[image_id].append(
+                str(annotation["caption"])
+            ) if image_id in found else unknown.append(image_id)
     except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{path} is not a COCO caption file of "images" and "annotations": {error!r}') from error
+        raise ScoreError(
+            f'{path} is not a COCO caption file of "images" and "annotations": {error!r}'
+        ) from error
     refuse(f"{path} has captions of image", unknown, 'which is not among its "images"')
     refuse(f"{path} lists image", [i for i, n in Counter(ids).items() if n > 1], "more than once")
-    refuse(f"{path} has no caption of image", [i for i in found if not found[i]], "listed among its images")
+    refuse(
+        f"{path} has no caption of image",
+        [i for i in found if not found[i]],
+        "listed among its images",
+    )
     return found

@@ -1,8 +1,9 @@
 """Is A better than B, or would other images have said otherwise? The paired bootstrap (Koehn 2004).
 
-Two sets of answers to the same questions, or captions of the same images -> for each measure both figures, their
-difference with its interval, and the share of resamples in which A is ahead. Both are resampled together: an image that
-is hard for both moves neither. Legend: I images, K sums, R resamples.
+Two sets of answers to the same questions, or captions of the same images -> for each measure both
+figures, their difference with its interval, and the share of resamples in which A is ahead. Both
+are resampled together: an image that is hard for both moves neither. Legend: I images, K sums, R
+resamples.
 """
 
 from __future__ import annotations
@@ -37,14 +38,27 @@ class Compared:
         return {**self.__dict__, "difference": self.difference.to_dict()}
 
 
-def answers(a: Mapping[str, str], b: Mapping[str, str], truths: Sequence[vqa.VQATruth]) -> dict[str, Compared]:
+def answers(
+    a: Mapping[str, str], b: Mapping[str, str], truths: Sequence[vqa.VQATruth]
+) -> dict[str, Compared]:
     """VQA accuracy in percent."""
     common = [truth for truth in truths if truth.question_id in a and truth.question_id in b]
     _need(common, "question")
-    row_of = {image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth in common))}
+    row_of = {
+        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth in common))
+    }
     row_C = [row_of[truth.image_id] for truth in common]
-    grades_2C = [[vqa.accuracy(said[truth.question_id], truth.answers) for truth in common] for said in (a, b)]
-    sums_IK = np.stack([np.bincount(row_C, weights, len(row_of)) for weights in (*grades_2C, np.ones(len(common)))], 1)
+    grades_2C = [
+        [vqa.accuracy(said[truth.question_id], truth.answers) for truth in common]
+        for said in (a, b)
+    ]
+    sums_IK = np.stack(
+        [
+            np.bincount(row_C, weights, len(row_of))
+            for weights in (*grades_2C, np.ones(len(common)))
+        ],
+        1,
+    )
 
     def accuracy(sums_RK: np.ndarray) -> list[dict[str, np.ndarray]]:
         return [{"accuracy": 100 * sums_RK[:, k] / sums_RK[:, 2]} for k in (0, 1)]
@@ -64,16 +78,23 @@ def descriptions(
     def measures(sums_RK: np.ndarray) -> list[dict[str, np.ndarray]]:
         return [captions.figures(sums_RK[:, :columns]), captions.figures(sums_RK[:, columns:])]
 
-    return _compared(np.concatenate([s.sums_IK for s in scores], 1), measures, len(common), len(references))
+    return _compared(
+        np.concatenate([s.sums_IK for s in scores], 1), measures, len(common), len(references)
+    )
 
 
 def _need(common: Any, what: str) -> None:
     if not common:
-        raise ConfigError(f"A and B have no {what} in common that the references hold too: nothing can be compared")
+        raise ConfigError(
+            f"A and B have no {what} in common that the references hold too: nothing can be compared"
+        )
 
 
 def _compared(
-    sums_IK: np.ndarray, figures: Callable[[np.ndarray], list[dict[str, np.ndarray]]], texts: int, asked: int
+    sums_IK: np.ndarray,
+    figures: Callable[[np.ndarray], list[dict[str, np.ndarray]]],
+    texts: int,
+    asked: int,
 ) -> dict[str, Compared]:
     a, b = figures(sums_IK.sum(axis=0)[None])
     a_R, b_R = figures(resampled_sums(sums_IK))
@@ -90,10 +111,13 @@ def _compared(
     }
 
 
-def runs(run_a: Path, run_b: Path, data: Sequence[str] | None = None) -> dict[str, dict[str, Compared]]:
+def runs(
+    run_a: Path, run_b: Path, data: Sequence[str] | None = None
+) -> dict[str, dict[str, Compared]]:
     """Two evaluated runs, by task, on the test sets `data`; none: those that A was evaluated on.
 
-    Reads the result files that `harness evaluate` left in RUN/evaluation. Raises ConfigError, ShardError.
+    Reads the result files that `harness evaluate` left in RUN/evaluation. Raises ConfigError,
+    ShardError.
     """
     evaluated = [_evaluated(run_a), _evaluated(run_b)]
     truths, references = _test_texts(data or evaluated[0][1])
@@ -103,7 +127,9 @@ def runs(run_a: Path, run_b: Path, data: Sequence[str] | None = None) -> dict[st
         if asked and a and b:
             found[task] = compare(a, b, asked)
     if not found:
-        raise ConfigError(f"{run_a} and {run_b} have no task in common on these test sets: nothing can be compared")
+        raise ConfigError(
+            f"{run_a} and {run_b} have no task in common on these test sets: nothing can be compared"
+        )
     return found
 
 
@@ -111,17 +137,23 @@ def _evaluated(run: Path) -> tuple[Path, list[str]]:
     """The folder of a run's result files, and the sets they are about."""
     folder = run if (run / "scores.json").is_file() else run / FOLDER
     if not (folder / "scores.json").is_file():
-        raise ConfigError(f"{run} holds no {FOLDER}/scores.json; run `harness evaluate {run}` first")
+        raise ConfigError(
+            f"{run} holds no {FOLDER}/scores.json; run `harness evaluate {run}` first"
+        )
     return folder, json.loads((folder / "scores.json").read_text(encoding="utf-8"))["data"]
 
 
 def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tuple[str, ...]]]:
-    """Of every set: its questions, and the captions of its images, by an id that is unique over the sets."""
+    """Of every set: its questions, and the captions of its images, by an id that is unique over the
+    sets.
+    """
     truths, references = [], {}
     for path in paths:
         if is_remote(path) or not Path(path).exists():
             where = "remote" if is_remote(path) else "gone"
-            raise ConfigError(f"the runs were evaluated on {path}, which is {where}; give the test set with --data DIR")
+            raise ConfigError(
+                f"the runs were evaluated on {path}, which is {where}; give the test set with --data DIR"
+            )
     for record in records(paths):
         of_set = f"{record.dataset}_{record.split}"
         for text in record.texts:
@@ -134,9 +166,17 @@ def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tup
 
 
 def said(folder: Path, task: str) -> dict[str, str]:
-    """Of the result files that an evaluation left: DATASET_SPLIT/ID -> answer or caption. Raises ScoreError."""
+    """Of the result files that an evaluation left: DATASET_SPLIT/ID -> answer or caption. Raises
+    ScoreError.
+    """
     kind, read = (
-        ("_answers.json", vqa.read_results) if task == "vqa" else ("_captions.json", captions.read_caption_results)
+        ("_answers.json", vqa.read_results)
+        if task == "vqa"
+        else ("_captions.json", captions.read_caption_results)
     )
     files = sorted(folder.glob(f"*{kind}"))
-    return {f"{file.name.removesuffix(kind)}/{i}": text for file in files for i, text in read(file).items()}
+    return {
+        f"{file.name.removesuffix(kind)}/{i}": text
+        for file in files
+        for i, text in read(file).items()
+    }

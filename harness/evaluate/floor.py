@@ -1,7 +1,9 @@
-"""What the training sets tell about a score: the floor under it, and which of its images were trained on.
+"""What the training sets tell about a score: the floor under it, and which of its images were
+trained on.
 
-Training records -> Majority, the best anyone can do who knows the training texts and never looks at an image;
-predictions -> its accuracy on their questions. Training sets -> the names of their images.
+Training records -> Majority, the best anyone can do who knows the training texts and never looks at
+an image; predictions -> its accuracy on their questions. Training sets -> the names of their
+images.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Majority:
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Majority | None:
-        """From the training records; None if they hold no question. An image's own answer is its most common one."""
+        """From the training records; None if they hold no question. An image's own answer is its
+        most common one.
+        """
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for record in records:
             for text in record.texts:
@@ -42,12 +46,16 @@ class Majority:
         if not counts:
             return None
         overall = sum(counts.values(), Counter()).most_common(1)[0][0]
-        return cls({question: found.most_common(1)[0][0] for question, found in counts.items()}, overall)
+        return cls(
+            {question: found.most_common(1)[0][0] for question, found in counts.items()}, overall
+        )
 
     def accuracy(self, predictions: Sequence[Prediction]) -> float:
         """Percent, on the questions of these predictions."""
         answers = (self.answer_of.get(_question(p.question), self.overall) for p in predictions)
-        return vqa.percent([vqa.accuracy(a, p.references) for a, p in zip(answers, predictions, strict=True)])
+        return vqa.percent(
+            [vqa.accuracy(a, p.references) for a, p in zip(answers, predictions, strict=True)]
+        )
 
 
 def _question(text: str | None) -> str:
@@ -67,12 +75,16 @@ def training_records(config: Config) -> Iterator[Record]:
     for manifest in training_sets(config):
         reader = Reader(manifest)
         for index in np.unique(np.linspace(0, manifest.samples - 1, _MAJORITY_IMAGES).astype(int)):
-            with suppress(ShardError):  # named by the training run that read it, and by `harness shards verify`
+            with suppress(
+                ShardError
+            ):  # named by the training run that read it, and by `harness shards verify`
                 yield reader.read(int(index)).record
 
 
 def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
-    """How often a run at this `position` of its stream ({"epoch", "position"}) saw its training set; None: unknown."""
+    """How often a run at this `position` of its stream ({"epoch", "position"}) saw its training
+    set; None: unknown.
+    """
     sets = list(training_sets(config))
     if not sets or len(sets) < len(config.data.train):
         return None
@@ -81,7 +93,9 @@ def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
 
 
 def trained_on(config: Config, evaluated: Sequence[Manifest]) -> frozenset[tuple[str, str, str]]:
-    """(dataset, split, key) of the training images, as far as one of the evaluated sets could hold them too."""
+    """(dataset, split, key) of the training images, as far as one of the evaluated sets could hold
+    them too.
+    """
     names = {(manifest.dataset, manifest.split) for manifest in evaluated}
     return frozenset(
         (manifest.dataset, manifest.split, manifest.key(index))

@@ -1,6 +1,7 @@
 """Does the answer come from the image? Counterfactuals on a fixed subset, and a verdict in words.
 
-Batches with their image tokens and losses -> the same under images shuffled among contexts, left out, blank or noise
+Batches with their image tokens and losses -> the same under images shuffled among contexts, left
+out, blank or noise
 -> ImageUse. The evidence is paired: every context is its own control, so only the image differs.
 Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width.
 """
@@ -17,8 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from harness.config.schema import Decoding
-from harness.config.schema import Evaluation as EvaluationConfig
+from harness.config.schema import DecodingConfig, EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.measures import SCORES
@@ -27,10 +27,17 @@ from harness.model.batch import Batch
 
 Verdict = Literal["image used", "image ignored", "EOS collapse", "not enough evidence"]
 
-LOSS_MARGIN = 0.01  # nats per target token: the lower bound of a gap that counts as use of the image
-LOSS_NEGLIGIBLE = 0.02  # nats per target token: a gap whose upper bound is below this is as good as none
-LOSS_MOVED = 0.2  # nats per target token: a mean change in either direction that shows that images are told apart
-SCORE_MARGIN = 1.0  # points: a percent of VQA accuracy, or a hundredth of CIDEr-D, which papers call a point
+LOSS_MARGIN = (
+    0.01  # nats per target token: the lower bound of a gap that counts as use of the image
+)
+LOSS_NEGLIGIBLE = (
+    0.02  # nats per target token: a gap whose upper bound is below this is as good as none
+)
+# nats per target token: a mean change in either direction that shows that images are told apart
+LOSS_MOVED = 0.2
+SCORE_MARGIN = (
+    1.0  # points: a percent of VQA accuracy, or a hundredth of CIDEr-D, which papers call a point
+)
 COLLAPSE = 0.5  # share of outputs that are empty, or mean probability of ending at once
 FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
 _SEED = 0  # of donors and partners: the same for every run, so that runs compare
@@ -38,12 +45,16 @@ _SEED = 0  # of donors and partners: the same for every run, so that runs compar
 
 @dataclass(frozen=True)
 class ImageUse:
-    """The evidence and the verdict for one task. Scores and their gap in points (VQA accuracy in percent, CIDEr-D times
-    100), losses in nats per target token, all on the subset; None where it was not measured."""
+    """The evidence and the verdict for one task. Scores and their gap in points (VQA accuracy in
+    percent, CIDEr-D times 100), losses in nats per target token, all on the subset; None where it
+    was not measured.
+    """
 
     verdict: Verdict
     reason: str
-    causes: tuple[str, ...]  # of an EOS collapse, found in the batches that the model was trained with
+    causes: tuple[
+        str, ...
+    ]  # of an EOS collapse, found in the batches that the model was trained with
     images: int
     trained_on: int  # of these images: what was learnt by heart looks like use
     contexts: int
@@ -61,32 +72,45 @@ class ImageUse:
     p_eos_first: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, flat: `shuffled_accuracy` or `shuffled_CIDEr`, `loss_gap_nats`, `loss_gap_nats_low` ...; None for
-        what is unknown."""
+        """JSON-ready, flat: `shuffled_accuracy` or `shuffled_CIDEr`, `loss_gap_nats`,
+        `loss_gap_nats_low` ...; None for what is unknown.
+        """
         flat = asdict(self)
         flat["loss_moved_nats"] = flat.pop("loss_moved")
         losses, scores, measure = flat.pop("loss_nats"), flat.pop("scores"), flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
-        flat |= {f"{name}_{measure}": scores.get(name) for name in ("true", "shuffled", "no_image", "blank", "noise")}
+        flat |= {
+            f"{name}_{measure}": scores.get(name)
+            for name in ("true", "shuffled", "no_image", "blank", "noise")
+        }
         del flat["loss_gap"], flat["score_gap"]
         unknown = Interval(math.nan, math.nan, math.nan)
-        flat |= (self.loss_gap or unknown).flat("loss_gap_nats") | self.score_gap.flat(f"{measure}_gap")
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
+        flat |= (self.loss_gap or unknown).flat("loss_gap_nats") | self.score_gap.flat(
+            f"{measure}_gap"
+        )
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()
+        }
 
 
-# ---- the counterfactuals ------------------------------------------------------------------------------------------
+# ---- the counterfactuals -------------------------------------------------------------------------
 
 
 def donors(images: int, roll: int) -> torch.Tensor:
-    """donor_I: for every image another one. A roll, not a random permutation: none may keep its own."""
+    """donor_I: for every image another one. A roll, not a random permutation: none may keep its
+    own.
+    """
     if images < 2:
         raise ValueError(f"images can be exchanged among at least 2, this batch has {images}")
     return (torch.arange(images) + 1 + roll % (images - 1)) % images
 
 
-def exchanged(model: Any, batch: Batch, tokens: ImageTokens, image_of_C: torch.Tensor) -> ImageTokens:
-    """The image tokens of other images of the batch: made anew, with each context's own words, by a bridge that reads
-    the question; all other bridges have made them already."""
+def exchanged(
+    model: Any, batch: Batch, tokens: ImageTokens, image_of_C: torch.Tensor
+) -> ImageTokens:
+    """The image tokens of other images of the batch: made anew, with each context's own words, by a
+    bridge that reads the question; all other bridges have made them already.
+    """
     if getattr(model, "question_aware", False):
         return model.bridge_tokens(replace(batch, image_of_C=image_of_C))
     return tokens.with_rows(image_of_C)
@@ -117,14 +141,15 @@ class _Row:
 class Gate:
     """Collects the evidence of one task batch by batch; `result` judges it.
 
-    `controls` are the image tokens (N, Q, D) of the blank and the noise images, by condition. `trained_on` holds the
-    (dataset, split, key) of images that the model was trained on, `epochs` says how often it saw its training set
-    (none: unknown), `training_batch` makes a batch as in training, asked only for the causes of an EOS collapse.
+    `controls` are the image tokens (N, Q, D) of the blank and the noise images, by condition.
+    `trained_on` holds the (dataset, split, key) of images that the model was trained on, `epochs`
+    says how often it saw its training set (none: unknown), `training_batch` makes a batch as in
+    training, asked only for the causes of an EOS collapse.
     """
 
     model: Any
     task: str
-    decoding: Decoding
+    decoding: DecodingConfig
     config: EvaluationConfig
     controls: Mapping[str, torch.Tensor] = field(default_factory=dict)
     no_image: bool = True  # measure it too, where the model can do without an image
@@ -133,14 +158,23 @@ class Gate:
     training_batch: Callable[[], Batch | None] | None = None
     left_out: int = 0
     _rows: list[_Row] = field(default_factory=list)
-    _said: dict[tuple[str, str, int], str] = field(default_factory=dict)  # (condition, prompt, control image) -> answer
+    _said: dict[tuple[str, str, int], str] = field(
+        default_factory=dict
+    )  # (condition, prompt, control image) -> answer
     _batches: int = 0
 
     @torch.no_grad()
     def add(
-        self, batch: Batch, tokens: ImageTokens, nats_C: np.ndarray, weight_C: np.ndarray, said: Sequence[Prediction]
+        self,
+        batch: Batch,
+        tokens: ImageTokens,
+        nats_C: np.ndarray,
+        weight_C: np.ndarray,
+        said: Sequence[Prediction],
     ) -> None:
-        """A batch of this task, its image tokens, its losses per context and its predictions under the true images."""
+        """A batch of this task, its image tokens, its losses per context and its predictions under
+        the true images.
+        """
         if batch.images < 2:
             self.left_out += len(batch.contexts)
             return
@@ -151,29 +185,46 @@ class Gate:
         if self.no_image and (without := tokens.without_tokens()) is not None:
             others["no_image"] = without
         for name, tokens_NQD in self.controls.items():
-            others[name] = type(tokens)(tokens_NQD, (batch.image_of_C + self._batches) % len(tokens_NQD))
+            others[name] = type(tokens)(
+                tokens_NQD, (batch.image_of_C + self._batches) % len(tokens_NQD)
+            )
         rows = [
             _Row(p, (p.dataset, p.split, p.key), float(w), {"true": float(n)}, {"true": p.answer})
             for p, w, n in zip(said, weight_C, nats_C, strict=True)
         ]
         for name, other in others.items():
-            for row, nats in zip(rows, sums_per_context(self.model.loss(batch, other), batch)[0], strict=True):
+            for row, nats in zip(
+                rows, sums_per_context(self.model.loss(batch, other), batch)[0], strict=True
+            ):
                 row.nats[name] = float(nats)
             for row, answer in zip(rows, self._answers(name, batch, other), strict=True):
                 row.said[name] = answer
         self._rows += rows
 
     def _answers(self, condition: str, batch: Batch, tokens: ImageTokens) -> list[str]:
-        """Without the true image many contexts are the same (image, prompt): each is asked once in the whole gate."""
+        """Without the true image many contexts are the same (image, prompt): each is asked once in
+        the whole gate.
+        """
         if condition == "shuffled":
             return self.model.generate(batch, self.decoding, tokens).texts
-        shown = [0] * len(batch.contexts) if condition == "no_image" else tokens.token_row_of_C.tolist()
-        keys = [(condition, context.prompt, row) for context, row in zip(batch.contexts, shown, strict=True)]
-        new = {key: index for index, key in reversed(list(enumerate(keys))) if key not in self._said}
+        shown = (
+            [0] * len(batch.contexts) if condition == "no_image" else tokens.token_row_of_C.tolist()
+        )
+        keys = [
+            (condition, context.prompt, row)
+            for context, row in zip(batch.contexts, shown, strict=True)
+        ]
+        new = {
+            key: index for index, key in reversed(list(enumerate(keys))) if key not in self._said
+        }
         if new:
             rows = list(new.values())
             part = tokens.with_rows(tokens.token_row_of_C[rows])
-            self._said |= zip(new, self.model.generate(select(batch, rows), self.decoding, part).texts, strict=True)
+            self._said |= zip(
+                new,
+                self.model.generate(select(batch, rows), self.decoding, part).texts,
+                strict=True,
+            )
         return [self._said[key] for key in keys]
 
     @property
@@ -190,7 +241,9 @@ class Gate:
         weight_C = np.array([row.weight for row in rows])
 
         def gap(difference_C: Sequence[float], per_C: np.ndarray) -> Interval:
-            sums_I, per_I = (np.bincount(image_C, v, len(index_of)) for v in (np.asarray(difference_C), per_C))
+            sums_I, per_I = (
+                np.bincount(image_C, v, len(index_of)) for v in (np.asarray(difference_C), per_C)
+            )
             return ratio(sums_I, per_I, config.bootstrap, config.confidence)
 
         change_C = np.array([row.nats["shuffled"] - row.nats["true"] for row in rows])
@@ -198,7 +251,9 @@ class Gate:
         loss_moved = float(np.abs(change_C).sum() / weight_C.sum())
         measure, score = SCORES[self.task]
         truths = [row.prediction.references for row in rows]
-        score_C = {name: np.array(score([row.said[name] for row in rows], truths)) for name in rows[0].said}
+        score_C = {
+            name: np.array(score([row.said[name] for row in rows], truths)) for name in rows[0].said
+        }
         score_gap = gap(100 * (score_C["true"] - score_C["shuffled"]), np.ones(len(rows)))
         predictions = [row.prediction for row in rows]
         changed, pairs = changed_where_truth_differs(predictions)
@@ -206,12 +261,30 @@ class Gate:
         p_eos_first = float(np.mean([p.p_eos_first for p in predictions]))
         trained_on = sum(image in self.trained_on for image in index_of)
         verdict, reason = judge(
-            *(loss_gap, score_gap, empty_rate, p_eos_first, len(index_of), trained_on, self.epochs, loss_moved, measure)
+            *(
+                loss_gap,
+                score_gap,
+                empty_rate,
+                p_eos_first,
+                len(index_of),
+                trained_on,
+                self.epochs,
+                loss_moved,
+                measure,
+            )
         )
         causes: tuple[str, ...] = ()
-        if verdict == "EOS collapse" and self.training_batch and (batch := self.training_batch()) is not None:
-            causes = tuple(causes_of_collapse(batch, self.model.tokenizer, _bos_in_generation_only(self.model)))
-            reason += "; found in a batch made as in training: " + ("; ".join(causes) or "none of the known causes")
+        if (
+            verdict == "EOS collapse"
+            and self.training_batch
+            and (batch := self.training_batch()) is not None
+        ):
+            causes = tuple(
+                causes_of_collapse(batch, self.model.tokenizer, _bos_in_generation_only(self.model))
+            )
+            reason += "; found in a batch made as in training: " + (
+                "; ".join(causes) or "none of the known causes"
+            )
         return ImageUse(
             verdict=verdict,
             reason=reason,
@@ -220,7 +293,9 @@ class Gate:
             trained_on=trained_on,
             contexts=len(rows),
             left_out=self.left_out,
-            loss_nats={name: sum(row.nats[name] for row in rows) / weight_C.sum() for name in rows[0].nats},
+            loss_nats={
+                name: sum(row.nats[name] for row in rows) / weight_C.sum() for name in rows[0].nats
+            },
             loss_gap=loss_gap,
             loss_moved=loss_moved,
             measure=measure,
@@ -234,15 +309,17 @@ class Gate:
         )
 
 
-# ---- the evidence --------------------------------------------------------------------------------------------------
+# ---- the evidence --------------------------------------------------------------------------------
 
 
 def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int, int]:
-    """(answers that changed, pairs): each context is paired with one of another image that has the same prompt and
-    another true answer (both the most common one), where such a one is in the subset.
+    """(answers that changed, pairs): each context is paired with one of another image that has the
+    same prompt and another true answer (both the most common one), where such a one is in the
+    subset.
 
-    What the model says to that context is what it says when the images of the two are exchanged, so the pair is a
-    counterfactual whose right answer is known to differ; a model that ignores its images never changes its answer.
+    What the model says to that context is what it says when the images of the two are exchanged, so
+    the pair is a counterfactual whose right answer is known to differ; a model that ignores its
+    images never changes its answer.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, prediction in enumerate(predictions):
@@ -264,13 +341,18 @@ def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int,
 
 
 def complementary_pairs(predictions: Sequence[Prediction]) -> tuple[int, int]:
-    """(pairs of which both are right, pairs): the same question on two similar images with different answers, as VQAv2
-    names them (`meta.pair_id`, the id of the other question); right is an official accuracy of at least 0.5.
+    """(pairs of which both are right, pairs): the same question on two similar images with
+    different answers, as VQAv2 names them (`meta.pair_id`, the id of the other question); right is
+    an official accuracy of at least 0.5.
 
-    Knowledge of the texts alone gets none of them. The best of the old published figures is 17.7% of pairs (as the
-    plan of this project has it; the paper was not at hand to be checked).
+    Knowledge of the texts alone gets none of them. The best of the old published figures is 17.7%
+    of pairs (as the plan of this project has it; the paper was not at hand to be checked).
     """
-    right = {p.id: vqa.accuracy(p.answer, p.references) >= 0.5 for p in predictions if p.meta.get("pair_id")}
+    right = {
+        p.id: vqa.accuracy(p.answer, p.references) >= 0.5
+        for p in predictions
+        if p.meta.get("pair_id")
+    }
     pairs = {
         tuple(sorted((p.id, other)))
         for p in predictions
@@ -290,10 +372,11 @@ def judge(
     loss_moved: float = 0.0,
     measure: str = "accuracy",
 ) -> tuple[Verdict, str]:
-    """The verdict and its reason. `image used` needs every lower bound above its margin; doubt is never use.
+    """The verdict and its reason. `image used` needs every lower bound above its margin; doubt is
+    never use.
 
-    It also needs images that were not among the `trained_on`, and neither doubt nor `image ignored` means anything
-    before the model has seen its training set once (`epochs`).
+    It also needs images that were not among the `trained_on`, and neither doubt nor `image ignored`
+    means anything before the model has seen its training set once (`epochs`).
     """
     raises = f"raises the loss by {loss_gap} nats per target token and " if loss_gap else ""
     evidence = f"exchanging the images {raises}lowers the {measure} by {score_gap} points"
@@ -318,13 +401,22 @@ def judge(
         margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"]
         return "image used", f"{evidence}; the lower bounds are above {' and '.join(margins)}"
     if epochs is not None and epochs < 1:
-        return "not enough evidence", f"{evidence}; after {epochs:.2g} of the first epoch it is too early to tell"
+        return (
+            "not enough evidence",
+            f"{evidence}; after {epochs:.2g} of the first epoch it is too early to tell",
+        )
     if loss_gap is None:
         if score_gap.high < SCORE_MARGIN:
-            return "image ignored", f"{evidence}; the upper bound is below {SCORE_MARGIN:g} points: another is as good"
+            return (
+                "image ignored",
+                f"{evidence}; the upper bound is below {SCORE_MARGIN:g} points: another is as good",
+            )
         return "not enough evidence", f"{evidence}; the model gives no loss: test on more texts"
     if loss_gap.high < LOSS_NEGLIGIBLE and not loss_used and not score_used:
-        return "image ignored", f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
+        return (
+            "image ignored",
+            f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good",
+        )
     if loss_used:
         return "not enough evidence", (
             f"{evidence}; the loss depends on the image, but the lower bound of the {measure} gap is not above "
@@ -349,10 +441,14 @@ def judge(
 def causes_of_collapse(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, bos_in_generation_only: bool = False
 ) -> list[str]:
-    """In words, what in a training batch teaches a model to end at once; [] where it is none of the known causes."""
+    """In words, what in a training batch teaches a model to end at once; [] where it is none of the
+    known causes.
+    """
     weight_TL = batch.weight_TL.double()
     is_eos_TL = batch.labels_TL == tokenizer.eos_token_id
-    behind_TL = is_eos_TL.cumsum(dim=1) - is_eos_TL.int() > 0  # behind the first EOS of a row: padding
+    behind_TL = (
+        is_eos_TL.cumsum(dim=1) - is_eos_TL.int() > 0
+    )  # behind the first EOS of a row: padding
     total, causes = float(weight_TL.sum()), []
     if not total:
         return causes
@@ -362,9 +458,13 @@ def causes_of_collapse(
             "(data.loss_on_padding)"
         )
     if starting := int((is_eos_TL[:, 0] & (weight_TL[:, 0] > 0)).sum()):
-        causes.append(f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is right")
+        causes.append(
+            f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is right"
+        )
     if bos_in_generation_only:
-        causes.append("generation begins with a BOS token that training never showed (model.lm.bos)")
+        causes.append(
+            "generation begins with a BOS token that training never showed (model.lm.bos)"
+        )
     if (share := float(weight_TL[is_eos_TL].sum()) / total) > COLLAPSE:
         causes.append(f"EOS carries {share:.0%} of all target weight (train.eos_loss_weight)")
     return causes

@@ -1,7 +1,9 @@
-"""What the model says to each context, for scores and the image-use gate; batches cut by task and by context.
+"""What the model says to each context, for scores and the image-use gate; batches cut by task and
+by context.
 
-A batch of one task -> one Prediction per context, in its order. The image tokens of a batch are made once, by whoever
-calls, and handed on. Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width.
+A batch of one task -> one Prediction per context, in its order. The image tokens of a batch are
+made once, by whoever calls, and handed on. Legend: I images, C contexts, T targets, N bridge rows,
+Q queries, D width.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from harness.config.schema import Decoding
+from harness.config.schema import DecodingConfig
 from harness.evaluate import vqa
 from harness.model.batch import Batch
 
@@ -50,7 +52,9 @@ class Prediction:
         return self.dataset, self.split, self.text_id
 
 
-def answers(model: Any, batch: Batch, decoding: Decoding, tokens: ImageTokens) -> list[Prediction]:
+def answers(
+    model: Any, batch: Batch, decoding: DecodingConfig, tokens: ImageTokens
+) -> list[Prediction]:
     """Predictions for a batch of one task."""
     said = model.generate(batch, decoding, tokens)
     return [
@@ -68,12 +72,16 @@ def answers(model: Any, batch: Batch, decoding: Decoding, tokens: ImageTokens) -
             p_eos_first=p_eos,
             meta=context.text.meta,
         )
-        for context, text, p_eos in zip(batch.contexts, said.texts, said.p_eos_first_C.tolist(), strict=True)
+        for context, text, p_eos in zip(
+            batch.contexts, said.texts, said.p_eos_first_C.tolist(), strict=True
+        )
     ]
 
 
 def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
-    """(task, the batch's contexts of that task, their rows in the batch): tasks are decoded and scored differently."""
+    """(task, the batch's contexts of that task, their rows in the batch): tasks are decoded and
+    scored differently.
+    """
     tasks = [context.text.task for context in batch.contexts]
     for task in sorted(set(tasks)):
         rows = [row for row, found in enumerate(tasks) if found == task]
@@ -81,7 +89,9 @@ def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with these contexts alone, in this order, and their targets; the images stay as they are."""
+    """The batch with these contexts alone, in this order, and their targets; the images stay as
+    they are.
+    """
     if list(rows) == list(range(len(batch.contexts))):
         return batch
     device = batch.image_of_C.device
@@ -90,7 +100,9 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     new_row_of_old[rows_C] = torch.arange(len(rows), device=device)
     kept_T = (new_row_of_old[batch.context_of_T] >= 0).nonzero()[:, 0]
     kept = {old: new for new, old in enumerate(kept_T.tolist())}
-    groups = [([kept[row] for row in group if row in kept], longest) for group, longest in batch.groups]
+    groups = [
+        ([kept[row] for row in group if row in kept], longest) for group, longest in batch.groups
+    ]
     return replace(
         batch,
         prompt_ids_CL=batch.prompt_ids_CL[rows_C],
@@ -106,7 +118,9 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
 
 
 def results(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:
-    """File name -> its entries in the official results format of VQA or COCO captions, one file a set and task."""
+    """File name -> its entries in the official results format of VQA or COCO captions, one file a
+    set and task.
+    """
     by_file: dict[str, list[dict[str, Any]]] = {}
     for p in predictions:
         if p.task == "vqa":

@@ -1,12 +1,14 @@
-"""The tokens of pycocoevalcap's PTBTokenizer, without Java: caption scores compare only where the tokens are the same.
+"""The tokens of pycocoevalcap's PTBTokenizer, without Java: caption scores compare only where the
+tokens are the same.
 
-Captions -> their tokens. The rules were fitted by asking Stanford's PTBTokenizer 3.4.1 (-preserveLines -lowerCase)
-about words, characters and random strings, and are held to it by tests/data/ptb; what pycocoevalcap removes is removed.
-Like the original this is a longest-match lexer: of all rules the one that sees furthest, lookahead included, takes its
-token; of equals the first. It reads the captions as lines of one text, so that in "200 N." the period of an initial
-belongs to it or not by the first word of the *next* caption: their order matters, as it does officially.
-Known to differ: letters that entered Unicode after 6.0, and line separators inside a caption (a line break for the
-original, which then shifts all captions that follow; a space here).
+Captions -> their tokens. The rules were fitted by asking Stanford's PTBTokenizer 3.4.1
+(-preserveLines -lowerCase) about words, characters and random strings, and are held to it by
+tests/data/ptb; what pycocoevalcap removes is removed. Like the original this is a longest-match
+lexer: of all rules the one that sees furthest, lookahead included, takes its token; of equals the
+first. It reads the captions as lines of one text, so that in "200 N." the period of an initial
+belongs to it or not by the first word of the *next* caption: their order matters, as it does
+officially. Known to differ: letters that entered Unicode after 6.0, and line separators inside a
+caption (a line break for the original, which then shifts all captions that follow; a space here).
 """
 
 from __future__ import annotations
@@ -16,20 +18,23 @@ import unicodedata
 from collections.abc import Sequence
 
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-# Not "-lrb-" and its like: the official list has them in capitals, so that lower-cased brackets stay.
+# Not "-lrb-" and its like: the official list has them in capitals, so that lower-cased brackets
+# stay.
 
-# ---- characters ------------------------------------------------------------------------------------------------------
+# ---- characters ----------------------------------------------------------------------------------
 
 _SPACE = "[ \t\xa0\u2000-\u200a\u3000]"
 _BLANK = "[ \t\xa0\u2000-\u200a\u3000\n]"
-# The original knows the basic plane only: an emoji ends a word and vanishes. Numerals such as "²" are no letters.
+# The original knows the basic plane only: an emoji ends a word and vanishes. Numerals such as "²"
+# are no letters.
 _NO_LETTERS = "_\U00010000-\U0010ffff" + "".join(
     chr(c) for c in range(0x80, 0x10000) if unicodedata.category(chr(c)) in ("No", "Nl")
 )
 _DIGIT = "[^\\D\U00010000-\U0010ffff]"
 _ALNUM = rf"[^\W{_NO_LETTERS}]"
 _ALPHA = rf"[^\W\d{_NO_LETTERS}]"
-# Marks that count as letters inside a word: soft hyphen, combining accents, and some signs of other scripts.
+# Marks that count as letters inside a word: soft hyphen, combining accents, and some signs of other
+# scripts.
 _MARKS = (
     "\xad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6\u0483-\u0487"
     "\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06e4"
@@ -54,7 +59,7 @@ _SIGNS = (
 _APOS = "(?:['\x92\u2019]|&apos;)"
 _APOS_OR_BACKTICK = "(?:['\x92\u2019`\x91\u2018\u201b]|&apos;)"
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def _any_case(pattern: str) -> str:
@@ -128,14 +133,20 @@ _RULES = (
     ("word", rf"([A-Za-z]*[A-MO-Za-mo-z]\xad*){_NOT}"),
     ("word", _WORD),
     ("as is", f"{_APOS}[nN]{_APOS}|('[nN])(?:{_BLANK}|$)|\u2019[nN]"),
-    ("as is", f"{_any_case('[ldj]|dunkin|somethin|ol')}{_APOS}|{_APOS}{_any_case('em|till?|cause')}|{_APOS}[2-9]0[sS]"),
+    (
+        "as is",
+        f"{_any_case('[ldj]|dunkin|somethin|ol')}{_APOS}|{_APOS}{_any_case('em|till?|cause')}|{_APOS}[2-9]0[sS]",
+    ),
     ("as is", rf"[A-HJ-XZn]{_APOS_OR_BACKTICK}{_ALPHA}{{2,}}"),
     ("as is", rf"{_ALPHA}+[aeiouyAEIOUY]{_APOS_OR_BACKTICK}[aeiouA-Z]{_ALPHA}*"),
     ("word", _any_case(r"cont'd\.?|'twas|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l")),
     ("as is", f"([yY]{_APOS}){_ALPHA}"),
     ("as is", r"(?i:https?)://[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-]"),
     ("as is", rf"(?i:www)\.(?:[^ \t\n\f\r\"<>|.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{_URL_PATH}"),
-    ("as is", rf"(?:[^ \t\n\f\r\"`'<>|.!?(){{}},-_$]+\.)+{_any_case('com|net|org|edu')}{_URL_PATH}"),
+    (
+        "as is",
+        rf"(?:[^ \t\n\f\r\"`'<>|.!?(){{}},-_$]+\.)+{_any_case('com|net|org|edu')}{_URL_PATH}",
+    ),
     ("as is", _EMAIL),
     ("as is", "[@\uff20][a-zA-Z_][a-zA-Z_0-9]*"),
     ("as is", f"[#\uff03]{_L}+"),
@@ -162,8 +173,14 @@ _RULES = (
     ("smile", r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]"),
     ("smile", r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"),
     ("word", r"[A-Z]*\$|[\xa2-\xa4\x80\u20a0\u20ac]|[\xbc\xbd\xbe\u2153\u2154]"),
-    ("removed", r"&(?:MD|mdash|ndash);|[\x96\x97\u2013-\u2015]|-{1,4}|\.{3,}|\.(?:[ \xa0]\.){2,4}|\u2026"),
-    ("removed", "[.,;:]|''|``|[\"'`\x91-\x94\u2018\u2019\u201b-\u201d\u2039\u203a\xab\xbb]|&(?:quot|apos|nbsp);"),
+    (
+        "removed",
+        r"&(?:MD|mdash|ndash);|[\x96\x97\u2013-\u2015]|-{1,4}|\.{3,}|\.(?:[ \xa0]\.){2,4}|\u2026",
+    ),
+    (
+        "removed",
+        "[.,;:]|''|``|[\"'`\x91-\x94\u2018\u2019\u201b-\u201d\u2039\u203a\xab\xbb]|&(?:quot|apos|nbsp);",
+    ),
     ("word", r"[?!]+"),
     ("quotes", "[`\x91-\x94\u2018-\u201f\u2039\u203a\xab\xbb]{2}"),
     ("word", "&(?:amp|lt|gt);"),
@@ -172,12 +189,17 @@ _RULES = (
     ("as is", rf"[cf]#|[CF]#|[cC]\+\+|\\\*|[*]+|[#]+|_+|@+|-{{5,}}|<<|>>|[{_SIGNS}]"),
 )
 _COMPILED = [(kind, re.compile(pattern)) for kind, pattern in _RULES]
-# Most of a caption is this, and no other rule sees further; the words that the first rules cut are left to them.
+# Most of a caption is this, and no other rule sees further; the words that the first rules cut are
+# left to them.
 _PLAIN = re.compile(r"(?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)\b)[A-Za-z]+(?=,? |\n)")
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_DOUBLE_QUOTES = str.maketrans(dict.fromkeys("\x93\u201c\xab", "``") | dict.fromkeys("\x94\u201d\xbb", "''"))
-_QUOTES = str.maketrans(dict.fromkeys("\x91\u2018\u201b\u2039", "`") | dict.fromkeys("\x92\u2019\u203a", "'"))
+_DOUBLE_QUOTES = str.maketrans(
+    dict.fromkeys("\x93\u201c\xab", "``") | dict.fromkeys("\x94\u201d\xbb", "''")
+)
+_QUOTES = str.maketrans(
+    dict.fromkeys("\x91\u2018\u201b\u2039", "`") | dict.fromkeys("\x92\u2019\u203a", "'")
+)
 _WHOLE = {
     "\xa2": "cents", "\xa3": "#", "\xa4": "$", "\x80": "$", "\u20a0": "$", "\u20ac": "$",
     "\xbc": "1/4", "\xbd": "1/2", "\xbe": "3/4", "\u2153": "1/3", "\u2154": "2/3", "&lt;": "<", "&gt;": ">",
@@ -199,8 +221,12 @@ def _written(kind: str, token: str) -> str:
 
 
 def tokenise(captions: Sequence[str]) -> list[str]:
-    """Each caption's tokens, joined by spaces as pycocoevalcap does (a token may hold a no-break space)."""
-    text = "\n".join(" ".join(re.split("[\n\r\x0b\x0c\x85\u2028\u2029]", caption)) for caption in captions)
+    """Each caption's tokens, joined by spaces as pycocoevalcap does (a token may hold a no-break
+    space).
+    """
+    text = "\n".join(
+        " ".join(re.split("[\n\r\x0b\x0c\x85\u2028\u2029]", caption)) for caption in captions
+    )
     lines: list[list[str]] = [[]]
     position = 0
     while position < len(text):
@@ -225,4 +251,7 @@ def tokenise(captions: Sequence[str]) -> list[str]:
         if kind != "removed":
             lines[-1] += _written(kind, text[position:end]).split(" ")
         position = end
-    return [" ".join(token for token in line if token and token not in REMOVED) for line in lines[: len(captions)]]
+    return [
+        " ".join(token for token in line if token and token not in REMOVED)
+        for line in lines[: len(captions)]
+    ]

@@ -1,11 +1,13 @@
-"""Published models through the same door: any of transformers' image-text-to-text models over our shards and scores.
+"""Published models through the same door: any of transformers' image-text-to-text models over our
+shards and scores.
 
     harness evaluate --model Salesforce/blip2-flan-t5-xl --data DIR          3.9B parameters
     harness evaluate --model Salesforce/instructblip-flan-t5-xl --data DIR   4.0B
     harness evaluate --model llava-hf/llava-1.5-7b-hf --data DIR --load-in-4bit
 
-A hub id or folder and paths of image sets -> a report like that of `evaluate_run`. The model sees each picture through
-its own processor. Legend: I images, C contexts, T targets, L target tokens, R rows at a time, V vocabulary.
+A hub id or folder and paths of image sets -> a report like that of `evaluate_run`. The model sees
+each picture through its own processor. Legend: I images, C contexts, T targets, L target tokens, R
+rows at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from harness.config.load import apply_overrides, validated
-from harness.config.schema import Config, Decoding
+from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import Collator
 from harness.data.features import control_pixels
 from harness.data.images import ImageDecoder
@@ -42,7 +44,10 @@ _ROWS = 8  # contexts or targets at a time: a 7B model's logits for them are 0.6
 
 # What each model was asked with in its paper; any other model gets the defaults of `prompts`.
 PROMPTS: Mapping[str, dict[str, str]] = {
-    "blip-2": {"caption": "a photo of", "vqa": "Question: {question} Short answer:"},  # Li et al. 2023, section 4
+    "blip-2": {
+        "caption": "a photo of",
+        "vqa": "Question: {question} Short answer:",
+    },  # Li et al. 2023, section 4
     "instructblip": {  # Dai et al. 2023, appendix E
         "caption": "A short image description:",
         "vqa": "Question: {question} Short answer:",
@@ -66,14 +71,22 @@ class PictureCollator(Collator):
     """Samples of pictures of any size -> PictureBatch."""
 
     def __call__(self, samples: Sequence[Sample]) -> PictureBatch | None:
-        readable = [s for s in samples if s.record is not None and s.payload is not None and s.weight]
-        batch = super().__call__([replace(sample, payload=np.zeros((1, 1, 3), np.uint8)) for sample in readable])
-        return batch and PictureBatch(**vars(batch), pictures=tuple(sample.payload for sample in readable))
+        readable = [
+            s for s in samples if s.record is not None and s.payload is not None and s.weight
+        ]
+        batch = super().__call__(
+            [replace(sample, payload=np.zeros((1, 1, 3), np.uint8)) for sample in readable]
+        )
+        return batch and PictureBatch(
+            **vars(batch), pictures=tuple(sample.payload for sample in readable)
+        )
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a model of others is given in place of image tokens: pictures, and which of them each context sees."""
+    """What a model of others is given in place of image tokens: pictures, and which of them each
+    context sees.
+    """
 
     tokens_NQD: Sequence[np.ndarray]
     token_row_of_C: torch.Tensor
@@ -85,11 +98,16 @@ class Pictures:
         """There is no one way to leave the image out of any model."""
 
     def of(self, contexts: Sequence[int]) -> list[Image.Image]:
-        return [Image.fromarray(self.tokens_NQD[row]) for row in self.token_row_of_C[list(contexts)].tolist()]
+        return [
+            Image.fromarray(self.tokens_NQD[row])
+            for row in self.token_row_of_C[list(contexts)].tolist()
+        ]
 
 
 class PublishedModel(nn.Module):
-    """A model and its processor, with the interface that `evaluate_model` and the gate ask of a model."""
+    """A model and its processor, with the interface that `evaluate_model` and the gate ask of a
+    model.
+    """
 
     def __init__(self, name: str, load_in_4bit: bool = False):
         """Loads by hub id or folder, onto the GPU where there is one. Raises ConfigError."""
@@ -108,7 +126,9 @@ class PublishedModel(nn.Module):
                 self.model, report = AutoModelForImageTextToText.from_pretrained(
                     name, dtype=dtype, quantization_config=quantisation, output_loading_info=True
                 )
-        except Exception as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
+        except (
+            Exception
+        ) as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
             reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(
                 f"--model {name}: cannot be loaded as an image-text-to-text model ({reason}): give a folder in the "
@@ -128,10 +148,15 @@ class PublishedModel(nn.Module):
         self.encoder_decoder = self.model.config.is_encoder_decoder or text.is_encoder_decoder
         if not self.encoder_decoder:
             self.tokenizer.padding_side = "left"  # the answer goes on from the prompt's last token
-        # BLIP-2's kind of processor places the picture itself; others without a chat template want its token named.
+        # BLIP-2's kind of processor places the picture itself; others without a chat template want
+        # its token named.
         places_itself = hasattr(self.processor, "num_query_tokens")
-        self.picture = "" if places_itself else f"{getattr(self.processor, 'image_token', '')}\n".lstrip()
-        if places_itself and self.processor.num_query_tokens is None:  # saved before transformers knew of it
+        self.picture = (
+            "" if places_itself else f"{getattr(self.processor, 'image_token', '')}\n".lstrip()
+        )
+        if (
+            places_itself and self.processor.num_query_tokens is None
+        ):  # saved before transformers knew of it
             self.processor.num_query_tokens = self.model.config.num_query_tokens
 
     @property
@@ -141,7 +166,9 @@ class PublishedModel(nn.Module):
     def bridge_tokens(self, batch: PictureBatch) -> Pictures:
         return Pictures(batch.pictures, batch.image_of_C)
 
-    def _inputs(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _inputs(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
         """The processor's tensors, on the model's device and in its dtype."""
         begins = self.tokenizer.bos_token
         if getattr(self.processor, "chat_template", None):
@@ -149,17 +176,23 @@ class PublishedModel(nn.Module):
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
                 for prompt in prompts
             ]
-            texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+            texts = self.processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=False
+            )
         else:
             texts = [self.picture + prompt for prompt in prompts]
         twice = begins is not None and all(text.startswith(begins) for text in texts)
         given = {"add_special_tokens": False} if twice else {}
-        inputs = self.processor(images=list(pictures), text=texts, return_tensors="pt", padding=True, **given)
+        inputs = self.processor(
+            images=list(pictures), text=texts, return_tensors="pt", padding=True, **given
+        )
         return dict(inputs.to(self.model.device, self.dtype))
 
     @torch.no_grad()
     def loss(self, batch: Batch, tokens: Pictures) -> LossOutput:
-        """Cross entropy of `labels_TL` weighted by `weight_TL`, NaN for a model that gives no logits."""
+        """Cross entropy of `labels_TL` weighted by `weight_TL`, NaN for a model that gives no
+        logits.
+        """
         sums = []
         for rows in _parts(len(batch.labels_TL)):
             contexts = batch.context_of_T[rows].tolist()
@@ -169,28 +202,37 @@ class PublishedModel(nn.Module):
             if logits_RLV is None:
                 sums.append(torch.full((len(contexts),), float("nan"), device=self.model.device))
                 continue
-            nats_RL = F.cross_entropy(logits_RLV.float().transpose(1, 2), labels_RL, reduction="none")
+            nats_RL = F.cross_entropy(
+                logits_RLV.float().transpose(1, 2), labels_RL, reduction="none"
+            )
             sums.append((nats_RL * weight_RL).sum(dim=1))
         sum_T = torch.cat(sums)
         return LossOutput(sum_T.sum(), batch.weight, sum_T, batch.weight_TL.sum(dim=1))
 
-    def _logits(self, inputs: dict[str, torch.Tensor], labels_RL: torch.Tensor, counts_RL: torch.Tensor):
+    def _logits(
+        self, inputs: dict[str, torch.Tensor], labels_RL: torch.Tensor, counts_RL: torch.Tensor
+    ):
         """logits_RLV of the position before each label."""
         length = labels_RL.shape[1]
         if self.encoder_decoder:
             logits = self.model(**inputs, labels=labels_RL.masked_fill(~counts_RL, -100)).logits
             return None if logits is None else logits[:, :length]
         before = inputs["input_ids"].shape
-        follow = {"input_ids": labels_RL, "attention_mask": counts_RL.to(inputs["attention_mask"].dtype)}
+        follow = {
+            "input_ids": labels_RL,
+            "attention_mask": counts_RL.to(inputs["attention_mask"].dtype),
+        }
         for name, values in inputs.items():
             # What has a value for each token (token_type_ids) goes on with zeros over the answer.
             if values.shape == before and not name.startswith("qformer"):
-                inputs[name] = torch.cat([values, follow.get(name, torch.zeros_like(labels_RL)).to(values)], dim=1)
+                inputs[name] = torch.cat(
+                    [values, follow.get(name, torch.zeros_like(labels_RL)).to(values)], dim=1
+                )
         logits = self.model(**inputs).logits
         return None if logits is None else logits[:, -length - 1 : -1]
 
     @torch.no_grad()
-    def generate(self, batch: Batch, decoding: Decoding, tokens: Pictures) -> Generated:
+    def generate(self, batch: Batch, decoding: DecodingConfig, tokens: Pictures) -> Generated:
         """Greedy or beam search, one answer per context."""
         ids, p_eos = [], []
         for rows in _parts(len(batch.contexts)):
@@ -213,7 +255,9 @@ class PublishedModel(nn.Module):
             ids += said.tolist()
             first_RV = out.logits[0][:: decoding.beams].float().softmax(dim=-1)
             p_eos.append(first_RV[:, self.tokenizer.eos_token_id])
-        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [
+            text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
         return Generated(texts, ids, torch.cat(p_eos))
 
 
@@ -222,9 +266,13 @@ def _parts(count: int) -> list[slice]:
     return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
 
 
-def control_pictures(model: Any, like: PictureBatch, manifest: Manifest) -> dict[str, list[np.ndarray]]:
+def control_pictures(
+    model: Any, like: PictureBatch, manifest: Manifest
+) -> dict[str, list[np.ndarray]]:
     """A blank and some noise pictures, of the size of the first one."""
-    return {name: list(pictures) for name, pictures in control_pixels(like.pictures[0].shape).items()}
+    return {
+        name: list(pictures) for name, pictures in control_pixels(like.pictures[0].shape).items()
+    }
 
 
 def evaluate_published(
@@ -237,11 +285,12 @@ def evaluate_published(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores a published model on the image sets `data`; `limit`: so many images, the same for every model.
+    """Scores a published model on the image sets `data`; `limit`: so many images, the same for
+    every model.
 
-    `overrides` are `key=value` of a config's prompts, generate, evaluation and data. Writes into `out`, else a folder
-    in runs/published/NAME that says what was scored and how, what `evaluate_run` writes, and returns the same. Raises
-    ConfigError, ShardError.
+    `overrides` are `key=value` of a config's prompts, generate, evaluation and data. Writes into
+    `out`, else a folder in runs/published/NAME that says what was scored and how, what
+    `evaluate_run` writes, and returns the same. Raises ConfigError, ShardError.
     """
     if not data:
         raise ConfigError(f"--model {name}: give the shards to score with --data DIR")
@@ -272,7 +321,8 @@ def _config(name: str, prompts: Mapping[str, str], overrides: Sequence[str]) -> 
     document = {
         "name": Path(name).name,
         "prompts": dict(prompts),
-        # Prompts go to the model's own processor whole; the Collator's copy is not to be cut and warned of.
+        # Prompts go to the model's own processor whole; the Collator's copy is not to be cut and
+        # warned of.
         "data": {"max_prompt_tokens": 4096},
         "evaluation": {"batch_images": 32},
         "tracking": {"kind": "none"},

@@ -1,4 +1,5 @@
-"""What an evaluation leaves: scores.json and the predictions in the official formats, and a table for people.
+"""What an evaluation leaves: scores.json and the predictions in the official formats, and a table
+for people.
 
 An Evaluation -> files and a report; reports -> one Markdown table, a column each.
 """
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 def write_report(
     evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """The report, and the files it was written to with the predictions; `step` None: of a published model."""
+    """The report, and the files it was written to with the predictions; `step` None: of a published
+    model.
+    """
     report = {
         "checkpoint": checkpoint,
         "step": step,
@@ -50,7 +53,11 @@ def names(manifests: Sequence[Manifest]) -> list[str]:
 def folder(parts: Sequence[str]) -> str:
     """One name for a folder, not longer than a file system takes."""
     name = "+".join(parts).replace("/", "_")
-    return name if len(name) < 120 else f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    return (
+        name
+        if len(name) < 120
+        else f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    )
 
 
 def write_json(path: Path, document: Any) -> Path:
@@ -59,12 +66,18 @@ def write_json(path: Path, document: Any) -> Path:
 
 
 def table(*reports: Mapping[str, Any]) -> str:
-    """Reports for people, a column each: the scores beside their floors, then the verdicts with their reasons."""
+    """Reports for people, a column each: the scores beside their floors, then the verdicts with
+    their reasons.
+    """
     names, blocks = [Path(report["checkpoint"]).name for report in reports], []
     for task in dict.fromkeys(task for report in reports for task in report["tasks"]):
         columns = [report["tasks"].get(task, {}) for report in reports]
-        shown = dict.fromkeys(k for known in columns for k, v in known.items() if isinstance(v, int | float))
-        cells = [[("" if known.get(key) is None else known[key]) for known in columns] for key in shown]
+        shown = dict.fromkeys(
+            k for known in columns for k, v in known.items() if isinstance(v, int | float)
+        )
+        cells = [
+            [("" if known.get(key) is None else known[key]) for known in columns] for key in shown
+        ]
         rows = [[key.replace("_", " "), *values] for key, values in zip(shown, cells, strict=True)]
         blocks.append(markdown_table(rows, [task, *names]))
         for name, known in zip(names, columns, strict=True):

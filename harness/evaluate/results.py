@@ -1,4 +1,6 @@
-"""What an evaluation gives: scores, floors and answers of each task, and the figures of them that are logged."""
+"""What an evaluation gives: scores, floors and answers of each task, and the figures of them that
+are logged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from harness.report.pictures import Shown
 
 _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
-    *("shuffled_accuracy", "no_image_accuracy", "blank_accuracy", "shuffled_CIDEr", "complementary_pairs_right"),
+    *(
+        "shuffled_accuracy",
+        "no_image_accuracy",
+        "blank_accuracy",
+        "shuffled_CIDEr",
+        "complementary_pairs_right",
+    ),
 )
 
 
@@ -24,15 +32,20 @@ _GROUPS = ("per_answer_type", "per_question_type")
 
 @dataclass
 class TaskResult:
-    """All that is known of one task. Accuracy in percent, captions' measures as pycocoevalcap has them, nats per target
-    token."""
+    """All that is known of one task. Accuracy in percent, captions' measures as pycocoevalcap has
+    them, nats per target token.
+    """
 
     task: str
     predictions: list[Prediction] = field(default_factory=list)
     nats: float = 0.0
     weight: float = 0.0
-    intervals: dict[str, Interval] = field(default_factory=dict)  # of accuracy, or of Bleu_1 ... CIDEr
-    groups: dict[str, dict[str, Interval]] = field(default_factory=dict)  # accuracy per_answer_type, per_question_type
+    intervals: dict[str, Interval] = field(
+        default_factory=dict
+    )  # of accuracy, or of Bleu_1 ... CIDEr
+    groups: dict[str, dict[str, Interval]] = field(
+        default_factory=dict
+    )  # accuracy per_answer_type, per_question_type
     image_use: ImageUse | None = None
     majority_accuracy: float | None = None
     text_only_accuracy: float | None = None
@@ -42,7 +55,9 @@ class TaskResult:
         return self.nats / self.weight if self.weight else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; figures of the whole set go before those of the gate's subset where both are there."""
+        """JSON-ready; figures of the whole set go before those of the gate's subset where both are
+        there.
+        """
         gate = self.image_use.to_dict() if self.image_use else {}
         right, pairs = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
@@ -50,9 +65,18 @@ class TaskResult:
             "texts": len(self.predictions),
             "loss_nats": None if math.isnan(self.loss) else self.loss,
             "accuracy": None,
-            **{key: value for name, known in self.intervals.items() for key, value in known.flat(name).items()},
-            **{kind: {name: i.value for name, i in self.groups.get(kind, {}).items()} for kind in _GROUPS},
-            "complementary_pairs_right": 100 * right / pairs if pairs else None,  # percent; see complementary_pairs
+            **{
+                key: value
+                for name, known in self.intervals.items()
+                for key, value in known.flat(name).items()
+            },
+            **{
+                kind: {name: i.value for name, i in self.groups.get(kind, {}).items()}
+                for kind in _GROUPS
+            },
+            "complementary_pairs_right": 100 * right / pairs
+            if pairs
+            else None,  # percent; see complementary_pairs
             "complementary_pairs": pairs or None,
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
@@ -69,7 +93,9 @@ class Evaluation:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     images: int = 0
     unreadable: int = 0
-    shown: list[Prediction] = field(default_factory=list)  # the same images every time, one text each
+    shown: list[Prediction] = field(
+        default_factory=list
+    )  # the same images every time, one text each
     shown_images: list[Shown] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:

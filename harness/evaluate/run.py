@@ -1,7 +1,8 @@
 """Scores a model on sets of shards, and says whether its answers come from the images.
 
-A model and paths of sets -> Evaluation (in training, on the dev sets); a run's folder -> its newest checkpoint scored
-on the test sets, with predictions in the official formats and scores.json in RUN/evaluation and in MLflow.
+A model and paths of sets -> Evaluation (in training, on the dev sets); a run's folder -> its newest
+checkpoint scored on the test sets, with predictions in the official formats and scores.json in
+RUN/evaluation and in MLflow.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness.config.schema import Config
-from harness.config.schema import Evaluation as EvaluationConfig
+from harness.config.schema import Config, EvaluationConfig
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
@@ -57,15 +57,19 @@ def evaluate_model(
     collate: Collator | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
 ) -> Evaluation:
-    """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval mode.
+    """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval
+    mode.
 
-    `limit`: so many images, the first of a seeded order that no config changes; the gate takes the first
-    `counterfactual_texts` texts of each task in it, none: as many as the config says. `epochs`: how often the model saw
-    its training set, none: unknown. `decode`, `collate` and `controls_of` are another's that reads images otherwise
-    (published.py). One process does it all. Raises ShardError.
+    `limit`: so many images, the first of a seeded order that no config changes; the gate takes the
+    first `counterfactual_texts` texts of each task in it, none: as many as the config says.
+    `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
+    `controls_of` are another's that reads images otherwise (published.py). One process does it all.
+    Raises ShardError.
     """
     settings, device = config.evaluation, next(model.parameters()).device
-    gate_texts = settings.counterfactual_texts if counterfactual_texts is None else counterfactual_texts
+    gate_texts = (
+        settings.counterfactual_texts if counterfactual_texts is None else counterfactual_texts
+    )
     loader = Loader(
         list(paths),
         global_batch=settings.batch_images,
@@ -75,7 +79,9 @@ def evaluate_model(
     as_trained = None
     if collate is None:
         collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
-        as_trained = Collator(model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight)
+        as_trained = Collator(
+            model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
+        )
     known = trained_on(config, loader.manifests)
     evaluation, gates = Evaluation(), {}
     place: dict[tuple[str, str, str], tuple[int, int]] = {}
@@ -85,7 +91,10 @@ def evaluate_model(
         controls = None
         for samples, in_gate in _chunks(loader, images, gate_texts, settings.batch_images):
             evaluation.images += len(samples)
-            place |= {(s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index) for s in samples}
+            place |= {
+                (s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index)
+                for s in samples
+            }
             if (batch := collate(samples)) is not None:
                 batch = batch.to(device)
                 tokens = model.bridge_tokens(batch)
@@ -98,7 +107,10 @@ def evaluate_model(
                     said = answers(model, part, decoding, part_tokens)
                     result = evaluation.tasks.setdefault(task, TaskResult(task))
                     result.predictions += said
-                    result.nats, result.weight = result.nats + nats_C.sum(), result.weight + weight_C.sum()
+                    result.nats, result.weight = (
+                        result.nats + nats_C.sum(),
+                        result.weight + weight_C.sum(),
+                    )
                     if in_gate and task not in gates:
                         gates[task] = Gate(
                             *(model, task, decoding, settings, controls),
@@ -126,9 +138,13 @@ def evaluate_model(
     return evaluation
 
 
-def _chunks(loader: Loader, images: int, gate_texts: int, size: int) -> Iterator[tuple[list[Sample], bool]]:
-    """(readable samples, are they the gate's?), until `images` are reached. The gate's come `size` at a time, two or
-    more: those of a rare task in a mixed set wait for each other, since images are exchanged within a batch."""
+def _chunks(
+    loader: Loader, images: int, gate_texts: int, size: int
+) -> Iterator[tuple[list[Sample], bool]]:
+    """(readable samples, are they the gate's?), until `images` are reached. The gate's come `size`
+    at a time, two or more: those of a rare task in a mixed set wait for each other, since images
+    are exchanged within a batch.
+    """
     size, left, waiting = max(2, size), images, []
     seen: Counter[str] = Counter()
     with closing(loader.iterate(epochs=1)) as batches:
@@ -152,10 +168,11 @@ def _chunks(loader: Loader, images: int, gate_texts: int, size: int) -> Iterator
 
 
 def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Image tokens (N, Q, D) of a blank and of noise images: from the feature set, or the same as pixels.
+    """Image tokens (N, Q, D) of a blank and of noise images: from the feature set, or the same as
+    pixels.
 
-    A feature set made elsewhere, without controls, has none: its `blank` and `noise` figures are missing. So are those
-    of a bridge that reads the question, whose tokens are of one context each.
+    A feature set made elsewhere, without controls, has none: its `blank` and `noise` figures are
+    missing. So are those of a bridge that reads the question, whose tokens are of one context each.
     """
     if getattr(model, "question_aware", False):
         return {}
@@ -163,12 +180,17 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
         name, made = "pixels_IHW3", control_pixels(like.pixels_IHW3.shape[1:])
     elif any(file.name == CONTROLS for file in manifest.files):
         stored = load_controls(manifest)
-        name, made = "features_IPD", {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]}
+        name, made = (
+            "features_IPD",
+            {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]},
+        )
     else:
         return {}
     device = like.image_of_C.device
     return {
-        condition: model.bridge_tokens(replace(like, **{name: torch.from_numpy(images).to(device)})).tokens_NQD
+        condition: model.bridge_tokens(
+            replace(like, **{name: torch.from_numpy(images).to(device)})
+        ).tokens_NQD
         for condition, images in made.items()
     }
 
@@ -189,7 +211,9 @@ def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> 
     return vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
 
 
-def score_captions(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Interval]:
+def score_captions(
+    predictions: Sequence[Prediction], settings: EvaluationConfig
+) -> dict[str, Interval]:
     """BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
     said = {"/".join(p.id): p.answer for p in predictions}
     scores = captions.score(said, {"/".join(p.id): p.references for p in predictions})
@@ -198,14 +222,22 @@ def score_captions(predictions: Sequence[Prediction], settings: EvaluationConfig
 
 def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:
     pixels = {sample.record.key: sample.payload for sample in samples}
-    by_id = {p.id: p for result in evaluation.tasks.values() for p in result.predictions[-len(batch.contexts) :]}
+    by_id = {
+        p.id: p
+        for result in evaluation.tasks.values()
+        for p in result.predictions[-len(batch.contexts) :]
+    }
     for context in batch.contexts:
         record = context.record
         if len(evaluation.shown) >= wanted or any(p.key == record.key for p in evaluation.shown):
             continue
         prediction = by_id[record.dataset, record.split, context.text.id]
         picture = pixels[record.key] if batch.pixels_IHW3 is not None else None
-        right = vqa.accuracy(prediction.answer, prediction.references) >= 0.5 if prediction.task == "vqa" else None
+        right = (
+            vqa.accuracy(prediction.answer, prediction.references) >= 0.5
+            if prediction.task == "vqa"
+            else None
+        )
         evaluation.shown.append(prediction)
         evaluation.shown_images.append(
             Shown(
@@ -218,4 +250,4 @@ def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wante
         )
 
 
-# ---- a run on disk ---------------------------------------------------------------------------------------------------
+# ---- a run on disk -------------------------------------------------------------------------------

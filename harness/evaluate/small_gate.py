@@ -1,7 +1,8 @@
-"""The image-use gate on a few dev images, between the evaluations of a run: falling losses alone do not tell.
+"""The image-use gate on a few dev images, between the evaluations of a run: falling losses alone do
+not tell.
 
-A model in training -> ImageUse by task. The batches are read and made once; each look costs two losses and two answers
-for every context, under the true and under another image.
+A model in training -> ImageUse by task. The batches are read and made once; each look costs two
+losses and two answers for every context, under the true and under another image.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ _METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
 
 
 class SmallSet(NamedTuple):
-    """What is looked at again and again: a batch for each task, and which images the model is trained on too."""
+    """What is looked at again and again: a batch for each task, and which images the model is
+    trained on too.
+    """
 
     batches: Sequence[tuple[str, Batch]]
     trained_on: Container[tuple[str, str, str]]
 
 
 def small_set(model: Any, config: Config) -> SmallSet:
-    """`evaluation.small_gate_images` dev images, one text of each task and image; the same for every run.
+    """`evaluation.small_gate_images` dev images, one text of each task and image; the same for
+    every run.
 
     Raises ShardError.
     """
@@ -47,7 +51,10 @@ def small_set(model: Any, config: Config) -> SmallSet:
         _, samples = next(steps)
     batch = Collator(model.tokenizer, data, config.prompts, training=False)(samples)
     parts = by_task(batch) if batch is not None else ()
-    return SmallSet([(task, _one_text_an_image(part)) for task, part, _ in parts], trained_on(config, loader.manifests))
+    return SmallSet(
+        [(task, _one_text_an_image(part)) for task, part, _ in parts],
+        trained_on(config, loader.manifests),
+    )
 
 
 def _one_text_an_image(batch: Batch) -> Batch:
@@ -56,7 +63,9 @@ def _one_text_an_image(batch: Batch) -> Batch:
 
 
 @torch.no_grad()
-def small_gate(model: Any, small: SmallSet, config: Config, epochs: float | None = None) -> dict[str, ImageUse]:
+def small_gate(
+    model: Any, small: SmallSet, config: Config, epochs: float | None = None
+) -> dict[str, ImageUse]:
     """The verdicts; greedy answers in place of a beam. The model is left in the mode it was in."""
     was_training, found = model.training, {}
     model.eval()
@@ -64,7 +73,10 @@ def small_gate(model: Any, small: SmallSet, config: Config, epochs: float | None
         batch = batch.to(next(model.parameters()).device)
         decoding = getattr(config.generate, task).model_copy(update={"beams": 1})
         gate = Gate(
-            *(model, task, decoding, config.evaluation), no_image=False, trained_on=small.trained_on, epochs=epochs
+            *(model, task, decoding, config.evaluation),
+            no_image=False,
+            trained_on=small.trained_on,
+            epochs=epochs,
         )
         tokens = model.bridge_tokens(batch)
         nats_C, weight_C = sums_per_context(model.loss(batch, tokens), batch)
@@ -76,7 +88,9 @@ def small_gate(model: Any, small: SmallSet, config: Config, epochs: float | None
 
 
 def small_gate_metrics(uses: Mapping[str, ImageUse]) -> dict[str, float]:
-    """The few figures to watch, named `loss_gap_nats` ...; with several tasks each name starts with its task."""
+    """The few figures to watch, named `loss_gap_nats` ...; with several tasks each name starts with
+    its task.
+    """
     values = {}
     for task, use in uses.items():
         known = use.to_dict() | {"image_used": float(use.verdict == "image used")}

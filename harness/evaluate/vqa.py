@@ -1,9 +1,9 @@
 """VQA accuracy to the last digit of the official evaluation program, and its results format.
 
-Answers by question id, and the annotators' answers -> overall, per answer type, per question type, in percent; the
-same with intervals over images.
-The rules are those of github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, oddities included:
-a better rule would give scores that compare with no published figure.
+Answers by question id, and the annotators' answers -> overall, per answer type, per question type,
+in percent; the same with intervals over images. The rules are those of
+github.com/GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, oddities included: a
+better rule would give scores that compare with no published figure.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from typing import Any
 import numpy as np
 
 from harness.errors import ConfigError
-from harness.evaluate.bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval, percentile, resampled_sums
+from harness.evaluate.bootstrap import (
+    CONFIDENCE,
+    RESAMPLES,
+    SEED,
+    Interval,
+    percentile,
+    resampled_sums,
+)
 
-# The official table maps each of these words with any one of its apostrophes left out to the word itself.
+# The official table maps each of these words with any one of its apostrophes left out to the word
+# itself.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -33,7 +41,10 @@ weren't what'll what're what's what've when's where'd where's where've who'd who
 why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
+    word[:i] + word[i + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for i, letter in enumerate(word)
+    if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the wrong way round in the official table too
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(_DIGITS)} | {"none": "0"}
@@ -41,13 +52,18 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 _COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
-# Officially `(?!<=\d)(\.)(?!\d)`: "<=" in place of "<" makes the first part always true, so "3." loses its period too.
+# Officially `(?!<=\d)(\.)(?!\d)`: "<=" in place of "<" makes the first part always true, so "3."
+# loses its period too.
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_STRIPPED = 32  # officially `sub("", text, re.UNICODE)`: the flag, 32, is taken for the count
+_PERIODS_STRIPPED = (
+    32  # officially `sub("", text, re.UNICODE)`: the flag, 32, is taken for the count
+)
 
 
 class ScoreError(ConfigError):
-    """Predictions that cannot be scored against these questions; the message names the question ids."""
+    """Predictions that cannot be scored against these questions; the message names the question
+    ids.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +93,14 @@ def _clean(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise(text: str) -> str:
-    """The official text normalisation: punctuation, then lower case, number words, articles, contractions."""
+    """The official text normalisation: punctuation, then lower case, number words, articles,
+    contractions.
+    """
     joined = _COMMA_BETWEEN_DIGITS.search(text) is not None
     out = text
     for mark in PUNCTUATION:
-        # Looked up in the text as it came; a mark next to a space vanishes everywhere, else it becomes a space.
+        # Looked up in the text as it came; a mark next to a space vanishes everywhere, else it
+        # becomes a space.
         out = out.replace(mark, "" if joined or mark + " " in text or " " + mark in text else " ")
     out = _PERIOD.sub("", out, count=_PERIODS_STRIPPED)
     words = (NUMBER_WORDS.get(word, word) for word in out.lower().split())
@@ -91,9 +110,9 @@ def normalise(text: str) -> str:
 def accuracy(answer: str, answers: Sequence[str]) -> float:
     """In [0, 1]: the mean over annotators of min(1, matches among the others / 3).
 
-    As officially, texts are normalised only where the annotators' answers are not all the same. With one answer alone
-    (easy-VQA and the like, which the official rule does not cover: there is no other annotator) it is 1 for an exact
-    match after normalisation, else 0.
+    As officially, texts are normalised only where the annotators' answers are not all the same.
+    With one answer alone (easy-VQA and the like, which the official rule does not cover: there is
+    no other annotator) it is 1 for an exact match after normalisation, else 0.
     """
     if not answers:
         raise ScoreError("a question without answers cannot be scored; give at least one")
@@ -111,14 +130,25 @@ def most_common(answers: Iterable[str]) -> str:
     return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]
 
 
-def graded(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> list[tuple[VQATruth, float]]:
-    """In [0, 1], of one answer per question; ScoreError names ids that are missing, extra or there twice."""
+def graded(
+    predictions: Mapping[str, str], truths: Iterable[VQATruth]
+) -> list[tuple[VQATruth, float]]:
+    """In [0, 1], of one answer per question; ScoreError names ids that are missing, extra or there
+    twice.
+    """
     truths = list(truths)
     counts = Counter(truth.question_id for truth in truths)
-    twice, extra = [i for i, n in counts.items() if n > 1], [i for i in predictions if i not in counts]
+    twice, extra = (
+        [i for i, n in counts.items() if n > 1],
+        [i for i in predictions if i not in counts],
+    )
     missing = [i for i in counts if i not in predictions]
     refuse("the annotations hold question id", twice, "twice; each question may occur once")
-    refuse("the predictions lack question id", missing, "which the annotations ask; every question needs one answer")
+    refuse(
+        "the predictions lack question id",
+        missing,
+        "which the annotations ask; every question needs one answer",
+    )
     refuse("the predictions answer question id", extra, "which the annotations do not hold")
     if not truths:
         raise ScoreError("there is no question to score; give at least one")
@@ -148,14 +178,21 @@ def intervals(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """`score`'s figures of what `graded` returned, each an Interval over images, the bounds rounded likewise:
-    {"overall": Interval, "per_answer_type": {name: Interval}, "per_question_type": {name: Interval}}."""
-    row_of = {image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth, _ in grades))}
+    """`score`'s figures of what `graded` returned, each an Interval over images, the bounds rounded
+    likewise:
+    {"overall": Interval, "per_answer_type": {name: Interval}, "per_question_type": {name: Interval}}.
+    """
+    row_of = {
+        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth, _ in grades))
+    }
     row_C = np.array([row_of[truth.image_id] for truth, _ in grades])
     value_C = np.array([value for _, value in grades])
 
     def intervals_of(name_C: Sequence[str | None]) -> dict[str, Interval]:
-        column_of = {name: column for column, name in enumerate(dict.fromkeys(n for n in name_C if n is not None))}
+        column_of = {
+            name: column
+            for column, name in enumerate(dict.fromkeys(n for n in name_C if n is not None))
+        }
         sums_I2K = np.zeros((len(row_of), 2, len(column_of)))
         known_C = np.array([name is not None for name in name_C])
         column_C = np.array([column_of[name] for name in name_C if name is not None], int)
@@ -194,28 +231,43 @@ def refuse(found: str, ids: Sequence[str], wrong: str) -> None:
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """The official results file `[{"question_id": ..., "answer": ...}]` -> answers by question id, as text."""
+    """The official results file `[{"question_id": ..., "answer": ...}]` -> answers by question id,
+    as text.
+    """
     return read_pairs(path, "question_id", "answer", f"{path} answers question id", "answer")
 
 
 def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[str, str]:
-    """A list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`, `one`: its words."""
+    """A list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`, `one`:
+    its words.
+    """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         pairs = [(str(entry[key]), str(entry[value])) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{path} is not a list of {{"{key}": ..., "{value}": ...}}: {error!r}') from error
+        raise ScoreError(
+            f'{path} is not a list of {{"{key}": ..., "{value}": ...}}: {error!r}'
+        ) from error
     counts = Counter(each for each, _ in pairs)
-    refuse(found, [each for each, n in counts.items() if n > 1], f"more than once; each needs one {one}")
+    refuse(
+        found,
+        [each for each, n in counts.items() if n > 1],
+        f"more than once; each needs one {one}",
+    )
     return dict(pairs)
 
 
 def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
     """The official question and annotation files, which must hold the same questions."""
     try:
-        asked = [str(q["question_id"]) for q in json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]]
+        asked = [
+            str(q["question_id"])
+            for q in json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]
+        ]
     except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{questions} is not an official file of "questions": {error!r}') from error
+        raise ScoreError(
+            f'{questions} is not an official file of "questions": {error!r}'
+        ) from error
     try:
         truths = [
             VQATruth(
@@ -228,16 +280,30 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
             for a in json.loads(Path(annotations).read_text(encoding="utf-8"))["annotations"]
         ]
     except (ValueError, TypeError, KeyError) as error:
-        raise ScoreError(f'{annotations} is not an official file of "annotations": {error!r}') from error
+        raise ScoreError(
+            f'{annotations} is not an official file of "annotations": {error!r}'
+        ) from error
     known, held = Counter(asked), {truth.question_id: truth for truth in truths}
-    refuse(f"{questions} asks question id", [i for i, n in known.items() if n > 1], "more than once")
-    refuse(f"{annotations} lacks question id", [i for i in known if i not in held], f"which {questions} asks")
-    refuse(f"{annotations} answers question id", [i for i in held if i not in known], f"which {questions} does not ask")
+    refuse(
+        f"{questions} asks question id", [i for i, n in known.items() if n > 1], "more than once"
+    )
+    refuse(
+        f"{annotations} lacks question id",
+        [i for i in known if i not in held],
+        f"which {questions} asks",
+    )
+    refuse(
+        f"{annotations} answers question id",
+        [i for i in held if i not in known],
+        f"which {questions} does not ask",
+    )
     return truths
 
 
 def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """(question id, answer) -> the official results format; ids that are whole numbers are written as such."""
+    """(question id, answer) -> the official results format; ids that are whole numbers are written
+    as such.
+    """
     return [{"question_id": number_if_official(i), "answer": answer} for i, answer in answers]
 
 
@@ -247,7 +313,9 @@ def caption_results(captions: Iterable[tuple[str, str]]) -> list[dict[str, Any]]
 
 
 def number_if_official(identifier: str) -> int | str:
-    """COCO's and VQA's ids are integers; an id like '007' or 'a.jpg' would not survive that and stays a string."""
+    """COCO's and VQA's ids are integers; an id like '007' or 'a.jpg' would not survive that and
+    stays a string.
+    """
     return (
         int(identifier)
         if identifier.isascii() and identifier.isdigit() and str(int(identifier)) == identifier

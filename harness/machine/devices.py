@@ -1,6 +1,8 @@
-"""Devices to plan for, by name, and the one that is here: memory, arithmetic, and how much of it is likely to be used.
+"""Devices to plan for, by name, and the one that is here: memory, arithmetic, and how much of it is
+likely to be used.
 
-Name -> Device. Imports no torch: the GPU that is here is asked through nvidia-smi, so that no CUDA context is made.
+Name -> Device. Imports no torch: the GPU that is here is asked through nvidia-smi, so that no CUDA
+context is made.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ from harness.errors import ConfigError
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")  # of a container; version 2, or 1
-FREE_SHARE = 0.95  # of a device's memory: the rest is lost to the allocator's fragments (an assumption)
+FREE_SHARE = (
+    0.95  # of a device's memory: the rest is lost to the allocator's fragments (an assumption)
+)
 CPU_TERAFLOPS_PER_CORE = 0.05  # fp32 products with AVX2 at about 2.5 GHz, not measured
 
 
 @dataclass(frozen=True)
 class Device:
-    """`memory`: bytes as CUDA reports them, below the brochure's. Speeds: dense products, 10^12 operations a second."""
+    """`memory`: bytes as CUDA reports them, below the brochure's. Speeds: dense products, 10^12
+    operations a second.
+    """
 
     name: str
     memory: int
@@ -34,7 +40,9 @@ class Device:
     float32: float  # without TF32, which torch leaves off
     utilisation: float  # share of these speeds that a run is assumed to reach
     aliases: tuple[str, ...] = ()  # as nvidia-smi names it, in lower case
-    main_memory: int | None = None  # bytes of the machine around a GPU; None: not known, as for a GPU by its name
+    main_memory: int | None = (
+        None  # bytes of the machine around a GPU; None: not known, as for a GPU by its name
+    )
 
     @property
     def is_gpu(self) -> bool:
@@ -49,8 +57,16 @@ class Device:
         return self.float32 if dtype == "float32" else self.float16
 
 
-def _gpu(name: str, gib: float, capability: tuple[int, int], float16: float, float32: float, *aliases: str) -> Device:
-    # A T4 slows down when it is hot; the fastest GPUs wait for small products: assumptions, not measurements.
+def _gpu(
+    name: str,
+    gib: float,
+    capability: tuple[int, int],
+    float16: float,
+    float32: float,
+    *aliases: str,
+) -> Device:
+    # A T4 slows down when it is hot; the fastest GPUs wait for small products: assumptions, not
+    # measurements.
     utilisation = 0.2 if name in ("t4", "h100", "h200") else 0.3
     return Device(name, int(gib * GIB), capability, float16, float32, utilisation, aliases)
 
@@ -74,7 +90,9 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    """A device of the table, "cpu" (this machine's) or "here". Raises ConfigError with the closest name."""
+    """A device of the table, "cpu" (this machine's) or "here". Raises ConfigError with the closest
+    name.
+    """
     if name == "here":
         return here()
     if name == "cpu":
@@ -92,11 +110,20 @@ def cpu() -> Device:
 
 
 def main_memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of the container's limit where that is lower; `free`: only those available."""
+    """Bytes of this machine's memory, or of the container's limit where that is lower; `free`: only
+    those available.
+    """
     memory = psutil.virtual_memory()
     limits = [CGROUP / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    said = [limit.read_text().strip() for limit in limits if limit.is_file()]  # "max" where there is none
-    return min([memory.available if free else memory.total, *(int(text) for text in said if text.isdecimal())])
+    said = [
+        limit.read_text().strip() for limit in limits if limit.is_file()
+    ]  # "max" where there is none
+    return min(
+        [
+            memory.available if free else memory.total,
+            *(int(text) for text in said if text.isdecimal()),
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -112,10 +139,11 @@ class Card:
 
 
 def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
-    """The GPUs that a process started from here would see, in its order; as CUDA_VISIBLE_DEVICES says where it is set.
+    """The GPUs that a process started from here would see, in its order; as CUDA_VISIBLE_DEVICES
+    says where it is set.
 
-    As in CUDA, the first entry that names no GPU ends the list. Its numbers are nvidia-smi's: CUDA's own where all GPUs
-    are of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    As in CUDA, the first entry that names no GPU ends the list. Its numbers are nvidia-smi's:
+    CUDA's own where all GPUs are of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap,driver_version"]
     if not shutil.which(query[0]):
@@ -130,7 +158,9 @@ def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
     chosen = []
     for entry in (part.strip() for part in visible.split(",")):
         # Of a slice (MIG) nvidia-smi tells no more than of its GPU, and not which one that is.
-        fits = [card for card in found if entry == card.index or (entry and card.uuid.startswith(entry))]
+        fits = [
+            card for card in found if entry == card.index or (entry and card.uuid.startswith(entry))
+        ]
         fits = fits or (found if entry.startswith("MIG-") else [])
         if not fits:
             break
@@ -146,11 +176,17 @@ def _card(index: str, uuid: str, name: str, mebibytes: str, capability: str, dri
 
 
 def here() -> Device:
-    """The first GPU that a run would use, with its own memory and the speeds of its kind; or the CPU."""
+    """The first GPU that a run would use, with its own memory and the speeds of its kind; or the
+    CPU.
+    """
     if not (found := cards()):
         return cpu()
     card = found[0]
-    kinds = [known for known in DEVICES.values() if any(alias in card.name.lower() for alias in known.aliases)]
+    kinds = [
+        known
+        for known in DEVICES.values()
+        if any(alias in card.name.lower() for alias in known.aliases)
+    ]
     like = min(kinds or DEVICES.values(), key=lambda known: abs(known.memory - card.memory))
     return Device(
         card.name if kinds else f"{card.name} (speeds of a {like.name})",

@@ -1,6 +1,8 @@
-"""What a launch file says, and how `harness.train` is started by it on this machine, through `accelerate launch`.
+"""What a launch file says, and how `harness.train` is started by it on this machine, through
+`accelerate launch`.
 
-Launch file, number of processes -> command line and environment -> exit code. Imports no torch; nvidia-smi counts GPUs.
+Launch file, number of processes -> command line and environment -> exit code. Imports no torch;
+nvidia-smi counts GPUs.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ class Launch:
 
 
 def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) -> Launch:
-    """Reads a launch file: a path, or the name of a shipped one (`zero2`, also `launch/accelerate/zero2.yaml`).
+    """Reads a launch file: a path, or the name of a shipped one (`zero2`, also
+    `launch/accelerate/zero2.yaml`).
 
-    `zero_stage` is used in place of the file's, where that leaves it open. Raises ConfigError naming file and key.
+    `zero_stage` is used in place of the file's, where that leaves it open. Raises ConfigError
+    naming file and key.
     """
     if name_or_file is None:
         if zero_stage is not None:
@@ -54,11 +58,15 @@ def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) 
     said = _read(file)
     kind, offload = said.get("distributed_type"), {}
     if kind not in ("NO", "MULTI_GPU", "DEEPSPEED"):
-        raise ConfigError(f"{file}: distributed_type is {kind!r}, expected 'NO', MULTI_GPU or DEEPSPEED")
+        raise ConfigError(
+            f"{file}: distributed_type is {kind!r}, expected 'NO', MULTI_GPU or DEEPSPEED"
+        )
     if kind == "DEEPSPEED":
         zero_stage, offload = _zero(file, said.get("deepspeed_config") or {}, zero_stage)
     elif zero_stage is not None:
-        raise ConfigError(f"--zero-stage {zero_stage}: {file} is without DeepSpeed; zero2 is the launch file for it")
+        raise ConfigError(
+            f"--zero-stage {zero_stage}: {file} is without DeepSpeed; zero2 is the launch file for it"
+        )
     processes = said.get("num_processes")
     return Launch(
         name=file.stem,
@@ -74,12 +82,16 @@ def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) 
 
 
 def deepspeed_file(name: str | Path) -> Path:
-    """The DeepSpeed JSON that a launch file names: as it stands, else the shipped one, so that any folder will do."""
+    """The DeepSpeed JSON that a launch file names: as it stands, else the shipped one, so that any
+    folder will do.
+    """
     file = Path(name)
     inside = Path(*file.parts[1:]) if file.parts[:1] == ("launch",) else file
     found = next((there for there in (file, shipped("launch") / inside) if there.is_file()), None)
     if found is None:
-        raise ConfigError(f"deepspeed_config_file: there is no file {name}, neither here nor in {shipped('launch')}")
+        raise ConfigError(
+            f"deepspeed_config_file: there is no file {name}, neither here nor in {shipped('launch')}"
+        )
     return found
 
 
@@ -87,7 +99,11 @@ def _find(file: Path) -> Path:
     if file.is_file():
         return file
     ours = {f.stem: f for f in sorted((shipped("launch") / "accelerate").glob("*.yaml"))}
-    if str(file.parent) in (".", "launch/accelerate") and file.suffix in ("", ".yaml") and file.stem in ours:
+    if (
+        str(file.parent) in (".", "launch/accelerate")
+        and file.suffix in ("", ".yaml")
+        and file.stem in ours
+    ):
         return ours[file.stem]
     near = difflib.get_close_matches(file.stem, ours, n=1)
     hint = f"did you mean {near[0]}?" if near else f"the shipped ones are {', '.join(ours)}"
@@ -101,23 +117,35 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(said, dict):
-        raise ConfigError(f"{file}: expected a mapping of keys such as distributed_type or zero_optimization")
+        raise ConfigError(
+            f"{file}: expected a mapping of keys such as distributed_type or zero_optimization"
+        )
     return said
 
 
 def _zero(file: Path, plugin: Mapping[str, Any], asked: int | None) -> tuple[int, dict[str, str]]:
-    """ZeRO stage, and where optimizer states and parameters lie: as accelerate's plugin will decide."""
+    """ZeRO stage, and where optimizer states and parameters lie: as accelerate's plugin will
+    decide.
+    """
     if named := plugin.get("deepspeed_config_file"):
         file = deepspeed_file(named)
         zero = _read(file).get("zero_optimization") or {}
         fixed = zero.get("stage", 0)
-        offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+        offload = {
+            key: (zero.get(key) or {}).get("device", "none")
+            for key in ("offload_optimizer", "offload_param")
+        }
     else:
         fixed = "auto" if asked is not None else plugin.get("zero_stage", "auto")
-        offload = {key: plugin.get(f"{key}_device", "none") for key in ("offload_optimizer", "offload_param")}
+        offload = {
+            key: plugin.get(f"{key}_device", "none")
+            for key in ("offload_optimizer", "offload_param")
+        }
     stage = (2 if asked is None else asked) if fixed == "auto" else fixed
     if asked not in (None, stage):
-        raise ConfigError(f"--zero-stage {asked}: {file} fixes stage {stage}; --launch zero2 leaves it open")
+        raise ConfigError(
+            f"--zero-stage {asked}: {file} fixes stage {stage}; --launch zero2 leaves it open"
+        )
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{file}: ZeRO has the stages 0 to 3, found {stage!r}")
     return stage, offload
@@ -138,8 +166,9 @@ def command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of `python -m module arguments` on `processes`, and its environment.
 
-    Without `processes` the launch file decides, else the number of GPUs, or one. Without a launch file it is t4,
-    multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine cannot start.
+    Without `processes` the launch file decides, else the number of GPUs, or one. Without a launch
+    file it is t4, multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine
+    cannot start.
     """
     launch = launch or Launch()
     found = 0 if launch.cpu else gpus(environment)
@@ -147,29 +176,50 @@ def command(
     if launch.file is None:
         launch = read_launch("t4" if processes == 1 else "multi_gpu" if found else "cpu")
     if found and processes > found:
-        raise ConfigError(f"--processes {processes}: this machine has {found} GPUs; expected 1 to {found}")
+        raise ConfigError(
+            f"--processes {processes}: this machine has {found} GPUs; expected 1 to {found}"
+        )
     if launch.single and processes > 1:
-        raise ConfigError(f"--processes {processes}: {launch.file} starts one; multi_gpu is the launch file for more")
+        raise ConfigError(
+            f"--processes {processes}: {launch.file} starts one; multi_gpu is the launch file for more"
+        )
     if launch.machines > 1:
         raise ConfigError(
             f"--launch {launch.name} is for {launch.machines} machines and harness train starts processes on one: "
             "use launch/slurm.sbatch, or launch/torchrun.sh on each"
         )
     if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(f"--launch {launch.name} needs DeepSpeed: pip install 'vl-harness[deepspeed]'")
-    threads = environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
-    # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain DDP.
-    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one machine.
+        raise ConfigError(
+            f"--launch {launch.name} needs DeepSpeed: pip install 'vl-harness[deepspeed]'"
+        )
+    threads = environment.get("OMP_NUM_THREADS") or str(
+        max(1, len(os.sched_getaffinity(0)) // processes)
+    )
+    # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain
+    # DDP.
+    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one
+    # machine.
     decided = ("ACCELERATE_USE_", "MASTER_")
     changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
-    # Threads that spin while they wait make a small step 100 times slower as soon as another process is busy.
+    # Threads that spin while they wait make a small step 100 times slower as soon as another
+    # process is busy.
     changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
     if launch.zero_stage is None and not found:
         changed["ACCELERATE_USE_CPU"] = "true"
     if not found:
-        changed.setdefault("DS_ACCELERATOR", "cpu")  # else accelerate's DeepSpeed says on stdout that it found no GPU
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(launch.file)]
-    # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed JSON.
+        changed.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else accelerate's DeepSpeed says on stdout that it found no GPU
+    line = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        str(launch.file),
+    ]
+    # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed
+    # JSON.
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
     line += ["--num_cpu_threads_per_process", threads, "--num_processes", str(processes)]
     if launch.zero_stage is not None:
@@ -184,11 +234,13 @@ def launch(
     launch_file: Launch | None = None,
     module: str = "harness.train",
 ) -> int:
-    """Runs it to its end and returns its exit code, 128 + the signal's number for a run that was stopped by one.
+    """Runs it to its end and returns its exit code, 128 + the signal's number for a run that was
+    stopped by one.
 
     A signal goes on to the run: it saves and stops; the third kills.
 
-    `accelerate launch` itself would die of the signal and leave the run behind, so the run has a session of its own.
+    `accelerate launch` itself would die of the signal and leave the run behind, so the run has a
+    session of its own.
     """
     line, environment = command(arguments, processes, launch=launch_file, module=module)
     child = subprocess.Popen(line, env=environment, start_new_session=True)
@@ -198,12 +250,17 @@ def launch(
         came.append(number)
         if len(came) > 2:
             os.killpg(child.pid, signal.SIGKILL)
-        else:  # not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves them behind
+        # not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves
+        # them behind
+        else:
             for process in psutil.Process(child.pid).children() or [child]:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, pass_on)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         code = child.wait()  # a launcher makes 1 of every exit code that is not 0
         if came and code:

@@ -1,7 +1,8 @@
 """Which dtype for which part on which device, and the reason in words.
 
-The config's `train.precision` and what the device can do -> Precision, which is printed and logged at the start. Told
-the device's capability, `choose` is a pure function, so that a T4's policy is tested without a T4.
+The config's `train.precision` and what the device can do -> Precision, which is printed and logged
+at the start. Told the device's capability, `choose` is a pure function, so that a T4's policy is
+tested without a T4.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from harness.errors import ConfigError
 
-# Accelerate and transformers import an installed DeepSpeed on their own, and it says on stdout that it found no GPU.
+# Accelerate and transformers import an installed DeepSpeed on their own, and it says on stdout that
+# it found no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 Requested = Literal["auto", "bf16", "fp16", "fp32"]
@@ -38,8 +40,10 @@ class Precision:
     lm_dtype: torch.dtype = torch.float32  # of what is not quantised: wo, norms, embeddings
 
     def autocast(self, part: Part) -> AbstractContextManager:
-        """The context in which a part runs. Without a dtype an autocast around it is switched off, not only left out:
-        fp16 autocast defeats the fp32 `wo` of T5, whose values exceed fp16's largest."""
+        """The context in which a part runs. Without a dtype an autocast around it is switched off,
+        not only left out: fp16 autocast defeats the fp32 `wo` of T5, whose values exceed fp16's
+        largest.
+        """
         dtype = getattr(self, part)
         if dtype is None:
             if not torch.amp.is_autocast_available(self.device_type):
@@ -49,7 +53,9 @@ class Precision:
 
     def facts(self) -> dict[str, str]:
         """For the log and the tracker: a line for each part, and the reason."""
-        parts = {part: _name(getattr(self, part) or torch.float32) for part in ("vision", "bridge", "lm")}
+        parts = {
+            part: _name(getattr(self, part) or torch.float32) for part in ("vision", "bridge", "lm")
+        }
         named = {f"precision.{part}": name for part, name in parts.items()}
         return named | {
             "precision.lm_4bit_compute": _name(self.compute_dtype),
@@ -64,16 +70,21 @@ def choose(
     capability: tuple[int, int] | None = None,
     bf16_supported: bool | None = None,
 ) -> Precision:
-    """The policy for a device. `capability` is a CUDA device's, asked of the device itself if not given.
+    """The policy for a device. `capability` is a CUDA device's, asked of the device itself if not
+    given.
 
-    `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on. Raises ConfigError for a request
-    that the device cannot do.
+    `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on. Raises
+    ConfigError for a request that the device cannot do.
     """
     kind = device.type
     if kind == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(device)
         bf16_supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    where = f"a GPU of compute capability {capability[0]}.{capability[1]}" if capability else f"the device {kind!r}"
+    where = (
+        f"a GPU of compute capability {capability[0]}.{capability[1]}"
+        if capability
+        else f"the device {kind!r}"
+    )
     native_bf16 = bool(bf16_supported)
     if bf16_supported is None and capability:
         native_bf16 = capability >= BF16_FROM
@@ -83,14 +94,24 @@ def choose(
         asked, chosen = "as asked: ", requested
     if chosen == "bf16":
         if kind != "cpu" and not native_bf16:
-            raise ConfigError(f"train.precision is bf16, but {where} has no native bf16: use auto, fp16 or fp32")
-        reason = f"{where} has bf16, whose range is fp32's" if kind == "cuda" else "slower than fp32 on most CPUs"
+            raise ConfigError(
+                f"train.precision is bf16, but {where} has no native bf16: use auto, fp16 or fp32"
+            )
+        reason = (
+            f"{where} has bf16, whose range is fp32's"
+            if kind == "cuda"
+            else "slower than fp32 on most CPUs"
+        )
         return _uniform(kind, torch.bfloat16, f"{asked}bf16 autocast for all parts; {reason}")
     if chosen == "fp16":
         if kind != "cuda":
-            raise ConfigError(f"train.precision is fp16, but {where} does not train in fp16: use auto or fp32")
+            raise ConfigError(
+                f"train.precision is fp16, but {where} does not train in fp16: use auto or fp32"
+            )
         why = (
-            "its range is too small for T5" if native_bf16 else f"{where} has no native bf16, and T5 overflows in fp16"
+            "its range is too small for T5"
+            if native_bf16
+            else f"{where} has no native bf16, and T5 overflows in fp16"
         )
         return Precision(
             "fp16",
@@ -109,7 +130,9 @@ def choose(
 
 def _uniform(kind: str, dtype: torch.dtype | None, reason: str) -> Precision:
     name = "bf16" if dtype else "fp32"
-    return Precision(name, kind, dtype, dtype, dtype, dtype or torch.float32, loss_scaler=False, reason=reason)
+    return Precision(
+        name, kind, dtype, dtype, dtype, dtype or torch.float32, loss_scaler=False, reason=reason
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

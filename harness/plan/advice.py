@@ -1,4 +1,6 @@
-"""What would make a run fit: the cheapest change first, each kept for the next and planned before it is named."""
+"""What would make a run fit: the cheapest change first, each kept for the next and planned before
+it is named.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,16 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
     images = planner.images
     if fits:
         more = min(largest or 0, planner.share)
-        return [f"train.micro_batch={more} fits as well: fewer and larger products"] if more > images else []
+        return (
+            [f"train.micro_batch={more} fits as well: fewer and larger products"]
+            if more > images
+            else []
+        )
     short = planner.short_of(images)
     if short == "main memory" and (fewer := _fewer(planner)):
-        return [f"--processes {fewer} fits: {gb(planner.changed(processes=fewer).limits(images)[short][0])} of {short}"]
+        return [
+            f"--processes {fewer} fits: {gb(planner.changed(processes=fewer).limits(images)[short][0])} of {short}"
+        ]
     if largest:
         return [f"train.micro_batch={largest}, with the same global_batch, fits"]
     said, now = [], planner
@@ -38,16 +46,24 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
             return [f"{', '.join(said)}{smaller} fits: {gb(now.bytes(best))}{host}"]
     tried = ", ".join(["train.micro_batch=1", *said])
     if short == "main memory" and planner.device.is_gpu:
-        return [f"even {tried} needs {gb(now.host(1, 0))} of main memory: data.workers=0, or a larger machine"]
+        return [
+            f"even {tried} needs {gb(now.host(1, 0))} of main memory: data.workers=0, or a larger machine"
+        ]
     for device in sorted(DEVICES.values(), key=lambda device: device.memory):
         there = replace(now, device=device, passes={})
         if device.usable > now.bytes(1) and there.fits(1):
-            return [f"even {tried} does not fit {planner.device.name}; {device.name} does: {gb(there.bytes(1))}"]
-    return [f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and --launch zero3_offload"]
+            return [
+                f"even {tried} does not fit {planner.device.name}; {device.name} does: {gb(there.bytes(1))}"
+            ]
+    return [
+        f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and --launch zero3_offload"
+    ]
 
 
 def _fewer(planner: Planner) -> int | None:
-    """The number of processes for which the main memory suffices, guessed from what each needs now; else one."""
+    """The number of processes for which the main memory suffices, guessed from what each needs now;
+    else one.
+    """
     need, usable = planner.limits(planner.images)["main memory"]
     guess = planner.processes * usable // need
     tried = sorted({max(1, guess), 1} - {planner.processes}, reverse=True)
@@ -65,10 +81,16 @@ def _changes(planner: Planner) -> list[tuple[str, Change]]:
         found.append(("features made beforehand by `harness shards features`", _features))
     if planner.config.model.lm.tuning in ("lora", "full"):
         found.append(("model.lm.tuning=qlora", _qlora))
-    if planner.device.is_gpu and planner.skeleton.precision.name != "fp16":  # the engine refuses DeepSpeed with fp16
+    if (
+        planner.device.is_gpu and planner.skeleton.precision.name != "fp16"
+    ):  # the engine refuses DeepSpeed with fp16
         names = ("zero2_offload", "zero3_offload")
-        for name in names[names.index(planner.launch.name) + 1 if planner.launch.name in names else 0 :]:
-            found.append((f"--launch {name}", lambda now, name=name: now.changed(launch=read_launch(name))))
+        for name in names[
+            names.index(planner.launch.name) + 1 if planner.launch.name in names else 0 :
+        ]:
+            found.append(
+                (f"--launch {name}", lambda now, name=name: now.changed(launch=read_launch(name)))
+            )
     return found
 
 

@@ -21,20 +21,28 @@ def plan(
     processes: int | None = None,
     brief: bool = False,
 ) -> Plan:
-    """The plan for a device by name, "cpu" or "here". `brief`: without the largest micro-batch, and advice only where
-    the run does not fit. Raises ConfigError for what cannot be planned: no config.json, no such device or precision.
+    """The plan for a device by name, "cpu" or "here". `brief`: without the largest micro-batch, and
+    advice only where the run does not fit. Raises ConfigError for what cannot be planned: no
+    config.json, no such device or precision.
     """
     from harness.plan.workload import workload
 
     launch = launch or Launch()
     found = devices.device("cpu" if device == "here" and launch.cpu else device)
-    many = gpus() if device == "here" and found.is_gpu else 1  # without a number the launcher takes all GPUs
+    many = (
+        gpus() if device == "here" and found.is_gpu else 1
+    )  # without a number the launcher takes all GPUs
     work = workload(config)
-    planner = Planner(config, found, launch, processes or launch.processes or many, work, work.encoder)
+    planner = Planner(
+        config, found, launch, processes or launch.processes or many, work, work.encoder
+    )
     made = advised(planner, brief)
     if device == "here" or processes or launch.processes or launch.single or not launch.name:
         return made
-    return replace(made, warnings=[*made.warnings, f"1 process: give --processes N for {launch.name} on N devices"])
+    return replace(
+        made,
+        warnings=[*made.warnings, f"1 process: give --processes N for {launch.name} on N devices"],
+    )
 
 
 def advised(planner: Planner, brief: bool) -> Plan:
@@ -52,10 +60,11 @@ def check(
     say: Callable[[str], None],
     force: bool = False,
 ) -> None:
-    """Says in a few lines what the run needs on the device that is here; raises ConfigError where it cannot fit.
+    """Says in a few lines what the run needs on the device that is here; raises ConfigError where
+    it cannot fit.
 
-    `force` does not help a run that would be refused whatever its size. The plan is made in a process of its own: torch
-    would stay in this one's memory for as long as the run lasts.
+    `force` does not help a run that would be refused whatever its size. The plan is made in a
+    process of its own: torch would stay in this one's memory for as long as the run lasts.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -67,7 +76,9 @@ def check(
     if made.refused:
         raise ConfigError(f"refused: {made.refused}")
     if not made.fits and not force:
-        remedy = made.advice[0] if made.advice else "no change of the config that was tried makes it fit"
+        remedy = (
+            made.advice[0] if made.advice else "no change of the config that was tried makes it fit"
+        )
         what, needed, limit = made.tightest
         raise ConfigError(
             f"the run needs {gb(needed)} of the {gb(limit)} of {what} that {made.device} has: {remedy} "

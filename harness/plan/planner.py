@@ -1,7 +1,9 @@
-"""Memory, time and disk of a run before anything is loaded: does it fit, how long will it take, what would make it fit.
+"""Memory, time and disk of a run before anything is loaded: does it fit, how long will it take,
+what would make it fit.
 
-Config, device, launch -> Plan. What a micro-batch holds is taken from the real model on fake tensors (skeleton.py); the
-optimizer, ZeRO and the rest are sums here. Nothing is measured: every figure is modelled.
+Config, device, launch -> Plan. What a micro-batch holds is taken from the real model on fake
+tensors (skeleton.py); the optimizer, ZeRO and the rest are sums here. Nothing is measured: every
+figure is modelled.
 """
 
 from __future__ import annotations
@@ -24,22 +26,33 @@ if TYPE_CHECKING:
     from harness.plan.workload import Sizes, Workload
 
 CUDA_CONTEXT = int(0.55 * GIB)  # and the workspace of cuBLAS, about
-PROCESS = {True: int(2.5 * GIB), False: int(0.9 * GIB)}  # Python, torch and its libraries; with CUDA's, without
-MALLOC_KEEPS = 0.9  # of the tensors that a step holds at most, on a CPU: measured, see docs/scaling.md
+PROCESS = {
+    True: int(2.5 * GIB),
+    False: int(0.9 * GIB),
+}  # Python, torch and its libraries; with CUDA's, without
+MALLOC_KEEPS = (
+    0.9  # of the tensors that a step holds at most, on a CPU: measured, see docs/scaling.md
+)
 WORKER = int(0.4 * GIB)  # a reading process
-EVALUATION_FORWARDS = 4  # an evaluation answers with the image, twice without it and once more for the floor, about
+EVALUATION_FORWARDS = (
+    4  # an evaluation answers with the image, twice without it and once more for the floor, about
+)
 TRIES = 5  # runs to find the largest micro-batch; the answer is always one that was run
 
 
 def checkpoint_bytes(config: Config, trained: int) -> int:
-    """Of all checkpoints that lie in the run's folder at once; `trained`: bytes of the trained weights."""
+    """Of all checkpoints that lie in the run's folder at once; `trained`: bytes of the trained
+    weights.
+    """
     # The weights and two moments of each; a new one is whole before an old one goes.
     return 3 * trained * (config.train.keep_checkpoints + 1)
 
 
 @dataclass
 class Planner:
-    """One config on one device; changes of it are planners of their own. `encoder`: of features, in place of images."""
+    """One config on one device; changes of it are planners of their own. `encoder`: of features, in
+    place of images.
+    """
 
     config: Config
     device: Device
@@ -64,7 +77,11 @@ class Planner:
         from harness.plan.skeleton import Skeleton
 
         kind = torch.device("cuda" if self.device.is_gpu else "cpu")
-        return Skeleton(self.config, choose(self.config.train.precision, kind, self.device.capability), self.encoder)
+        return Skeleton(
+            self.config,
+            choose(self.config.train.precision, kind, self.device.capability),
+            self.encoder,
+        )
 
     @cached_property
     def weights(self) -> dict[str, int]:
@@ -93,7 +110,11 @@ class Planner:
             return {}
         plugin = yaml.safe_load(self.launch.file.read_text()).get("deepspeed_config") or {}
         named = plugin.get("deepspeed_config_file")
-        return json.loads(deepspeed_file(named).read_text()).get("zero_optimization") or {} if named else {}
+        return (
+            json.loads(deepspeed_file(named).read_text()).get("zero_optimization") or {}
+            if named
+            else {}
+        )
 
     @property
     def share(self) -> int:
@@ -112,8 +133,12 @@ class Planner:
     def peak(self, images: int) -> tuple[dict[str, int], str]:
         """Bytes by part when they are most, and when that is."""
         world, trained = self.processes, self.skeleton.trained_bytes
-        split = {stage: -(-trained // world) if self.stage >= stage else trained for stage in (1, 2, 3)}
-        parts = {"CUDA context": CUDA_CONTEXT} if self.device.is_gpu else {"process": PROCESS[False]}
+        split = {
+            stage: -(-trained // world) if self.stage >= stage else trained for stage in (1, 2, 3)
+        }
+        parts = (
+            {"CUDA context": CUDA_CONTEXT} if self.device.is_gpu else {"process": PROCESS[False]}
+        )
         bucket = int(self.zero.get("reduce_bucket_size", 5e8)) * 4 if self.stage else 0
         gathered = 0
         if self.stage == 3:
@@ -136,20 +161,25 @@ class Planner:
         micro["optimizer and gather temporaries"] = bucket + gathered
         if not self.device.is_gpu:
             parts["kept by malloc"] = int(MALLOC_KEEPS * sum(micro.values()))
-        # AdamW on a GPU takes the root of all second moments at once; on the CPU one tensor at a time.
+        # AdamW on a GPU takes the root of all second moments at once; on the CPU one tensor at a
+        # time.
         root = split[1] if self.device.is_gpu else self.skeleton.largest_trained_bytes
         flat = split[1] if self.stage else 0  # gradients in the dtype and layout of the flat copy
         step = {"gradients": gradients, "optimizer and gather temporaries": root + flat}
         if self.launch.offload_optimizer:
             step = {"gradients": gradients}
         at_step = sum(step.values()) > sum(micro.values())
-        return parts | (step if at_step else micro), "optimizer step" if at_step else "forward and backward"
+        return parts | (
+            step if at_step else micro
+        ), "optimizer step" if at_step else "forward and backward"
 
     def bytes(self, images: int) -> int:
         return sum(self.peak(images)[0].values())
 
     def host(self, images: int, peak: int) -> int:
-        """Main memory of one machine: its processes, their readers and batches, and what is offloaded."""
+        """Main memory of one machine: its processes, their readers and batches, and what is
+        offloaded.
+        """
         each = PROCESS[True] if self.device.is_gpu else peak
         workers = self.config.data.workers
         batch = self.run(images).peak.get("batch", 0) * -(-self.share // images)
@@ -190,7 +220,9 @@ class Planner:
         return "DeepSpeed and fp16: take --launch multi_gpu (DDP), or a device with bf16"
 
     def largest(self) -> int:
-        """The largest micro-batch that fits, 0 where none does: halving the interval, guided by the last two peaks."""
+        """The largest micro-batch that fits, 0 where none does: halving the interval, guided by the
+        last two peaks.
+        """
         low, high, images = 0, None, self.images
         for _ in range(TRIES):
             if self.fits(images):
@@ -205,7 +237,9 @@ class Planner:
         return low
 
     def _next(self, low: int, high: int | None) -> int:
-        """Where the line through two peaks meets the memory, a little below; between `low` and `high`."""
+        """Where the line through two peaks meets the memory, a little below; between `low` and
+        `high`.
+        """
         known = sorted(self.passes)
         first, last = (known[0], known[-1]) if len(known) > 1 else (0, known[0])
         if high is not None and len(known) > 1:  # the two that enclose it
@@ -222,7 +256,12 @@ class Planner:
         train, device = self.config.train, self.device
         images = self.images
         parts, when = self.peak(images)
-        peak, fits, skeleton, work = sum(parts.values()), self.fits(images), self.skeleton, self.work
+        peak, fits, skeleton, work = (
+            sum(parts.values()),
+            self.fits(images),
+            self.skeleton,
+            self.work,
+        )
         refused = self.refused
         passed = self.run(images)
         flops = {name: count * train.global_batch / images for name, count in passed.flops.items()}
@@ -233,15 +272,21 @@ class Planner:
             whole, rest = divmod(work.images, train.global_batch)
             in_epoch = whole + bool(rest and self.config.data.last_batch != "drop")
             steps = min(in_epoch * train.epochs, train.max_steps or in_epoch * train.epochs)
-            evaluations = -(-steps // in_epoch) + (steps // train.evaluate_every if train.evaluate_every else 0)
-            alone = seconds * self.processes / train.global_batch / 3  # a forward pass of an image, on one process
+            evaluations = -(-steps // in_epoch) + (
+                steps // train.evaluate_every if train.evaluate_every else 0
+            )
+            alone = (
+                seconds * self.processes / train.global_batch / 3
+            )  # a forward pass of an image, on one process
             evaluation = alone * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
             all_seconds = steps * seconds + evaluations * evaluation
             epoch_seconds, all_hours = all_seconds * in_epoch / steps, all_seconds / 3600
         ours = train.activation_checkpointing
         activations = {"checkpointed" if ours else "kept": passed.saved}
         if not brief:
-            other = skeleton.run(self.sizes, images, checkpointing=not ours, gradients_held=False, backward=False)
+            other = skeleton.run(
+                self.sizes, images, checkpointing=not ours, gradients_held=False, backward=False
+            )
             activations["kept" if ours else "checkpointed"] = other.saved
         launch = self.launch.name or ("multi_gpu" if self.processes > 1 else "")
         largest = None if brief and fits else self.largest()

@@ -1,4 +1,6 @@
-"""A plan as it is shown: what a run would need, as numbers, as a table for people and as a few lines for its start."""
+"""A plan as it is shown: what a run would need, as numbers, as a table for people and as a few
+lines for its start.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would need; bytes are of one process, but for `host_bytes` (all of one machine's) and `disk_bytes`.
+    """What a run would need; bytes are of one process, but for `host_bytes` (all of one machine's)
+    and `disk_bytes`.
 
-    `parts` are the bytes at the peak and add up to `peak_bytes`. `seconds_per_epoch` is None where the shards are not
-    there; evaluations are in it. `limits`: kind of memory -> (bytes needed, usable), all of which must hold. `refused`:
-    why the run would not start, however much memory there is. `activation_bytes`: saved for the backward pass of a
-    micro-batch, with and without activation checkpointing.
+    `parts` are the bytes at the peak and add up to `peak_bytes`. `seconds_per_epoch` is None where
+    the shards are not there; evaluations are in it. `limits`: kind of memory -> (bytes needed,
+    usable), all of which must hold. `refused`: why the run would not start, however much memory
+    there is. `activation_bytes`: saved for the backward pass of a micro-batch, with and without
+    activation checkpointing.
     """
 
     device: str
@@ -54,7 +58,9 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        return f"refused: {self.refused}" if self.refused else "fits" if self.fits else "does not fit"
+        return (
+            f"refused: {self.refused}" if self.refused else "fits" if self.fits else "does not fit"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +68,11 @@ class Plan:
     def summary(self) -> list[str]:
         """For the start of a run."""
         what, needed, limit = self.tightest
-        many = f", {self.processes} processes together" if what == "main memory" and self.processes > 1 else ""
+        many = (
+            f", {self.processes} processes together"
+            if what == "main memory" and self.processes > 1
+            else ""
+        )
         known = f" of {gb(self.limits['main memory'][1])}" if "main memory" in self.limits else ""
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:4]
         lines = [
@@ -80,14 +90,18 @@ class Plan:
         """The whole plan for people, in Markdown."""
         rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
         saved = {"kept": "", "checkpointed": " with activation checkpointing"}
-        activations = [f"{gb(size)}{saved[name]}" for name, size in sorted(self.activation_bytes.items())[::-1]]
+        activations = [
+            f"{gb(size)}{saved[name]}" for name, size in sorted(self.activation_bytes.items())[::-1]
+        ]
         time = "the shards are not there: build them to see hours"
         if self.hours is not None:
             time = (
                 f"{self.steps:,} steps of {self.seconds_per_step:.2f} s, {self.evaluations} evaluations: "
                 f"{hours(self.seconds_per_epoch / 3600)} an epoch, {hours(self.hours)} in all"
             )
-        largest = {0: "none fits", None: "not looked for"}.get(self.largest_micro_batch, self.largest_micro_batch)
+        largest = {0: "none fits", None: "not looked for"}.get(
+            self.largest_micro_batch, self.largest_micro_batch
+        )
         launched = f" by {self.launch}" if self.launch else ""
         lines = [
             f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{launched}, {self.precision}; all "
@@ -97,7 +111,10 @@ class Plan:
             "|---|---|",
             *rows,
             f"| **peak** of a process | **{gb(self.peak_bytes)}** |",
-            *(f"| {what}, of {gb(limit)} | {gb(needed)} |" for what, (needed, limit) in self.limits.items()),
+            *(
+                f"| {what}, of {gb(limit)} | {gb(needed)} |"
+                for what, (needed, limit) in self.limits.items()
+            ),
             f"| **{self.tightest[0]}** decides | **{self.verdict}** |",
             "",
             f"- parameters: {', '.join(f'{name} {count / 1e6:.1f} M' for name, count in self.parameters.items())}; "
@@ -111,11 +128,15 @@ class Plan:
             "assumed",
         ]
         lines += [f"- {note}" for note in self.notes]
-        return "\n".join(lines + [f"- **{sentence}**" for sentence in (*self.warnings, *self.advice)])
+        return "\n".join(
+            lines + [f"- **{sentence}**" for sentence in (*self.warnings, *self.advice)]
+        )
 
 
 def tightest(limits: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:
-    """Of the kinds of memory the one of which the largest share is needed: its name, bytes needed, bytes usable."""
+    """Of the kinds of memory the one of which the largest share is needed: its name, bytes needed,
+    bytes usable.
+    """
     what, (needed, limit) = max(limits.items(), key=lambda item: item[1][0] / item[1][1])
     return what, needed, limit
 

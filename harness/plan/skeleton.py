@@ -1,7 +1,9 @@
-"""The model without its weights, and one micro-batch through it: real classes, real forward and backward, fake tensors.
+"""The model without its weights, and one micro-batch through it: real classes, real forward and
+backward, fake tensors.
 
-Config -> skeleton -> Pass: what a step holds in memory when it holds most, and its floating-point operations. Tensors
-have shapes, dtypes and lifetimes, and no content. Legend: I images, C contexts, T targets, L tokens, V vocabulary.
+Config -> skeleton -> Pass: what a step holds in memory when it holds most, and its floating-point
+operations. Tensors have shapes, dtypes and lifetimes, and no content. Legend: I images, C contexts,
+T targets, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -48,12 +50,13 @@ FLOPS = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One micro-batch forward and backward. `peak`: bytes by kind at the moment when they are most in all.
+    """One micro-batch forward and backward. `peak`: bytes by kind at the moment when they are most
+    in all.
 
-    The kinds: "batch" (images or features, and texts), "activations" (saved for the backward pass), "logits" (all
-    tensors as wide as the vocabulary), "gradients", "temporaries". `saved`: bytes of all saved tensors at the end of
-    the forward pass, of parameters not counted. `logits`: the most there are of them. `flops`: by the dtype of what is
-    multiplied, forward and backward.
+    The kinds: "batch" (images or features, and texts), "activations" (saved for the backward pass),
+    "logits" (all tensors as wide as the vocabulary), "gradients", "temporaries". `saved`: bytes of
+    all saved tensors at the end of the forward pass, of parameters not counted. `logits`: the most
+    there are of them. `flops`: by the dtype of what is multiplied, forward and backward.
     """
 
     peak: Mapping[str, int]
@@ -67,12 +70,16 @@ class Pass:
 
 
 class Skeleton:
-    """`model` lives on fake CPU tensors whatever the device planned for: autograd needs no CUDA, and shapes are equal.
+    """`model` lives on fake CPU tensors whatever the device planned for: autograd needs no CUDA,
+    and shapes are equal.
 
-    `precision` is the policy of the device planned for. Raises ConfigError for models whose config.json is nowhere.
+    `precision` is the policy of the device planned for. Raises ConfigError for models whose
+    config.json is nowhere.
     """
 
-    def __init__(self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None):
+    def __init__(
+        self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None
+    ):
         self.precision, self.on_gpu = precision, precision.device_type == "cuda"
         self.mode = FakeTensorMode()
         with torch.device("meta"):
@@ -83,14 +90,20 @@ class Skeleton:
             _materialise(self.model)
         if self.on_gpu:
             for module in self.model.modules():
-                if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes these in fp32, the CPU's does not
-                    module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+                if isinstance(
+                    module, nn.LayerNorm
+                ):  # CUDA's autocast computes these in fp32, the CPU's does not
+                    module.register_forward_pre_hook(
+                        lambda _, inputs: tuple(x.float() for x in inputs)
+                    )
         self.encoder = self.model.config.encoder
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.trained = list(trained.values())
         self.trained_parameters = sum(p.numel() for p in self.trained)
         self.trained_bytes = sum(map(_bytes, self.trained))
-        self.trained_bridge_bytes = sum(_bytes(p) for name, p in trained.items() if name.startswith("bridge."))
+        self.trained_bridge_bytes = sum(
+            _bytes(p) for name, p in trained.items() if name.startswith("bridge.")
+        )
         self.largest_trained_bytes = max(map(_bytes, self.trained), default=0)
 
     @property
@@ -104,14 +117,24 @@ class Skeleton:
         return count
 
     def run(
-        self, sizes: Sizes, images: int, *, checkpointing: bool, gradients_held: bool, backward: bool = True
+        self,
+        sizes: Sizes,
+        images: int,
+        *,
+        checkpointing: bool,
+        gradients_held: bool,
+        backward: bool = True,
     ) -> Pass:
-        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets, are there already.
+        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets,
+        are there already.
 
         Without `backward`, `saved` alone is whole.
         """
         lm = self.model.lm.base  # the method's name changed in transformers 5
-        (getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable)()
+        (
+            getattr(lm, "activation_checkpointing_disable", None)
+            or lm.gradient_checkpointing_disable
+        )()
         with suppress(AttributeError):  # where it was never on
             lm.disable_input_require_grads()
         if checkpointing:
@@ -120,7 +143,10 @@ class Skeleton:
             batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
-            positions = sum(len(rows) * longest for rows, longest in batch.groups) or batch.labels_TL.numel()
+            positions = (
+                sum(len(rows) * longest for rows, longest in batch.groups)
+                or batch.labels_TL.numel()
+            )
             kept = min(1.0, sizes.kept * batch.labels_TL.numel() / positions)
             meter = _Meter(self.model, kept, ALLOCATED if self.on_gpu else 1)
             meter.add(tensors_of(batch), "batch")
@@ -140,7 +166,9 @@ class Skeleton:
 
 
 def weights(model: VisionLanguageModel) -> Counter[str]:
-    """Bytes of parameters and buffers by part, of a real model or a skeleton; a tensor that is shared counts once."""
+    """Bytes of parameters and buffers by part, of a real model or a skeleton; a tensor that is
+    shared counts once.
+    """
     parts: Counter[str] = Counter()
     packed = {id(layer.weight): layer for layer in quantised_layers(model)}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -163,7 +191,9 @@ def _part(name: str, packed: bool) -> str:
 
 
 def _constants(layer: nn.Module) -> int:
-    """Of NF4 with double quantisation: a byte a block of 64 weights, a float for 256 of these, an offset, 2 codes."""
+    """Of NF4 with double quantisation: a byte a block of 64 weights, a float for 256 of these, an
+    offset, 2 codes.
+    """
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         blocks = -(-layer.in_features * layer.out_features // 64)
@@ -174,7 +204,9 @@ def _constants(layer: nn.Module) -> int:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collector, whose moments are chance: equal runs give equal bytes, and sooner."""
+    """Without Python's garbage collector, whose moments are chance: equal runs give equal bytes,
+    and sooner.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -186,8 +218,13 @@ def _no_collection() -> Iterator[None]:
 
 def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
     """A batch of these sizes as the collator lays it out, on the current default device."""
-    contexts, targets = max(1, round(images * sizes.contexts)), max(1, round(images * sizes.targets))
-    pixels_IHW3 = torch.zeros(images, encoder["image_size"], encoder["image_size"], 3, dtype=torch.uint8)
+    contexts, targets = (
+        max(1, round(images * sizes.contexts)),
+        max(1, round(images * sizes.targets)),
+    )
+    pixels_IHW3 = torch.zeros(
+        images, encoder["image_size"], encoder["image_size"], 3, dtype=torch.uint8
+    )
     labels_TL = torch.ones(targets, sizes.target_tokens, dtype=torch.long)
     prompt_ids_CL = torch.ones(contexts, sizes.prompt_tokens, dtype=torch.long)
     return Batch(
@@ -198,7 +235,9 @@ def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: 
         weight_TL=torch.ones_like(labels_TL, dtype=torch.float),
         context_of_T=torch.arange(targets) * contexts // targets,
         pixels_IHW3=None if features else pixels_IHW3,
-        features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half) if features else None,
+        features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half)
+        if features
+        else None,
         groups=sizes.groups(targets),
     )
 
@@ -212,7 +251,9 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
 
 
 def _materialise(model: nn.Module) -> None:
-    """Fake tensors in the place of meta tensors; a 4-bit layer gets packed weights and a forward of its own."""
+    """Fake tensors in the place of meta tensors; a 4-bit layer gets packed weights and a forward of
+    its own.
+    """
     packed, made = set(map(id, quantised_layers(model))), {}
     for module in model.modules():
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
@@ -220,10 +261,16 @@ def _materialise(model: nn.Module) -> None:
                 continue
             if id(old) not in made:
                 four_bit = id(module) in packed and name == "weight"
-                shape, dtype = ((-(-old.numel() // 2), 1), torch.uint8) if four_bit else (old.shape, old.dtype)
+                shape, dtype = (
+                    ((-(-old.numel() // 2), 1), torch.uint8) if four_bit else (old.shape, old.dtype)
+                )
                 new = torch.empty(shape, dtype=dtype)
-                made[id(old)] = nn.Parameter(new, old.requires_grad) if name in module._parameters else new
-            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
+                made[id(old)] = (
+                    nn.Parameter(new, old.requires_grad) if name in module._parameters else new
+                )
+            (module._parameters if name in module._parameters else module._buffers)[name] = made[
+                id(old)
+            ]
         if id(module) in packed:
             module.forward = MethodType(_forward_4bit, module)
 
@@ -248,11 +295,12 @@ class _Product4bit(torch.autograd.Function):
 
 
 class _Meter(TorchDispatchMode):
-    """Bytes of all storages alive, by kind, and how they stood when they were most; floating-point operations by dtype.
+    """Bytes of all storages alive, by kind, and how they stood when they were most; floating-point
+    operations by dtype.
 
-    Operations are counted by the table of torch's FlopCounterMode; that mode itself keeps recomputed tensors alive. It
-    also answers what a fake tensor cannot: everything that is asked to be equal is, every scalar is 0, and of a
-    mask of targets the share `kept` is true.
+    Operations are counted by the table of torch's FlopCounterMode; that mode itself keeps
+    recomputed tensors alive. It also answers what a fake tensor cannot: everything that is asked to
+    be equal is, every scalar is 0, and of a mask of targets the share `kept` is true.
     """
 
     def __init__(self, model: VisionLanguageModel, kept: float, rounding: int):
@@ -275,13 +323,20 @@ class _Meter(TorchDispatchMode):
             return 0
         if func is aten.nonzero.default:
             return args[0].new_empty((self._true(args[0]), args[0].ndim), dtype=torch.long)
-        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+        if func in (
+            aten.index.Tensor,
+            aten.index_put.default,
+            aten.index_put_.default,
+            aten._index_put_impl_.default,
+        ):
             args = (args[0], [self._positions(i) for i in args[1]], *args[2:])
             args = (args[0], [i for several in args[1] for i in several], *args[2:])
         out = func(*args, **(kwargs or {}))
         if count := FLOPS.get(func.overloadpacket):
             dtype = next(a.dtype for a in tree_leaves(args) if isinstance(a, torch.Tensor))
-            self.flops[str(dtype).removeprefix("torch.")] += count(*args, **(kwargs or {}), out_val=out)
+            self.flops[str(dtype).removeprefix("torch.")] += count(
+                *args, **(kwargs or {}), out_val=out
+            )
         self.add([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], "temporaries")
         return out
 
@@ -322,7 +377,9 @@ class _Meter(TorchDispatchMode):
             held.kind = kind
 
     def saving(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A hook for tensors that autograd saves: views of one storage count once, parameters not at all."""
+        """A hook for tensors that autograd saves: views of one storage count once, parameters not
+        at all.
+        """
         held = self._known.get(id(tensor.untyped_storage()))
         if held and not held.saved:
             held.saved = True

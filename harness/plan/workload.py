@@ -1,6 +1,7 @@
 """How much there is to do: images an epoch, and what the collator makes of one image.
 
-Config -> Workload, from the shards where they are there, else from the config's limits; it says which.
+Config -> Workload, from the shards where they are there, else from the config's limits; it says
+which.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ TEXTS_UNKNOWN = 5  # texts of an image where neither shards nor the config say
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a collator makes of one image, on average; lengths are those of the longest row of a micro-batch."""
+    """What a collator makes of one image, on average; lengths are those of the longest row of a
+    micro-batch.
+    """
 
     contexts: float  # per image
     targets: float  # per image
     prompt_tokens: int
     target_tokens: int
-    kept: float  # share of the target positions that are not padding: logits are made for these alone
-    lengths: tuple[int, ...] = ()  # of all targets that were looked at, in ascending order; (): all as the longest
+    kept: (
+        float  # share of the target positions that are not padding: logits are made for these alone
+    )
+    lengths: tuple[
+        int, ...
+    ] = ()  # of all targets that were looked at, in ascending order; (): all as the longest
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
@@ -43,10 +50,18 @@ class Sizes:
         counts_TL = batch.weight_TL != 0
         longest = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
         lengths = tuple(sorted(counts_TL.sum(dim=1).tolist()))
-        return cls(contexts / batch.images, targets / batch.images, *longest, float(counts_TL.float().mean()), lengths)
+        return cls(
+            contexts / batch.images,
+            targets / batch.images,
+            *longest,
+            float(counts_TL.float().mean()),
+            lengths,
+        )
 
     def groups(self, targets: int) -> tuple[tuple[list[int], int], ...]:
-        """How the collator groups as many targets whose lengths are spread as those that were looked at."""
+        """How the collator groups as many targets whose lengths are spread as those that were
+        looked at.
+        """
         if not self.lengths:
             return ()
         spread = np.linspace(0, len(self.lengths) - 1, targets).round().astype(int)
@@ -55,7 +70,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Workload:
-    """`images`: an epoch's; None where the shards are not there. `encoder`: of feature sets. `source`: in words."""
+    """`images`: an epoch's; None where the shards are not there. `encoder`: of feature sets.
+    `source`: in words.
+    """
 
     sizes: Sizes
     images: int | None
@@ -89,15 +106,24 @@ def workload(config: Config) -> Workload:
     )
     encoder = sets[0].encoder if sets[0].kind == "features" else None
     if (tokenizer := _tokenizer(config)) is None:
-        return Workload(sizes, loader.samples, encoder, f"{assumed}: there is no tokenizer of {config.model.lm.id}")
+        return Workload(
+            sizes,
+            loader.samples,
+            encoder,
+            f"{assumed}: there is no tokenizer of {config.model.lm.id}",
+        )
     collate = Collator(tokenizer, data, config.prompts, config.seed)
     quiet = logging.getLogger("harness.data.collate")
     level, seen = quiet.level, quiet.setLevel(logging.ERROR)
     seen = collate([sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))])
     quiet.setLevel(level)
     if seen is None:
-        return Workload(sizes, loader.samples, encoder, f"{assumed}: the shards' first texts teach nothing")
-    return Workload(Sizes.of(seen), loader.samples, encoder, f"the texts of {seen.images} images of the shards")
+        return Workload(
+            sizes, loader.samples, encoder, f"{assumed}: the shards' first texts teach nothing"
+        )
+    return Workload(
+        Sizes.of(seen), loader.samples, encoder, f"the texts of {seen.images} images of the shards"
+    )
 
 
 def _tokenizer(config: Config) -> Any:
@@ -112,5 +138,9 @@ def _tokenizer(config: Config) -> Any:
 def _samples(manifest: Manifest, count: int) -> list[Sample]:
     """Records spread evenly over a set, without their images."""
     reader = Reader(manifest)
-    places = np.unique(np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int))
-    return [replace(reader.read(int(place)), payload=np.zeros((1, 1, 3), np.uint8)) for place in places]
+    places = np.unique(
+        np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int)
+    )
+    return [
+        replace(reader.read(int(place)), payload=np.zeros((1, 1, 3), np.uint8)) for place in places
+    ]

@@ -1,6 +1,7 @@
 """The one maker of HTML, Markdown tables and pictures: what a run shows of itself to people.
 
-In: rows, curves, or `Shown` (an image with what was asked, expected and said). Out: text, or a file, written whole.
+In: rows, curves, or `Shown` (an image with what was asked, expected and said). Out: text, or a
+file, written whole.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def thumbnail(image: bytes | Image.Image | None, side: int) -> Image.Image:
     picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
     picture = picture.convert("RGB")
     scale = side / max(picture.size)
-    return picture.resize([max(1, round(edge * scale)) for edge in picture.size], Image.Resampling.LANCZOS)
+    return picture.resize(
+        [max(1, round(edge * scale)) for edge in picture.size], Image.Resampling.LANCZOS
+    )
 
 
 def _cell(value: Any) -> str:
@@ -62,27 +65,44 @@ def _cell(value: Any) -> str:
 def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """A GitHub table; columns in which every value is a number are right-aligned."""
     numeric = [
-        bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(headers))
+        bool(rows) and all(isinstance(row[column], int | float) for row in rows)
+        for column in range(len(headers))
     ]
     cells = [[_cell(value).replace("|", "\\|") for value in row] for row in [headers, *rows]]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(headers))]
     lines = [
-        "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)) + " |"
+        "| "
+        + " | ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)
+        )
+        + " |"
         for row in cells
     ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            "-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)
+        )
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib: the same picture on every machine, accents included."""
+    """DejaVu Sans, which ships with matplotlib: the same picture on every machine, accents
+    included.
+    """
     from matplotlib import get_data_path
 
-    return ImageFont.truetype(Path(get_data_path(), "fonts/ttf", f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
+    return ImageFont.truetype(
+        Path(get_data_path(), "fonts/ttf", f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size
+    )
 
 
 def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """`text` broken at words (or inside a word too long for a line) to `width` pixels, at most `most` lines."""
+    """`text` broken at words (or inside a word too long for a line) to `width` pixels, at most
+    `most` lines.
+    """
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -90,7 +110,11 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> li
             lines[-1] = joined
             continue
         while font.getlength(word) > width:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            cut = next(
+                n
+                for n in range(len(word) - 1, 0, -1)
+                if n == 1 or font.getlength(word[:n]) <= width
+            )
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
@@ -102,8 +126,11 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> li
     return lines
 
 
-def predictions_picture(items: Sequence[Shown], path: Path, *, columns: int = 4, side: int = 240) -> Path:
-    """A PNG grid, one card per item: image, prompt, what was expected and what was said (green right, red wrong).
+def predictions_picture(
+    items: Sequence[Shown], path: Path, *, columns: int = 4, side: int = 240
+) -> Path:
+    """A PNG grid, one card per item: image, prompt, what was expected and what was said (green
+    right, red wrong).
 
     All items are drawn; a dozen is what fits a page. `side` is the edge of an image in pixels.
     """
@@ -114,7 +141,9 @@ def predictions_picture(items: Sequence[Shown], path: Path, *, columns: int = 4,
         mark = {True: "✓ ", False: "✗ ", None: ""}[item.right]
         rows = [(text, plain, INK) for text in _lines(item.prompt, plain, side, 3)]
         if item.expected:
-            rows += [(text, plain, FAINT) for text in _lines(f"truth: {item.expected}", plain, side, 3)]
+            rows += [
+                (text, plain, FAINT) for text in _lines(f"truth: {item.expected}", plain, side, 3)
+            ]
         rows += [(text, bold, colour) for text in _lines(f"{mark}{item.said}", bold, side, 4)]
         rows += [(text, plain, FAINT) for text in _lines(item.note, plain, side, 2)]
         cards.append((thumbnail(item.image, side), rows))
@@ -122,16 +151,25 @@ def predictions_picture(items: Sequence[Shown], path: Path, *, columns: int = 4,
     lots = [cards[start : start + columns] for start in range(0, len(cards), columns)]
     heights = [max(3 * pad + side + line * len(rows) for _, rows in lot) for lot in lots]
     wide = side + 2 * pad
-    sheet = Image.new("RGB", (pad + columns * (wide + pad), pad + sum(h + pad for h in heights)), "#f6f8fa")
+    sheet = Image.new(
+        "RGB", (pad + columns * (wide + pad), pad + sum(h + pad for h in heights)), "#f6f8fa"
+    )
     draw = ImageDraw.Draw(sheet)
     top = pad
     for lot, height in zip(lots, heights, strict=True):
         for column, (picture, rows) in enumerate(lot):
             left = pad + column * (wide + pad)
-            draw.rounded_rectangle((left, top, left + wide, top + height), 8, fill="white", outline="#d0d7de")
-            sheet.paste(picture, (left + (wide - picture.width) // 2, top + pad + (side - picture.height) // 2))
+            draw.rounded_rectangle(
+                (left, top, left + wide, top + height), 8, fill="white", outline="#d0d7de"
+            )
+            sheet.paste(
+                picture,
+                (left + (wide - picture.width) // 2, top + pad + (side - picture.height) // 2),
+            )
             for row, (text, font, colour) in enumerate(rows):
-                draw.text((left + pad, top + 2 * pad + side + row * line), text, font=font, fill=colour)
+                draw.text(
+                    (left + pad, top + 2 * pad + side + row * line), text, font=font, fill=colour
+                )
         top += height + pad
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG", optimize=True)
@@ -148,8 +186,12 @@ img { display: block; border-radius: 4px; } .right { color: #1a7f37; font-weight
 """
 
 
-def predictions_html(items: Sequence[Shown], path: Path, *, title: str = "Predictions", side: int = 160) -> Path:
-    """A page that needs nothing beside it: one row per item, thumbnails as data URIs, everything escaped."""
+def predictions_html(
+    items: Sequence[Shown], path: Path, *, title: str = "Predictions", side: int = 160
+) -> Path:
+    """A page that needs nothing beside it: one row per item, thumbnails as data URIs, everything
+    escaped.
+    """
     rows = []
     for item in items:
         encoded = io.BytesIO()
@@ -194,7 +236,12 @@ def loss_curves(
     for name, points in series.items():
         marker = "o" if len(points) < 20 else None
         axes.plot(
-            [p[0] for p in points], [p[1] for p in points], label=name, marker=marker, markersize=4, linewidth=1.6
+            [p[0] for p in points],
+            [p[1] for p in points],
+            label=name,
+            marker=marker,
+            markersize=4,
+            linewidth=1.6,
         )
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)

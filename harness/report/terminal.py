@@ -1,6 +1,8 @@
-"""What the user sees while a run goes on: the table of parts, a progress bar, answers to the same images.
+"""What the user sees while a run goes on: the table of parts, a progress bar, answers to the same
+images.
 
-Rank-aware: only the main process writes. Where there is no terminal, a line every few seconds takes the bar's place.
+Rank-aware: only the main process writes. Where there is no terminal, a line every few seconds takes
+the bar's place.
 """
 
 from __future__ import annotations
@@ -76,12 +78,16 @@ class Terminal:
             self.say(f"step {step}/{total}  {shown}")
 
     def say(self, message: str) -> None:
-        if self.console.is_terminal:  # a notebook erases nothing: what is short would end in the bar it is written over
+        if (
+            self.console.is_terminal
+        ):  # a notebook erases nothing: what is short would end in the bar it is written over
             message = message.ljust(self.console.width)
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def parts(self, rows: Sequence[Mapping[str, object]]) -> None:
-        table = Table("part", "parameters", "trained", "bits", "MB", title="parts", title_justify="left")
+        table = Table(
+            "part", "parameters", "trained", "bits", "MB", title="parts", title_justify="left"
+        )
         for row in rows:
             trained = f"{row['trained']:,}" if row["trained"] else "frozen"
             mb = f"{row['bytes'] / 2**20:.1f}"

@@ -1,4 +1,5 @@
-"""What a run leaves in its own folder, with or without MLflow: every figure by step, and pages of answers.
+"""What a run leaves in its own folder, with or without MLflow: every figure by step, and pages of
+answers.
 
 {"step": 10, "time": 1760000000000, "values": {"train/loss": 1.25}}     a line; time in ms since 1970
 """
@@ -22,17 +23,25 @@ METRICS = "metrics.jsonl"
 
 
 class Journal:
-    """OUT/metrics.jsonl. A resumed run keeps the lines up to its checkpoint and writes the rest again."""
+    """OUT/metrics.jsonl. A resumed run keeps the lines up to its checkpoint and writes the rest
+    again.
+    """
 
     def __init__(self, out: Path, keep: int | None) -> None:
         """`keep`: lines of later steps are dropped; 0 drops all, None keeps all."""
         self.path = out / METRICS
         out.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [(line, row) for line in lines if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)]
+        kept = [
+            (line, row)
+            for line in lines
+            if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)
+        ]
         if keep is not None and len(kept) < len(lines):  # a line torn by a kill goes too
             write_whole(self.path, b"".join(line for line, _ in kept))
-        self.last = {} if keep is None else {key: row["step"] for _, row in kept for key in row["values"]}
+        self.last = (
+            {} if keep is None else {key: row["step"] for _, row in kept for key in row["values"]}
+        )
         self._file = self.path.open("ab")
         if keep is None and lines and not lines[-1].endswith(b"\n"):
             self._file.write(b"\n")
@@ -40,7 +49,9 @@ class Journal:
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         new = {key: float(value) for key, value in values.items() if step > self.last.get(key, -1)}
-        row = {k: v if math.isfinite(v) else str(v) for k, v in new.items()}  # "nan", "inf": JSON has no word for them
+        row = {
+            k: v if math.isfinite(v) else str(v) for k, v in new.items()
+        }  # "nan", "inf": JSON has no word for them
         if row:
             line = json.dumps({"step": step, "time": int(time.time() * 1000), "values": row})
             self._file.write(line.encode() + b"\n")
@@ -72,7 +83,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class NoTracker:
-    """Runs where mlflow is not installed. With an output folder it still writes metrics.jsonl and the answers."""
+    """Runs where mlflow is not installed. With an output folder it still writes metrics.jsonl and
+    the answers.
+    """
 
     run_id: str | None = None
 
@@ -85,14 +98,22 @@ class NoTracker:
                 self._journal.write(values, step)
             except OSError as error:  # a full disk must not end a run that may outlast it
                 if not self._told:
-                    log.warning("%s cannot be written (%s): figures are being lost", self._journal.path, error)
+                    log.warning(
+                        "%s cannot be written (%s): figures are being lost",
+                        self._journal.path,
+                        error,
+                    )
                 self._told = True
 
-    def predictions(self, items: Sequence[Shown], step: int, folder: str = "answers") -> Path | None:
+    def predictions(
+        self, items: Sequence[Shown], step: int, folder: str = "answers"
+    ) -> Path | None:
         """Writes OUT/folder/step-N.html, returns its path; None on a rank that reports nothing."""
         if self._out is None:
             return None
-        return predictions_html(items, self._out / folder / f"step-{step:06d}.html", title=f"Step {step}")
+        return predictions_html(
+            items, self._out / folder / f"step-{step:06d}.html", title=f"Step {step}"
+        )
 
     def artifact(self, path: Path, folder: str = "") -> None:
         pass
@@ -102,7 +123,13 @@ class NoTracker:
 
     def checkpoint(self, path: Path, digest: str, step: int) -> None:
         path = Path(path).absolute()
-        self.tags({"checkpoint.path": str(path), "checkpoint.sha256": digest, "checkpoint.step": str(step)})
+        self.tags(
+            {
+                "checkpoint.path": str(path),
+                "checkpoint.sha256": digest,
+                "checkpoint.step": str(step),
+            }
+        )
 
     def close(self, status: str = "FINISHED") -> None:
         if self._journal:

@@ -1,7 +1,8 @@
 """A run in MLflow that follows metrics.jsonl: one thread of its own sends what is not yet there.
 
-In: the journal, and a queue of files, tables and tags. A store that does not answer costs the run a warning and no
-time; it gets everything as soon as it answers, or when the run is resumed. Imports mlflow where it is first used.
+In: the journal, and a queue of files, tables and tags. A store that does not answer costs the run a
+warning and no time; it gets everything as soon as it answers, or when the run is resumed. Imports
+mlflow where it is first used.
 """
 
 from __future__ import annotations
@@ -35,18 +36,24 @@ log = logging.getLogger(__name__)
 
 RUN_ID = "mlflow_run_id"
 PERIOD = 2.0  # seconds between two batches
-START_SECONDS = 60.0  # a new database is migrated in about 3 s; slower than this and the run starts without waiting
+# a new database is migrated in about 3 s; slower than this and the run starts without waiting
+START_SECONDS = 60.0
 CLOSE_SECONDS = 60.0  # without progress, then what is left stays in metrics.jsonl
 LONGEST_PAUSE = 60.0  # between two attempts at a store that does not answer
 SYSTEM_SECONDS = 10.0
-MAX_PARAM, MAX_PARAMS, MAX_METRICS = 6000, 100, 1000  # limits of mlflow 3.17: characters of one, how many at once
+MAX_PARAM, MAX_PARAMS, MAX_METRICS = (
+    6000,
+    100,
+    1000,
+)  # limits of mlflow 3.17: characters of one, how many at once
 
 
 class MLflowTracker(NoTracker):
     """A run in MLflow, fed by one thread from metrics.jsonl and a queue of files and tags.
 
-    Steps that are run again after a kill appear once: what MLflow already has (for each figure, up to its last step) is
-    not sent again. The steps run again are bit-identical by design; of the clock's figures the first reading stays.
+    Steps that are run again after a kill appear once: what MLflow already has (for each figure, up
+    to its last step) is not sent again. The steps run again are bit-identical by design; of the
+    clock's figures the first reading stays.
     """
 
     def __init__(
@@ -61,10 +68,17 @@ class MLflowTracker(NoTracker):
     ) -> None:
         super().__init__(config.out_dir, journal)
         self.run_id = run_id
-        self._config, self._facts, self._datasets, self._adds_only = config, dict(facts), datasets, adds_only
+        self._config, self._facts, self._datasets, self._adds_only = (
+            config,
+            dict(facts),
+            datasets,
+            adds_only,
+        )
         self._uri = store_uri(config)
         self._client: Any = None
-        self._sent = journal.size_at_open if adds_only else 0  # bytes of the journal that are in MLflow
+        self._sent = (
+            journal.size_at_open if adds_only else 0
+        )  # bytes of the journal that are in MLflow
         self._there: dict[str, int] = {}  # last step of each figure that MLflow had when we came
         self._jobs: deque[tuple[str, Callable[[], Any]]] = deque()
         self._infinite: set[str] = set()
@@ -78,8 +92,12 @@ class MLflowTracker(NoTracker):
 
     # ---- called by the loop; these only write a line or put something into the queue
 
-    def predictions(self, items: Sequence[Shown], step: int, folder: str = "answers") -> Path | None:
-        """As a page (artifact) and as a table with images, which the UI shows among the run's artifacts."""
+    def predictions(
+        self, items: Sequence[Shown], step: int, folder: str = "answers"
+    ) -> Path | None:
+        """As a page (artifact) and as a table with images, which the UI shows among the run's
+        artifacts.
+        """
         page = super().predictions(items, step, folder)
         self.artifact(page, folder)
         name = f"{folder}/{page.stem}.json"
@@ -99,7 +117,9 @@ class MLflowTracker(NoTracker):
 
         def send() -> None:
             if path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), "/".join(filter(None, [folder, path.name])))
+                self._client.log_artifacts(
+                    self.run_id, str(path), "/".join(filter(None, [folder, path.name]))
+                )
             else:
                 self._client.log_artifact(self.run_id, str(path), folder or None)
 
@@ -109,7 +129,9 @@ class MLflowTracker(NoTracker):
         self._jobs.append((", ".join(values), lambda: self._set_tags(values)))
 
     def close(self, status: str = "FINISHED") -> None:
-        """Sends what is left; gives up after CLOSE_SECONDS without progress. A second call does nothing."""
+        """Sends what is left; gives up after CLOSE_SECONDS without progress. A second call does
+        nothing.
+        """
         self._status, self._progress = status, time.monotonic()
         self._stop.set()
         while self._thread.is_alive() and time.monotonic() - self._progress < CLOSE_SECONDS:
@@ -168,12 +190,16 @@ class MLflowTracker(NoTracker):
         try:
             act()
         except Exception as error:
-            if not (isinstance(error, FileNotFoundError) or _code(error) == "INVALID_PARAMETER_VALUE"):
+            if not (
+                isinstance(error, FileNotFoundError) or _code(error) == "INVALID_PARAMETER_VALUE"
+            ):
                 raise
             log.warning("not in MLflow: %s (%s)", name, " ".join(str(error).split())[:300])
 
     def _send_batch(self) -> bool:
-        """Sends the next lines of the journal; a batch sent twice after a lost answer is stored once (same times)."""
+        """Sends the next lines of the journal; a batch sent twice after a lost answer is stored
+        once (same times).
+        """
         from mlflow.entities import Metric
 
         rows, offset = self._journal.read(self._sent, MAX_METRICS)
@@ -183,14 +209,18 @@ class MLflowTracker(NoTracker):
                 key, value = re.sub(r"[^\w\-. :/]", "_", name)[:250], float(value)
                 if row["step"] <= self._there.get(key, -1):
                     continue
-                if math.isinf(value):  # mlflow would store 1.8e308, which flattens the chart: a gap and a tag instead
+                if math.isinf(
+                    value
+                ):  # mlflow would store 1.8e308, which flattens the chart: a gap and a tag instead
                     if key not in self._infinite:
                         infinite[f"infinite.{key}"] = f"{value} at step {row['step']}"
                         self._infinite.add(key)
                     value = math.nan
                 metrics.append(Metric(key, value, row["time"], row["step"]))
         for batch in _batches(metrics, MAX_METRICS):
-            self._unless_refused(partial(self._client.log_batch, self.run_id, batch), f"{len(batch)} figures")
+            self._unless_refused(
+                partial(self._client.log_batch, self.run_id, batch), f"{len(batch)} figures"
+            )
         if infinite:
             self._set_tags(infinite)
         self._sent, more = offset, offset > self._sent
@@ -203,7 +233,10 @@ class MLflowTracker(NoTracker):
             return
         self._system_due = time.monotonic() + SYSTEM_SECONDS
         values, now = self._read_system(), int(time.time() * 1000)
-        metrics = [Metric(f"system/{key}", float(value), now, self._system_step) for key, value in values.items()]
+        metrics = [
+            Metric(f"system/{key}", float(value), now, self._system_step)
+            for key, value in values.items()
+        ]
         self._client.log_batch(self.run_id, metrics=metrics)
         self._system_step += 1
 
@@ -234,13 +267,19 @@ class MLflowTracker(NoTracker):
         self.run_id = run.info.run_id
         write_whole(self._out / RUN_ID, self.run_id.encode())
         if not self._adds_only:
-            self._there = {m.key: m.step for m in run.data._metric_objs}  # as mlflow's own monitor does; no public name
+            self._there = {
+                m.key: m.step for m in run.data._metric_objs
+            }  # as mlflow's own monitor does; no public name
             self._describe(client, run)
             if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() != "false":
-                self._monitor = SystemMetricsMonitor(self.run_id, tracking_uri=self._uri)  # never started: only read
+                self._monitor = SystemMetricsMonitor(
+                    self.run_id, tracking_uri=self._uri
+                )  # never started: only read
                 self._read_system()  # the first reading of the CPU is always 0
                 self._system_due = time.monotonic() + SYSTEM_SECONDS
-                self._system_step = 1 + max([s for k, s in self._there.items() if k.startswith("system/")], default=-1)
+                self._system_step = 1 + max(
+                    [s for k, s in self._there.items() if k.startswith("system/")], default=-1
+                )
         self._client = client
 
     def _find_run(self, client: Any) -> Any:
@@ -251,7 +290,11 @@ class MLflowTracker(NoTracker):
                 raise
             run = None
         if run is None or run.info.lifecycle_stage != "active":
-            log.warning("run %s is no longer in %s: a new one is begun", self.run_id, without_password(self._uri))
+            log.warning(
+                "run %s is no longer in %s: a new one is begun",
+                self.run_id,
+                without_password(self._uri),
+            )
             self._sent = 0
             return None
         return run
@@ -260,7 +303,9 @@ class MLflowTracker(NoTracker):
         name = self._config.tracking.experiment
         if found := client.get_experiment_by_name(name):
             return found.experiment_id
-        place = database(self._uri).parent / "mlartifacts" if self._uri.startswith("sqlite") else None
+        place = (
+            database(self._uri).parent / "mlartifacts" if self._uri.startswith("sqlite") else None
+        )
         try:
             return client.create_experiment(name, artifact_location=place and place.as_uri())
         except Exception as error:  # another job was faster
@@ -269,11 +314,17 @@ class MLflowTracker(NoTracker):
             return client.get_experiment_by_name(name).experiment_id
 
     def _describe(self, client: Any, run: Any) -> None:
-        """Params, facts, versions, data and the config's file. Params are immutable: a changed one becomes a tag."""
+        """Params, facts, versions, data and the config's file. Params are immutable: a changed one
+        becomes a tag.
+        """
         from mlflow.entities import Param, RunTag
 
-        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flatten(self._config).items()}
-        params = {k: without_password(v) for k, v in values.items() if len(v) <= MAX_PARAM}  # the rest: config.yaml
+        values = {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in flatten(self._config).items()
+        }
+        params = {
+            k: without_password(v) for k, v in values.items() if len(v) <= MAX_PARAM
+        }  # the rest: config.yaml
         known = run.data.params
         tags = {f"resumed.{k}": v for k, v in params.items() if known.get(k, v) != v}
         tags |= {**version_tags(), **git_tags(), **self._facts, "host": os.uname().nodename}
@@ -289,10 +340,14 @@ class MLflowTracker(NoTracker):
     def _set_tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in values.items()])
+        self._client.log_batch(
+            self.run_id, tags=[RunTag(key, str(value)) for key, value in values.items()]
+        )
 
     def _log_table(self, columns: dict[str, list[Any]], name: str, folder: str) -> None:
-        """log_table appends to a table that is there: one that was logged before a kill stays as it is."""
+        """log_table appends to a table that is there: one that was logged before a kill stays as it
+        is.
+        """
         import pandas
 
         if all(file.path != name for file in self._client.list_artifacts(self.run_id, folder)):

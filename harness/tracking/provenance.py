@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shards.manifest import Manifest
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "webdataset", "mlflow", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "webdataset",
+    "mlflow",
+    "numpy",
+)
 MAX_DIGEST = 36  # characters, mlflow 3.17; the whole one is a tag of the input
 
 
@@ -26,7 +36,11 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
 
     inputs = []
     for manifest in manifests:
-        size = {"samples": manifest.samples, "texts": manifest.texts, "shards": len(manifest.shards)}
+        size = {
+            "samples": manifest.samples,
+            "texts": manifest.texts,
+            "shards": len(manifest.shards),
+        }
         size["bytes"] = sum(shard.bytes for shard in manifest.shards)
         dataset = Dataset(
             name=f"{manifest.dataset}/{manifest.split}",
@@ -35,13 +49,19 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
             source=json.dumps({"uri": manifest.folder}),
             profile=json.dumps(size),
         )
-        tags = [InputTag("mlflow.data.context", manifest.split), InputTag("sha256", manifest.digest)]
+        tags = [
+            InputTag("mlflow.data.context", manifest.split),
+            InputTag("sha256", manifest.digest),
+        ]
         inputs.append(DatasetInput(dataset, tags))
     return inputs
 
 
 def source_tags() -> dict[str, str]:
-    tags = {"mlflow.source.name": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "mlflow.source.type": "LOCAL"}
+    tags = {
+        "mlflow.source.name": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "mlflow.source.type": "LOCAL",
+    }
     try:
         return {**tags, "mlflow.user": getpass.getuser()}
     except (KeyError, OSError):  # a container whose user has no name
@@ -57,17 +77,27 @@ def version_tags() -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """The revision of this code, where it runs from its own repository (an installed one has only its version)."""
+    """The revision of this code, where it runs from its own repository (an installed one has only
+    its version).
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        result = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+        )
         return result.stdout.strip() if result.returncode == 0 else ""
 
     try:
         if Path(git("rev-parse", "--show-toplevel") or "/") != root:
             return {}
         dirty = git("status", "--porcelain", "--untracked-files=no") != ""
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": str(dirty).lower()}
-    except (OSError, subprocess.TimeoutExpired):  # git is not installed, or the disk is slow: the run matters more
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(dirty).lower(),
+        }
+    except (
+        OSError,
+        subprocess.TimeoutExpired,
+    ):  # git is not installed, or the disk is slow: the run matters more
         return {}

@@ -1,4 +1,6 @@
-"""Where MLflow keeps its runs: the URI that a config means, what may be told of it, its database file."""
+"""Where MLflow keeps its runs: the URI that a config means, what may be told of it, its database
+file.
+"""
 
 from __future__ import annotations
 

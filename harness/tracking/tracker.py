@@ -1,7 +1,8 @@
-"""What a run tells the world: figures by step, files, tables of predictions, facts about code, machine and data.
+"""What a run tells the world: figures by step, files, tables of predictions, facts about code,
+machine and data.
 
-In: calls of one process (rank 0) on the training thread, none of which waits. Out: OUT/metrics.jsonl, always, and with
-`tracking.kind: mlflow` a run in MLflow.
+In: calls of one process (rank 0) on the training thread, none of which waits. Out:
+OUT/metrics.jsonl, always, and with `tracking.kind: mlflow` a run in MLflow.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from harness.tracking.store import database, store_uri, without_password
 if TYPE_CHECKING:
     from shards.manifest import Manifest
 
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "databricks-uc", "uc")
+SCHEMES = (
+    "sqlite",
+    "postgresql",
+    "mysql",
+    "mssql",
+    "http",
+    "https",
+    "databricks",
+    "databricks-uc",
+    "uc",
+)
 
 
 class Tracker(Protocol):
@@ -36,8 +47,12 @@ class Tracker(Protocol):
     run_id: str | None  # None: there is no run (yet)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
-    def predictions(self, items: Sequence[Shown], step: int, folder: str = "answers") -> Path | None: ...
-    def artifact(self, path: Path, folder: str = "") -> None: ...  # must stay as it is until `close`
+    def predictions(
+        self, items: Sequence[Shown], step: int, folder: str = "answers"
+    ) -> Path | None: ...
+    def artifact(
+        self, path: Path, folder: str = ""
+    ) -> None: ...  # must stay as it is until `close`
     def checkpoint(self, path: Path, digest: str, step: int) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
     def close(self, status: str = "FINISHED") -> None: ...  # FINISHED, FAILED or KILLED
@@ -51,10 +66,12 @@ def open_tracker(
     facts: Mapping[str, str] | None = None,
     datasets: Sequence[Manifest] = (),
 ) -> Tracker:
-    """For one process of a job (rank 0). Raises ConfigError where `tracking` cannot work; never for a silent store.
+    """For one process of a job (rank 0). Raises ConfigError where `tracking` cannot work; never for
+    a silent store.
 
-    A new run: `run_id` None. A resumed job: the checkpoint's `run_id`, and its step as `resume_step`. An evaluation
-    that adds to a run: `run_id` alone; the run's status and description stay as they are.
+    A new run: `run_id` None. A resumed job: the checkpoint's `run_id`, and its step as
+    `resume_step`. An evaluation that adds to a run: `run_id` alone; the run's status and
+    description stay as they are.
     """
     check_tracking(config)
     adds_only = run_id is not None and resume_step is None
@@ -69,17 +86,25 @@ def open_tracker(
 
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MLflowTracker(config, journal, run_id, adds_only=adds_only, facts=facts or {}, datasets=datasets)
+    return MLflowTracker(
+        config, journal, run_id, adds_only=adds_only, facts=facts or {}, datasets=datasets
+    )
 
 
 def check_tracking(config: Config) -> None:
-    """Cheap and without mlflow's import, to be called before anything is spawned. Raises ConfigError."""
+    """Cheap and without mlflow's import, to be called before anything is spawned. Raises
+    ConfigError.
+    """
     if config.tracking.kind == "none":
         return
     if importlib.util.find_spec("mlflow") is None:
-        raise ConfigError("tracking.kind is mlflow, which is not installed: pip install mlflow, or tracking.kind=none")
+        raise ConfigError(
+            "tracking.kind is mlflow, which is not installed: pip install mlflow, or tracking.kind=none"
+        )
     scheme = store_uri(config).partition(":")[0].partition("+")[0]
-    plugins = {point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")} - {"file-plugin"}
+    plugins = {
+        point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")
+    } - {"file-plugin"}
     if scheme not in (*SCHEMES, *plugins):
         key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
         found = without_password(store_uri(config))
@@ -95,13 +120,19 @@ def recorded_run_id(config: Config) -> str | None:
 
 
 def ui_command(config: Config, run_id: str | None = None) -> str:
-    """What to type to see the run: a shell command; the address of the page behind it, as a comment."""
+    """What to type to see the run: a shell command; the address of the page behind it, as a
+    comment.
+    """
     uri = store_uri(config)
     page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith("http"):
         return f"python -m webbrowser {shlex.quote(without_password(uri).rstrip('/') + page)}"
     if uri.startswith("sqlite:////"):  # shorter from where the user is
-        uri = f"sqlite:///{os.path.relpath(database(uri))}" if database(uri).is_relative_to(Path.cwd()) else uri
+        uri = (
+            f"sqlite:///{os.path.relpath(database(uri))}"
+            if database(uri).is_relative_to(Path.cwd())
+            else uri
+        )
     program, beside = "mlflow", Path(sys.executable).with_name("mlflow")
     if beside.exists() and not shutil.which(program):  # an environment that is not activated
         program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)

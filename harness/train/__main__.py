@@ -15,8 +15,12 @@ from harness.train.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What `accelerate launch -m harness.train` runs. Bad input: one sentence, of one rank, and exit code 2."""
-    parser = argparse.ArgumentParser(prog="harness.train", description="Train a vision-language model.")
+    """What `accelerate launch -m harness.train` runs. Bad input: one sentence, of one rank, and
+    exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="harness.train", description="Train a vision-language model."
+    )
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
@@ -31,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
-        print(f"harness: {sentence}" if rank == "0" else f"harness, rank {rank}: {sentence}", file=sys.stderr)
+        print(
+            f"harness: {sentence}" if rank == "0" else f"harness, rank {rank}: {sentence}",
+            file=sys.stderr,
+        )
         return 2
     if rank == "0":
         print(f"checkpoint: {last}")
@@ -45,4 +52,8 @@ if __name__ == "__main__":
         code = left.code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the interpreter's own way out meets gloo's threads: 1 launch in 100 aborted there, its work done
+    os._exit(
+        code
+        # the interpreter's own way out meets gloo's threads: 1 launch in 100 aborted there, its work
+        # done
+    )

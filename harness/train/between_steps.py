@@ -1,4 +1,6 @@
-"""What is due between two steps: save a checkpoint, evaluate on the dev sets, look whether images are used."""
+"""What is due between two steps: save a checkpoint, evaluate on the dev sets, look whether images
+are used.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,32 @@ from harness.train.state import Run
 
 
 def look(run: Run, small: SmallSet | None) -> None:
-    """The gate on a few dev images between two evaluations; the main process alone has some, others wait."""
+    """The gate on a few dev images between two evaluations; the main process alone has some, others
+    wait.
+    """
     config, engine, state = run.config, run.engine, run.state
     with engine.whole():
         if small:
             uses = small_gate(run.model, small, config, run.epochs)
             figures = small_gate_metrics(uses)
-            run.tracker.metrics({f"gate/{name}": value for name, value in figures.items()}, state.step)
+            run.tracker.metrics(
+                {f"gate/{name}": value for name, value in figures.items()}, state.step
+            )
         engine.wait()
 
 
 def evaluate(run: Run, again: bool = True) -> None:
-    """Scores on the dev sets, and the answers to the same images as always; the main process alone, others wait.
+    """Scores on the dev sets, and the answers to the same images as always; the main process alone,
+    others wait.
 
-    `again` False: only where this step's answers are not there yet. Raises GuardError as `stop_if_image_ignored` says.
+    `again` False: only where this step's answers are not there yet. Raises GuardError as
+    `stop_if_image_ignored` says.
     """
     config, engine, state, ignored = run.config, run.engine, run.state, ""
     page, result = config.out_dir / "answers" / f"step-{state.step:06d}.html", None
-    (wanted,) = engine.sum([engine.is_main and bool(config.data.dev) and (again or not page.exists())])
+    (wanted,) = engine.sum(
+        [engine.is_main and bool(config.data.dev) and (again or not page.exists())]
+    )
     with engine.whole() if wanted else nullcontext():
         if wanted and engine.is_main:
             result = evaluate_model(
@@ -46,7 +56,10 @@ def evaluate(run: Run, again: bool = True) -> None:
         values = {**result.metrics(), "unreadable_samples": result.unreadable}
         run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)
         run.tracker.predictions(result.shown_images, state.step)
-        run.terminal.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        run.terminal.say(
+            f"step {state.step}: "
+            + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        )
         run.terminal.answers(result.shown_images)
         for task, use in ((task, scored.image_use) for task, scored in result.tasks.items()):
             if use:
@@ -55,7 +68,9 @@ def evaluate(run: Run, again: bool = True) -> None:
     run.model.train()
     (stop,) = engine.sum([bool(ignored)])
     if stop and run.epochs >= 1 and config.train.stop_if_image_ignored:
-        raise GuardError(f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})")
+        raise GuardError(
+            f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})"
+        )
 
 
 def save(run: Run) -> None:
@@ -72,7 +87,11 @@ def save(run: Run) -> None:
             "world_size": engine.world_size,
         }
         written = checkpoints.write(
-            config.out_dir, state.step, lambda folder: run.model.save_pretrained(folder, weights), optimizer, document
+            config.out_dir,
+            state.step,
+            lambda folder: run.model.save_pretrained(folder, weights),
+            optimizer,
+            document,
         )
         checkpoints.prune(config.out_dir, state.step, config.train.keep_checkpoints)
         run.tracker.checkpoint(written.path, written.digest, state.step)

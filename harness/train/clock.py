@@ -16,7 +16,9 @@ def memory_mb(device: torch.device) -> float:
 
 
 class Clock:
-    """Speed since the last `reset`: images and targets a second over all ranks, and the share of waiting for data."""
+    """Speed since the last `reset`: images and targets a second over all ranks, and the share of
+    waiting for data.
+    """
 
     def __init__(self) -> None:
         self.restart()

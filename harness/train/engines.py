@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 
-from harness.config.schema import Train
+from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.train.engine import Engine
 
 
-def make_engine(train: Train) -> Engine:
-    """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain Accelerate."""
-    of_accelerate = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+def make_engine(train: TrainConfig) -> Engine:
+    """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain
+    Accelerate.
+    """
+    of_accelerate = {
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_MIXED_PRECISION",
+    } <= os.environ.keys()
     if of_accelerate and "RANK" not in os.environ:
-        raise ConfigError(  # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one
+        # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one
+        raise ConfigError(
             "accelerate launch was asked for several processes and has started one: take --config_file "
             "launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own options; for a single process, "
             "unset MASTER_ADDR and MASTER_PORT"

@@ -1,7 +1,8 @@
-"""What must hold in every run: frozen parts never change, trainable parts get a finite gradient. Asserted, not hoped.
+"""What must hold in every run: frozen parts never change, trainable parts get a finite gradient.
+Asserted, not hoped.
 
-Users have trained for hours with a part that got no signal, or with batch-norm statistics that drifted. And where
-every step is skipped: what stopped being finite first.
+Users have trained for hours with a part that got no signal, or with batch-norm statistics that
+drifted. And where every step is skipped: what stopped being finite first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from harness.errors import GuardError
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter that is not trained and every buffer, quantised weights and batch-norm statistics included.
+    """Every parameter that is not trained and every buffer, quantised weights and batch-norm
+    statistics included.
 
     Of a parameter that ZeRO has partitioned: what this rank holds of it.
     """
@@ -47,7 +49,9 @@ class GradientGuard:
         self._finite: dict[str, bool] = {}
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         if not self._names:
-            raise GuardError("nothing is trainable: the bridge and the language model are both frozen")
+            raise GuardError(
+                "nothing is trainable: the bridge and the language model are both frozen"
+            )
         self._hooks = [
             p.register_hook(lambda grad, name=name: self._see(name, grad))
             for name, p in model.named_parameters()
@@ -58,7 +62,9 @@ class GradientGuard:
         self._finite[name] = self._finite.get(name, True) and bool(grad.isfinite().all())
 
     def check(self) -> None:
-        """Raises GuardError and takes the hooks off; called after the first step that was not skipped."""
+        """Raises GuardError and takes the hooks off; called after the first step that was not
+        skipped.
+        """
         for hook in self._hooks:
             hook.remove()
         silent = [name for name in self._names if name not in self._finite]
@@ -68,7 +74,9 @@ class GradientGuard:
                 f"the first of them {silent[0]}: that part would not learn"
             )
         if wrong := [name for name, finite in self._finite.items() if not finite]:
-            raise GuardError(f"the gradient of {wrong[0]} (and {len(wrong) - 1} more) is not finite in the first step")
+            raise GuardError(
+                f"the gradient of {wrong[0]} (and {len(wrong) - 1} more) is not finite in the first step"
+            )
 
     def forget(self) -> None:
         """Starts over: the step was skipped as non-finite, as a loss scaler's first steps may be."""
@@ -78,14 +86,18 @@ class GradientGuard:
 def check_frozen(model: nn.Module, before: str) -> None:
     """Raises GuardError where `frozen_hash` is no longer what it was."""
     if frozen_hash(model) != before:
-        raise GuardError("a frozen parameter or buffer has changed during training; this is a bug, please report it")
+        raise GuardError(
+            "a frozen parameter or buffer has changed during training; this is a bug, please report it"
+        )
 
 
 def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | None:
-    """The first value of the batch's loss and of its gradients that is not finite, in words; None: all are finite.
+    """The first value of the batch's loss and of its gradients that is not finite, in words; None:
+    all are finite.
 
-    `model(batch)` is a LossOutput. `scale`: the loss scale, under which gradients may overflow. Changes nothing: no
-    gradient is kept, so that engines which reduce gradients as they arrive see none.
+    `model(batch)` is a LossOutput. `scale`: the loss scale, under which gradients may overflow.
+    Changes nothing: no gradient is kept, so that engines which reduce gradients as they arrive see
+    none.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
@@ -103,7 +115,9 @@ def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | N
         watch(output, f"the output of {name}")
         for tensor in _floats(output):
             if tensor.requires_grad:
-                tensor.register_hook(lambda grad: watch(grad, f"the gradient of the output of {name}"))
+                tensor.register_hook(
+                    lambda grad: watch(grad, f"the gradient of the output of {name}")
+                )
 
     hooks = []
     for name, module in model.named_modules():
@@ -112,7 +126,9 @@ def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | N
             hooks.append(module.register_forward_hook(partial(after, name)))
     try:
         result = model(batch)
-        loss = result.sum / result.weight.clamp(min=1e-8)  # as in training: the gradient of a sum overflows earlier
+        loss = result.sum / result.weight.clamp(
+            min=1e-8
+        )  # as in training: the gradient of a sum overflows earlier
         watch(loss, "the loss")
         if not found:
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

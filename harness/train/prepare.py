@@ -23,7 +23,9 @@ from shards.read import Sample
 
 
 def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
-    """This rank's share of a global batch, `size` images at a time; [] where there is nothing to learn from."""
+    """This rank's share of a global batch, `size` images at a time; [] where there is nothing to
+    learn from.
+    """
     parts = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
     return [part for part in parts if part is not None]
 
@@ -52,7 +54,8 @@ def build_model(
     precision: Precision | None = None,
     device: torch.device | str = "cpu",
 ) -> VisionLanguageModel:
-    """Returns the model to train, with the weights that `model.init_from` names. Raises ConfigError.
+    """Returns the model to train, with the weights that `model.init_from` names. Raises
+    ConfigError.
 
     `encoder`: as `encoder_of` gives it. The model itself knows nothing of runs and checkpoints.
     """
@@ -63,8 +66,13 @@ def build_model(
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
-    """The bridge's start values, from the first global batch: every rank reads all of it, so that all start alike."""
-    collate, size = Collator(model.tokenizer, config.data, config.prompts, config.seed), config.train.micro_batch
+    """The bridge's start values, from the first global batch: every rank reads all of it, so that
+    all start alike.
+    """
+    collate, size = (
+        Collator(model.tokenizer, config.data, config.prompts, config.seed),
+        config.train.micro_batch,
+    )
     with closing(make_loader(config, None).iterate()) as steps:
         samples = next(steps)[1]
     if batches := micro_batches(samples, collate, size):
@@ -73,7 +81,9 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
 
 
 def encoder_of(loader: Loader, config: Config) -> dict | None:
-    """The encoder that made the features of these sets, None for sets of images. Raises ConfigError for another's."""
+    """The encoder that made the features of these sets, None for sets of images. Raises ConfigError
+    for another's.
+    """
     features = [manifest for manifest in loader.manifests if manifest.kind == "features"]
     for manifest in features:
         check_encoder(manifest, config.model.vision)

@@ -20,7 +20,8 @@ from shards.stream import StreamState
 
 
 def run(config: Config, resume: str | None = None) -> Path:
-    """Trains and returns the last checkpoint's folder. Raises ConfigError, ShardError, OSError or GuardError.
+    """Trains and returns the last checkpoint's folder. Raises ConfigError, ShardError, OSError or
+    GuardError.
 
     After SIGTERM or SIGINT: saves, and raises SystemExit with 128 + the signal's number.
     """
@@ -50,21 +51,29 @@ def run(config: Config, resume: str | None = None) -> Path:
 
     tracker: Tracker = NoTracker()
     if engine.is_main:
-        # From another folder's checkpoint a new run begins; a job killed before its first one goes on with its own.
+        # From another folder's checkpoint a new run begins; a job killed before its first one goes
+        # on with its own.
         own = found.path.resolve().is_relative_to(out.resolve()) if found else resume == "auto"
         run_id = (found and found.state["run_id"]) or recorded_run_id(config) if own else None
         sets = [*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)]
-        tracker = open_tracker(config, run_id=run_id, resume_step=state.step, facts=engine.facts(), datasets=sets)
+        tracker = open_tracker(
+            config, run_id=run_id, resume_step=state.step, facts=engine.facts(), datasets=sets
+        )
     status = "FAILED"
     try:
         with stop_requests() as stop_asked:
-            number = loop(Run(config, engine, model, wrapped, loader, state, terminal, tracker), stop_asked)
+            number = loop(
+                Run(config, engine, model, wrapped, loader, state, terminal, tracker), stop_asked
+            )
         status = "KILLED" if number else "FINISHED"
     finally:
         tracker.close(status)
-    engine.close()  # when the main process has reported everything: a launcher ends all as soon as one has failed
+    # when the main process has reported everything: a launcher ends all as soon as one has failed
+    engine.close()
     last = checkpoints.place(out, state.step)
     if number:
-        terminal.say(f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved: {last}")
+        terminal.say(
+            f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved: {last}"
+        )
         raise SystemExit(128 + number)
     return last

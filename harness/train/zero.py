@@ -1,9 +1,11 @@
-"""DeepSpeed ZeRO behind the engine's interface: stages 0 to 3, optimizer and parameters offloaded to the CPU or not.
+"""DeepSpeed ZeRO behind the engine's interface: stages 0 to 3, optimizer and parameters offloaded
+to the CPU or not.
 
-Which stage and what is offloaded is the launcher's to say (launch/accelerate/zero2.yaml and its DeepSpeed JSON);
-nothing else about a run changes. What DeepSpeed would do in silence is taken out of its hands: the summing of
-micro-batches and the scaling by their number, precision, the learning rate, checkpoints, and what it would compile.
-Private names of DeepSpeed are used in the functions at the end alone; a version older than the tested one is refused.
+Which stage and what is offloaded is the launcher's to say (launch/accelerate/zero2.yaml and its
+DeepSpeed JSON); nothing else about a run changes. What DeepSpeed would do in silence is taken out
+of its hands: the summing of micro-batches and the scaling by their number, precision, the learning
+rate, checkpoints, and what it would compile. Private names of DeepSpeed are used in the functions
+at the end alone; a version older than the tested one is refused.
 """
 
 from __future__ import annotations
@@ -23,21 +25,25 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from packaging.version import Version
 from torch import nn
 
-from harness.config.schema import Train
+from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.launcher import deepspeed_file
 from harness.train.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
 
-# DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on each rank.
+# DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on
+# each rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
-OLDEST = "0.19.8"  # its private names were read, and it skips a step whose norm is not finite in every stage
+# its private names were read, and it skips a step whose norm is not finite in every stage
+OLDEST = "0.19.8"
 
 
 class ZeroEngine(Engine):
-    """The optimizer's states (stage 1), gradients (2) and parameters (3) partitioned over the ranks."""
+    """The optimizer's states (stage 1), gradients (2) and parameters (3) partitioned over the
+    ranks.
+    """
 
-    def __init__(self, train: Train):
+    def __init__(self, train: TrainConfig):
         super().__init__(train)
         if self.precision.loss_scaler:
             raise ConfigError(
@@ -45,20 +51,27 @@ class ZeroEngine(Engine):
                 "silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with bf16"
             )
 
-    def _accelerator(self, train: Train) -> Accelerator:
+    def _accelerator(self, train: TrainConfig) -> Accelerator:
         import deepspeed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         if Version(deepspeed.__version__) < Version(OLDEST):
-            raise ConfigError(f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'")
+            raise ConfigError(
+                f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'"
+            )
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             raise ConfigError(
                 "ACCELERATE_USE_CPU together with DeepSpeed gives plain DDP in silence: leave one of them out"
             )
-        # It would compile a kernel for ranks that share a machine's memory, for a minute, where there is no GPU.
+        # It would compile a kernel for ranks that share a machine's memory, for a minute, where
+        # there is no GPU.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        settings = json.loads(deepspeed_file(named).read_text()) if named != "none" else _in_accelerates_own_words()
+        settings = (
+            json.loads(deepspeed_file(named).read_text())
+            if named != "none"
+            else _in_accelerates_own_words()
+        )
         for engine in ("fp16", "bf16", "torch_autocast"):
             if settings.pop(engine, {}).get("enabled"):
                 raise ConfigError(
@@ -72,7 +85,8 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW needs no compiler
         }
         settings.pop("train_batch_size", None)
-        # Models are loaded whole and partitioned afterwards: a 4-bit weight cannot be loaded in parts.
+        # Models are loaded whole and partitioned afterwards: a 4-bit weight cannot be loaded in
+        # parts.
         self.plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         accelerator = Accelerator(
@@ -82,7 +96,9 @@ class ZeroEngine(Engine):
         )
         unset_hf_deepspeed_config()  # or transformers loads every model in parts at stage 3
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            raise ConfigError(f"DeepSpeed was asked for but Accelerate runs {accelerator.distributed_type.value}")
+            raise ConfigError(
+                f"DeepSpeed was asked for but Accelerate runs {accelerator.distributed_type.value}"
+            )
         return accelerator
 
     @property
@@ -91,21 +107,34 @@ class ZeroEngine(Engine):
 
     @property
     def offloads(self) -> bool:
-        return (self.plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
+        return (
+            self.plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+        ).get("device") == "cpu"
 
     def facts(self) -> dict[str, str]:
-        return {**super().facts(), "engine": f"DeepSpeed ZeRO {self.stage}", "offload_optimizer": str(self.offloads)}
+        return {
+            **super().facts(),
+            "engine": f"DeepSpeed ZeRO {self.stage}",
+            "offload_optimizer": str(self.offloads),
+        }
 
     def prepare(self, model: nn.Module) -> nn.Module:
         self.bare = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.named, self.train)
-        optimizer = torch.optim.AdamW(groups, betas=self.train.betas, fused=True if self.offloads else None)
+        optimizer = torch.optim.AdamW(
+            groups, betas=self.train.betas, fused=True if self.offloads else None
+        )
         if self.stage == 0:
-            self.plugin.deepspeed_config["gradient_clipping"] = 0.0  # clipped here, where the norm is looked at first
+            self.plugin.deepspeed_config["gradient_clipping"] = (
+                0.0  # clipped here, where the norm is looked at first
+            )
         self.model, _ = self.accelerator.prepare(model, optimizer)
         self.optimizer = self.model.optimizer  # DeepSpeed's, around AdamW; at stage 0 AdamW itself
-        if not hasattr(self.model, "zero_optimization_stage") or self.model.zero_optimization_stage() != self.stage:
+        if (
+            not hasattr(self.model, "zero_optimization_stage")
+            or self.model.zero_optimization_stage() != self.stage
+        ):
             raise ConfigError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
         return self.model
 
@@ -116,7 +145,10 @@ class ZeroEngine(Engine):
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters(list(self.bare.parameters())), _without_hooks(self.optimizer.parameter_offload):
+        with (
+            GatheredParameters(list(self.bare.parameters())),
+            _without_hooks(self.optimizer.parameter_offload),
+        ):
             yield
 
     def micro_step(self, last: bool) -> AbstractContextManager:
@@ -124,7 +156,8 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # `accelerator.backward` would take the optimizer's step as well: no place to look at the norm first.
+        # `accelerator.backward` would take the optimizer's step as well: no place to look at the
+        # norm first.
         self.model.backward(loss * self.world_size)
 
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
@@ -140,7 +173,8 @@ class ZeroEngine(Engine):
             else:
                 self.model.step()
             return None if skip else norm
-        # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what they hold.
+        # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what
+        # they hold.
         with _infinite_norm(self.optimizer) if skip else nullcontext():
             self.model.step()
         return None if self.optimizer.overflow else float(self.model.get_global_grad_norm())
@@ -153,7 +187,9 @@ class ZeroEngine(Engine):
         state = {}
         named = dict(self.bare.named_parameters())
         for name in self.bare.trained_state():
-            with GatheredParameters([named[name]]):  # one by one: together they may be larger than a GPU
+            with GatheredParameters(
+                [named[name]]
+            ):  # one by one: together they may be larger than a GPU
                 if self.is_main:
                     state[name] = named[name].detach().cpu().clone()
         return state
@@ -164,7 +200,8 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         states = [self.optimizer.state.get(flat) for flat in _partitions(self.optimizer)]
-        # Before the first step there is nothing to read, and trying raises on some ranks while others wait for ever.
+        # Before the first step there is nothing to read, and trying raises on some ranks while
+        # others wait for ever.
         if self.sum([bool(states) and all(states)])[0] != self.world_size:
             return {}
         _link(self.optimizer)
@@ -184,7 +221,9 @@ class ZeroEngine(Engine):
 
         steps = max(float(saved[f"step/{name}"]) for name in self.named)
         for flat in _partitions(self.optimizer):
-            device = flat.device if self.offloads else "cpu"  # as AdamW makes it: a fused one keeps it by the weights
+            device = (
+                flat.device if self.offloads else "cpu"
+            )  # as AdamW makes it: a fused one keeps it by the weights
             self.optimizer.state[flat] = {
                 "step": torch.tensor(steps, device=device),
                 "exp_avg": torch.zeros_like(flat),
@@ -196,16 +235,30 @@ class ZeroEngine(Engine):
                 value = saved[f"{key}/{name}"].float()
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
-                else:  # its own way to do this fails on the last rank where the ranks do not divide the size
+                # its own way to do this fails on the last rank where the ranks do not divide the
+                # size
+                else:
                     size = parameter.ds_tensor.numel()
-                    padded = nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
-                    safe_set_local_optimizer_state(parameter, padded[self.rank * size :][:size], key)
+                    padded = nn.functional.pad(
+                        value.flatten(), (0, size * self.world_size - value.numel())
+                    )
+                    safe_set_local_optimizer_state(
+                        parameter, padded[self.rank * size :][:size], key
+                    )
 
 
 def _in_accelerates_own_words() -> dict[str, Any]:
-    """Settings of a launch file that names no DeepSpeed JSON: Accelerate's plugin puts its own keys in these places."""
+    """Settings of a launch file that names no DeepSpeed JSON: Accelerate's plugin puts its own keys
+    in these places.
+    """
     auto = {"device": "auto"}
-    return {"zero_optimization": {"stage": "auto", "offload_optimizer": dict(auto), "offload_param": dict(auto)}}
+    return {
+        "zero_optimization": {
+            "stage": "auto",
+            "offload_optimizer": dict(auto),
+            "offload_param": dict(auto),
+        }
+    }
 
 
 def _partitions(zero: Any) -> Iterator[torch.Tensor]:
@@ -243,9 +296,14 @@ def _without_hooks(offload: Any) -> Iterator[None]:
 def _infinite_norm(zero: Any) -> Iterator[None]:
     """A step inside is skipped as one with an infinite gradient norm is.
 
-    `zero_grad` alone leaves gradients of a discarded step in what is offloaded: they would be part of the next one's.
+    `zero_grad` alone leaves gradients of a discarded step in what is offloaded: they would be part
+    of the next one's.
     """
-    name = "_get_norm_groups" if hasattr(zero, "fp32_partitioned_groups_flat") else "scaled_global_norm"
+    name = (
+        "_get_norm_groups"
+        if hasattr(zero, "fp32_partitioned_groups_flat")
+        else "scaled_global_norm"
+    )
     infinite = torch.tensor(math.inf)
     setattr(zero, name, lambda: [infinite] if name == "_get_norm_groups" else infinite)
     try:

@@ -1,4 +1,5 @@
-"""Official files of known sets, and your own, -> Source: records by split, where their images are, what was left out.
+"""Official files of known sets, and your own, -> Source: records by split, where their images are,
+what was left out.
 
 Each `load` takes the options of `harness shards build` by their names, with `_` for `-`.
 """

@@ -1,4 +1,6 @@
-"""COCO captions: official `captions_train2014.json` and the like -> one record an image with all its captions."""
+"""COCO captions: official `captions_train2014.json` and the like -> one record an image with all
+its captions.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,15 @@ from pathlib import Path
 from typing import Annotated
 
 from shards.files import ShardError
-from shards.sources.source import TEXT_WITHOUT_IMAGE, Images, ImagesAt, Source, read_json, rows_of, unique
+from shards.sources.source import (
+    TEXT_WITHOUT_IMAGE,
+    Images,
+    ImagesAt,
+    Source,
+    read_json,
+    rows_of,
+    unique,
+)
 
 
 def load(
@@ -15,7 +25,9 @@ def load(
     captions: Annotated[Path, "captions_train2014.json and the like."],
     split: Annotated[str, "train or val."],
 ) -> Source:
-    """`split` names what the file holds (train, val). ShardError for another format and for duplicate ids."""
+    """`split` names what the file holds (train, val). ShardError for another format and for
+    duplicate ids.
+    """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")
     files = rows_of(document, "images", ("id", "file_name"), where)
@@ -27,7 +39,9 @@ def load(
     captions_of: dict[int, list[str]] = defaultdict(list)
     for row in rows:
         if not isinstance(row["caption"], str) or not isinstance(row["image_id"], int):
-            raise ShardError(f"{where}: caption {row['id']} must have a text and a whole number as image_id")
+            raise ShardError(
+                f"{where}: caption {row['id']} must have a text and a whole number as image_id"
+            )
         captions_of[row["image_id"]].append(row["caption"])
 
     source = Source("coco_captions", Images(images))
@@ -35,8 +49,17 @@ def load(
         name, texts = Path(str(row["file_name"])).name, captions_of.pop(row["id"], [])
         source.add_captions(name, texts, split, f"{row['id']:012d}", str(row["id"]))
     for image_id, texts in captions_of.items():
-        source.skip(TEXT_WITHOUT_IMAGE, str(image_id), "its image_id is not in the list of images", split, len(texts))
-    # Beside train2014 may lie val2014: the images of another split's folder are not this one's dirt.
+        source.skip(
+            TEXT_WITHOUT_IMAGE,
+            str(image_id),
+            "its image_id is not in the list of images",
+            split,
+            len(texts),
+        )
+    # Beside train2014 may lie val2014: the images of another split's folder are not this one's
+    # dirt.
     folders = {Path(item.image).parent for item in source.splits.get(split, ())}
-    source.skip_rest("not in the list of images", split, among=lambda path: Path(path).parent in folders)
+    source.skip_rest(
+        "not in the list of images", split, among=lambda path: Path(path).parent in folders
+    )
     return source

@@ -1,7 +1,7 @@
 """easy-VQA, from the package `easy-vqa`: 5,000 drawings of one shape, 48,248 questions, 13 answers.
 
-The package has train and test; `dev` is 400 training images drawn by a fixed hash, so that choices are never made on
-the test set.
+The package has train and test; `dev` is 400 training images drawn by a fixed hash, so that choices
+are never made on the test set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _NEGATIONS = (" no ", " not ")
 
 
 def load(limit: Annotated[int | None, "Only so many images of each split."] = None) -> Source:
-    """Splits train (3,600 images), dev (400) and test (1,000); ShardError where the package is not installed."""
+    """Splits train (3,600 images), dev (400) and test (1,000); ShardError where the package is not
+    installed.
+    """
     if limit is not None and limit < 1:
         raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
     try:
@@ -30,7 +32,11 @@ def load(limit: Annotated[int | None, "Only so many images of each split."] = No
         ) from error
     source = Source("easy_vqa", Images(Path(easy_vqa.__file__).parent / "data"))
     questions = {"train": easy_vqa.get_train_questions(), "test": easy_vqa.get_test_questions()}
-    dev = set(sorted(set(questions["train"][2]), key=lambda image: order_of("easy-vqa dev", image))[:DEV_IMAGES])
+    dev = set(
+        sorted(set(questions["train"][2]), key=lambda image: order_of("easy-vqa dev", image))[
+            :DEV_IMAGES
+        ]
+    )
     for folder, (prompts, answers, images) in questions.items():
         of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for prompt, answer, image in zip(prompts, answers, images, strict=True):
@@ -39,7 +45,9 @@ def load(limit: Annotated[int | None, "Only so many images of each split."] = No
             split = "dev" if folder == "train" and image in dev else folder
             path, key = f"{folder}/images/{image}.png", f"{folder}-{image:04d}"
             if source.find(path, split, len(rows), exact=True):
-                texts = [_text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)]
+                texts = [
+                    _text(f"{key}-{n}", prompt, answer) for n, (prompt, answer) in enumerate(rows)
+                ]
                 source.add(split, key, key, texts, path)
     source.skip_rest("no question asks about it")
     for split, items in source.splits.items():
@@ -54,4 +62,6 @@ def _text(text_id: str, prompt: str, answer: str) -> Text:
     else:
         kind = "what color" if "color" in prompt else "what shape"
     answer_type = "yes/no" if answer in ("yes", "no") else "other"
-    return Text(text_id, "vqa", (answer,), prompt, {"answer_type": answer_type, "question_type": kind})
+    return Text(
+        text_id, "vqa", (answer,), prompt, {"answer_type": answer_type, "question_type": kind}
+    )

@@ -1,8 +1,9 @@
-"""A data set of the package `datasets` (id on the hub, parquet, folder) -> one record an image with all its texts.
+"""A data set of the package `datasets` (id on the hub, parquet, folder) -> one record an image with
+all its texts.
 
-Rows are streamed, so that --limit ends a download; their images wait in a temporary file (in TMPDIR), byte by byte as
-they were stored, until the build reads them. Rows that show one image are one record: those of one --id-column, or of
-equal bytes.
+Rows are streamed, so that --limit ends a download; their images wait in a temporary file (in
+TMPDIR), byte by byte as they were stored, until the build reads them. Rows that show one image are
+one record: those of one --id-column, or of equal bytes.
 """
 
 from __future__ import annotations
@@ -19,31 +20,57 @@ from typing import Annotated, Any
 
 from shards.files import ShardError
 from shards.record import Text
-from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, TEXT_WITHOUT_IMAGE, Source, keys_of, unique
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    TEXT_WITHOUT_IMAGE,
+    Source,
+    keys_of,
+    unique,
+)
 
-_FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_FILES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+}
 _HUB_ID = re.compile(r"[\w\-]+(/[\w.\-]+)?")
 _KEPT = ("question_id", "answer_type", "question_type")  # columns of VQAv2
 
 
 def load(
-    dataset: Annotated[str, "Id on the hub; a parquet, arrow, csv or json file; a folder of them, or of images."],
+    dataset: Annotated[
+        str, "Id on the hub; a parquet, arrow, csv or json file; a folder of them, or of images."
+    ],
     split: Annotated[str, "One of its splits. A single file has no splits: what to call it."],
     image_column: Annotated[str, "Image feature, bytes, {bytes, path} or a path."] = "image",
-    text_columns: Annotated[list[str] | None, "Captions: a text or a list. Several: with commas between them."] = None,
+    text_columns: Annotated[
+        list[str] | None, "Captions: a text or a list. Several: with commas between them."
+    ] = None,
     question_column: Annotated[str | None, "A question a row."] = None,
-    answer_column: Annotated[str | None, "A text, a list of texts, or VQAv2's list of {answer}."] = None,
-    id_column: Annotated[str | None, "Names the image. None: the number of the first row that shows it."] = None,
+    answer_column: Annotated[
+        str | None, "A text, a list of texts, or VQAv2's list of {answer}."
+    ] = None,
+    id_column: Annotated[
+        str | None, "Names the image. None: the number of the first row that shows it."
+    ] = None,
     config: Annotated[str | None, "Of the data set, where it has several."] = None,
     limit: Annotated[int | None, "Stop after this many images: the first ones."] = None,
 ) -> Source:
     """VQAv2's columns `question_id`, `answer_type` and `question_type` are kept where they exist.
 
-    ShardError for a data set, split or column that is not there, a value that is no text, one id for two images.
+    ShardError for a data set, split or column that is not there, a value that is no text, one id
+    for two images.
     """
-    captions = [name.strip() for names in text_columns or () for name in names.split(",") if name.strip()]
+    captions = [
+        name.strip() for names in text_columns or () for name in names.split(",") if name.strip()
+    ]
     if bool(question_column) != bool(answer_column):
-        raise ShardError("--question-column and --answer-column belong together: one of them was not given")
+        raise ShardError(
+            "--question-column and --answer-column belong together: one of them was not given"
+        )
     if not captions and not question_column:
         raise ShardError("hf needs --text-columns, or --question-column and --answer-column")
     if limit is not None and limit < 1:
@@ -52,13 +79,19 @@ def load(
     rows = _open(dataset, config, split)
     columns = rows.column_names or list(next(_numbered(rows, where), (0, {}))[1])
     wanted = {image_column: "--image-column", **dict.fromkeys(captions, "--text-columns")}
-    wanted |= {question_column: "--question-column", answer_column: "--answer-column", id_column: "--id-column"}
+    wanted |= {
+        question_column: "--question-column",
+        answer_column: "--answer-column",
+        id_column: "--id-column",
+    }
     wanted.pop(None, None)
     for name, flag in wanted.items():
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ShardError(f"{flag} {name}: {where} has no such column; {hint}It has {', '.join(columns) or 'none'}")
+            raise ShardError(
+                f"{flag} {name}: {where} has no such column; {hint}It has {', '.join(columns) or 'none'}"
+            )
     kept = [name for name in _KEPT if question_column and name in columns]
     rows = rows.select_columns(list(dict.fromkeys([*wanted, *kept])))
 
@@ -66,30 +99,52 @@ def load(
     source = Source(re.sub(r"[^A-Za-z0-9_\-]+", "_", Path(dataset).stem), images)
     groups: dict[str | bytes, _Group] = {}
     for number, row in _numbered(_undecoded(rows, image_column), where):
-        said = [text for name in captions for text in _strings(row[name], f"{where}, row {number}, column {name}")]
+        said = [
+            text
+            for name in captions
+            for text in _strings(row[name], f"{where}, row {number}, column {name}")
+        ]
         try:
             name, digest = images.add(number, row[image_column])
         except ValueError as error:
-            source.skip(TEXT_WITHOUT_IMAGE, f"row {number}", str(error), split, len(said) + bool(question_column))
+            source.skip(
+                TEXT_WITHOUT_IMAGE,
+                f"row {number}",
+                str(error),
+                split,
+                len(said) + bool(question_column),
+            )
             continue
         identity = str(row[id_column]) if id_column else digest
         if identity not in groups and len(groups) == limit:
-            source.notes[f"rows read before --limit {limit} stopped; what later rows say of these images is not in"] = (
-                number
-            )
+            source.notes[
+                f"rows read before --limit {limit} stopped; what later rows say of these images is not in"
+            ] = number
             break
-        source.notes["rows that show the image of an earlier one, joined with it"] += identity in groups
-        group = groups.setdefault(identity, _Group(str(row[id_column]) if id_column else f"{number:08d}", name, digest))
+        source.notes["rows that show the image of an earlier one, joined with it"] += (
+            identity in groups
+        )
+        group = groups.setdefault(
+            identity, _Group(str(row[id_column]) if id_column else f"{number:08d}", name, digest)
+        )
         if group.digest != digest:
-            raise ShardError(f"{where}, row {number}: {id_column} {identity!r} came before, with another image")
+            raise ShardError(
+                f"{where}, row {number}: {id_column} {identity!r} came before, with another image"
+            )
         group.captions += source.clean(said, f"row {number}", split)
         if question_column:
-            answers = tuple(_strings(row[answer_column], f"{where}, row {number}, column {answer_column}"))
-            question = " ".join(_strings(row[question_column], f"{where}, row {number}, column {question_column}"))
+            answers = tuple(
+                _strings(row[answer_column], f"{where}, row {number}, column {answer_column}")
+            )
+            question = " ".join(
+                _strings(row[question_column], f"{where}, row {number}, column {question_column}")
+            )
             if question.strip() and any(answer.strip() for answer in answers):
                 group.questions.append((question, answers, {name: row[name] for name in kept}))
             else:
-                source.skip(EMPTY_TEXT, f"row {number}", "the question or its answers are empty", split, 1)
+                source.skip(
+                    EMPTY_TEXT, f"row {number}", "the question or its answers are empty", split, 1
+                )
     images.complete()
 
     key_of = keys_of(group.name for group in groups.values())
@@ -97,8 +152,12 @@ def load(
         if texts := group.texts(key_of[group.name]):
             source.add(split, key_of[group.name], group.name, texts, group.image)
         else:
-            source.skip(IMAGE_WITHOUT_TEXT, group.image, "it has no text, or only empty ones", split)
-    ids = (text.id for items in source.splits.values() for item in items for text in item.record.texts)
+            source.skip(
+                IMAGE_WITHOUT_TEXT, group.image, "it has no text, or only empty ones", split
+            )
+    ids = (
+        text.id for items in source.splits.values() for item in items for text in item.record.texts
+    )
     unique(ids, f"{where}: the question_id")
     return source
 
@@ -117,12 +176,17 @@ class _Group:
         texts = [Text(key, "caption", tuple(self.captions))] if self.captions else []
         for number, (question, answers, kept) in enumerate(self.questions):
             meta = {name: value for name, value in kept.items() if name != "question_id"}
-            texts.append(Text(str(kept.get("question_id", f"{key}-{number}")), "vqa", answers, question, meta))
+            texts.append(
+                Text(
+                    str(kept.get("question_id", f"{key}-{number}")), "vqa", answers, question, meta
+                )
+            )
         return texts
 
 
 class RowImages:
-    """In the place of `Images`: the image of each row, from a temporary file, or from where its path points.
+    """In the place of `Images`: the image of each row, from a temporary file, or from where its
+    path points.
 
     `place` is a file or folder, or an id of the hub. Reading is safe from several threads.
     """
@@ -136,8 +200,12 @@ class RowImages:
         self._spans: dict[str, tuple[int, int]] = {}
 
     def add(self, number: int, value: Any) -> tuple[str, str | bytes]:
-        """The name to read it by, and what equal images share. ValueError with the reason where there is no image."""
-        path, data = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
+        """The name to read it by, and what equal images share. ValueError with the reason where
+        there is no image.
+        """
+        path, data = (
+            (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
+        )
         if isinstance(path, bytes):
             path, data = None, path
         if data:
@@ -179,30 +247,46 @@ class RowImages:
 
 
 def _open(dataset: str, config: str | None, split: str) -> Any:
-    """The rows of one split, as a `datasets.IterableDataset` or, of a folder made by `save_to_disk`, a `Dataset`."""
+    """The rows of one split, as a `datasets.IterableDataset` or, of a folder made by
+    `save_to_disk`, a `Dataset`.
+    """
     import datasets  # from version 4 on it runs no script of a repository, whatever it is told
 
     place, where = Path(dataset).expanduser(), f"--dataset {dataset}"
     if place.is_file() and place.suffix not in _FILES:
-        raise ShardError(f"{where}: a file must be one of {', '.join(_FILES)}; tars: harness shards index")
+        raise ShardError(
+            f"{where}: a file must be one of {', '.join(_FILES)}; tars: harness shards index"
+        )
     if not place.exists() and not _HUB_ID.fullmatch(dataset):
-        raise ShardError(f"{where}: there is no such file or folder, and an id of the hub is OWNER/NAME")
+        raise ShardError(
+            f"{where}: there is no such file or folder, and an id of the hub is OWNER/NAME"
+        )
     try:
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
             found = datasets.load_from_disk(str(place))
         elif place.is_file():
-            found = datasets.load_dataset(_FILES[place.suffix], data_files={split: str(place)}, streaming=True)
+            found = datasets.load_dataset(
+                _FILES[place.suffix], data_files={split: str(place)}, streaming=True
+            )
         else:
-            found = datasets.load_dataset(str(place.absolute()) if place.is_dir() else dataset, config, streaming=True)
+            found = datasets.load_dataset(
+                str(place.absolute()) if place.is_dir() else dataset, config, streaming=True
+            )
     except Exception as error:  # the network, a format, a config: `datasets` raises nearly anything
-        what = "cannot be opened" if place.exists() else "is no file or folder here, and as an id of the hub"
+        what = (
+            "cannot be opened"
+            if place.exists()
+            else "is no file or folder here, and as an id of the hub"
+        )
         raise ShardError(f"{where} {what}: {_reason(error)}") from error
     if isinstance(found, datasets.Dataset):
         return found
     if split not in found:
         near = difflib.get_close_matches(split, found, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ShardError(f"--split {split}: {where} has no such split; {hint}It has {', '.join(found)}")
+        raise ShardError(
+            f"--split {split}: {where} has no such split; {hint}It has {', '.join(found)}"
+        )
     return found[split]
 
 
@@ -221,7 +305,9 @@ def _numbered(rows: Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in enumerate(rows):
             yield number, row
     except Exception as error:
-        raise ShardError(f"{where}: what follows row {number} cannot be read: {_reason(error)}") from error
+        raise ShardError(
+            f"{where}: what follows row {number} cannot be read: {_reason(error)}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -229,7 +315,9 @@ def _reason(error: Exception) -> str:
 
 
 def _strings(value: Any, where: str) -> list[str]:
-    """A text, a list of texts, or VQAv2's {"answer": text} of each annotator; None is no text. ShardError else."""
+    """A text, a list of texts, or VQAv2's {"answer": text} of each annotator; None is no text.
+    ShardError else.
+    """
     if isinstance(value, str):
         return [value]
     if value is None:

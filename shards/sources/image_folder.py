@@ -1,7 +1,9 @@
-"""Your own data: a folder (or zip) of images and a JSONL of texts -> one record an image with all its texts.
+"""Your own data: a folder (or zip) of images and a JSONL of texts -> one record an image with all
+its texts.
 
-A line: {"image": "cats/1.jpg", "text": "a cat"} or "captions": [...] or "question": "...", "answers": [...],
-optionally "id" (unique) and "split" (default train). Several lines may name the same image.
+A line: {"image": "cats/1.jpg", "text": "a cat"} or "captions": [...] or "question": "...",
+"answers": [...], optionally "id" (unique) and "split" (default train). Several lines may name the
+same image.
 """
 
 from __future__ import annotations
@@ -13,16 +15,27 @@ from typing import Annotated, Any
 
 from shards.files import ShardError
 from shards.record import Text
-from shards.sources.source import EMPTY_TEXT, IMAGE_WITHOUT_TEXT, Images, ImagesAt, Source, keys_of, read_text, unique
+from shards.sources.source import (
+    EMPTY_TEXT,
+    IMAGE_WITHOUT_TEXT,
+    Images,
+    ImagesAt,
+    Source,
+    keys_of,
+    read_text,
+    unique,
+)
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
 
 
 def load(
-    images: ImagesAt, jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."]
+    images: ImagesAt,
+    jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."],
 ) -> Source:
-    """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of the form above,
-    an id given twice, an image in two splits."""
+    """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of
+    the form above, an id given twice, an image in two splits.
+    """
     source = Source("image_folder", Images(images))
     lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
     ids: dict[str, int] = {}
@@ -34,9 +47,13 @@ def load(
         lines_of.setdefault(path, []).append((n, row))
         first, other = lines_of[path][0]
         if other["split"] != split:
-            raise ShardError(f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line {first}")
+            raise ShardError(
+                f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line {first}"
+            )
         if "id" in row and ids.setdefault(str(row["id"]), n) != n:
-            raise ShardError(f"{where}: the id {row['id']!r} occurs in line {ids[str(row['id'])]} already")
+            raise ShardError(
+                f"{where}: the id {row['id']!r} occurs in line {ids[str(row['id'])]} already"
+            )
         source.notes.update(f"field '{name}' ignored" for name in row if name not in _FIELDS)
     key_of = keys_of(lines_of)
     for path, lines in lines_of.items():
@@ -46,14 +63,23 @@ def load(
                 source.add(split, key, key, found, path)
             else:
                 source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", split)
-    texts = (text for items in source.splits.values() for item in items for text in item.record.texts)
-    unique((text.id for text in texts), f"--jsonl {jsonl}: the id (given, or made from an image's name)")
+    texts = (
+        text for items in source.splits.values() for item in items for text in item.record.texts
+    )
+    unique(
+        (text.id for text in texts),
+        f"--jsonl {jsonl}: the id (given, or made from an image's name)",
+    )
     source.skip_rest("no line names it")
     return source
 
 
-def _texts(source: Source, path: str, key: str, lines: list[tuple[int, dict[str, Any]]]) -> list[Text]:
-    """Captions without an id are one text (the key is its id); a question without an id is called KEY-NUMBER."""
+def _texts(
+    source: Source, path: str, key: str, lines: list[tuple[int, dict[str, Any]]]
+) -> list[Text]:
+    """Captions without an id are one text (the key is its id); a question without an id is called
+    KEY-NUMBER.
+    """
     texts, captions, questions = [], [], 0
     for n, row in lines:
         given = str(row.get("id", "")) or None
@@ -69,7 +95,13 @@ def _texts(source: Source, path: str, key: str, lines: list[tuple[int, dict[str,
         if row["question"].strip() and any(answer.strip() for answer in answers):
             texts.append(Text(text_id, "vqa", answers, row["question"]))
         else:
-            source.skip(EMPTY_TEXT, path, f"the question or its answers are empty (line {n})", row["split"], 1)
+            source.skip(
+                EMPTY_TEXT,
+                path,
+                f"the question or its answers are empty (line {n})",
+                row["split"],
+                1,
+            )
     return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
 
 
@@ -95,7 +127,9 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     name = "answers" if kinds == ["question"] else kinds[0]
     many = _strings(row[name])
     if not isinstance(many, list) or not all(isinstance(text, str) for text in many):
-        raise ShardError(f"{where}: '{name}' must be a text or a list of texts, found {str(row[name])[:60]}")
+        raise ShardError(
+            f"{where}: '{name}' must be a text or a list of texts, found {str(row[name])[:60]}"
+        )
     if not isinstance(row.get("question", ""), str):
         raise ShardError(f"{where}: 'question' must be a text, found {str(row['question'])[:60]}")
     return row

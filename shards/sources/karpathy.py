@@ -1,6 +1,8 @@
-"""The `dataset_*.json` files of Karpathy's splits (Flickr8k, Flickr30k, COCO) -> one record an image.
+"""The `dataset_*.json` files of Karpathy's splits (Flickr8k, Flickr30k, COCO) -> one record an
+image.
 
-Splits are train, val and test; `restval` (COCO) goes into train, as everybody trains on it, and is counted.
+Splits are train, val and test; `restval` (COCO) goes into train, as everybody trains on it, and is
+counted.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from shards.sources.source import Images, ImagesAt, Source, keys_of, read_json, 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def load(images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _flickr30k or _coco."]) -> Source:
-    """`captions` is dataset_flickr8k.json or its like. ShardError for another format or split, or a name twice."""
+def load(
+    images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _flickr30k or _coco."]
+) -> Source:
+    """`captions` is dataset_flickr8k.json or its like. ShardError for another format or split, or a
+    name twice.
+    """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")
     rows = rows_of(document, "images", ("filename", "split", "sentences"), where)
@@ -26,14 +32,20 @@ def load(images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _fl
     source = Source(str(document.get("dataset", "karpathy")), Images(images))
     for name, row in zip(names, rows, strict=True):
         if row["split"] not in _SPLITS:
-            raise ShardError(f"{where}: {name} is in the split {row['split']!r}, expected one of {', '.join(_SPLITS)}")
+            raise ShardError(
+                f"{where}: {name} is in the split {row['split']!r}, expected one of {', '.join(_SPLITS)}"
+            )
         split = _SPLITS[row["split"]]
         sentences = row["sentences"] if isinstance(row["sentences"], list) else [None]
-        texts = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
+        texts = [
+            sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences
+        ]
         if not all(isinstance(text, str) for text in texts):
             raise ShardError(f"{where}: {name} has a sentence without the text 'raw'")
         coco = row.get("cocoid")
-        key, image_id = (f"{coco:012d}", str(coco)) if isinstance(coco, int) else (key_of[name], None)
+        key, image_id = (
+            (f"{coco:012d}", str(coco)) if isinstance(coco, int) else (key_of[name], None)
+        )
         added = source.add_captions(name, texts, split, key, image_id)
         source.notes["images of 'restval', put into 'train'"] += added and row["split"] == "restval"
     source.skip_rest("not in the list of images")

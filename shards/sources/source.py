@@ -1,6 +1,8 @@
-"""What every source gives to the build: records by split, the place of their images, and the dirt it found.
+"""What every source gives to the build: records by split, the place of their images, and the dirt
+it found.
 
-Official files -> Source. Images lie in a folder or in a zip, which is read where it is and never extracted.
+Official files -> Source. Images lie in a folder or in a zip, which is read where it is and never
+extracted.
 """
 
 from __future__ import annotations
@@ -66,8 +68,12 @@ class Source:
         record = Record(key, self.dataset, split, image_id, tuple(texts))
         self.splits.setdefault(split, []).append(Item(record, image))
 
-    def add_captions(self, name: str, captions: list[str], split: str, key: str, image_id: str | None = None) -> bool:
-        """Adds the image called `name` with its captions, or says why not. `image_id`: by default the key."""
+    def add_captions(
+        self, name: str, captions: list[str], split: str, key: str, image_id: str | None = None
+    ) -> bool:
+        """Adds the image called `name` with its captions, or says why not. `image_id`: by default
+        the key.
+        """
         path = self.find(name, split, len(captions))
         if path is None:
             return False
@@ -79,16 +85,23 @@ class Source:
         return bool(targets)
 
     def find(self, name: str, split: str | None, texts: int, exact: bool = False) -> str | None:
-        """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left out, and named."""
+        """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left
+        out, and named.
+        """
         path = (name if name in self.images.names else None) if exact else self.images.find(name)
         if path is None:
-            self.skip(TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts)
+            self.skip(
+                TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
+            )
         else:
             self._found.add(path)
         return path
 
     def skip_rest(
-        self, reason: str, split: str | None = None, among: Callable[[str], bool] = lambda path: True
+        self,
+        reason: str,
+        split: str | None = None,
+        among: Callable[[str], bool] = lambda path: True,
     ) -> None:
         """Names the images that nothing asked for."""
         for path in self.images.names:
@@ -96,7 +109,9 @@ class Source:
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
 
     def clean(self, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
-        """Captions without outer whitespace; empty ones are left out and named, odd ones kept and counted."""
+        """Captions without outer whitespace; empty ones are left out and named, odd ones kept and
+        counted.
+        """
         kept = []
         for caption in captions:
             trimmed = caption.strip()
@@ -109,12 +124,16 @@ class Source:
             kept.append(trimmed)
         return tuple(kept)
 
-    def skip(self, kind: str, name: str, reason: str, split: str | None = None, texts: int = 0) -> None:
+    def skip(
+        self, kind: str, name: str, reason: str, split: str | None = None, texts: int = 0
+    ) -> None:
         self.skipped.append(Skipped(kind, name, reason, split, texts))
 
 
 class Images:
-    """The image files of a folder or of a zip, by their path relative to it; reading is safe from several threads."""
+    """The image files of a folder or of a zip, by their path relative to it; reading is safe from
+    several threads.
+    """
 
     def __init__(self, place: str | os.PathLike[str]):
         self.place = Path(place)
@@ -129,13 +148,17 @@ class Images:
             try:
                 self._zip = zipfile.ZipFile(self.place)
             except (zipfile.BadZipFile, OSError) as error:
-                raise ShardError(f"{place} is neither a folder of images nor a whole zip: {error}") from error
+                raise ShardError(
+                    f"{place} is neither a folder of images nor a whole zip: {error}"
+                ) from error
             names = iter(self._zip.namelist())
         else:
             raise ShardError(f"there is no folder or zip of images at {place}")
         # `__MACOSX/._x.jpg` in the official Flickr8k zip is a resource fork, not an image.
         images = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-        self.names = dict.fromkeys(sorted(name for name in images if not posixpath.basename(name).startswith("._")))
+        self.names = dict.fromkeys(
+            sorted(name for name in images if not posixpath.basename(name).startswith("._"))
+        )
         if not self.names:
             raise ShardError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self._by_basename: dict[str, list[str]] = {}
@@ -143,10 +166,14 @@ class Images:
             self._by_basename.setdefault(posixpath.basename(name), []).append(name)
 
     def find(self, filename: str) -> str | None:
-        """The path of the one file called `filename`, in whatever subfolder; ShardError if there are two."""
+        """The path of the one file called `filename`, in whatever subfolder; ShardError if there
+        are two.
+        """
         found = self._by_basename.get(filename, [])
         if len(found) > 1:
-            raise ShardError(f"{self.place} holds two images called {filename}: {found[0]} and {found[1]}")
+            raise ShardError(
+                f"{self.place} holds two images called {filename}: {found[0]} and {found[1]}"
+            )
         return found[0] if found else None
 
     def read(self, path: str) -> bytes:
@@ -158,16 +185,22 @@ class Images:
 
 
 def read_text(path: str | os.PathLike[str], flag: str) -> str:
-    """A whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the option that gave the path."""
+    """A whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the option that
+    gave the path.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ShardError(f"{flag} {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ShardError(f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ShardError(
+            f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
 
-def read_json(path: str | os.PathLike[str], flag: str, hook: Callable[[dict], Any] | None = None) -> Any:
+def read_json(
+    path: str | os.PathLike[str], flag: str, hook: Callable[[dict], Any] | None = None
+) -> Any:
     """A JSON document, or ShardError; `hook` is json's object_hook."""
     try:
         return json.loads(read_text(path, flag), object_hook=hook)
@@ -179,7 +212,9 @@ def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list
     """The list `name` of an official JSON file, every element of which has `keys`, or ShardError."""
     rows = document.get(name) if isinstance(document, dict) else None
     if not isinstance(rows, list):
-        raise ShardError(f"{where} has no list '{name}': it is not the official file this source reads")
+        raise ShardError(
+            f"{where} has no list '{name}': it is not the official file this source reads"
+        )
     for n, row in enumerate(rows):
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
@@ -203,7 +238,9 @@ def order_of(seed: int | str, name: Any) -> bytes:
 
 
 def keys_of(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> key: the file's stem where that is clean and unique, else its path made clean, plus a hash of it."""
+    """Path -> key: the file's stem where that is clean and unique, else its path made clean, plus a
+    hash of it.
+    """
     paths = list(paths)
     stems = {path: posixpath.splitext(posixpath.basename(path))[0] for path in paths}
     counts = Counter(stems.values())

@@ -1,6 +1,8 @@
-"""VQAv2: official questions, annotations and image folders -> one record an image with all its questions.
+"""VQAv2: official questions, annotations and image folders -> one record an image with all its
+questions.
 
-Answers stay as they are given, ten in order. `limit` draws images; `pair_id` names the complementary question.
+Answers stay as they are given, ten in order. `limit` draws images; `pair_id` names the
+complementary question.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ def load(
     limit: Annotated[int | None, "Draw this many images; pairs stay together."] = None,
     seed: Annotated[int, "Of the draw."] = 0,
 ) -> Source:
-    """`split` is train or val; `pairs` the official list of [question id, question id] of complementary pairs.
+    """`split` is train or val; `pairs` the official list of [question id, question id] of
+    complementary pairs.
 
-    `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a question without
-    annotation, an annotation without question, duplicate question ids, files of another split.
+    `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a
+    question without annotation, an annotation without question, duplicate question ids, files of
+    another split.
     """
     if annotations is None:
         raise ShardError(
@@ -60,36 +64,61 @@ def load(
             found[image_id] = path
     drawn = set(found)
     if limit is not None and limit < len(found):
-        image_pairs = [(asked[a]["image_id"], asked[b]["image_id"]) for a, b in joined if a in asked and b in asked]
+        image_pairs = [
+            (asked[a]["image_id"], asked[b]["image_id"])
+            for a, b in joined
+            if a in asked and b in asked
+        ]
         drawn = _draw(set(found), image_pairs, limit, seed)
         source.notes["images not drawn by --limit"] = len(found) - len(drawn)
         cut = sum((a in drawn) != (b in drawn) for a, b in image_pairs)
-        source.notes["complementary pairs cut by --limit, their images being too many to stay together"] = cut
+        source.notes[
+            "complementary pairs cut by --limit, their images being too many to stay together"
+        ] = cut
     for image_id, path in found.items():
         if image_id not in drawn:
             continue
-        texts = [_text(source, q, answered[q["question_id"]], partner, asked, split) for q in of_image[image_id]]
+        texts = [
+            _text(source, q, answered[q["question_id"]], partner, asked, split)
+            for q in of_image[image_id]
+        ]
         texts = [text for text in texts if text]
         if texts:
             source.add(split, f"{image_id:012d}", str(image_id), texts, path)
         else:
-            source.skip(IMAGE_WITHOUT_TEXT, path, "none of its questions has a text and an answer", split)
+            source.skip(
+                IMAGE_WITHOUT_TEXT, path, "none of its questions has a text and an answer", split
+            )
     # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
-    source.skip_rest("no question asks about it", split, among=lambda path: Path(path).name.startswith(f"COCO_{split}"))
+    source.skip_rest(
+        "no question asks about it",
+        split,
+        among=lambda path: Path(path).name.startswith(f"COCO_{split}"),
+    )
     return source
 
 
-def _text(source: Source, question: dict, annotation: dict, partner: dict, asked: dict, split: str) -> Text | None:
+def _text(
+    source: Source, question: dict, annotation: dict, partner: dict, asked: dict, split: str
+) -> Text | None:
     number, answers = question["question_id"], tuple(annotation["answers"])
-    if not all(isinstance(answer, str) for answer in answers) or not isinstance(question["question"], str):
+    if not all(isinstance(answer, str) for answer in answers) or not isinstance(
+        question["question"], str
+    ):
         raise ShardError(f"question {number}: its question and every answer must be a text")
     if not question["question"].strip() or not any(answer.strip() for answer in answers):
-        what = "its question is empty" if not question["question"].strip() else "all its answers are empty"
+        what = (
+            "its question is empty"
+            if not question["question"].strip()
+            else "all its answers are empty"
+        )
         source.skip(EMPTY_TEXT, str(number), what, split, texts=1)
         return None
     source.notes["questions with other than ten answers, kept"] += len(answers) != 10
     other = partner.get(number)
-    source.notes["questions whose complementary question is not in --questions"] += bool(other) and other not in asked
+    source.notes["questions whose complementary question is not in --questions"] += (
+        bool(other) and other not in asked
+    )
     meta = {
         "answer_type": annotation.get("answer_type"),
         "question_type": annotation.get("question_type"),
@@ -114,11 +143,19 @@ def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]
 
 
 def _answer(row: dict) -> Any:
-    """Ten million answers of the full set as shared strings in place of dictionaries: a fifth of the memory."""
-    return sys.intern(row["answer"]) if "answer_id" in row and isinstance(row.get("answer"), str) else row
+    """Ten million answers of the full set as shared strings in place of dictionaries: a fifth of
+    the memory.
+    """
+    return (
+        sys.intern(row["answer"])
+        if "answer_id" in row and isinstance(row.get("answer"), str)
+        else row
+    )
 
 
-def _read_annotations(path: str | Path, asked: dict[int, dict], questions: str | Path) -> dict[int, dict]:
+def _read_annotations(
+    path: str | Path, asked: dict[int, dict], questions: str | Path
+) -> dict[int, dict]:
     where = f"--annotations {path}"
     document = read_json(path, "--annotations", _answer)
     rows = rows_of(document, "annotations", ("question_id", "image_id", "answers"), where)
@@ -129,7 +166,9 @@ def _read_annotations(path: str | Path, asked: dict[int, dict], questions: str |
         (answered.keys() - asked.keys(), "annotation", f"no question in --questions {questions}"),
     ):
         if ids:
-            raise ShardError(f"{what} {min(ids)} has {missing} ({len(ids)} such); both files must be of the same split")
+            raise ShardError(
+                f"{what} {min(ids)} has {missing} ({len(ids)} such); both files must be of the same split"
+            )
     for number, row in answered.items():
         if row["image_id"] != asked[number]["image_id"]:
             raise ShardError(
@@ -145,16 +184,19 @@ def _read_pairs(path: str | Path) -> list[tuple[int, int]]:
     rows = read_json(path, "--pairs")
     for n, row in enumerate(rows if isinstance(rows, list) else [None]):
         if not (isinstance(row, list) and len(row) == 2 and all(isinstance(q, int) for q in row)):
-            raise ShardError(f"--pairs {path}: element {n} is not [question id, question id], as in the official file")
+            raise ShardError(
+                f"--pairs {path}: element {n} is not [question id, question id], as in the official file"
+            )
     unique((q for row in rows for q in row), f"--pairs {path}: the question")
     return [(a, b) for a, b in rows]
 
 
 def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int) -> set[int]:
-    """At most `limit` images in the order of a hash; what complementary pairs join comes along whole or not at all.
+    """At most `limit` images in the order of a hash; what complementary pairs join comes along
+    whole or not at all.
 
-    In the full set nearly all images hang together, so a group larger than what is left is not taken whole: there an
-    image brings the partners of its own questions, or is passed over.
+    In the full set nearly all images hang together, so a group larger than what is left is not
+    taken whole: there an image brings the partners of its own questions, or is passed over.
     """
     joined: dict[int, set[int]] = {image: set() for image in images}
     for a, b in pairs:
@@ -174,7 +216,9 @@ def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int)
         if len(drawn) == limit:
             break
     if not drawn:
-        raise ShardError(f"--limit {limit} is too small: every image is joined to others by complementary pairs")
+        raise ShardError(
+            f"--limit {limit} is too small: every image is joined to others by complementary pairs"
+        )
     return drawn
 
 

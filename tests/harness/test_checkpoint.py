@@ -1,4 +1,6 @@
-"""Checkpoints survive whatever happens to the process that writes them, and are never half believed."""
+"""Checkpoints survive whatever happens to the process that writes them, and are never half
+believed.
+"""
 
 import builtins
 import itertools
@@ -20,7 +22,9 @@ def save_model(folder: Path) -> None:
 
 
 def write(out: Path, step: int) -> checkpoints.Checkpoint:
-    return checkpoints.write(out, step, save_model, {"step/x": torch.tensor(float(step))}, {"step": step})
+    return checkpoints.write(
+        out, step, save_model, {"step/x": torch.tensor(float(step))}, {"step": step}
+    )
 
 
 def names(out: Path) -> list[str]:
@@ -33,7 +37,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def dies(monkeypatch):
-    """dies(n): the n-th file operation is the last that this process does; those after it fail as well."""
+    """dies(n): the n-th file operation is the last that this process does; those after it fail as
+    well.
+    """
 
     def _dies(moment: int) -> list[str]:
         done: list[str] = []
@@ -66,7 +72,9 @@ def dies(monkeypatch):
     return _dies
 
 
-def test_a_process_killed_at_any_moment_of_a_write_leaves_the_older_checkpoint_whole(tmp_path, dies, monkeypatch):
+def test_a_process_killed_at_any_moment_of_a_write_leaves_the_older_checkpoint_whole(
+    tmp_path, dies, monkeypatch
+):
     write(tmp_path, 1)
     for moment in itertools.count():
         done = dies(moment)
@@ -126,7 +134,9 @@ def _spoil(out: Path) -> None:
     ],
     ids=["no list", "torn list", "missing", "other", "one bit"],
 )
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence_and_refused_by_name(tmp_path, damage, words):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_sentence_and_refused_by_name(
+    tmp_path, damage, words
+):
     write(tmp_path, 1)
     damaged = write(tmp_path, 2).path
     damage(damaged)
@@ -169,7 +179,9 @@ def test_a_future_that_is_run_again_is_removed_once_the_new_one_is_written(tmp_p
 
 def test_moments_and_state_come_back_as_they_were_and_the_digest_names_them(tmp_path):
     moments = {"exp_avg/a.b": torch.randn(3, 2), "step/a.b": torch.tensor(4.0)}
-    written = checkpoints.write(tmp_path, 4, save_model, moments, {"step": 4, "scaler": {"scale": 0.1}})
+    written = checkpoints.write(
+        tmp_path, 4, save_model, moments, {"step": 4, "scaler": {"scale": 0.1}}
+    )
     found = checkpoints.newest(tmp_path)
     assert found.state == {"step": 4, "scaler": {"scale": 0.1}}
     assert all(found.optimizer()[name].equal(value) for name, value in moments.items())

@@ -13,7 +13,13 @@ from shards.sources import SOURCES
 
 PROMISED = {
     *("accuracy", "text_only_accuracy", "majority_accuracy", "shuffled_accuracy", "blank_accuracy"),
-    *("no_image_accuracy", "loss_gap_nats", "answers_changed_where_truth_differs", "empty_rate", "verdict"),
+    *(
+        "no_image_accuracy",
+        "loss_gap_nats",
+        "answers_changed_where_truth_differs",
+        "empty_rate",
+        "verdict",
+    ),
     *("quantized_modules", "trainable_parameters", "total_parameters", "seconds", "cpu_seconds"),
     *("samples_per_second", "peak_rss_mb"),
 }
@@ -38,7 +44,9 @@ def toy(monkeypatch):
     def short(out, seed):
         config = whole(out, seed)
         train = config.train.model_copy(update={"max_steps": 3, "log_every": 1, "save_every": 1})
-        evaluation = config.evaluation.model_copy(update={"dev_images": 4, "counterfactual_texts": 300})
+        evaluation = config.evaluation.model_copy(
+            update={"dev_images": 4, "counterfactual_texts": 300}
+        )
         return config.model_copy(update={"train": train, "evaluation": evaluation})
 
     monkeypatch.setattr(demo, "demo_config", short)
@@ -49,13 +57,24 @@ def test_the_whole_demo_writes_what_it_promises(toy, tmp_path, capfd):
     demo.run(out)
     report = json.loads((out / "report.json").read_text())
     assert [key for key in PROMISED if report.get(key) is None] == []
-    assert report["verdict"] in ("image used", "image ignored", "EOS collapse", "not enough evidence")
+    assert report["verdict"] in (
+        "image used",
+        "image ignored",
+        "EOS collapse",
+        "not enough evidence",
+    )
     assert report["quantized_modules"] == 32
     assert 0 < report["trainable_parameters"] < report["total_parameters"]
     assert set(report["seconds"]) >= {"shards", "training", "evaluation", "all"}
     assert report["cpu_seconds"] > 0
     assert 100 < report["peak_rss_mb"] < 3 * 1024
-    for name in ("predictions.png", "loss.png", "mlflow.db", "base_lm/model.safetensors", "features/test/index.json"):
+    for name in (
+        "predictions.png",
+        "loss.png",
+        "mlflow.db",
+        "base_lm/model.safetensors",
+        "features/test/index.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     told = capfd.readouterr().err
     assert "mlflow ui" in told
@@ -67,11 +86,15 @@ def test_the_whole_demo_writes_what_it_promises(toy, tmp_path, capfd):
     assert f"{out} is a finished demo, these are its results" in again
     assert again.endswith(told[told.index("| easy-VQA") :])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
-    with pytest.raises(ConfigError, match="is a demo with seed 0, and 1 is asked for: remove it, or choose another"):
+    with pytest.raises(
+        ConfigError, match="is a demo with seed 0, and 1 is asked for: remove it, or choose another"
+    ):
         demo.run(out, seed=1)  # a report is never overwritten
 
 
-def test_a_demo_that_was_broken_off_in_training_goes_on_with_what_is_whole(toy, tmp_path, capfd, monkeypatch):
+def test_a_demo_that_was_broken_off_in_training_goes_on_with_what_is_whole(
+    toy, tmp_path, capfd, monkeypatch
+):
     out = tmp_path / "demo"
 
     def broken_off(out, text_only, bar):
@@ -98,11 +121,17 @@ def test_a_demo_that_was_broken_off_in_training_goes_on_with_what_is_whole(toy, 
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert report["text_only_accuracy"] == words_alone
     assert (out / "checkpoints" / "step-000003").is_dir()
-    assert [line["step"] for line in demo.journal(out) if "train/loss" in line["values"]] == [1, 2, 3]
+    assert [line["step"] for line in demo.journal(out) if "train/loss" in line["values"]] == [
+        1,
+        2,
+        3,
+    ]
     assert "time, CPU time since it went on" in told
 
 
-def test_a_part_that_is_missing_or_damaged_is_made_again_with_all_that_was_made_of_it(toy, tmp_path, capfd):
+def test_a_part_that_is_missing_or_damaged_is_made_again_with_all_that_was_made_of_it(
+    toy, tmp_path, capfd
+):
     config = demo.demo_config(tmp_path, 0)
     with Progress(disable=True) as bar:
         demo.build_shards(tmp_path, config, bar)
@@ -114,7 +143,12 @@ def test_a_part_that_is_missing_or_damaged_is_made_again_with_all_that_was_made_
         (tmp_path / "features" / "dev" / "dev-000000.tar").write_bytes(b"half")
         demo.build_shards(tmp_path, config, bar)
     told = capfd.readouterr().err
-    for part, kept in {"shards": True, "features/train": True, "features/dev": False, "features/test": False}.items():
+    for part, kept in {
+        "shards": True,
+        "features/train": True,
+        "features/dev": False,
+        "features/test": False,
+    }.items():
         assert (f"kept: {tmp_path / part}\n" in told) is kept
     assert f"made again: {tmp_path}/features/dev/dev-000000.tar" in told
     assert {path: path.read_bytes() for path in indexes} == indexes
@@ -154,5 +188,8 @@ def test_a_demo_that_was_broken_off_begins_anew(tmp_path):
 def test_the_demo_keeps_everything_in_its_own_folder(tmp_path):
     config = demo.demo_config(tmp_path / "a b", 7)
     places = [s.path for part in ("train", "dev", "test") for s in getattr(config.data, part)]
-    assert all(place.startswith(str(tmp_path / "a b")) for place in [*places, config.model.lm.id, str(config.out_dir)])
+    assert all(
+        place.startswith(str(tmp_path / "a b"))
+        for place in [*places, config.model.lm.id, str(config.out_dir)]
+    )
     assert config.seed == 7

@@ -1,4 +1,6 @@
-"""`build`: what lands in the shards byte by byte, what is skipped and named, and that a failure leaves nothing."""
+"""`build`: what lands in the shards byte by byte, what is skipped and named, and that a failure
+leaves nothing.
+"""
 
 import io
 import json
@@ -52,7 +54,12 @@ def test_a_build_writes_a_set_a_split_with_the_original_bytes(tmp_path, flickr_i
         pairs=None,
         progress=lambda *step: seen.append(step),
     )
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["dev", "skipped.jsonl", "test", "train"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "dev",
+        "skipped.jsonl",
+        "test",
+        "train",
+    ]
     files = members(tmp_path / "out" / "train")
     assert files["1000268201_693b08cb0e.jpg"] == picture("1000268201_693b08cb0e.jpg")
     assert [name for name in files if name.endswith(".jpg")] == [
@@ -62,9 +69,20 @@ def test_a_build_writes_a_set_a_split_with_the_original_bytes(tmp_path, flickr_i
     record = Record.from_json(files["1859726819_9a793b3b44.json"])
     assert (record.dataset, record.split, len(record.texts[0].targets)) == ("flickr8k", "train", 5)
     assert Manifest.open(tmp_path / "out" / "train").samples == 2
-    assert (summary.total("records"), summary.total("texts"), summary.total("targets")) == (4, 4, 20)
-    assert summary.splits["dev"]["bytes"] == (tmp_path / "out" / "dev" / "dev-000000.tar").stat().st_size
-    assert (summary.texts_without_image, summary.images_in_no_split, summary.images_without_text) == (5, 2, 0)
+    assert (summary.total("records"), summary.total("texts"), summary.total("targets")) == (
+        4,
+        4,
+        20,
+    )
+    assert (
+        summary.splits["dev"]["bytes"]
+        == (tmp_path / "out" / "dev" / "dev-000000.tar").stat().st_size
+    )
+    assert (
+        summary.texts_without_image,
+        summary.images_in_no_split,
+        summary.images_without_text,
+    ) == (5, 2, 0)
     assert len(skipped(tmp_path / "out")) == 4
     assert seen == [("train", 1, 2), ("train", 2, 2), ("dev", 1, 1), ("test", 1, 1)]
 
@@ -81,7 +99,9 @@ def test_zip_and_folder_and_any_number_of_workers_give_the_same_shards(tmp_path,
     assert len(digests) == 1
 
 
-def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(tmp_path, flickr_images):
+def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(
+    tmp_path, flickr_images
+):
     cut, text, large, empty = (flickr_images / name for name in FLICKR8K_IMAGES[:4])
     cut.write_bytes(picture("cut", 200, 200)[:-500])
     text.write_text("not an image")
@@ -91,7 +111,9 @@ def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(tmp
     summary = build("flickr8k", out, images=flickr_images, captions=TOKEN, max_pixels=50_000)
     assert summary.undecodable_images == 4
     assert summary.total("records") == 2
-    reasons = {line["name"]: line["reason"] for line in skipped(out) if line["kind"] == "undecodable image"}
+    reasons = {
+        line["name"]: line["reason"] for line in skipped(out) if line["kind"] == "undecodable image"
+    }
     assert "truncated" in reasons[cut.name]
     assert "cannot identify image file" in reasons[text.name]
     assert "300x200 pixels, more than 50000" in reasons[large.name]
@@ -100,22 +122,38 @@ def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(tmp
 
 def test_a_decompression_bomb_is_skipped_before_it_is_decoded(tmp_path):
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")
+    )
     fill(tmp_path / "images", ["a.jpg"])
     (tmp_path / "images" / "b.png").write_bytes(bomb)
-    (tmp_path / "texts.jsonl").write_text('{"image": "a.jpg", "text": "x"}\n{"image": "b.png", "text": "y"}')
-    summary = build("image-folder", tmp_path / "out", images=tmp_path / "images", jsonl=tmp_path / "texts.jsonl")
+    (tmp_path / "texts.jsonl").write_text(
+        '{"image": "a.jpg", "text": "x"}\n{"image": "b.png", "text": "y"}'
+    )
+    summary = build(
+        "image-folder", tmp_path / "out", images=tmp_path / "images", jsonl=tmp_path / "texts.jsonl"
+    )
     assert summary.undecodable_images == 1
     assert "DecompressionBomb" in skipped(tmp_path / "out")[0]["reason"]
 
 
 def test_a_split_with_no_usable_image_is_an_error_and_leaves_nothing(tmp_path, flickr_images):
     (flickr_images / "3385593926_d3e9c21170.jpg").write_bytes(b"damaged")
-    with pytest.raises(ShardError, match=r"no image of the split test can be used; .*3385593926_d3e9c21170\.jpg"):
-        build("flickr8k", tmp_path / "new" / "out", images=flickr_images, captions=TOKEN, splits=FLICKR8K)
+    with pytest.raises(
+        ShardError, match=r"no image of the split test can be used; .*3385593926_d3e9c21170\.jpg"
+    ):
+        build(
+            "flickr8k",
+            tmp_path / "new" / "out",
+            images=flickr_images,
+            captions=TOKEN,
+            splits=FLICKR8K,
+        )
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -147,7 +185,9 @@ def test_splits_built_one_after_the_other_share_a_folder_and_its_list_of_skipped
     assert skipped(out)[: len(before)] == before
     assert len(skipped(out)) == 2 * len(before)
     assert Manifest.open(out / "val").samples == Manifest.open(out / "test").samples == 3
-    with pytest.raises(ShardError, match=r"out/val is there already: remove it or choose another --out"):
+    with pytest.raises(
+        ShardError, match=r"out/val is there already: remove it or choose another --out"
+    ):
         build("coco-captions", out, split="val", **options)
     assert len(skipped(out)) == 2 * len(before)
 
@@ -157,7 +197,11 @@ def test_splits_built_one_after_the_other_share_a_folder_and_its_list_of_skipped
     [
         ("flikr8k", {}, "there is no source 'flikr8k': choose one of flickr8k, vqav2"),
         ("flickr8k", {"images": "i"}, "flickr8k needs --captions"),
-        ("flickr8k", {"images": "i", "jsonl": "j"}, "flickr8k has no option --jsonl; its options are --images"),
+        (
+            "flickr8k",
+            {"images": "i", "jsonl": "j"},
+            "flickr8k has no option --jsonl; its options are --images",
+        ),
         ("easy-vqa", {"workers": 0}, "--workers is 0"),
         ("easy-vqa", {"short_side": 0}, "--short-side is 0"),
     ],
@@ -171,7 +215,8 @@ def test_wrong_options_are_refused_before_anything_is_read(tmp_path, source, opt
 def test_a_source_with_nothing_in_it_says_what_became_of_it(tmp_path):
     images = fill(tmp_path / "images", ["a.jpg"])
     with pytest.raises(
-        ShardError, match=r"no image has a text \(8 x text without image, 1 x image without text; first"
+        ShardError,
+        match=r"no image has a text \(8 x text without image, 1 x image without text; first",
     ):
         build("flickr8k", tmp_path / "out", images=images, captions=TOKEN)
     (tmp_path / "texts.jsonl").write_text('{"image": "a.jpg", "text": "x", "split": "../up"}')
@@ -187,7 +232,12 @@ def test_the_short_side_is_brought_down_and_smaller_images_stay_as_they_are():
     grain = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     large, small = encoded(Image.fromarray(grain), "PNG"), picture("small", 90, 20)
     payload, extension, changed = prepare_image(large, short_side=30)
-    assert (opened(payload).size, opened(payload).format, extension, changed) == ((45, 30), "JPEG", "jpg", "shrunk")
+    assert (opened(payload).size, opened(payload).format, extension, changed) == (
+        (45, 30),
+        "JPEG",
+        "jpg",
+        "shrunk",
+    )
     expected = opened(large).resize((45, 30), Image.Resampling.LANCZOS)
     difference = np.abs(np.asarray(opened(payload), int) - np.asarray(expected, int))
     assert difference.mean() < 4
@@ -239,7 +289,9 @@ def test_cmyk_16_bit_animations_and_other_formats_become_plain_images():
     assert (extension, changed) == ("png", "16-bit")
     assert opened(payload).convert("RGB").getpixel((3, 3)) == (128, 128, 128)
 
-    payload, extension, changed = prepare_image(encoded(red, "GIF", save_all=True, append_images=[blue]))
+    payload, extension, changed = prepare_image(
+        encoded(red, "GIF", save_all=True, append_images=[blue])
+    )
     assert (opened(payload).format, extension, changed) == ("PNG", "png", "animated, GIF")
     assert opened(payload).getpixel((3, 3)) == (220, 10, 10)
 
@@ -247,7 +299,9 @@ def test_cmyk_16_bit_animations_and_other_formats_become_plain_images():
     assert (opened(payload).format, extension, changed) == ("PNG", "png", "BMP")
 
     phone = encoded(red, "MPO", save_all=True, append_images=[blue])
-    assert prepare_image(phone) == (phone, "jpg", ""), "the first picture of an MPO file is a plain JPEG"
+    assert prepare_image(phone) == (phone, "jpg", ""), (
+        "the first picture of an MPO file is a plain JPEG"
+    )
 
 
 def test_formats_whose_decoder_starts_programs_are_not_opened():
@@ -273,7 +327,11 @@ def test_the_real_flickr8k_is_built_whole_and_byte_by_byte(tmp_path, shared_data
         "dev": 1000,
         "test": 1000,
     }
-    assert (summary.texts_without_image, summary.images_in_no_split, summary.undecodable_images) == (5, 91, 0)
+    assert (
+        summary.texts_without_image,
+        summary.images_in_no_split,
+        summary.undecodable_images,
+    ) == (5, 91, 0)
     assert summary.total("targets") == 40_000
     assert len(skipped(tmp_path / "flickr8k")) == 93
     for name, data in members(tmp_path / "flickr8k" / "dev").items():
@@ -290,10 +348,16 @@ def test_the_real_images_of_original_size_are_shrunk(tmp_path, shared_data):
         captions=folder / "Flickr8k.token.txt",
         short_side=224,
     )
-    larger = [p for p in (folder / "images_original_size").iterdir() if min(Image.open(p).size) > 224]
+    larger = [
+        p for p in (folder / "images_original_size").iterdir() if min(Image.open(p).size) > 224
+    ]
     assert (summary.total("records"), summary.reencoded_images) == (48, len(larger))
     assert summary.texts_without_image == 40_460 - 48 * 5
-    sizes = [opened(data).size for name, data in members(tmp_path / "out" / "train").items() if name.endswith(".jpg")]
+    sizes = [
+        opened(data).size
+        for name, data in members(tmp_path / "out" / "train").items()
+        if name.endswith(".jpg")
+    ]
     assert max(min(size) for size in sizes) == 224
     assert len(set(sizes)) > 1, "the shape of the picture is kept"
 

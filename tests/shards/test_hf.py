@@ -1,4 +1,6 @@
-"""`harness shards build hf`: data sets of the package `datasets` as the hub stores them, without the hub."""
+"""`harness shards build hf`: data sets of the package `datasets` as the hub stores them, without
+the hub.
+"""
 
 import json
 
@@ -28,20 +30,30 @@ def table(path, **columns):
 
 
 def said(source, split="train") -> list[list[tuple]]:
-    return [[(t.task, t.prompt, t.targets) for t in item.record.texts] for item in source.splits[split]]
+    return [
+        [(t.task, t.prompt, t.targets) for t in item.record.texts] for item in source.splits[split]
+    ]
 
 
 @pytest.fixture
 def captioned(tmp_path):
     images = [stored(name) for name in NAMES]
-    return table(tmp_path / "some.parquet", image=images, caption=[[f"one {n}", f"two {n}"] for n in NAMES])
+    return table(
+        tmp_path / "some.parquet", image=images, caption=[[f"one {n}", f"two {n}"] for n in NAMES]
+    )
 
 
-def test_real_images_and_captions_come_out_of_the_shards_as_they_went_into_a_parquet(shared_data, tmp_path):
+def test_real_images_and_captions_come_out_of_the_shards_as_they_went_into_a_parquet(
+    shared_data, tmp_path
+):
     folder = shared_data / "flickr8k"
-    official = flickr8k.load(folder / "images", folder / "Flickr8k.token.txt", folder).splits["dev"][:20]
+    official = flickr8k.load(folder / "images", folder / "Flickr8k.token.txt", folder).splits[
+        "dev"
+    ][:20]
     rows = {
-        "image": [{"bytes": (folder / "images" / i.image).read_bytes(), "path": i.image} for i in official],
+        "image": [
+            {"bytes": (folder / "images" / i.image).read_bytes(), "path": i.image} for i in official
+        ],
         "id": [item.record.image_id for item in official],
         "caption": [list(item.record.texts[0].targets) for item in official],
     }
@@ -67,26 +79,46 @@ def test_every_form_of_a_data_set_on_disk_gives_the_same_records_and_bytes(tmp_p
     images = fill(tmp_path / "files", NAMES)
     captions = [[f"one {n}", f"two {n}"] for n in NAMES]
     features = datasets.Features(image=datasets.Image(), caption=TEXTS)
-    made = datasets.Dataset.from_dict({"image": [stored(n) for n in NAMES], "caption": captions}, features=features)
+    made = datasets.Dataset.from_dict(
+        {"image": [stored(n) for n in NAMES], "caption": captions}, features=features
+    )
     made.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict(train=made, test=made).save_to_disk(tmp_path / "split")
     made.to_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
-    lines = (json.dumps({"file_name": n, "caption": c}) + "\n" for n, c in zip(NAMES, captions, strict=True))
+    lines = (
+        json.dumps({"file_name": n, "caption": c}) + "\n"
+        for n, c in zip(NAMES, captions, strict=True)
+    )
     (images / "metadata.jsonl").write_text("".join(lines))
     table(tmp_path / "bytes.parquet", image=[picture(n) for n in NAMES], caption=captions)
     table(tmp_path / "paths.parquet", image=[f"files/{n}" for n in NAMES], caption=captions)
     table(tmp_path / "whole.parquet", image=[str(images / n) for n in NAMES], caption=captions)
     expected = hf.load(str(captioned), "train", text_columns=["caption"])
-    for name in ("saved", "split", "folder", "files", "bytes.parquet", "paths.parquet", "whole.parquet"):
+    for name in (
+        "saved",
+        "split",
+        "folder",
+        "files",
+        "bytes.parquet",
+        "paths.parquet",
+        "whole.parquet",
+    ):
         source = hf.load(str(tmp_path / name), "train", text_columns=["caption"])
         assert said(source) == said(expected), name
-        assert [source.images.read(item.image) for item in source.splits["train"]] == [picture(n) for n in NAMES], name
+        assert [source.images.read(item.image) for item in source.splits["train"]] == [
+            picture(n) for n in NAMES
+        ], name
         assert not source.skipped, name
         source.images.close()
 
 
 def test_several_caption_columns_are_the_captions_of_one_text(tmp_path):
-    path = table(tmp_path / "c.parquet", image=[stored("a")], first=["A dog ."], second=[["A cat .", "A hat ."]])
+    path = table(
+        tmp_path / "c.parquet",
+        image=[stored("a")],
+        first=["A dog ."],
+        second=[["A cat .", "A hat ."]],
+    )
     for columns in (["first,second"], ["first", "second"]):
         assert said(hf.load(str(path), "train", text_columns=columns)) == [
             [("caption", None, ("A dog .", "A cat .", "A hat ."))]
@@ -94,7 +126,10 @@ def test_several_caption_columns_are_the_captions_of_one_text(tmp_path):
 
 
 def test_vqav2_as_the_hub_has_it_is_one_record_an_image_with_ids_types_and_ten_answers(tmp_path):
-    answers = [[{"answer": a, "answer_id": n} for n, a in enumerate(["red"] * 9 + [""])], [{"answer": "two"}] * 10]
+    answers = [
+        [{"answer": a, "answer_id": n} for n, a in enumerate(["red"] * 9 + [""])],
+        [{"answer": "two"}] * 10,
+    ]
     path = table(
         tmp_path / "vqa.parquet",
         image=[stored("a"), stored("b"), stored("a")],
@@ -144,7 +179,9 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
         ],
         caption=["A dog .", "A cat .", "A hat .", "A bat .", " "],
     )
-    summary = build("hf", tmp_path / "out", dataset=str(path), split="train", text_columns=["caption"])
+    summary = build(
+        "hf", tmp_path / "out", dataset=str(path), split="train", text_columns=["caption"]
+    )
     assert summary.splits["train"]["records"] == 1
     found = [json.loads(line) for line in summary.skipped.read_text().splitlines()]
     assert {(row["kind"], row["name"]) for row in found} == {
@@ -156,8 +193,12 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     }
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "http://localhost/x.jpg", "file:///etc/hostname"])
-def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_server(tmp_path, path):
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "http://localhost/x.jpg", "file:///etc/hostname"]
+)
+def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_server(
+    tmp_path, path
+):
     images = hf.RowImages(hf.Path("owner/name"))
     with pytest.raises(ValueError, match="is not there"):
         images.add(0, {"bytes": None, "path": path})
@@ -170,21 +211,38 @@ def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_s
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"text_columns": ["captoin"]}, r"--text-columns captoin: .* no such column; did you mean caption\? It has"),
-        ({"text_columns": ["caption"], "image_column": "picture"}, r"--image-column picture: .* It has image, caption"),
+        (
+            {"text_columns": ["captoin"]},
+            r"--text-columns captoin: .* no such column; did you mean caption\? It has",
+        ),
+        (
+            {"text_columns": ["caption"], "image_column": "picture"},
+            r"--image-column picture: .* It has image, caption",
+        ),
         ({"text_columns": ["image"]}, r"row 0, column image: found .*expected a text"),
         ({}, r"needs --text-columns, or --question-column and --answer-column"),
         ({"question_column": "caption"}, r"belong together"),
         ({"text_columns": ["caption"], "limit": 0}, r"--limit is 0"),
-        ({"text_columns": ["caption"], "dataset": "owner/none"}, r"no file or folder here, and as an id of the hub: "),
+        (
+            {"text_columns": ["caption"], "dataset": "owner/none"},
+            r"no file or folder here, and as an id of the hub: ",
+        ),
         ({"text_columns": ["caption"], "dataset": "/no/such"}, r"there is no such file or folder"),
-        ({"text_columns": ["caption"], "dataset": "broken.parquet"}, r"cannot be opened: Parquet magic bytes"),
+        (
+            {"text_columns": ["caption"], "dataset": "broken.parquet"},
+            r"cannot be opened: Parquet magic bytes",
+        ),
         ({"text_columns": ["caption"], "dataset": "notes.txt"}, r"a file must be one of \.parquet"),
         ({"text_columns": ["caption"], "dataset": "empty"}, r"cannot be opened: .*any data files"),
-        ({"text_columns": ["caption"], "dataset": "two", "split": "trian"}, r"--split trian: .* did you mean train\?"),
+        (
+            {"text_columns": ["caption"], "dataset": "two", "split": "trian"},
+            r"--split trian: .* did you mean train\?",
+        ),
     ],
 )
-def test_what_is_wrong_is_one_sentence_that_names_the_option(tmp_path, monkeypatch, captioned, options, says):
+def test_what_is_wrong_is_one_sentence_that_names_the_option(
+    tmp_path, monkeypatch, captioned, options, says
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
     (tmp_path / "notes.txt").touch()

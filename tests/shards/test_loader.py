@@ -1,4 +1,6 @@
-"""Order + reading: the same batches on any number of ranks and workers, nothing lost, nothing skipped in silence."""
+"""Order + reading: the same batches on any number of ranks and workers, nothing lost, nothing
+skipped in silence.
+"""
 
 import io
 import json
@@ -35,7 +37,13 @@ def build(folder, images=IMAGES, name="reds", payload=jpeg):
     def records():
         for n in range(images):
             yield (
-                Record(f"{name}{n:03d}", name, "train", str(n), (Text(f"{n}", "caption", (f"red {n}",)),)),
+                Record(
+                    f"{name}{n:03d}",
+                    name,
+                    "train",
+                    str(n),
+                    (Text(f"{n}", "caption", (f"red {n}",)),),
+                ),
                 payload(n),
                 "jpg",
             )
@@ -72,7 +80,10 @@ def batches(loader, state=None, epochs=1):
 
 
 def global_batches(*paths, world, **other):
-    ranks = [batches(open_loader(*paths, rank=rank, world_size=world, **other), epochs=2) for rank in range(world)]
+    ranks = [
+        batches(open_loader(*paths, rank=rank, world_size=world, **other), epochs=2)
+        for rank in range(world)
+    ]
     assert len({len(rank) for rank in ranks}) == 1, "all ranks take the same number of steps"
     return [flat(step) for step in zip(*ranks, strict=True)]
 
@@ -85,9 +96,13 @@ def test_every_record_comes_once_an_epoch_and_every_epoch_in_another_order(reds)
     assert [len(batch) for batch in seen] == [8] * 7 + [5] + [8] * 7 + [5]
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 0), (8, 0), (1, 1), (1, 2), (1, 4), (2, 2), (3, 1), (8, 1)])
+@pytest.mark.parametrize(
+    ("world", "workers"), [(2, 0), (3, 0), (8, 0), (1, 1), (1, 2), (1, 4), (2, 2), (3, 1), (8, 1)]
+)
 def test_the_global_batches_do_not_depend_on_ranks_and_workers(reds, blues, world, workers):
-    assert global_batches(reds, blues, world=world, workers=workers) == global_batches(reds, blues, world=1)
+    assert global_batches(reds, blues, world=world, workers=workers) == global_batches(
+        reds, blues, world=1
+    )
 
 
 def test_the_last_batch_is_short_filled_with_weight_0_or_dropped(reds):
@@ -104,7 +119,9 @@ def test_the_last_batch_is_short_filled_with_weight_0_or_dropped(reds):
     assert (state.epoch, state.position, loader.steps_per_epoch) == (0, IMAGES, 8)
     assert not loader.quarantined, "a filler is no damage"
     loader = open_loader(reds, last_batch="drop")
-    assert list(loader.iterate(epochs=1))[-1][0].position == IMAGES, "an epoch ends at `samples` in every mode"
+    assert list(loader.iterate(epochs=1))[-1][0].position == IMAGES, (
+        "an epoch ends at `samples` in every mode"
+    )
     assert loader.steps_per_epoch == 7
 
 
@@ -131,7 +148,10 @@ def test_resuming_is_a_seek_on_any_number_of_ranks_and_workers(reds, blues, weig
         state = StreamState.from_json(json.loads(json.dumps(whole[n][0].to_json())))
         rest = [batch for _, batch in whole[n + 1 :]]
         assert batches(open_loader(reds, blues, weights=weights), state, 3) == rest
-        two = [batches(open_loader(reds, blues, weights=weights, rank=r, world_size=2), state, 3) for r in range(2)]
+        two = [
+            batches(open_loader(reds, blues, weights=weights, rank=r, world_size=2), state, 3)
+            for r in range(2)
+        ]
         assert [a + b for a, b in zip(*two, strict=True)] == rest
     state, rest = whole[13][0], [batch for _, batch in whole[14:]]
     assert batches(open_loader(reds, blues, weights=weights, workers=2), state, 3) == rest
@@ -146,7 +166,11 @@ def test_a_resume_with_another_batch_size_still_gives_every_record_once(reds):
 
 def test_a_state_of_another_order_is_refused_naming_both(reds, blues):
     state = next(open_loader(reds).iterate())[0]
-    for other in (open_loader(blues), open_loader(reds, seed=6), open_loader(reds, window_shards=2)):
+    for other in (
+        open_loader(blues),
+        open_loader(reds, seed=6),
+        open_loader(reds, window_shards=2),
+    ):
         with pytest.raises(ShardError, match=f"{state.digest}.*{other.digest}"):
             other.iterate(state)
 
@@ -156,10 +180,15 @@ def process_of(sample):
 
 
 def test_workers_outlive_the_epoch_and_end_with_the_iteration(reds):
-    """Workers that start anew each epoch, or repeat epoch 0 as plain webdataset does, would show here."""
+    """Workers that start anew each epoch, or repeat epoch 0 as plain webdataset does, would show
+    here.
+    """
     loader = open_loader(reds, workers=2, decode=process_of)
     stream = loader.iterate()
-    seen = [(s.epoch, keys(samples), samples) for s, samples in islice(stream, 3 * loader.steps_per_epoch)]
+    seen = [
+        (s.epoch, keys(samples), samples)
+        for s, samples in islice(stream, 3 * loader.steps_per_epoch)
+    ]
     children = {process.pid for process in multiprocessing.active_children()}
     payloads = {sample.payload for _, _, samples in seen for sample in samples}
     assert {pid for pid, _ in payloads} == children
@@ -173,7 +202,9 @@ def test_workers_outlive_the_epoch_and_end_with_the_iteration(reds):
 
 
 def test_workers_leave_the_answer_to_a_stop_signal_to_the_main_process(reds):
-    """Slurm signals every process of a job: workers that died of it would take the last checkpoint with them."""
+    """Slurm signals every process of a job: workers that died of it would take the last checkpoint
+    with them.
+    """
     expected = batches(open_loader(reds), epochs=5)
     with closing(open_loader(reds, workers=1, prefetch=1).iterate(epochs=5)) as stream:
         seen = [keys(next(stream)[1])]
@@ -199,10 +230,14 @@ def decode(sample):
 def test_what_cannot_be_read_has_weight_0_is_counted_named_and_logged(tmp_path, caplog, workers):
     broken = {10, 33, 34}
     folder = build(tmp_path / "train", payload=lambda n: b"no image" if n in broken else jpeg(n))
-    with open(f"{folder}/train-000000.tar", "r+b") as file:  # and one whose bytes are damaged in the tar
+    with open(
+        f"{folder}/train-000000.tar", "r+b"
+    ) as file:  # and one whose bytes are damaged in the tar
         file.seek(600)
         file.write(b"damage")
-    loader = open_loader(folder, decode=decode, workers=workers, quarantine=tmp_path / "out" / "quarantine.jsonl")
+    loader = open_loader(
+        folder, decode=decode, workers=workers, quarantine=tmp_path / "out" / "quarantine.jsonl"
+    )
     with caplog.at_level(logging.WARNING), closing(loader.iterate(epochs=2)) as stream:
         samples = [sample for _, batch in stream for sample in batch]
     bad = [sample for sample in samples if sample.weight == 0]
@@ -211,12 +246,17 @@ def test_what_cannot_be_read_has_weight_0_is_counted_named_and_logged(tmp_path, 
     assert {s.index for s in bad} == {0, 10, 33, 34}
     assert loader.unreadable == len(bad) == 8
     assert sorted((s, i) for s, i, _ in loader.quarantined) == [(0, 0), (0, 10), (0, 33), (0, 34)]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert {line["index"] for line in lines} == {0, 10, 33, 34}
     assert len(lines) == 4
     assert any("reds033: UnidentifiedImageError" in line["error"] for line in lines)
     assert any("train-000000.tar, offset 0, key reds000" in line["error"] for line in lines)
-    assert len([r for r in caplog.records if "unreadable so far" in r.message]) == 4, "the 1st, 2nd, 4th and 8th"
+    assert len([r for r in caplog.records if "unreadable so far" in r.message]) == 4, (
+        "the 1st, 2nd, 4th and 8th"
+    )
 
 
 def broken_decode(sample):
@@ -224,7 +264,9 @@ def broken_decode(sample):
 
 
 def test_a_set_of_which_nothing_can_be_used_stops_the_run_and_says_why(reds):
-    with pytest.raises(ShardError, match=r"61 samples in a row.*TypeError: a mistake in the program"):
+    with pytest.raises(
+        ShardError, match=r"61 samples in a row.*TypeError: a mistake in the program"
+    ):
         batches(open_loader(reds, decode=broken_decode))
 
 
@@ -240,7 +282,12 @@ def test_workers_end_with_an_error_while_it_is_still_being_told(reds):
 def test_sets_of_different_kinds_and_no_sets_are_refused(reds, tmp_path):
     record = Record("a", "f", "train", "1", (Text("1", "caption", ("a",)),))
     write_shards(
-        [(record, b"x", "safetensors")], tmp_path / "f", dataset="f", split="train", kind="features", encoder={}
+        [(record, b"x", "safetensors")],
+        tmp_path / "f",
+        dataset="f",
+        split="train",
+        kind="features",
+        encoder={},
     )
     with pytest.raises(ShardError, match=r"holds features .* holds images"):
         open_loader(reds, str(tmp_path / "f"))
@@ -248,7 +295,9 @@ def test_sets_of_different_kinds_and_no_sets_are_refused(reds, tmp_path):
         open_loader()
 
 
-def test_a_remote_set_streams_through_a_bounded_cache_and_too_small_a_one_is_refused(reds, tmp_path):
+def test_a_remote_set_streams_through_a_bounded_cache_and_too_small_a_one_is_refused(
+    reds, tmp_path
+):
     remote = fsspec.filesystem("memory")
     remote.put(f"{reds}/", "/reds/train", recursive=True)
     local = open_loader(reds)
@@ -266,8 +315,13 @@ def test_a_remote_set_streams_through_a_bounded_cache_and_too_small_a_one_is_ref
         assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= needed
     assert not loader.quarantined
     of_all = sum(shards) + local.manifests[0].sidecar_file.bytes
-    given = {"cache_dir": tmp_path / "cache", "images": local.samples}  # of every shard, in an order without windows
-    with pytest.raises(ShardError, match=f"the first {local.samples} images and the index are {of_all} bytes"):
+    given = {
+        "cache_dir": tmp_path / "cache",
+        "images": local.samples,
+    }  # of every shard, in an order without windows
+    with pytest.raises(
+        ShardError, match=f"the first {local.samples} images and the index are {of_all} bytes"
+    ):
         open_loader("memory://reds/train", **given, cache_bytes=of_all - 1)
     few = open_loader("memory://reds/train", **given | {"images": 1}, cache_bytes=needed - 1)
     assert len(keys(next(few.iterate())[1])) == 1
@@ -279,7 +333,9 @@ def test_memory_does_not_grow_with_the_length_of_the_run(reds):
         pass
     tracemalloc.start()
     try:
-        for _ in islice(stream, 400):  # what waits for the garbage collector rises to its own level first
+        for _ in islice(
+            stream, 400
+        ):  # what waits for the garbage collector rises to its own level first
             pass
         before = tracemalloc.get_traced_memory()[0]
         for _ in islice(stream, 400):
@@ -305,7 +361,9 @@ def test_flickr8k_streams_with_its_captions(shared_data, tmp_path):
             text = Text(name, "caption", tuple(texts))
             yield Record(path.stem, "flickr8k", "train", name, (text,)), path.read_bytes(), "jpg"
 
-    write_shards(records(), tmp_path / "train", dataset="flickr8k", split="train", max_shard_samples=9)
+    write_shards(
+        records(), tmp_path / "train", dataset="flickr8k", split="train", max_shard_samples=9
+    )
     loader = open_loader(str(tmp_path / "train"), decode=size_of, workers=1)
     samples = [sample for _, batch in loader.iterate(epochs=1) for sample in batch]
     assert {s.record.image_id: list(s.record.texts[0].targets) for s in samples} == captions

@@ -25,14 +25,22 @@ def captioned(n):
 @pytest.fixture
 def folder(tmp_path):
     write_shards(
-        map(captioned, range(10)), tmp_path / "toy" / "train", dataset="toy", split="train", max_shard_samples=4
+        map(captioned, range(10)),
+        tmp_path / "toy" / "train",
+        dataset="toy",
+        split="train",
+        max_shard_samples=4,
     )
     return tmp_path / "toy" / "train"
 
 
 def test_an_opened_set_is_the_one_that_was_written(tmp_path):
     written = write_shards(
-        map(captioned, range(10)), tmp_path / "train", dataset="toy", split="train", max_shard_samples=4
+        map(captioned, range(10)),
+        tmp_path / "train",
+        dataset="toy",
+        split="train",
+        max_shard_samples=4,
     )
     opened = Manifest.open(tmp_path / "train")
     assert opened == written
@@ -54,7 +62,9 @@ def test_the_sidecar_is_mapped_and_does_not_travel_with_a_pickle(folder):
 def test_the_digest_tells_other_content_and_not_another_place(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert Manifest.open(tmp_path / "elsewhere").digest == Manifest.open(folder).digest
-    other = write_shards(map(captioned, range(11)), tmp_path / "other", dataset="toy", split="train")
+    other = write_shards(
+        map(captioned, range(11)), tmp_path / "other", dataset="toy", split="train"
+    )
     assert other.digest != Manifest.open(folder).digest
 
 
@@ -147,7 +157,11 @@ def test_reading_a_remote_set_without_a_cache_is_refused(remote):
 def test_further_files_are_checked_by_hash(tmp_path):
     out = tmp_path / "train"
     write_shards(
-        map(captioned, range(2)), out, dataset="d", split="train", extra_files={"controls.safetensors": b"abc"}
+        map(captioned, range(2)),
+        out,
+        dataset="d",
+        split="train",
+        extra_files={"controls.safetensors": b"abc"},
     )
     assert Manifest.open(out).read_file("controls.safetensors") == b"abc"
     (out / "controls.safetensors").write_bytes(b"abd")

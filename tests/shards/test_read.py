@@ -23,12 +23,22 @@ SAMPLES = 12
 
 def captioned(n):
     text = Text("a", "caption", (f"caption {n}",))
-    return Record(f"key{n:02d}", "toy", "train", str(n), (text,)), random.Random(n).randbytes(700 + 100 * n), "jpg"
+    return (
+        Record(f"key{n:02d}", "toy", "train", str(n), (text,)),
+        random.Random(n).randbytes(700 + 100 * n),
+        "jpg",
+    )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write_shards(map(captioned, range(SAMPLES)), tmp_path / "train", dataset="toy", split="train", max_shard_samples=4)
+    write_shards(
+        map(captioned, range(SAMPLES)),
+        tmp_path / "train",
+        dataset="toy",
+        split="train",
+        max_shard_samples=4,
+    )
     return tmp_path / "train"
 
 
@@ -36,7 +46,12 @@ def check(reader, indices=range(SAMPLES)):
     for n in indices:
         record, payload, extension = captioned(n)
         sample = reader.read(n)
-        assert (sample.record, sample.payload, sample.extension, sample.index) == (record, payload, extension, n)
+        assert (sample.record, sample.payload, sample.extension, sample.index) == (
+            record,
+            payload,
+            extension,
+            n,
+        )
 
 
 def test_every_sample_is_read_in_any_order(folder):
@@ -75,7 +90,9 @@ def test_a_reader_travels_to_other_processes(folder):
 
 
 def damage(folder, index, at, change):
-    """Changes one byte, `at` counted from the sample's offset; gives the words an error must contain."""
+    """Changes one byte, `at` counted from the sample's offset; gives the words an error must
+    contain.
+    """
     row = Manifest.open(folder).sidecar[index]
     shard = folder / f"train-{index // 4:06d}.tar"
     data = bytearray(shard.read_bytes())
@@ -114,7 +131,9 @@ def test_a_shard_that_is_cut_while_it_is_read_is_noticed(folder):
     reader = Reader(Manifest.open(folder))
     check(reader)
     os.truncate(folder / "train-000001.tar", 4096)
-    with pytest.raises(ShardError, match=r"train-000001\.tar, offset \d+, key key07: the file ends after 0 of \d+"):
+    with pytest.raises(
+        ShardError, match=r"train-000001\.tar, offset \d+, key key07: the file ends after 0 of \d+"
+    ):
         reader.read(7)
 
 
@@ -126,7 +145,10 @@ def test_a_shard_that_vanishes_is_named(folder):
 
 
 def test_a_sample_of_another_set_with_a_sound_header_is_noticed(folder, tmp_path):
-    other = ((Record(f"fox{n:02d}", "toy", "train", "", captioned(n)[0].texts), *captioned(n)[1:]) for n in range(4))
+    other = (
+        (Record(f"fox{n:02d}", "toy", "train", "", captioned(n)[0].texts), *captioned(n)[1:])
+        for n in range(4)
+    )
     write_shards(other, tmp_path / "other", dataset="toy", split="train")
     manifest = Manifest.open(folder)
     (tmp_path / "other" / "train-000000.tar").rename(folder / "train-000000.tar")
@@ -150,7 +172,9 @@ def served(folder):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=folder)
+    )
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
@@ -206,7 +230,9 @@ def test_an_evicted_shard_stays_readable_while_it_is_open(served, tmp_path):
 def test_a_reader_does_not_keep_the_disk_of_evicted_shards(served, tmp_path):
     url, _ = served
     manifest = Manifest.open(url)
-    reader = Reader(manifest, Cache(tmp_path / "cache", max(shard.bytes for shard in manifest.shards)))
+    reader = Reader(
+        manifest, Cache(tmp_path / "cache", max(shard.bytes for shard in manifest.shards))
+    )
     check(reader)
     links = [os.fstat(descriptor.number).st_nlink for descriptor in reader._open.values()]
     assert links.count(0) <= 1
@@ -224,10 +250,14 @@ def test_several_processes_share_a_cache(served, tmp_path):
     url, asked = served
     total = sum(shard.bytes for shard in Manifest.open(url).shards)
     context = multiprocessing.get_context("fork")
-    # First room for all: every shard comes once. Then for one shard at a time: they evict each other's.
+    # First room for all: every shard comes once. Then for one shard at a time: they evict each
+    # other's.
     for name, room in (("wide", total), ("tight", total // 2)):
         asked.clear()
-        children = [context.Process(target=read_all, args=(url, tmp_path / name, room, seed)) for seed in range(3)]
+        children = [
+            context.Process(target=read_all, args=(url, tmp_path / name, room, seed))
+            for seed in range(3)
+        ]
         for child in children:
             child.start()
         for child in children:
@@ -249,7 +279,9 @@ def test_a_download_left_by_a_killed_process_is_taken_over_or_removed(served, tm
 
 def test_a_shard_larger_than_the_cache_is_refused(served, tmp_path):
     url, _ = served
-    with pytest.raises(ShardError, match=r"train-000000\.tar has \d+ bytes, the cache .* may hold only 1000"):
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar has \d+ bytes, the cache .* may hold only 1000"
+    ):
         Reader(Manifest.open(url), Cache(tmp_path / "cache", 1000)).read(0)
 
 

@@ -6,8 +6,14 @@ from shards.sources import flickr8k, vqav2
 def test_the_real_flickr8k_has_the_dirt_that_is_known(shared_data):
     folder = shared_data / "flickr8k"
     source = flickr8k.load(folder / "images", folder / "Flickr8k.token.txt", folder)
-    assert {split: len(items) for split, items in source.splits.items()} == {"train": 6000, "dev": 1000, "test": 1000}
-    assert all(len(i.record.texts[0].targets) == 5 for items in source.splits.values() for i in items)
+    assert {split: len(items) for split, items in source.splits.items()} == {
+        "train": 6000,
+        "dev": 1000,
+        "test": 1000,
+    }
+    assert all(
+        len(i.record.texts[0].targets) == 5 for items in source.splits.values() for i in items
+    )
     missing = {s.name: s.texts for s in source.skipped if s.kind == "text without image"}
     assert missing == {"2258277193_586949ec62.jpg": 4, "2258277193_586949ec62.jpg.1": 1}
     assert sum(s.kind == "in no split" for s in source.skipped) == 91

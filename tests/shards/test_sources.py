@@ -1,4 +1,6 @@
-"""Every source on official files: real ones cut down to a few lines (tests/data), and whole ones where they are."""
+"""Every source on official files: real ones cut down to a few lines (tests/data), and whole ones
+where they are.
+"""
 
 import json
 import shutil
@@ -87,7 +89,9 @@ def test_the_captions_csv_with_quotes_and_commas_says_the_same_as_the_token_file
 
 def test_a_file_saved_on_windows_says_the_same(tmp_path, flickr_images):
     windows = tmp_path / "token.txt"
-    windows.write_bytes(b"\xef\xbb\xbf" + (FLICKR8K / "Flickr8k.token.txt").read_bytes().replace(b"\n", b"\r\n"))
+    windows.write_bytes(
+        b"\xef\xbb\xbf" + (FLICKR8K / "Flickr8k.token.txt").read_bytes().replace(b"\n", b"\r\n")
+    )
     official = flickr8k.load(flickr_images, FLICKR8K / "Flickr8k.token.txt")
     assert flickr8k.load(flickr_images, windows).splits == official.splits
 
@@ -104,7 +108,10 @@ def test_the_official_zip_is_read_in_place_past_its_resource_forks(tmp_path, fli
     assert dirt(source) == dirt(folder)
     item = source.splits["train"][0]
     assert source.images.read(item.image) == picture("1000268201_693b08cb0e.jpg")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["Flicker8k_Dataset", "Flickr8k_Dataset.zip"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "Flicker8k_Dataset",
+        "Flickr8k_Dataset.zip",
+    ]
 
 
 def test_without_split_files_everything_is_train_and_that_is_said(flickr_images):
@@ -122,7 +129,10 @@ def test_empty_captions_are_left_out_and_named(tmp_path, flickr_images):
     source = flickr8k.load(flickr_images, captions)
     assert [item.record.texts[0].targets for item in source.splits["train"]] == [("A child .",)]
     empty = [s for s in source.skipped if s.kind == "empty text"]
-    assert [(s.name, s.texts) for s in empty] == [("1000268201_693b08cb0e.jpg", 1), ("1155138244_859fd6e079.jpg", 1)]
+    assert [(s.name, s.texts) for s in empty] == [
+        ("1000268201_693b08cb0e.jpg", 1),
+        ("1155138244_859fd6e079.jpg", 1),
+    ]
     assert ("image without text", "1155138244_859fd6e079.jpg") in dirt(source)
 
 
@@ -137,7 +147,9 @@ def test_empty_captions_are_left_out_and_named(tmp_path, flickr_images):
         (b"a.jpg#0\t\xff\n", r"is not UTF-8 text"),
     ],
 )
-def test_a_captions_file_of_another_format_is_refused_by_line(tmp_path, flickr_images, content, says):
+def test_a_captions_file_of_another_format_is_refused_by_line(
+    tmp_path, flickr_images, content, says
+):
     path = tmp_path / "captions"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ShardError, match=says):
@@ -148,7 +160,9 @@ def test_an_image_in_two_splits_is_refused(tmp_path, flickr_images):
     shutil.copytree(FLICKR8K, tmp_path / "splits")
     with open(tmp_path / "splits" / "Flickr_8k.testImages.txt", "a") as file:
         file.write("2090545563_a4e66ec76b.jpg\n")
-    with pytest.raises(ShardError, match=r"2090545563_a4e66ec76b.jpg is in the split dev and in test"):
+    with pytest.raises(
+        ShardError, match=r"2090545563_a4e66ec76b.jpg is in the split dev and in test"
+    ):
         flickr8k.load(flickr_images, FLICKR8K / "Flickr8k.token.txt", tmp_path / "splits")
 
 
@@ -183,7 +197,11 @@ def test_vqav2_gives_one_record_an_image_with_ten_answers_in_order(coco_images):
     first, second = record.texts
     assert (first.id, first.task, first.prompt) == ("42000", "vqa", "What color are the gym shoes?")
     assert first.targets == ("white",) * 4 + ("white and black",) + ("white",) * 5
-    assert first.meta == {"answer_type": "other", "question_type": "what color are the", "pair_id": "73000"}
+    assert first.meta == {
+        "answer_type": "other",
+        "question_type": "what color are the",
+        "pair_id": "73000",
+    }
     assert source.splits["val"][1].record.texts[0].meta["pair_id"] == "42000"
     assert second.meta["pair_id"] is None, "its partner is not in the questions"
     assert source.notes["questions whose complementary question is not in --questions"] == 1
@@ -198,7 +216,10 @@ def test_vqav2_images_that_are_not_on_disk_are_named(coco_images):
 
 
 def test_one_folder_may_hold_the_images_of_both_splits(tmp_path, coco_images):
-    fill(coco_images.parent, ["train2014/COCO_train2014_000000000042.jpg", "val2014/" + coco_name(999)])
+    fill(
+        coco_images.parent,
+        ["train2014/COCO_train2014_000000000042.jpg", "val2014/" + coco_name(999)],
+    )
     source = vqav2.load(coco_images.parent, QUESTIONS, "val", ANNOTATIONS)
     assert len(source.splits["val"]) == 4
     assert dirt(source) == [("image without text", f"val2014/{coco_name(999)}")]
@@ -208,9 +229,13 @@ def test_limit_draws_images_by_seed_and_keeps_complementary_pairs_together(coco_
     drawn = {}
     for limit in (1, 2, 3):
         for seed in range(8):
-            source = vqav2.load(coco_images, QUESTIONS, "val", ANNOTATIONS, pairs=PAIRS, limit=limit, seed=seed)
+            source = vqav2.load(
+                coco_images, QUESTIONS, "val", ANNOTATIONS, pairs=PAIRS, limit=limit, seed=seed
+            )
             chosen = {item.record.image_id for item in source.splits["val"]}
-            assert ("42" in chosen) == ("73" in chosen), "question 42000 and 73000 are a complementary pair"
+            assert ("42" in chosen) == ("73" in chosen), (
+                "question 42000 and 73000 are a complementary pair"
+            )
             assert len(chosen) <= limit
             assert source.notes["images not drawn by --limit"] == 4 - len(chosen)
             drawn[limit, seed] = chosen
@@ -220,7 +245,9 @@ def test_limit_draws_images_by_seed_and_keeps_complementary_pairs_together(coco_
 
 
 def test_limit_does_not_stall_where_all_images_hang_together():
-    """In the whole of VQAv2 complementary pairs join nearly all images: no group of them would fit a limit."""
+    """In the whole of VQAv2 complementary pairs join nearly all images: no group of them would fit
+    a limit.
+    """
     chain = [(n, n + 1) for n in range(999)]
     drawn = vqav2._draw(set(range(1000)), chain, limit=300, seed=0)
     assert 297 <= len(drawn) <= 300
@@ -231,19 +258,57 @@ def test_limit_does_not_stall_where_all_images_hang_together():
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        (ANNOTATIONS, lambda d: d["annotations"].pop(0), r"question 42000 has no annotation .*\(1 such\)"),
-        (QUESTIONS, lambda d: d["questions"].pop(), r"annotation 133001 has no question .*\(1 such\)"),
-        (QUESTIONS, lambda d: d["questions"].append(d["questions"][2]), r"question_id 73000 occurs 2 times"),
-        (ANNOTATIONS, lambda d: d["annotations"].append(d["annotations"][2]), r"question_id 73000 occurs 2 times"),
-        (ANNOTATIONS, lambda d: d["annotations"][0].update(image_id=7), r"question 42000 is about image 42 .* image 7"),
-        (QUESTIONS, lambda d: d["questions"][1].pop("question"), r"questions\[1\] has no field 'question'"),
+        (
+            ANNOTATIONS,
+            lambda d: d["annotations"].pop(0),
+            r"question 42000 has no annotation .*\(1 such\)",
+        ),
+        (
+            QUESTIONS,
+            lambda d: d["questions"].pop(),
+            r"annotation 133001 has no question .*\(1 such\)",
+        ),
+        (
+            QUESTIONS,
+            lambda d: d["questions"].append(d["questions"][2]),
+            r"question_id 73000 occurs 2 times",
+        ),
+        (
+            ANNOTATIONS,
+            lambda d: d["annotations"].append(d["annotations"][2]),
+            r"question_id 73000 occurs 2 times",
+        ),
+        (
+            ANNOTATIONS,
+            lambda d: d["annotations"][0].update(image_id=7),
+            r"question 42000 is about image 42 .* image 7",
+        ),
+        (
+            QUESTIONS,
+            lambda d: d["questions"][1].pop("question"),
+            r"questions\[1\] has no field 'question'",
+        ),
         (QUESTIONS, lambda d: d.pop("questions"), r"has no list 'questions'"),
-        (QUESTIONS, lambda d: d["questions"][0].update(image_id="42"), r"image_id '42' is not a whole number"),
-        (QUESTIONS, lambda d: d.update(data_subtype="train2014"), r"are of train2014, but --split is val"),
-        (ANNOTATIONS, lambda d: d["annotations"][0].update(answers=[3]), r"question 42000: .* must be a text"),
+        (
+            QUESTIONS,
+            lambda d: d["questions"][0].update(image_id="42"),
+            r"image_id '42' is not a whole number",
+        ),
+        (
+            QUESTIONS,
+            lambda d: d.update(data_subtype="train2014"),
+            r"are of train2014, but --split is val",
+        ),
+        (
+            ANNOTATIONS,
+            lambda d: d["annotations"][0].update(answers=[3]),
+            r"question 42000: .* must be a text",
+        ),
     ],
 )
-def test_vqav2_files_that_do_not_belong_together_are_refused(tmp_path, coco_images, file, change, says):
+def test_vqav2_files_that_do_not_belong_together_are_refused(
+    tmp_path, coco_images, file, change, says
+):
     copy = edited(tmp_path, file, change)
     files = {QUESTIONS: QUESTIONS, ANNOTATIONS: ANNOTATIONS, file: copy}
     with pytest.raises(ShardError, match=says):
@@ -268,7 +333,9 @@ def test_questions_without_words_or_answers_are_left_out_and_named(tmp_path, coc
 
 
 def test_coco_captions_are_joined_by_image_and_trimmed(coco_images):
-    source = coco_captions.load(coco_images, OFFICIAL / "coco_captions" / "captions_val2014.json", "val")
+    source = coco_captions.load(
+        coco_images, OFFICIAL / "coco_captions" / "captions_val2014.json", "val"
+    )
     assert keys(source) == {"val": ["000000000042", "000000000073", "000000000133"]}
     assert source.splits["val"][0].record.texts[0].targets == (
         "A dog lies on a row of shoes.",
@@ -292,7 +359,11 @@ def test_coco_caption_ids_must_be_unique(tmp_path, coco_images):
 def test_karpathy_files_keep_their_splits_and_restval_is_train(flickr_images, coco_images):
     flickr = karpathy.load(flickr_images, OFFICIAL / "karpathy" / "dataset_flickr8k.json")
     assert flickr.dataset == "flickr8k"
-    assert {split: len(items) for split, items in flickr.splits.items()} == {"train": 1, "val": 1, "test": 1}
+    assert {split: len(items) for split, items in flickr.splits.items()} == {
+        "train": 1,
+        "val": 1,
+        "test": 1,
+    }
     coco = karpathy.load(coco_images, OFFICIAL / "karpathy" / "dataset_coco.json")
     assert keys(coco) == {"train": ["000000000042"], "test": ["000000000073"]}
     assert coco.splits["train"][0].record.image_id == "42"
@@ -302,7 +373,9 @@ def test_karpathy_files_keep_their_splits_and_restval_is_train(flickr_images, co
 def test_a_karpathy_file_with_an_unknown_split_is_refused(tmp_path, flickr_images):
     file = OFFICIAL / "karpathy" / "dataset_flickr8k.json"
     copy = edited(tmp_path, file, lambda d: d["images"][0].update(split="trian"))
-    with pytest.raises(ShardError, match="in the split 'trian', expected one of train, restval, val, test"):
+    with pytest.raises(
+        ShardError, match="in the split 'trian', expected one of train, restval, val, test"
+    ):
         karpathy.load(flickr_images, copy)
 
 
@@ -312,16 +385,34 @@ def test_a_karpathy_file_with_an_unknown_split_is_refused(tmp_path, flickr_image
 def test_easy_vqa_has_a_fixed_dev_split_taken_from_training_images_alone():
     pytest.importorskip("easy_vqa", reason="the package easy-vqa is not installed")
     source = easy_vqa.load()
-    images = {split: {item.record.image_id for item in items} for split, items in source.splits.items()}
-    texts = {split: sum(len(item.record.texts) for item in items) for split, items in source.splits.items()}
-    assert {split: len(ids) for split, ids in images.items()} == {"train": 3600, "dev": 400, "test": 1000}
+    images = {
+        split: {item.record.image_id for item in items} for split, items in source.splits.items()
+    }
+    texts = {
+        split: sum(len(item.record.texts) for item in items)
+        for split, items in source.splits.items()
+    }
+    assert {split: len(ids) for split, ids in images.items()} == {
+        "train": 3600,
+        "dev": 400,
+        "test": 1000,
+    }
     assert (texts["train"] + texts["dev"], texts["test"]) == (38_575, 9_673)
     assert not images["train"] & images["dev"]
-    assert sorted(images["dev"])[:3] == ["train-0011", "train-0013", "train-0050"], "drawn anew, no figure compares"
+    assert sorted(images["dev"])[:3] == ["train-0011", "train-0013", "train-0050"], (
+        "drawn anew, no figure compares"
+    )
     every = [t for items in source.splits.values() for item in items for t in item.record.texts]
     assert len({t.id for t in every}) == len(every)
-    assert Counter(t.meta["answer_type"] for t in every)["yes/no"] == sum(t.targets[0] in ("yes", "no") for t in every)
-    assert {t.meta["question_type"] for t in every} == {"presence", "absence", "what color", "what shape"}
+    assert Counter(t.meta["answer_type"] for t in every)["yes/no"] == sum(
+        t.targets[0] in ("yes", "no") for t in every
+    )
+    assert {t.meta["question_type"] for t in every} == {
+        "presence",
+        "absence",
+        "what color",
+        "what shape",
+    }
     assert not source.skipped
 
 
@@ -367,15 +458,24 @@ def test_image_folder_joins_the_lines_of_an_image_into_one_record(tmp_path):
     [
         (['{"image": "a.jpg", "text": "x"', ""], "line 1 is not JSON"),
         (['{"text": "x"}'], "line 1 has no field 'image'"),
-        (['{"image": "a.jpg", "caption": "x"}'], "line 1 needs exactly one of .* found image, caption"),
+        (
+            ['{"image": "a.jpg", "caption": "x"}'],
+            "line 1 needs exactly one of .* found image, caption",
+        ),
         (['{"image": "a.jpg", "question": "x"}'], "line 1 needs exactly one of"),
-        (['{"image": "a.jpg", "captions": [1]}'], "line 1: 'captions' must be a text or a list of texts"),
+        (
+            ['{"image": "a.jpg", "captions": [1]}'],
+            "line 1: 'captions' must be a text or a list of texts",
+        ),
         (
             ['{"image": "a.jpg", "text": "x"}', '{"image": "a.jpg", "text": "y", "split": "val"}'],
             "line 2: a.jpg is in the split 'val', and in 'train' in line 1",
         ),
         (
-            ['{"image": "a.jpg", "text": "x", "id": 1}', '{"image": "b.jpg", "text": "y", "id": "1"}'],
+            [
+                '{"image": "a.jpg", "text": "x", "id": 1}',
+                '{"image": "b.jpg", "text": "y", "id": "1"}',
+            ],
             "the id '1' occurs",
         ),
     ],
@@ -388,7 +488,9 @@ def test_a_line_of_another_form_is_refused_by_number(tmp_path, lines, says):
 
 
 def test_keys_are_stems_where_these_are_clean_and_unique():
-    keys = keys_of(["a/1.jpg", "b/1.jpg", "b/two.jpg", "b/th ree.v2.jpg", "b/" + "x" * 200 + ".jpg"])
+    keys = keys_of(
+        ["a/1.jpg", "b/1.jpg", "b/two.jpg", "b/th ree.v2.jpg", "b/" + "x" * 200 + ".jpg"]
+    )
     assert keys["b/two.jpg"] == "two"
     assert keys["a/1.jpg"].startswith("a_1-")
     assert keys["a/1.jpg"][4:] != keys["b/1.jpg"][4:]

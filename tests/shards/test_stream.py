@@ -31,13 +31,25 @@ def test_a_seek_gives_what_a_replay_gives():
 
 def test_epochs_seeds_and_sets_are_shuffled_differently_and_within_their_windows():
     def whole(**other):
-        return Order(SHARDS, **{"seed": 3, "window_shards": 3, **other}).epoch_indices(0, 0, SAMPLES).tolist()
+        return (
+            Order(SHARDS, **{"seed": 3, "window_shards": 3, **other})
+            .epoch_indices(0, 0, SAMPLES)
+            .tolist()
+        )
 
     order = Order(SHARDS, 3, 3)
-    orders = [whole(), whole(seed=4), whole(salt=1), order.epoch_indices(1, 0, SAMPLES).tolist(), list(range(SAMPLES))]
+    orders = [
+        whole(),
+        whole(seed=4),
+        whole(salt=1),
+        order.epoch_indices(1, 0, SAMPLES).tolist(),
+        list(range(SAMPLES)),
+    ]
     assert len({tuple(o) for o in orders}) == len(orders)
     shards = np.repeat(np.arange(len(SHARDS)), SHARDS)[whole()]
-    for first in range(0, len(SHARDS), 3):  # shards come in groups of three, one group wholly before the next
+    for first in range(
+        0, len(SHARDS), 3
+    ):  # shards come in groups of three, one group wholly before the next
         group = permutation(len(SHARDS), 3, 0, 0, 0)[first : first + 3]
         places = np.flatnonzero(np.isin(shards, group))
         assert places[-1] - places[0] + 1 == len(places) == sum(SHARDS[s] for s in group)
@@ -45,11 +57,24 @@ def test_epochs_seeds_and_sets_are_shuffled_differently_and_within_their_windows
 
 
 def test_the_permutation_is_pinned_since_a_resumed_run_relies_on_it():
-    assert permutation(10, seed=0, salt=0, epoch=0, stream=0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(10, seed=0, salt=0, epoch=0, stream=0).tolist() == [
+        0,
+        2,
+        9,
+        1,
+        8,
+        5,
+        4,
+        3,
+        6,
+        7,
+    ]
     counts = np.zeros((6, 6))
     for seed in range(3000):
         counts[np.arange(6), permutation(6, seed, 0, 0, 1)] += 1
-    assert np.abs(counts / 3000 - 1 / 6).max() < 0.03, "every item comes to every place equally often"
+    assert np.abs(counts / 3000 - 1 / 6).max() < 0.03, (
+        "every item comes to every place equally often"
+    )
     assert permutation(1, 0, 0, 0, 0).tolist() == [0]
     assert permutation(0, 0, 0, 0, 0).tolist() == []
 
@@ -72,7 +97,9 @@ def test_ranks_share_a_batch_whole_and_as_evenly_as_it_goes():
 
 
 def test_a_mixture_without_weights_gives_every_sample_of_every_set_once_and_mixes_evenly():
-    mixture = Mixture([Order(SHARDS, 0, 2), Order([40] * 4, 0, 2, salt=1), Order([9], 0, 2, salt=2)])
+    mixture = Mixture(
+        [Order(SHARDS, 0, 2), Order([40] * 4, 0, 2, salt=1), Order([9], 0, 2, salt=2)]
+    )
     sizes = np.array([SAMPLES, 160, 9])
     for epoch in (0, 1, 7):
         picks = mixture.picks(epoch, 0, mixture.samples)
@@ -101,7 +128,9 @@ def test_a_weighted_mixture_has_its_shares_and_each_set_goes_through_epochs_of_i
 @pytest.mark.parametrize("weights", [None, [3, 1, 0.1], [1, 1, 1]])
 def test_a_seek_in_a_mixture_gives_what_a_replay_gives(weights):
     def make():
-        return Mixture([Order(SHARDS, 0, 2), Order([4] * 4, 0, 2, salt=1), Order([9], 0, 2, salt=2)], weights)
+        return Mixture(
+            [Order(SHARDS, 0, 2), Order([4] * 4, 0, 2, salt=1), Order([9], 0, 2, salt=2)], weights
+        )
 
     replayed = {epoch: make().picks(epoch, 0, make().samples).tolist() for epoch in (0, 1, 1000)}
     jumping = make()
@@ -120,7 +149,10 @@ def test_weights_that_make_no_mixture_are_refused():
 
 def test_a_seek_among_a_hundred_million_samples_is_quick_and_small():
     rng = np.random.default_rng(0)
-    places = [(int(e), int(p)) for e, p in zip(rng.integers(0, 3, 30), rng.integers(0, 10**8 - 64, 30), strict=True)]
+    places = [
+        (int(e), int(p))
+        for e, p in zip(rng.integers(0, 3, 30), rng.integers(0, 10**8 - 64, 30), strict=True)
+    ]
     Order([1000] * 100, 0, 8).epoch_indices(0, 0, 64)  # numpy's own first allocations
     sizes = np.full(10_000, 10_000)
     tracemalloc.start()
@@ -135,7 +167,9 @@ def test_a_seek_among_a_hundred_million_samples_is_quick_and_small():
     began = time.perf_counter()
     for _, position in places:
         order.epoch_indices(2, position, position + 64)
-    assert (time.perf_counter() - began) / len(places) < 0.1, "a seek builds one window, not the epoch"
+    assert (time.perf_counter() - began) / len(places) < 0.1, (
+        "a seek builds one window, not the epoch"
+    )
 
 
 def test_the_state_goes_through_json_and_names_a_wrong_field():

@@ -1,4 +1,6 @@
-"""What is wrong with a set is found and named by its place; shards made elsewhere are indexed as they are."""
+"""What is wrong with a set is found and named by its place; shards made elsewhere are indexed as
+they are.
+"""
 
 import io
 import json
@@ -38,7 +40,13 @@ def captioned(n):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_shards(map(captioned, range(SAMPLES)), tmp_path / "train", dataset="toy", split="train", max_shard_samples=4)
+    write_shards(
+        map(captioned, range(SAMPLES)),
+        tmp_path / "train",
+        dataset="toy",
+        split="train",
+        max_shard_samples=4,
+    )
     return tmp_path / "train"
 
 
@@ -70,7 +78,10 @@ def test_a_damaged_header_is_named_once_and_the_samples_behind_it_are_still_chec
     change(folder / "train-000001.tar", broken + 3)
     change(folder / "train-000001.tar", behind + 700)
     first, second = verify(folder)
-    assert f"train-000001.tar, offset {broken}, key key05: no valid tar header at offset {broken}" in first
+    assert (
+        f"train-000001.tar, offset {broken}, key key05: no valid tar header at offset {broken}"
+        in first
+    )
     assert f"train-000001.tar, offset {behind}, key key07: the bytes have crc" in second
 
 
@@ -87,7 +98,9 @@ def test_a_truncated_shard_is_named_with_all_it_lost(folder):
     shard.write_bytes(shard.read_bytes()[: offset + 600])
     problems = verify(folder)
     assert "train-000002.tar has" in problems[0]
-    assert [f"key key{n}" in problem for n, problem in zip((10, 11), problems[1:], strict=True)] == [True, True]
+    assert [
+        f"key key{n}" in problem for n, problem in zip((10, 11), problems[1:], strict=True)
+    ] == [True, True]
 
 
 def test_a_bit_in_the_padding_is_found_by_the_hash(folder):
@@ -124,7 +137,10 @@ def feature(n, tokens=4):
 
 
 def test_features_of_another_shape_are_named(tmp_path):
-    encoder, other = {"tokens": 4, "width": 6}, {"kind": "features", "dataset": "toy", "split": "train"}
+    encoder, other = (
+        {"tokens": 4, "width": 6},
+        {"kind": "features", "dataset": "toy", "split": "train"},
+    )
     write_shards([feature(0), feature(1)], tmp_path / "good", encoder=encoder, **other)
     assert verify(tmp_path / "good") == []
     write_shards([feature(0), feature(1, tokens=5)], tmp_path / "bad", encoder=encoder, **other)
@@ -148,15 +164,23 @@ def test_real_flickr8k_is_written_read_and_verified(shared_data, tmp_path):
     for line in (shared_data / "flickr8k" / "Flickr8k.token.txt").read_text().splitlines():
         name, _, caption = line.partition("\t")
         captions.setdefault(name.partition("#")[0], []).append(caption)
-    names = [name for name in sorted(captions) if (shared_data / "flickr8k" / "images" / name).exists()][:200]
+    names = [
+        name for name in sorted(captions) if (shared_data / "flickr8k" / "images" / name).exists()
+    ][:200]
 
     def records():
         for name in names:
             text = Text(name, "caption", tuple(captions[name]))
             image = (shared_data / "flickr8k" / "images" / name).read_bytes()
-            yield Record(name.removesuffix(".jpg"), "flickr8k", "train", name, (text,)), image, "jpg"
+            yield (
+                Record(name.removesuffix(".jpg"), "flickr8k", "train", name, (text,)),
+                image,
+                "jpg",
+            )
 
-    write_shards(records(), tmp_path / "train", dataset="flickr8k", split="train", max_shard_samples=60)
+    write_shards(
+        records(), tmp_path / "train", dataset="flickr8k", split="train", max_shard_samples=60
+    )
     assert verify(tmp_path / "train") == []
     assert stats(tmp_path / "train")["image_sizes"] == {"224x224": 200}
     reader = Reader(Manifest.open(tmp_path / "train"))
@@ -187,7 +211,9 @@ def test_the_index_of_our_own_shards_is_made_anew_the_same(folder):
     assert verify(folder) == []
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 @pytest.mark.parametrize("depth", ["", "part/" * 15, "a-very-long-folder-name/" * 5 + "é/"])
 def test_captions_in_json_or_txt_in_any_order_become_records(tmp_path, tar_format, depth):
     files = [
@@ -202,7 +228,11 @@ def test_captions_in_json_or_txt_in_any_order_become_records(tmp_path, tar_forma
     make_tar(tmp_path / "set" / "x.tar", [(depth + name, data) for name, data in files], tar_format)
     manifest = index_shards(tmp_path / "set", "mine", "train")
     samples = [Reader(Manifest.open(tmp_path / "set")).read(n) for n in range(manifest.samples)]
-    assert [sample.record.texts[0].targets for sample in samples] == [("a dog",), ("a cat",), ("a fox", "foxes")]
+    assert [sample.record.texts[0].targets for sample in samples] == [
+        ("a dog",),
+        ("a cat",),
+        ("a fox", "foxes"),
+    ]
     assert [sample.payload for sample in samples] == [jpeg(0), jpeg(1), jpeg(2)]
     assert samples[1].record.image_id == f"{depth}1"
     assert verify(tmp_path / "set") == []
@@ -220,7 +250,9 @@ def test_what_is_no_sample_is_left_out_counted_and_named(tmp_path):
     ]
     manifest = index_shards(make_tar(tmp_path / "set" / "x.tar", files), "mine", "train")
     assert (manifest.samples, manifest.skipped) == (1, 4)
-    lines = [json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "set" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [line["key"] for line in lines] == ["README", "b", "c", "d"]
     assert all(line["shard"] == "x.tar" and line["reason"] for line in lines)
     assert verify(tmp_path / "set") == []
@@ -263,13 +295,20 @@ def test_indexing_a_damaged_tar_names_shard_and_offset_and_leaves_nothing(folder
     shard = folder / "train-000001.tar"
     whole = shard.read_bytes()
     change(shard, offset + 3)
-    with pytest.raises(ShardError, match=rf"train-000001\.tar: no valid tar header at offset {offset}"):
+    with pytest.raises(
+        ShardError, match=rf"train-000001\.tar: no valid tar header at offset {offset}"
+    ):
         index_shards(folder, "toy", "train")
-    for size, says in ((offset + 600, "the data ends inside the member"), (offset, "without its end marker")):
+    for size, says in (
+        (offset + 600, "the data ends inside the member"),
+        (offset, "without its end marker"),
+    ):
         shard.write_bytes(whole[:size])
         with pytest.raises(ShardError, match=rf"train-000001\.tar: .*{says}"):
             index_shards(folder, "toy", "train")
-    assert sorted(path.name for path in folder.iterdir()) == [f"train-{n:06d}.tar" for n in range(3)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"train-{n:06d}.tar" for n in range(3)
+    ]
 
 
 def test_remote_shards_are_indexed_from_afar(folder, tmp_path):

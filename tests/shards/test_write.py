@@ -1,4 +1,6 @@
-"""Shards appear whole or not at all, equal input gives equal bytes, and any WebDataset reader can read them."""
+"""Shards appear whole or not at all, equal input gives equal bytes, and any WebDataset reader can
+read them.
+"""
 
 import hashlib
 import os
@@ -14,7 +16,11 @@ from shards.write import write_shards
 
 def captioned(n, extension="jpg", key=None):
     text = Text("a", "caption", (f"caption {n}",))
-    return Record(key or f"key{n:02d}", "toy", "train", str(n), (text,)), bytes([n]) * (100 + n), extension
+    return (
+        Record(key or f"key{n:02d}", "toy", "train", str(n), (text,)),
+        bytes([n]) * (100 + n),
+        extension,
+    )
 
 
 def write(folder, samples, **other):

@@ -1,4 +1,6 @@
-"""Small generated image files, standing for those of the official sets, which are not ours to hand out."""
+"""Small generated image files, standing for those of the official sets, which are not ours to hand
+out.
+"""
 
 import hashlib
 import io
@@ -29,7 +31,9 @@ def picture(name: str, width: int = 24, height: int = 16) -> bytes:
     """A JPEG of its own for every name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     coarse = np.random.default_rng(seed).integers(0, 256, (2, 3, 3), dtype=np.uint8)
-    return encoded(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), quality=90)
+    return encoded(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), quality=90
+    )
 
 
 def fill(folder: Path, names) -> Path:

@@ -1,4 +1,6 @@
-"""Random tiny models and what a real pass through them holds, for the plan's tests and benchmarks/plan_errors.py."""
+"""Random tiny models and what a real pass through them holds, for the plan's tests and
+benchmarks/plan_errors.py.
+"""
 
 import gc
 import random
@@ -24,7 +26,11 @@ from shards.record import Record
 from tiny_models import tiny_t5
 from toy_runs import texts
 
-GPU_CASES = ((8, False), (32, False), (32, True))  # images of a micro-batch, activation checkpointing
+GPU_CASES = (
+    (8, False),
+    (32, False),
+    (32, True),
+)  # images of a micro-batch, activation checkpointing
 
 
 def changed(config: Config, **sections: Mapping) -> Config:
@@ -37,12 +43,17 @@ def changed(config: Config, **sections: Mapping) -> Config:
 
 
 def drawn(config: Config, seed: int, folder: Path) -> tuple[Config, int]:
-    """A config with a language model of its own, and a number of images; the same for the same seed."""
+    """A config with a language model of its own, and a number of images; the same for the same
+    seed.
+    """
     draw = random.Random(f"plan {seed}")
     width, layers = draw.choice([64, 128]), draw.choice([1, 2])
     config = changed(
         config,
-        lm={"id": str(tiny_t5(folder, width=width, layers=layers)), "tuning": draw.choice(["qlora", "full"])},
+        lm={
+            "id": str(tiny_t5(folder, width=width, layers=layers)),
+            "tuning": draw.choice(["qlora", "full"]),
+        },
         bridge={
             "kind": draw.choice(["qformer", "qformer", "linear", "mean_pool"]),
             "query_tokens": draw.choice([2, 8, 16]),
@@ -58,14 +69,22 @@ def drawn(config: Config, seed: int, folder: Path) -> tuple[Config, int]:
 def collated(config: Config, model: VisionLanguageModel, images: int) -> Batch:
     """What the collator makes of so many pictures with the toy set's texts."""
     samples = [
-        Sample(Record(f"{i}", "toy", "train", f"{i}", texts(i)), np.zeros((32, 32, 3), np.uint8), "png", 0, i)
+        Sample(
+            Record(f"{i}", "toy", "train", f"{i}", texts(i)),
+            np.zeros((32, 32, 3), np.uint8),
+            "png",
+            0,
+            i,
+        )
         for i in range(images)
     ]
     return Collator(model.tokenizer, config.data, config.prompts, config.seed)(samples)
 
 
 def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
-    """Bytes of the storages that a real forward pass saves for its backward pass, of parameters not counted."""
+    """Bytes of the storages that a real forward pass saves for its backward pass, of parameters not
+    counted.
+    """
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,13 +102,21 @@ def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
 def middle_sized(config: Config, root: Path) -> Config:
     """A model whose activations are hundreds of megabytes."""
     lm = {"id": str(tiny_t5(root / "t5-512", width=512, layers=6)), "tuning": "qlora"}
-    return changed(config, lm=lm, bridge={"width": 256, "query_tokens": 32}, data={"texts_per_image": None})
+    return changed(
+        config, lm=lm, bridge={"width": 256, "query_tokens": 32}, data={"texts_per_image": None}
+    )
 
 
 def measured_peak(config: Config, images: int, checkpointing: bool) -> tuple[int, int]:
-    """(planned, measured) bytes of CUDA's allocator at most, in two steps of two micro-batches; without the context."""
+    """(planned, measured) bytes of CUDA's allocator at most, in two steps of two micro-batches;
+    without the context.
+    """
     cuda = torch.device("cuda")
-    train = {"micro_batch": images, "global_batch": 2 * images, "activation_checkpointing": checkpointing}
+    train = {
+        "micro_batch": images,
+        "global_batch": 2 * images,
+        "activation_checkpointing": checkpointing,
+    }
     config = changed(config, train=train)
     gc.collect()  # what an earlier case left behind in cycles
     torch.cuda.empty_cache()

@@ -33,13 +33,27 @@ from tiny_models import SENTENCES, tiny_tokenizer
 QUERIES, SIDE = 4, 32
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 VISION = {**WIDTHS, "num_hidden_layers": 1, "image_size": SIDE, "patch_size": 8}
-QFORMER = {**WIDTHS, "num_hidden_layers": 1, "encoder_hidden_size": 64, "cross_attention_frequency": 1}
+QFORMER = {
+    **WIDTHS,
+    "num_hidden_layers": 1,
+    "encoder_hidden_size": 64,
+    "cross_attention_frequency": 1,
+}
 IMAGES = {"height": SIDE, "width": SIDE}
 
 
 def t5(vocabulary: int) -> T5Config:
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
-    return T5Config(vocab_size=vocabulary, **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    sizes = {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 4,
+    }
+    return T5Config(
+        vocab_size=vocabulary, **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+    )
 
 
 def random(model: torch.nn.Module) -> torch.nn.Module:
@@ -69,7 +83,9 @@ def saved(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> Pa
 
 
 def tiny_blip2(folder: Path) -> Path:
-    processor = Blip2Processor(BlipImageProcessorPil(size=IMAGES), tiny_tokenizer(), num_query_tokens=QUERIES)
+    processor = Blip2Processor(
+        BlipImageProcessorPil(size=IMAGES), tiny_tokenizer(), num_query_tokens=QUERIES
+    )
     config = Blip2Config(**parts(processor.tokenizer))
     return saved(Blip2ForConditionalGeneration(config), processor, folder)
 
@@ -96,10 +112,14 @@ CHAT = (
 
 def tiny_llava(folder: Path, chat_template: str | None = CHAT) -> Path:
     words = sorted({word for text in (*SENTENCES, "USER: ASSISTANT:") for word in text.split()})
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<image>", *words])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<image>", *words])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         unk_token="<unk>",
@@ -117,11 +137,18 @@ def tiny_llava(folder: Path, chat_template: str | None = CHAT) -> Path:
         chat_template=chat_template,
     )
     text = LlamaConfig(
-        **{**WIDTHS, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "tie_word_embeddings": False},
+        **{
+            **WIDTHS,
+            "num_hidden_layers": 2,
+            "vocab_size": len(tokenizer),
+            "tie_word_embeddings": False,
+        },
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
     )
     vision = CLIPVisionConfig(**{**VISION, "num_hidden_layers": 3, "projection_dim": 16})
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"])
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"]
+    )
     return saved(LlavaForConditionalGeneration(config), processor, folder)

@@ -1,8 +1,10 @@
-"""What each of several processes does in the launched tests: argument 1 is a folder with models; results go there.
+"""What each of several processes does in the launched tests: argument 1 is a folder with models;
+results go there.
 
-`first` trains a run without interruption, goes on with one begun by a single process, begins one for others, trains two
-with a loss that is not finite on rank 1 alone, one of them with a loss scaler, and is killed in the middle of an epoch.
-`second` goes on with the killed one, and stops by a signal that rank 1 alone gets. `three` goes on with what one began.
+`first` trains a run without interruption, goes on with one begun by a single process, begins one
+for others, trains two with a loss that is not finite on rank 1 alone, one of them with a loss
+scaler, and is killed in the middle of an epoch. `second` goes on with the killed one, and stops by
+a signal that rank 1 alone gets. `three` goes on with what one began.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from toy_runs import make_config
 
 
 def at_step(number: int, act, monkeypatch=None) -> None:
-    """Has `act(engine)` called when optimizer step `number` (1, 2, ... of this process from now on) was taken."""
+    """Has `act(engine)` called when optimizer step `number` (1, 2, ... of this process from now on)
+    was taken.
+    """
     original, taken = Engine.step, []
 
     def step(self, *arguments, **keywords):
@@ -37,7 +41,9 @@ def at_step(number: int, act, monkeypatch=None) -> None:
 
 
 def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
-    """Makes the loss NaN in these steps (0, 1, ... of the run) on one rank; in odd ones its gradient stays finite."""
+    """Makes the loss NaN in these steps (0, 1, ... of the run) on one rank; in odd ones its
+    gradient stays finite.
+    """
     original, drawn = VisionLanguageModel.forward, loop.drawn
     at = []
 
@@ -65,7 +71,10 @@ def watch(seen: list, patch=setattr) -> None:
         seen.append([s.record.key for s in samples])
         return micro_batches(samples, *rest)
 
-    for module in (loop, prepare):  # the steps, and before them the batch that calibrates the bridge
+    for module in (
+        loop,
+        prepare,
+    ):  # the steps, and before them the batch that calibrates the bridge
         patch(module, "micro_batches", watched)
 
 
@@ -96,7 +105,9 @@ def main(root: Path, stage: str) -> None:
         return make_config(root, root / "clip", root / "t5", name, dev=name == "killed", **settings)
 
     def note(name: str, value: object = None) -> None:
-        weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in models[-1].trained_state().values()))
+        weights = hashlib.sha256(
+            b"".join(v.numpy().tobytes() for v in models[-1].trained_state().values())
+        )
         results[name] = [weights.hexdigest(), value]
         (root / f"{stage}-{rank}.json").write_text(json.dumps(results))
 

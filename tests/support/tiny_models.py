@@ -1,6 +1,8 @@
-"""Tiny random models saved in the hub's own format, so that a test takes the code path of a real model id.
+"""Tiny random models saved in the hub's own format, so that a test takes the code path of a real
+model id.
 
-A folder in; the same folder out, holding config.json, model.safetensors and the processor's or tokenizer's files.
+A folder in; the same folder out, holding config.json, model.safetensors and the processor's or
+tokenizer's files.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -39,9 +49,16 @@ SENTENCES = (
 
 
 def tiny_clip(
-    folder: Path, *, image_size: int = 32, patch: int = 8, width: int = 32, layers: int = 2, full: bool = True
+    folder: Path,
+    *,
+    image_size: int = 32,
+    patch: int = 8,
+    width: int = 32,
+    layers: int = 2,
+    full: bool = True,
 ) -> Path:
-    """Saves a random CLIP. `full`: both towers in one checkpoint, as openai/clip-vit-base-patch32 comes; else vision.
+    """Saves a random CLIP. `full`: both towers in one checkpoint, as openai/clip-vit-base-patch32
+    comes; else vision.
 
     Its vision tower gives (image_size / patch)^2 + 1 tokens of `width`.
     """
@@ -78,34 +95,62 @@ def tiny_clip(
     return Path(folder)
 
 
-def tiny_tokenizer(sentences: Iterable[str] = SENTENCES, vocabulary: int = 200) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    sentences: Iterable[str] = SENTENCES, vocabulary: int = 200
+) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer laid out like T5's: pad 0, </s> 1, <unk> 2, every text closed by </s>.
 
-    Its pieces are counted here, as the library's own trainer gives others in every process (it walks a hash map): the
-    characters, and of what stands in the words the substrings that save most characters.
+    Its pieces are counted here, as the library's own trainer gives others in every process (it
+    walks a hash map): the characters, and of what stands in the words the substrings that save most
+    characters.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    words = [word for text in sentences for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-    counts = Counter(word[at:end] for word in words for at in range(len(word)) for end in range(at + 1, len(word) + 1))
-    letters = sorted(set("abcdefghijklmnopqrstuvwxyz?.,:▁") | {piece for piece in counts if len(piece) == 1})
-    longer = sorted(counts.keys() - letters, key=lambda piece: (-counts[piece] * (len(piece) - 1), piece))
+    words = [
+        word for text in sentences for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    ]
+    counts = Counter(
+        word[at:end]
+        for word in words
+        for at in range(len(word))
+        for end in range(at + 1, len(word) + 1)
+    )
+    letters = sorted(
+        set("abcdefghijklmnopqrstuvwxyz?.,:▁") | {piece for piece in counts if len(piece) == 1}
+    )
+    longer = sorted(
+        counts.keys() - letters, key=lambda piece: (-counts[piece] * (len(piece) - 1), piece)
+    )
     pieces = (letters + longer)[: vocabulary - 3]
     scored = [(piece, math.log((counts[piece] or 0.1) / counts.total())) for piece in pieces]
-    tokenizer.model = models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored], unk_id=2)
+    tokenizer.model = models.Unigram(
+        [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored], unk_id=2
+    )
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
 
 
 def tiny_t5(
-    folder: Path, sentences: Iterable[str] = SENTENCES, *, width: int = 64, layers: int = 2, vocabulary: int = 200
+    folder: Path,
+    sentences: Iterable[str] = SENTENCES,
+    *,
+    width: int = 64,
+    layers: int = 2,
+    vocabulary: int = 200,
 ) -> Path:
-    """Saves a random T5 built as Flan-T5 is (gated GELU, an `lm_head` of its own) with its tokenizer.
+    """Saves a random T5 built as Flan-T5 is (gated GELU, an `lm_head` of its own) with its
+    tokenizer.
 
     Widths are multiples of 64, which bitsandbytes' 4-bit layers need.
     """
@@ -128,32 +173,49 @@ def tiny_t5(
             decoder_start_token_id=0,
         )
     )
-    # transformers >= 5.20 ties `lm_head` in every new T5; Flan-T5's file holds two matrices, and so must this one.
+    # transformers >= 5.20 ties `lm_head` in every new T5; Flan-T5's file holds two matrices, and so
+    # must this one.
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * width**-0.5)
     model.save_pretrained(folder)
     config = Path(folder, "config.json")
     fields = json.loads(config.read_text()) | {"tie_word_embeddings": False}
-    fields.pop("scale_decoder_outputs", None)  # the hub's config does not know it; transformers derives it
+    fields.pop(
+        "scale_decoder_outputs", None
+    )  # the hub's config does not know it; transformers derives it
     config.write_text(json.dumps(fields, indent=2))
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
 
-def tiny_gpt2_tokenizer(sentences: Iterable[str] = SENTENCES, vocabulary: int = 400) -> GPT2Tokenizer:
-    """Byte-level BPE as GPT-2's: <|endoftext|> is BOS and EOS, there is no padding, and no text gets a token added."""
+def tiny_gpt2_tokenizer(
+    sentences: Iterable[str] = SENTENCES, vocabulary: int = 400
+) -> GPT2Tokenizer:
+    """Byte-level BPE as GPT-2's: <|endoftext|> is BOS and EOS, there is no padding, and no text
+    gets a token added.
+    """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
-        sentences, trainers.BpeTrainer(vocab_size=vocabulary - 1, initial_alphabet=alphabet, show_progress=False)
+        sentences,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - 1, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     learnt = json.loads(trained.to_str())["model"]
     vocab = learnt["vocab"] | {"<|endoftext|>": len(learnt["vocab"])}
-    return GPT2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=256)
+    return GPT2Tokenizer(
+        vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=256
+    )
 
 
 def tiny_gpt2(
-    folder: Path, sentences: Iterable[str] = SENTENCES, *, width: int = 64, layers: int = 2, vocabulary: int = 400
+    folder: Path,
+    sentences: Iterable[str] = SENTENCES,
+    *,
+    width: int = 64,
+    layers: int = 2,
+    vocabulary: int = 400,
 ) -> Path:
     """Saves a random GPT-2 (tied embeddings, dropout as published) with its tokenizer."""
     tokenizer = tiny_gpt2_tokenizer(sentences, vocabulary)

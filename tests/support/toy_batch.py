@@ -1,7 +1,8 @@
-"""A batch of captions and questions as the Collator groups it, the same batch unrolled, and a model to put it into.
+"""A batch of captions and questions as the Collator groups it, the same batch unrolled, and a model
+to put it into.
 
-Two images, five contexts, nine targets: image 0 has a caption prompt with five targets and two questions, image 1 has
-one of each. Features take the place of pixels: 6 patch tokens of width 32.
+Two images, five contexts, nine targets: image 0 has a caption prompt with five targets and two
+questions, image 1 has one of each. Features take the place of pixels: 6 patch tokens of width 32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.config.schema import Config, Data, Decoding, Prompts
+from harness.config.schema import Config, DataConfig, DecodingConfig, PromptsConfig
 from harness.data.collate import Collator
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
@@ -20,17 +21,35 @@ from shards.read import Sample
 from shards.record import Record, Text
 
 TOKENS, WIDTH = 6, 32
-ENCODER = {"kind": "clip", "id": "none", "hash": "e" * 64, "tokens": TOKENS, "width": WIDTH, "image_size": 32}
-CAPTIONS = ("a black dog", "a white dog with brown spots", "two girls paint a rainbow", "a man", "a boy jumps")
+ENCODER = {
+    "kind": "clip",
+    "id": "none",
+    "hash": "e" * 64,
+    "tokens": TOKENS,
+    "width": WIDTH,
+    "image_size": 32,
+}
+CAPTIONS = (
+    "a black dog",
+    "a white dog with brown spots",
+    "two girls paint a rainbow",
+    "a man",
+    "a boy jumps",
+)
 
 
 def records() -> list[Record]:
     first = (
         Text("c0", "caption", CAPTIONS),
         Text("q0", "vqa", ("down", "down", "at the table"), "Where is he looking?"),
-        Text("q1", "vqa", ("yes",) * 3, "is there a red shape in the picture, or is it a blue one?"),
+        Text(
+            "q1", "vqa", ("yes",) * 3, "is there a red shape in the picture, or is it a blue one?"
+        ),
     )
-    second = (Text("c1", "caption", ("a child in a pink dress",)), Text("q2", "vqa", ("no",), "is it red?"))
+    second = (
+        Text("c1", "caption", ("a child in a pink dress",)),
+        Text("q2", "vqa", ("no",), "is it red?"),
+    )
     return [Record("0", "toy", "train", "0", first), Record("1", "toy", "train", "1", second)]
 
 
@@ -38,12 +57,13 @@ def samples(epoch: int = 0) -> list[Sample]:
     rng = np.random.default_rng(0)
     features = [rng.normal(size=(TOKENS, WIDTH)).astype(np.float16) for _ in records()]
     return [
-        Sample(r, f, "safetensors", 0, i, epoch=epoch) for i, (r, f) in enumerate(zip(records(), features, strict=True))
+        Sample(r, f, "safetensors", 0, i, epoch=epoch)
+        for i, (r, f) in enumerate(zip(records(), features, strict=True))
     ]
 
 
-def collator(tokenizer, *, prompts: Prompts | None = None, **data) -> Collator:
-    return Collator(tokenizer, Data(**data), prompts or Prompts())
+def collator(tokenizer, *, prompts: PromptsConfig | None = None, **data) -> Collator:
+    return Collator(tokenizer, DataConfig(**data), prompts or PromptsConfig())
 
 
 def unrolled(batch: Batch) -> Batch:
@@ -66,7 +86,10 @@ def config(t5: Path, *, bridge: dict | None = None, train: dict | None = None, *
     lora = {"r": 4, "alpha": 8}
     return Config(
         name="grouped",
-        model={"bridge": small | (bridge or {}), "lm": {"id": str(t5), "tuning": "lora", "lora": lora} | lm},
+        model={
+            "bridge": small | (bridge or {}),
+            "lm": {"id": str(t5), "tuning": "lora", "lora": lora} | lm,
+        },
         train=train or {},
     )
 
@@ -81,8 +104,12 @@ def model(t5: Path, **settings) -> VisionLanguageModel:
     return built.train()
 
 
-def gradients(built: VisionLanguageModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor | None]]:
-    """Mean loss of the batch, and the gradient of every trainable parameter (None where it got none)."""
+def gradients(
+    built: VisionLanguageModel, batch: Batch
+) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """Mean loss of the batch, and the gradient of every trainable parameter (None where it got
+    none).
+    """
     built.zero_grad(set_to_none=True)
     out = built(batch)
     loss = out.sum / max(float(out.weight), 1.0)
@@ -99,10 +126,10 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def pixel_batch(model):
     rng = np.random.default_rng(0)
-    samples = samples()
-    for sample in samples:
+    made = samples()
+    for sample in made:
         sample.payload, sample.extension = rng.integers(0, 255, (32, 32, 3), np.uint8), "jpg"
-    return collator(model.tokenizer)(samples)
+    return collator(model.tokenizer)(made)
 
 
 def moved(model, seed: int = 0):
@@ -117,7 +144,7 @@ def moved(model, seed: int = 0):
 
 def outputs(model, batch):
     with torch.no_grad():
-        said = model.eval().generate(batch, Decoding(max_new_tokens=4, min_new_tokens=4))
+        said = model.eval().generate(batch, DecodingConfig(max_new_tokens=4, min_new_tokens=4))
         return model.loss(batch).sum_T, said.p_eos_first_C, said.token_ids
 
 

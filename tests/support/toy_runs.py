@@ -1,6 +1,8 @@
-"""Tiny runs of the whole loop: generated pictures in real shards, a tiny CLIP and a tiny T5, every option that matters.
+"""Tiny runs of the whole loop: generated pictures in real shards, a tiny CLIP and a tiny T5, every
+option that matters.
 
-A folder in; shards, models and a config out. Imported by tests and by the programs they launch on several processes.
+A folder in; shards, models and a config out. Imported by tests and by the programs they launch on
+several processes.
 """
 
 from __future__ import annotations
@@ -21,21 +23,39 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
 
 def picture(index: int, side: int = 32) -> bytes:
     rng = np.random.default_rng(index)
-    pixels = np.clip(np.array(list(COLOURS.values())[index % 3]) + rng.integers(-30, 30, (side, side, 3)), 0, 255)
+    pixels = np.clip(
+        np.array(list(COLOURS.values())[index % 3]) + rng.integers(-30, 30, (side, side, 3)), 0, 255
+    )
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def texts(index: int, captions: bool = True, questions: bool = True) -> tuple[Text, ...]:
-    """Unequal numbers of texts of unequal lengths, so that an average of averages is not the average."""
-    colour, seen = list(COLOURS)[index % 3], ("a square", "a man in a hat and a dog", "the street with a white dog")
-    asked = [Text(f"{index}q", "vqa", (colour,) * 6 + ("dark", "light", "red", "grey"), "what colour is it?")]
+    """Unequal numbers of texts of unequal lengths, so that an average of averages is not the
+    average.
+    """
+    colour, seen = (
+        list(COLOURS)[index % 3],
+        ("a square", "a man in a hat and a dog", "the street with a white dog"),
+    )
+    asked = [
+        Text(
+            f"{index}q",
+            "vqa",
+            (colour,) * 6 + ("dark", "light", "red", "grey"),
+            "what colour is it?",
+        )
+    ]
     asked += [
-        Text(f"{index}r{n}", "vqa", ("yes" if colour == "red" else "no",) * 10, "is it red?") for n in range(index % 2)
+        Text(f"{index}r{n}", "vqa", ("yes" if colour == "red" else "no",) * 10, "is it red?")
+        for n in range(index % 2)
     ]
     told = tuple(f"a {colour} picture of {seen[n % 3]}" for n in range(1 + index % 3))
-    return (*(asked if questions else ()), *([Text(f"{index}c", "caption", told)] if captions else ()))
+    return (
+        *(asked if questions else ()),
+        *([Text(f"{index}c", "caption", told)] if captions else ()),
+    )
 
 
 def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **kinds: bool) -> Path:
@@ -53,8 +73,12 @@ def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **k
     return out
 
 
-def make_config(root: Path, clip: Path, t5: Path, name: str = "run", dev: bool = True, **train) -> Config:
-    """14 images in global batches of 4 (the last of an epoch: 2), micro-batches of 3, 4-bit + LoRA, texts drawn."""
+def make_config(
+    root: Path, clip: Path, t5: Path, name: str = "run", dev: bool = True, **train
+) -> Config:
+    """14 images in global batches of 4 (the last of an epoch: 2), micro-batches of 3, 4-bit + LoRA,
+    texts drawn.
+    """
     for split, count, first in (("train", 14, 0), ("dev", 5, 100)):
         if not (root / split).exists():
             make_shards(root / split, count, split, first)
@@ -85,7 +109,12 @@ def make_config(root: Path, clip: Path, t5: Path, name: str = "run", dev: bool =
             "save_every": 2,
             **train,
         },
-        evaluation={"batch_images": 3, "counterfactual_texts": 4, "show_images": 2, "bootstrap": 20},
+        evaluation={
+            "batch_images": 3,
+            "counterfactual_texts": 4,
+            "show_images": 2,
+            "bootstrap": 20,
+        },
         tracking={"kind": "none"},
     )
 

@@ -1,7 +1,9 @@
-"""What each of two processes does under DeepSpeed: a run by every stage, and the runs that go from engine to engine.
+"""What each of two processes does under DeepSpeed: a run by every stage, and the runs that go from
+engine to engine.
 
-Started by the shipped launch file zero2.yaml; argument 1 is a folder with models and with `plan.json`, a list of runs:
-name, DeepSpeed settings, config settings, resume, steps whose loss is not finite. RANK.json tells of each run.
+Started by the shipped launch file zero2.yaml; argument 1 is a folder with models and with
+`plan.json`, a list of runs: name, DeepSpeed settings, config settings, resume, steps whose loss is
+not finite. RANK.json tells of each run.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def main(root: Path) -> None:
         def told_of(self, model, mine=mine):
             wrapped = prepare_engine(self, model)
             kept = ("wo.weight", "layer_norm.weight", "shared.weight", "lm_head.weight")
-            mine["dtypes"] = sorted({str(p.dtype) for n, p in model.named_parameters() if n.endswith(kept)})
+            mine["dtypes"] = sorted(
+                {str(p.dtype) for n, p in model.named_parameters() if n.endswith(kept)}
+            )
             mine["engine"] = [type(wrapped).__name__, self.facts()["engine"], self.world_size]
             mine["partitioned"] = any(p.numel() == 0 for p in model.parameters())
             return wrapped

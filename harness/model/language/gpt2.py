@@ -1,9 +1,10 @@
 """GPT-2 behind the seam of language models: loss and generation over a grouped batch.
 
-A row is [image tokens][prompt tokens][BOS][target]. What stands before the target runs once per context, and its keys
-and values serve all targets of the context. With `cross_attention` the row holds no image tokens: every block looks at
-them through a layer of its own (Flamingo's way: Alayrac et al. 2022, section 2.2).
-Legend: N bridge rows, Q image tokens, C contexts, T targets, S positions before the target, L target tokens, D width.
+A row is [image tokens][prompt tokens][BOS][target]. What stands before the target runs once per
+context, and its keys and values serve all targets of the context. With `cross_attention` the row
+holds no image tokens: every block looks at them through a layer of its own (Flamingo's way: Alayrac
+et al. 2022, section 2.2). Legend: N bridge rows, Q image tokens, C contexts, T targets, S positions
+before the target, L target tokens, D width.
 """
 
 from __future__ import annotations
@@ -14,32 +15,40 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GPT2LMHeadModel
 
-from harness.config.schema import Decoding
-from harness.config.schema import LanguageModel as LanguageModelConfig
+from harness.config.schema import DecodingConfig, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.batch import Batch, padding_id
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.loss import Generated, LossOutput, partitioned, weighted_loss
 
-NEW = "cross"  # in the names of what cross-attention adds: h.0.crossattention.c_attn.weight, h.0.ln_cross_attn.bias
+# in the names of what cross-attention adds: h.0.crossattention.c_attn.weight,
+# h.0.ln_cross_attn.bias
+NEW = "cross"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 class GPT2Language(nn.Module):
-    """Any GPT2LMHeadModel by hub id or folder, in 4 bits or not, with LoRA or not, with cross-attention or not."""
+    """Any GPT2LMHeadModel by hub id or folder, in 4 bits or not, with LoRA or not, with
+    cross-attention or not.
+    """
 
-    def __init__(self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32):
+    def __init__(
+        self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32
+    ):
         super().__init__()
         self.config = config
         new = NEW if config.cross_attention else None
-        fields = dict.fromkeys(DROPOUTS, config.dropout) | {"add_cross_attention": config.cross_attention}
+        fields = dict.fromkeys(DROPOUTS, config.dropout) | {
+            "add_cross_attention": config.cross_attention
+        }
         base, self.tokenizer = quantise.load(
             config, GPT2LMHeadModel, fields, new=new, dtype=dtype, compute_dtype=compute_dtype
         )
         if new:
             for block in base.transformer.h:
-                # As Flamingo's gates, which are 0 at first: training starts from the text model as it was.
+                # As Flamingo's gates, which are 0 at first: training starts from the text model as
+                # it was.
                 nn.init.zeros_(block.crossattention.c_proj.weight)
                 nn.init.zeros_(block.crossattention.c_proj.bias)
         self.lm = quantise.tune(base, config, new)
@@ -55,23 +64,30 @@ class GPT2Language(nn.Module):
 
     @property
     def embedding_rms(self) -> float:
-        """Root mean square of the word embeddings that image tokens stand among; 1 where they are attended to."""
+        """Root mean square of the word embeddings that image tokens stand among; 1 where they are
+        attended to.
+        """
         weight = self.base.transformer.wte.weight
         if weight.is_meta or self.config.cross_attention:
             return 1.0
         return weight.detach().float().pow(2).mean().sqrt().item()
 
     def loss(self, image: BridgeOutput, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
-        """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a weight is not 0.
+        """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a
+        weight is not 0.
 
         Raises ConfigError for rows longer than the model's positions.
         """
         embeds_CSD, mask_CS = self._prefix(image, batch, bos=self.config.bos == "always")
         self._check_length(embeds_CSD.shape[1] + batch.labels_TL.shape[1])
         decode = self._decoder(embeds_CSD, mask_CS, image)
-        return weighted_loss(decode, batch, self.base.lm_head, label_smoothing, whole=partitioned(self))
+        return weighted_loss(
+            decode, batch, self.base.lm_head, label_smoothing, whole=partitioned(self)
+        )
 
-    def _prefix(self, image: BridgeOutput, batch: Batch, *, bos: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefix(
+        self, image: BridgeOutput, batch: Batch, *, bos: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """embeds_CSD and mask_CS of what stands before the target, padded on the left."""
         ids_CL, mask_CS = batch.prompt_ids_CL, batch.prompt_mask_CL
         if bos:
@@ -103,10 +119,14 @@ class GPT2Language(nn.Module):
     def _decoder(
         self, embeds_CSD: torch.Tensor, mask_CS: torch.Tensor, image: BridgeOutput
     ) -> Callable[[Batch], torch.Tensor]:
-        """Reads what stands before the targets; gives hidden_TLD, of the position before each label, for a batch."""
+        """Reads what stands before the targets; gives hidden_TLD, of the position before each
+        label, for a batch.
+        """
         gpt2, tokens_CQD = self.base.transformer, self._attended(image)
         before = None
-        if not gpt2.gradient_checkpointing:  # which drops caches: then every target has its context before it
+        if (
+            not gpt2.gradient_checkpointing
+        ):  # which drops caches: then every target has its context before it
             before = gpt2(
                 inputs_embeds=embeds_CSD,
                 attention_mask=mask_CS,
@@ -118,7 +138,8 @@ class GPT2Language(nn.Module):
 
         def decode(batch: Batch) -> torch.Tensor:
             context_of_T, length = batch.context_of_T, batch.labels_TL.shape[1]
-            # The last label is read by nobody; one column there must be, so that all ranks run the blocks as often.
+            # The last label is read by nobody; one column there must be, so that all ranks run the
+            # blocks as often.
             words_TLD = gpt2.wte(batch.labels_TL[:, : max(1, length - 1)])
             seen_TL = torch.ones(words_TLD.shape[:2], dtype=torch.bool, device=mask_CS.device)
             mask_TS = torch.cat([mask_CS[context_of_T], seen_TL], dim=1)
@@ -147,13 +168,17 @@ class GPT2Language(nn.Module):
         return decode
 
     def _attended(self, image: BridgeOutput) -> torch.Tensor | None:
-        """What cross-attention looks at, by context; None for a prefix model, and where there is no image."""
+        """What cross-attention looks at, by context; None for a prefix model, and where there is no
+        image.
+        """
         if not self.config.cross_attention or not image.tokens_NQD.shape[1]:
             return None
         return image.tokens_NQD[image.token_row_of_C].to(self.base.transformer.wte.weight.dtype)
 
     def _cache(self, image: BridgeOutput) -> DynamicCache | EncoderDecoderCache:
-        """An empty cache of words; keys and values of image tokens lie in it, made once per bridge row."""
+        """An empty cache of words; keys and values of image tokens lie in it, made once per bridge
+        row.
+        """
         if not self.config.cross_attention:
             return DynamicCache()
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -162,7 +187,9 @@ class GPT2Language(nn.Module):
                 attention = block.crossattention
                 keys_and_values = attention.c_attn(image.tokens_NQD).split(self.width, dim=2)
                 keys, values = (
-                    part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[image.token_row_of_C]
+                    part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[
+                        image.token_row_of_C
+                    ]
                     for part in keys_and_values
                 )
                 cache.cross_attention_cache.update(keys, values, index)
@@ -170,12 +197,16 @@ class GPT2Language(nn.Module):
         return cache
 
     @torch.no_grad()
-    def generate(self, image: BridgeOutput, batch: Batch, decoding: Decoding) -> Generated:
+    def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
         """Greedy or beam search, one answer per context. Raises ConfigError as `loss` does."""
         embeds_CSD, mask_CS = self._prefix(image, batch, bos=True)
         self._check_length(embeds_CSD.shape[1] + decoding.max_new_tokens)
         eos, pad = self.tokenizer.eos_token_id, padding_id(self.tokenizer)
-        attended = {} if (tokens_CQD := self._attended(image)) is None else {"encoder_hidden_states": tokens_CQD}
+        attended = (
+            {}
+            if (tokens_CQD := self._attended(image)) is None
+            else {"encoder_hidden_states": tokens_CQD}
+        )
         first = self.base.transformer(
             inputs_embeds=embeds_CSD,
             attention_mask=mask_CS,
@@ -197,7 +228,9 @@ class GPT2Language(nn.Module):
             **attended,
         )
         ids = [[t for t in row if t not in (eos, pad)] for row in sequences_CL.tolist()]
-        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [
+            text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
         return Generated(texts, ids, p_eos_C)
 
 
@@ -206,10 +239,14 @@ def _places(mask_CS: torch.Tensor) -> torch.Tensor:
     return (mask_CS.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _rows(cache: DynamicCache | EncoderDecoderCache, rows: torch.Tensor) -> DynamicCache | EncoderDecoderCache:
+def _rows(
+    cache: DynamicCache | EncoderDecoderCache, rows: torch.Tensor
+) -> DynamicCache | EncoderDecoderCache:
     """The cache with these rows of it, in this order."""
     if isinstance(cache, EncoderDecoderCache):
-        return EncoderDecoderCache(_rows(cache.self_attention_cache, rows), _rows(cache.cross_attention_cache, rows))
+        return EncoderDecoderCache(
+            _rows(cache.self_attention_cache, rows), _rows(cache.cross_attention_cache, rows)
+        )
     picked = DynamicCache()
     for index, layer in enumerate(cache.layers):
         picked.update(layer.keys[rows], layer.values[rows], index)

@@ -17,7 +17,9 @@ from harness.model.batch import Batch
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Weighted cross entropy in nats. `sum` / `weight` is the loss; sums add up over micro-batches and ranks."""
+    """Weighted cross entropy in nats. `sum` / `weight` is the loss; sums add up over micro-batches
+    and ranks.
+    """
 
     sum: torch.Tensor
     weight: torch.Tensor
@@ -42,10 +44,11 @@ def weighted_loss(
     *,
     whole: bool,
 ) -> LossOutput:
-    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a weight is not 0.
+    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a
+    weight is not 0.
 
-    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: of all at once, as a partitioned model
-    needs it, whose ranks must run its blocks equally often.
+    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: of all at once, as
+    a partitioned model needs it, whose ranks must run its blocks equally often.
     """
     hidden, labels, weights, target_of_K = [], [], [], []
     for rows_T, part in batch.parts(whole):
@@ -55,14 +58,19 @@ def weighted_loss(
         weights.append(part.weight_TL[kept_TL])
         target_of_K.append(rows_T[kept_TL.nonzero()[:, 0]])
     logits_KV = head(torch.cat(hidden)).float()
-    nats_K = F.cross_entropy(logits_KV, torch.cat(labels), reduction="none", label_smoothing=label_smoothing)
+    nats_K = F.cross_entropy(
+        logits_KV, torch.cat(labels), reduction="none", label_smoothing=label_smoothing
+    )
     weighted_K = nats_K * torch.cat(weights)
     sum_T = torch.zeros(len(batch.labels_TL), device=nats_K.device)
     sum_T.index_add_(0, torch.cat(target_of_K), weighted_K.detach())
-    # With no weight at all (a filler) K is 0, and every trainable parameter still gets its gradient, of zeros.
+    # With no weight at all (a filler) K is 0, and every trainable parameter still gets its
+    # gradient, of zeros.
     return LossOutput(weighted_K.sum(), batch.weight_TL.sum(), sum_T, batch.weight_TL.sum(dim=1))
 
 
 def partitioned(model: nn.Module) -> bool:
-    """Whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the same order."""
+    """Whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the
+    same order.
+    """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,6 +1,8 @@
-"""Loading a language model in 4 bits (NF4 with double quantisation, QLoRA: Dettmers et al. 2023) and adding LoRA.
+"""Loading a language model in 4 bits (NF4 with double quantisation, QLoRA: Dettmers et al. 2023)
+and adding LoRA.
 
-A hub id or a local folder in; a model whose trainable parts are exactly those of `tuning`, and its tokenizer, out.
+A hub id or a local folder in; a model whose trainable parts are exactly those of `tuning`, and its
+tokenizer, out.
 """
 
 from __future__ import annotations
@@ -15,12 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from harness.config.schema import LanguageModel as LanguageModelConfig
+from harness.config.schema import LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.vision import quiet_transformers, without_weights
 
@@ -39,11 +47,13 @@ def load(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises ConfigError by id.
+    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises
+    ConfigError by id.
 
-    `fields` of the base's config.json are set whatever it says: dropout is 0 unless `model.lm.dropout` asks for it,
-    since equal losses across world sizes need it. `new` is a part of the names of layers that its files do not hold:
-    they are drawn at random and never quantised. Without weights (see `without_weights`) there is no tokenizer either.
+    `fields` of the base's config.json are set whatever it says: dropout is 0 unless
+    `model.lm.dropout` asks for it, since equal losses across world sizes need it. `new` is a part
+    of the names of layers that its files do not hold: they are drawn at random and never quantised.
+    Without weights (see `without_weights`) there is no tokenizer either.
     """
     skipped = [f".*{new}.*", "lm_head"] if new else None
     quantisation = nf4(compute_dtype, skipped) if config.tuning == "qlora" else None
@@ -51,7 +61,9 @@ def load(
         with quiet_transformers():
             found = AutoConfig.from_pretrained(config.id, revision=config.revision)
             if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
-                raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
+                raise ValueError(
+                    f"it is of kind {found.model_type}, model.lm.kind is {config.kind}"
+                )
             if without_weights():
                 found.update(fields)
                 return _skeleton(found, architecture, quantisation, dtype), None
@@ -64,7 +76,9 @@ def load(
                 output_loading_info=True,
                 **fields,
             )
-    except Exception as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
+    except (
+        Exception
+    ) as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
         raise _cannot_load(config, error) from error
     if absent := sorted(key for key in report["missing_keys"] if not (new and new in key)):
         raise ConfigError(
@@ -73,14 +87,18 @@ def load(
         )
     if len(tokenizer) < 4:
         # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
-        raise ConfigError(f"model.lm.id: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken")
+        raise ConfigError(
+            f"model.lm.id: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
+        )
     keep_autograd(lm)
     lm.requires_grad_(False)
     return lm, tokenizer
 
 
 def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation (Dettmers et al. 2023); modules that match `skipped` stay."""
+    """4-bit NormalFloat with double quantisation (Dettmers et al. 2023); modules that match
+    `skipped` stay.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -90,8 +108,12 @@ def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAnd
     )
 
 
-def _skeleton(found, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen base on the meta device, its layers replaced as from_pretrained does before it reads weights."""
+def _skeleton(
+    found, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The frozen base on the meta device, its layers replaced as from_pretrained does before it
+    reads weights.
+    """
     lm = architecture._from_config(found, dtype=dtype)
     if quantisation:
         AutoHfQuantizer.from_config(quantisation).preprocess_model(lm, device_map=None)
@@ -100,7 +122,9 @@ def _skeleton(found, architecture, quantisation: BitsAndBytesConfig | None, dtyp
 
 
 def weights_hash(config: LanguageModelConfig) -> str:
-    """sha256 over the weight files of the base as they lie on disk: the same whatever the device or quantisation."""
+    """sha256 over the weight files of the base as they lie on disk: the same whatever the device or
+    quantisation.
+    """
     if without_weights():
         return ""
     digest = hashlib.sha256()
@@ -114,7 +138,12 @@ def weights_hash(config: LanguageModelConfig) -> str:
 def _weight_files(config: LanguageModelConfig) -> list[Path]:
     def find(name: str) -> str | None:
         try:
-            return cached_file(config.id, name, revision=config.revision, _raise_exceptions_for_missing_entries=False)
+            return cached_file(
+                config.id,
+                name,
+                revision=config.revision,
+                _raise_exceptions_for_missing_entries=False,
+            )
         except OSError as error:
             raise _cannot_load(config, error) from error
 
@@ -144,9 +173,11 @@ def _cannot_load(config: LanguageModelConfig, error: Exception) -> ConfigError:
 
 
 def keep_autograd(lm: nn.Module) -> None:
-    """Bars bitsandbytes' CPU kernel for avx512_bf16, which repacks weights in eval mode and has no backward.
+    """Bars bitsandbytes' CPU kernel for avx512_bf16, which repacks weights in eval mode and has no
+    backward.
 
-    Without this, training after an evaluation goes on with every LoRA gradient None and only a warning.
+    Without this, training after an evaluation goes on with every LoRA gradient None and only a
+    warning.
     """
     for module in quantised_layers(lm):
         module.support_avx512bf16_for_cpu = False
@@ -162,7 +193,9 @@ def quantised_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def tune(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None = None) -> nn.Module:
-    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing; `new` always."""
+    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing;
+    `new` always.
+    """
     adapted = config.tuning in ("lora", "qlora")
     tuned = _lora(lm, config, new) if adapted else lm.requires_grad_(config.tuning == "full")
     for name, parameter in tuned.named_parameters():
@@ -181,7 +214,9 @@ def _lora(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None) -> 
         lora_dropout=config.lora.dropout,
         target_modules=targets,
         exclude_modules=f".*{new}.*" if new else None,  # trained whole
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2's are transposed Linears
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in lm.modules()
+        ),  # GPT-2's are transposed Linears
     )
     try:
         with warnings.catch_warnings():  # peft asks transformers by a name that is about to go

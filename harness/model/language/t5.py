@@ -1,7 +1,8 @@
 """Flan-T5 behind the seam of language models: loss and generation over a grouped batch.
 
 Encoder input is [image tokens][prompt tokens], once per context; the decoder runs once per target.
-Legend: C contexts, T targets, S encoder positions, L target tokens, K kept (weighted) tokens, D width.
+Legend: C contexts, T targets, S encoder positions, L target tokens, K kept (weighted) tokens, D
+width.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from harness.config.schema import Decoding
-from harness.config.schema import LanguageModel as LanguageModelConfig
+from harness.config.schema import DecodingConfig, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
@@ -23,7 +23,9 @@ from harness.model.language.loss import Generated, LossOutput, partitioned, weig
 class T5Language(nn.Module):
     """Any T5ForConditionalGeneration by hub id or folder, in 4 bits or not, with LoRA or not."""
 
-    def __init__(self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32):
+    def __init__(
+        self, config: LanguageModelConfig, *, dtype=torch.float32, compute_dtype=torch.float32
+    ):
         super().__init__()
         base, self.tokenizer = quantise.load(
             config,
@@ -33,13 +35,17 @@ class T5Language(nn.Module):
             compute_dtype=compute_dtype,
         )
         if (depth := base.config.num_layers) != base.config.num_decoder_layers:
-            raise ConfigError(  # it would train, and fail in transformers' cache at the first answer
+            # it would train, and fail in transformers' cache at the first answer
+            raise ConfigError(
                 f"model.lm.id: {config.id!r} has {base.config.num_decoder_layers} decoder layers and {depth} encoder "
                 "layers: transformers cannot generate with such a T5, use one with as many of both"
             )
         if self.tokenizer is None and not _scales_output(base.config):
-            # The files of such a T5 hold two matrices; without them transformers >= 5.20 ties every T5's.
-            base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight), requires_grad=False)
+            # The files of such a T5 hold two matrices; without them transformers >= 5.20 ties every
+            # T5's.
+            base.lm_head.weight = nn.Parameter(
+                torch.empty_like(base.lm_head.weight), requires_grad=False
+            )
         self.lm = quantise.tune(base, config)
 
     @property
@@ -66,15 +72,21 @@ class T5Language(nn.Module):
         embeds_CSD = torch.cat([tokens_CQD, words_CLD], dim=1)
         seen_CQ = torch.ones(tokens_CQD.shape[:2], dtype=torch.bool, device=tokens_CQD.device)
         mask_CS = torch.cat([seen_CQ, batch.prompt_mask_CL], dim=1)
-        # An empty row (no image, no prompt) leaves the softmax undefined: its first, padded position is let in.
+        # An empty row (no image, no prompt) leaves the softmax undefined: its first, padded
+        # position is let in.
         mask_CS[:, 0] |= ~mask_CS.any(dim=1)
-        states_CSD = self.t5.encoder(inputs_embeds=embeds_CSD, attention_mask=mask_CS).last_hidden_state
+        states_CSD = self.t5.encoder(
+            inputs_embeds=embeds_CSD, attention_mask=mask_CS
+        ).last_hidden_state
         return states_CSD, mask_CS
 
     def loss(self, image: BridgeOutput, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
-        """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a weight is not 0."""
+        """Cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only where a
+        weight is not 0.
+        """
         states_CSD, mask_CS = self.encode(image, batch)
-        # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model ask for its weights
+        # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model
+        # ask for its weights
         # in the same order whatever their batches hold.
         attended = None if self.t5.decoder.gradient_checkpointing else self._attended(states_CSD)
 
@@ -96,21 +108,30 @@ class T5Language(nn.Module):
         return self.t5.lm_head(hidden_KD)
 
     def _attended(self, states_CSD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values CHSD of the encoder states by layer, once per context: T5 makes them for every target row."""
+        """Keys and values CHSD of the encoder states by layer, once per context: T5 makes them for
+        every target row.
+        """
         made = []
         for block in self.t5.decoder.block:
             attention = block.layer[1].EncDecAttention
             shape = (*states_CSD.shape[:2], attention.n_heads, attention.key_value_proj_dim)
-            made.append(tuple(make(states_CSD).view(shape).transpose(1, 2) for make in (attention.k, attention.v)))
+            made.append(
+                tuple(
+                    make(states_CSD).view(shape).transpose(1, 2)
+                    for make in (attention.k, attention.v)
+                )
+            )
         return made
 
     @torch.no_grad()
-    def generate(self, image: BridgeOutput, batch: Batch, decoding: Decoding) -> Generated:
+    def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
         """Greedy or beam search, one answer per context."""
         states_CSD, mask_CS = self.encode(image, batch)
         t5 = self.t5
         start = t5.config.decoder_start_token_id
-        start_C1 = torch.full((len(states_CSD), 1), start, dtype=torch.long, device=states_CSD.device)
+        start_C1 = torch.full(
+            (len(states_CSD), 1), start, dtype=torch.long, device=states_CSD.device
+        )
         first = t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
             attention_mask=mask_CS,
@@ -131,19 +152,27 @@ class T5Language(nn.Module):
             [t for t in row if t not in (start, t5.config.eos_token_id, t5.config.pad_token_id)]
             for row in sequences_CL.tolist()
         ]
-        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [
+            text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
         return Generated(texts, ids, p_eos_C)
 
 
-def _cache(attended: list[tuple[torch.Tensor, torch.Tensor]], context_of_T: torch.Tensor) -> EncoderDecoderCache:
+def _cache(
+    attended: list[tuple[torch.Tensor, torch.Tensor]], context_of_T: torch.Tensor
+) -> EncoderDecoderCache:
     """No words yet, and what the rows of these contexts attend to."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for index, (keys_CHSD, values_CHSD) in enumerate(attended):
-        cache.cross_attention_cache.update(keys_CHSD[context_of_T], values_CHSD[context_of_T], index)
+        cache.cross_attention_cache.update(
+            keys_CHSD[context_of_T], values_CHSD[context_of_T], index
+        )
         cache.is_updated[index] = True
     return cache
 
 
 def _scales_output(config) -> bool:
-    """T5 v1.0 scales the decoder's output before a tied `lm_head`; the name of the switch changed in transformers 5."""
+    """T5 v1.0 scales the decoder's output before a tied `lm_head`; the name of the switch changed
+    in transformers 5.
+    """
     return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))

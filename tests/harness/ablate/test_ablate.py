@@ -1,4 +1,6 @@
-"""Ablations: every shipped file at toy length, stopping and going on, failing variants, and what the report says."""
+"""Ablations: every shipped file at toy length, stopping and going on, failing variants, and what
+the report says.
+"""
 
 import base64
 import io
@@ -20,19 +22,27 @@ from harness.ablate.observe import interval
 from harness.cli.main import app
 from harness.config.load import load as load_config
 from harness.config.load import shipped
-from harness.config.schema import Evaluation
+from harness.config.schema import EvaluationConfig
 from harness.errors import ConfigError, explain
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.train import run as train
 from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
-SMALL = {"name": "toy", "question": "Which?", "base": "demo", "seeds": [0], "offline": {"base": "demo"}}
+SMALL = {
+    "name": "toy",
+    "question": "Which?",
+    "base": "demo",
+    "seeds": [0],
+    "offline": {"base": "demo"},
+}
 PLAIN = {"a": {"expected": "as good as any"}, "b": {"expected": "worse", "below": "a"}}
 
 
 class InProcess:
-    """A child in this process, which is quicker than a launch; what it dies of stands in its log, as there."""
+    """A child in this process, which is quicker than a launch; what it dies of stands in its log,
+    as there.
+    """
 
     started: list = []  # noqa: RUF012
 
@@ -57,7 +67,11 @@ class InProcess:
 def toy_sets(tmp_path_factory) -> Path:
     """ROOT/{both,captions,questions}/{train,test}."""
     root = tmp_path_factory.mktemp("sets")
-    for folder, kinds in (("both", {}), ("captions", {"questions": False}), ("questions", {"captions": False})):
+    for folder, kinds in (
+        ("both", {}),
+        ("captions", {"questions": False}),
+        ("questions", {"captions": False}),
+    ):
         for split, count, first in (("train", 10, 0), ("test", 5, 100)):
             make_shards(root / folder / split, count, split, first, **kinds)
     return root
@@ -101,24 +115,32 @@ def run(file, overrides, out, **options):
     return ablate.run(file, overrides, out=out, start=InProcess, say=lambda line: None, **options)
 
 
-def test_a_child_is_run_once_its_report_says_expectation_and_observation_and_a_new_seed_is_added(tmp_path, tiny):
+def test_a_child_is_run_once_its_report_says_expectation_and_observation_and_a_new_seed_is_added(
+    tmp_path, tiny
+):
     file = file_of(tmp_path)
     first = run(file, tiny, tmp_path / "out")
     assert [(c.variant, c.seed) for c in InProcess.started] == [("a", 0), ("b", 0)]
     assert not first["failed"]
     rows = {(row["variant"], row["task"]): row for row in first["rows"]}
     assert set(rows) == {("a", "vqa"), ("b", "vqa")}
-    told = json.loads((tmp_path / "out" / "a" / "seed-0" / "evaluation" / "scores.json").read_text())
+    told = json.loads(
+        (tmp_path / "out" / "a" / "seed-0" / "evaluation" / "scores.json").read_text()
+    )
     assert rows["a", "vqa"]["score"] == pytest.approx(told["tasks"]["vqa"]["accuracy"], abs=0.01)
     assert rows["a", "vqa"]["lost"] == told["tasks"]["vqa"]["accuracy_gap"]
-    assert rows["a", "vqa"]["score_low"] <= rows["a", "vqa"]["score"] <= rows["a", "vqa"]["score_high"]
+    assert (
+        rows["a", "vqa"]["score_low"] <= rows["a", "vqa"]["score"] <= rows["a", "vqa"]["score_high"]
+    )
     assert rows["b", "vqa"]["observed"].startswith("cannot be told"), "the same model twice"
 
     InProcess.started.clear()
     both = run(file, tiny, tmp_path / "out", seeds=[0, 1])
     assert [(c.variant, c.seed) for c in InProcess.started] == [("a", 1), ("b", 1)]
     assert {tuple(row["per_seed"]) for row in both["rows"]} == {("0", "1")}
-    with pytest.raises(ConfigError, match=r"begun with train.learning_rate=0.002, now it is 0.5: choose another"):
+    with pytest.raises(
+        ConfigError, match=r"begun with train.learning_rate=0.002, now it is 0.5: choose another"
+    ):
         run(file, [*tiny, "train.learning_rate=0.5"], tmp_path / "out")
 
 
@@ -136,23 +158,37 @@ def test_a_child_that_was_killed_goes_on_from_its_checkpoint(tmp_path, tiny):
     report = run(file, two_steps, out)
     assert [c.variant for c in InProcess.started] == ["a"]
     assert not report["failed"]
-    logged = [json.loads(line)["step"] for line in (child / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)["step"] for line in (child / "metrics.jsonl").read_text().splitlines()
+    ]
     assert logged.count(1) >= 1
     assert sorted(set(logged)) == [1, 2]
 
 
-def test_one_failing_variant_does_not_end_the_others_and_its_error_is_in_the_report(tmp_path, tiny, toy_sets):
+def test_one_failing_variant_does_not_end_the_others_and_its_error_is_in_the_report(
+    tmp_path, tiny, toy_sets
+):
     variants = {
         "a": {"expected": "fails at once", "overrides": ["data.train=[{path: nowhere}]"]},
-        "b": {"expected": "starts from nothing", "overrides": ["model.init_from=<model>"], "after": "a"},
-        "c": {"expected": "fails in training", "overrides": ["train.learning_rate=1e30", "train.max_steps=9"]},
+        "b": {
+            "expected": "starts from nothing",
+            "overrides": ["model.init_from=<model>"],
+            "after": "a",
+        },
+        "c": {
+            "expected": "fails in training",
+            "overrides": ["train.learning_rate=1e30", "train.max_steps=9"],
+        },
         "d": {"expected": "<b>runs</b>", "below": "a"},
     }
     variants["c"]["overrides"] += ["train.max_skipped_in_a_row=1", "train.epochs=9"]
     tiny = [o for o in tiny if not o.startswith(("data.train", "train.max_steps"))]
     train_set = data(toy_sets / "questions")[0]
     for name in ("b", "c", "d"):
-        variants[name]["overrides"] = [train_set, *variants[name].get("overrides", ["train.max_steps=1"])]
+        variants[name]["overrides"] = [
+            train_set,
+            *variants[name].get("overrides", ["train.max_steps=1"]),
+        ]
     report = run(file_of(tmp_path, variants=variants, seeds=[0, 1]), tiny, tmp_path / "out")
     assert {row["variant"] for row in report["rows"]} == {"d"}
     errors = {child["variant"]: child["error"] for child in report["failed"]}
@@ -174,12 +210,24 @@ def test_what_no_variant_can_do_is_one_sentence_before_anything_is_started(tmp_p
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"variants": {"a": {"expected": "x", "below": "b"}}}, "variants.a.below is 'b', expected another variant"),
-        ({"variants": {"a": {"expected": "x", "after": "b"}, "b": {"expected": "y"}}}, "expected an earlier variant"),
-        ({"variants": {"a": {"expected": "x", "override": []}}}, "no key variants.a.override; did you mean"),
+        (
+            {"variants": {"a": {"expected": "x", "below": "b"}}},
+            "variants.a.below is 'b', expected another variant",
+        ),
+        (
+            {"variants": {"a": {"expected": "x", "after": "b"}, "b": {"expected": "y"}}},
+            "expected an earlier variant",
+        ),
+        (
+            {"variants": {"a": {"expected": "x", "override": []}}},
+            "no key variants.a.override; did you mean",
+        ),
         ({"variants": {"a": {}}}, "variants.a.expected is missing"),
         ({"variants": {}}, "expected at least one variant"),
-        ({"offline": {"base": "demo", "variants": {"z": {}}}}, "offline.variants.z: there is no variant"),
+        (
+            {"offline": {"base": "demo", "variants": {"z": {}}}},
+            "offline.variants.z: there is no variant",
+        ),
     ],
 )
 def test_a_wrong_file_is_told_in_one_sentence(tmp_path, changes, sentence):
@@ -229,21 +277,25 @@ def test_children_run_side_by_side_and_a_signal_reaches_them_all(tmp_path):
 
 
 def test_the_interval_covers_images_and_seeds():
-    settings = Evaluation(bootstrap=2000)
+    settings = EvaluationConfig(bootstrap=2000)
     rng = np.random.default_rng(1)
     images_SI = np.tile(rng.normal(50, 10, 400), (3, 1))
     seeds_SI = np.repeat(np.array([[40.0], [50.0], [60.0]]), 400, axis=1)
     same = interval(np.full((3, 400), 50.0), np.ones(400), settings)
     assert (same.value, same.low, same.high) == (50, 50, 50)
-    of_images, of_seeds = (interval(scores, np.ones(400), settings) for scores in (images_SI, seeds_SI))
+    of_images, of_seeds = (
+        interval(scores, np.ones(400), settings) for scores in (images_SI, seeds_SI)
+    )
     assert of_images.high - of_images.low == pytest.approx(2 * 1.96 * 10 / 20, rel=0.15)
     assert of_seeds.high - of_seeds.low > 15, "three seeds that differ by 10 points"
     twice = interval(2 * images_SI, 2 * np.ones(400), settings)
-    assert twice.value == pytest.approx(of_images.value), "a mean over texts, whatever their number an image"
+    assert twice.value == pytest.approx(of_images.value), (
+        "a mean over texts, whatever their number an image"
+    )
 
 
 def test_an_interval_of_three_seeds_holds_the_truth_as_often_as_it_says():
-    settings, rng, held = Evaluation(bootstrap=200), np.random.default_rng(2), 0
+    settings, rng, held = EvaluationConfig(bootstrap=200), np.random.default_rng(2), 0
     for _ in range(200):
         scores_SI = rng.normal(0, 5, (3, 1)) + rng.normal(0, 5, 100) + rng.normal(0, 1, (3, 100))
         found = interval(scores_SI, np.ones(100), settings)
@@ -259,7 +311,9 @@ def test_texts_whose_image_could_not_be_read_are_left_out_and_counted(tmp_path, 
     answers.write_text(json.dumps(entries[2:]))
     report = run(file_of(tmp_path), tiny, tmp_path / "out")
     assert whole["left_out"] == 0
-    assert [row["left_out"] for row in report["rows"]] == [2, 2], "for all variants, or they are no pairs"
+    assert [row["left_out"] for row in report["rows"]] == [2, 2], (
+        "for all variants, or they are no pairs"
+    )
     assert "vqa: 2 texts left out" in (tmp_path / "out" / "report.md").read_text()
     assert "(unreadable)" in (tmp_path / "out" / "report.html").read_text() or len(entries) > 12
 
@@ -284,36 +338,56 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     page = (tmp_path / "out" / "report.html").read_text()
     assert len(page) < 2_000_000
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
-    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^']+)", page)]
-    assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 10, "curves; five images for each task"
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(data)))
+        for data in re.findall(r"base64,([^']+)", page)
+    ]
+    assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 10, (
+        "curves; five images for each task"
+    )
     assert page.count("<th>a</th><th>b</th>") == 2
     first = np.asarray(images[1].convert("RGB")).mean((0, 1))
     assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
-    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / SCORES).read_text())["tasks"]["caption"]
+    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / SCORES).read_text())["tasks"][
+        "caption"
+    ]
     row = next(row for row in report["rows"] if (row["variant"], row["task"]) == ("b", "caption"))
     assert row["score"] == pytest.approx(scores["CIDEr"]), "as harness evaluate has it"
-    assert row["lost"] == pytest.approx(scores["CIDEr_gap"] / 100), "the gate's, in the score's own unit"
+    assert row["lost"] == pytest.approx(scores["CIDEr_gap"] / 100), (
+        "the gate's, in the score's own unit"
+    )
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| a " in table
     assert "as good as any" in table
 
 
 def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflow(tmp_path, tiny):
-    variants = {"a": {"expected": "-"}, "b": {"expected": "-", "overrides": ["model.bridge.query_tokens=7"]}}
+    variants = {
+        "a": {"expected": "-"},
+        "b": {"expected": "-", "overrides": ["model.bridge.query_tokens=7"]},
+    }
     variants["b"]["overrides"].append("train.learning_rate=1e30")
-    tracked = [*tiny[:-1], f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}", "train.max_skipped_in_a_row=1"]
+    tracked = [
+        *tiny[:-1],
+        f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}",
+        "train.max_skipped_in_a_row=1",
+    ]
     tracked = [o for o in tracked if not o.startswith("train.max_steps")]
     file, out = file_of(tmp_path, variants=variants, overrides=["train.epochs=1"]), tmp_path / "out"
     report = ablate.run(file, tracked, out=out, jobs=2, say=lambda line: None)
     assert [child["variant"] for child in report["failed"]] == ["b"]
-    assert "1 steps in a row had a loss or gradient that is not finite" in report["failed"][0]["error"]
+    assert (
+        "1 steps in a row had a loss or gradient that is not finite" in report["failed"][0]["error"]
+    )
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs.db'}")
     experiment = client.get_experiment_by_name("harness").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert set(runs) == {"toy", "a-0", "b-0"}
     parent = runs["toy"]
     assert parent.info.status == "FINISHED"
-    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("a-0", "b-0")} == {parent.info.run_id}
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("a-0", "b-0")} == {
+        parent.info.run_id
+    }
     assert (runs["a-0"].info.status, runs["b-0"].info.status) == ("FINISHED", "FAILED")
     assert parent.data.metrics["a/vqa/score"] == report["rows"][0]["score"]
     assert {"report.html", "report.md", "report.json"} <= {
@@ -336,7 +410,9 @@ def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> P
             re.sub(r"(bridge.init_from)=.*(bert|blip2).*", lambda m: f"{m[1]}={models[m[2]]}", o)
             for o in variant["overrides"]
         ]
-        variant["overrides"] = [re.sub(r"(train_images=\d)00", r"\1", o) for o in variant["overrides"]]
+        variant["overrides"] = [
+            re.sub(r"(train_images=\d)00", r"\1", o) for o in variant["overrides"]
+        ]
         variant["overrides"].append(f"model.lm.id={models[kind]}")
     path = folder / file.name
     path.write_text(yaml.safe_dump(form))
@@ -347,13 +423,31 @@ def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> P
 def pretrained(tmp_path_factory) -> dict[str, Path]:
     """A tiny BERT and a tiny BLIP-2 that fit the bridge of the tests."""
     root = tmp_path_factory.mktemp("pretrained")
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     BertModel(BertConfig(vocab_size=50, **size)).save_pretrained(root / "bert")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {
+        "model_type": "opt",
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text |= {"vocab_size": 50, "word_embed_proj_dim": 16}
     qformer = {**size, "encoder_hidden_size": 32}
-    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=8)
+    config = Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=8
+    )
     Blip2ForConditionalGeneration(config).save_pretrained(root / "blip2")
     return {"bert": root / "bert", "blip2": root / "blip2"}
 
@@ -378,6 +472,9 @@ def test_every_variant_of_both_forms_is_a_valid_config_and_differs_from_every_ot
     for offline in (False, True):
         form = load(file).in_form(offline)
         configs = [child.config() for child in children_of(form, Path("out"), (), [0])]
-        plain = [config.model_copy(update={"name": "", "out": ""}).model_dump_json() for config in configs]
+        plain = [
+            config.model_copy(update={"name": "", "out": ""}).model_dump_json()
+            for config in configs
+        ]
         assert len(set(plain)) == len(plain)
         assert all(config.data.test for config in configs)

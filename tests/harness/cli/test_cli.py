@@ -1,4 +1,6 @@
-"""The command line: fast, thin, and a user's mistake is one sentence and exit code 2 before anything is started."""
+"""The command line: fast, thin, and a user's mistake is one sentence and exit code 2 before
+anything is started.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ def imported(*arguments: str) -> tuple[set[str], str]:
         "import json, sys\nfrom harness.cli import main as cli\nsys.argv = ['harness', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint('\\n' + json.dumps(sorted(sys.modules)))"
     )
-    ran = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
     return set(json.loads(ran.stdout.rsplit("\n", 2)[-2])), ran.stderr
 
 
@@ -44,16 +48,23 @@ def test_help_and_a_refusal_before_a_launch_import_no_torch():
 def test_threads_wait_without_spinning_however_harness_is_started():
     code = "import os, harness; print(os.environ['OMP_WAIT_POLICY'])"
     clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean
+    )
     assert ran.stdout == "PASSIVE\n"
 
 
 def test_help_names_every_verb(harness):
     code, shown, _ = harness("--help")
     assert code == 0
-    assert all(verb in shown for verb in ("demo", "train", "evaluate", "ask", "shards", "--version"))
+    assert all(
+        verb in shown for verb in ("demo", "train", "evaluate", "ask", "shards", "--version")
+    )
     code, shown, _ = harness("shards", "build", "--help")
-    assert all(name in shown for name in ("flickr8k", "vqav2", "coco-captions", "karpathy", "easy-vqa", "image-folder"))
+    assert all(
+        name in shown
+        for name in ("flickr8k", "vqav2", "coco-captions", "karpathy", "easy-vqa", "image-folder")
+    )
     assert harness("--version")[:2] == (0, "harness 0.1.0\n")
 
 
@@ -73,15 +84,29 @@ def test_a_mistyped_verb_or_a_missing_flag_exits_with_2(harness):
         (("train", "flickr8k_t4", "train.epoch=3"), "did you mean train.epochs?"),
         (("train", "flickr8k_t4", "data.train=[]"), "data.train is empty"),
         (("train", "flickr8k_t4", "--resume", "gone"), "--resume gone: there is no such folder"),
-        (("train", "flickr8k_t4", "--launch", "zero2"), "DeepSpeed would stall it in silence, take --launch multi_gpu"),
-        (("train", "flickr8k_t4"), "data.train.0.path: there is no folder of shards at data/flickr8k/train"),
+        (
+            ("train", "flickr8k_t4", "--launch", "zero2"),
+            "DeepSpeed would stall it in silence, take --launch multi_gpu",
+        ),
+        (
+            ("train", "flickr8k_t4"),
+            "data.train.0.path: there is no folder of shards at data/flickr8k/train",
+        ),
         (("shards", "verify", "nope"), "there is no folder of shards at nope"),
         (("shards", "stats", "nope"), "nope"),
-        (("shards", "build", "flickr8k", "--images", ".", "--captions", "nope", "--out", "made"), "--captions nope"),
-        (("shards", "features", "nope", "--config", "flickr8k_t4", "--out", "made"), "model.vision.id"),
+        (
+            ("shards", "build", "flickr8k", "--images", ".", "--captions", "nope", "--out", "made"),
+            "--captions nope",
+        ),
+        (
+            ("shards", "features", "nope", "--config", "flickr8k_t4", "--out", "made"),
+            "model.vision.id",
+        ),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing_behind(harness, tmp_path, monkeypatch, arguments, place):
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
+    harness, tmp_path, monkeypatch, arguments, place
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "launch", lambda *_, **__: pytest.fail("a process was started"))
     assert place in refused(harness(*arguments))
@@ -104,19 +129,53 @@ def test_a_users_error_shows_its_traceback_only_when_asked_and_a_bug_always(harn
 
 def test_train_checks_first_and_hands_its_arguments_to_the_launcher(harness, monkeypatch):
     calls = []
-    monkeypatch.setattr("harness.checks.check_before_launch", lambda config: calls.append(config.train.epochs))
-    monkeypatch.setattr("harness.plan.plan.check", lambda config, launch, *rest: calls.append(("planned", launch.name)))
-    monkeypatch.setattr(launcher, "launch", lambda *given, launch_file: calls.append((*given, launch_file.name)) or 7)
+    monkeypatch.setattr(
+        "harness.checks.check_before_launch", lambda config: calls.append(config.train.epochs)
+    )
+    monkeypatch.setattr(
+        "harness.plan.plan.check",
+        lambda config, launch, *rest: calls.append(("planned", launch.name)),
+    )
+    monkeypatch.setattr(
+        launcher,
+        "launch",
+        lambda *given, launch_file: calls.append((*given, launch_file.name)) or 7,
+    )
     code, _, _ = harness(
-        "train", "demo", "train.epochs=2", "seed=1", "--processes", 2, "--resume", "auto", "--launch", "zero2"
+        "train",
+        "demo",
+        "train.epochs=2",
+        "seed=1",
+        "--processes",
+        2,
+        "--resume",
+        "auto",
+        "--launch",
+        "zero2",
     )
     assert code == 7
-    assert calls == [2, ("planned", "zero2"), (["demo", "train.epochs=2", "seed=1", "--resume", "auto"], 2, "zero2")]
+    assert calls == [
+        2,
+        ("planned", "zero2"),
+        (["demo", "train.epochs=2", "seed=1", "--resume", "auto"], 2, "zero2"),
+    ]
 
 
 def test_real_questions_are_built_verified_counted_and_indexed(harness, shared_data, tmp_path):
     vqa, out = shared_data / "vqav2", tmp_path / "vqav2"
-    build = ["shards", "build", "vqav2", "--images", vqa / "images", "--split", "val", "--out", out, "--limit", 20]
+    build = [
+        "shards",
+        "build",
+        "vqav2",
+        "--images",
+        vqa / "images",
+        "--split",
+        "val",
+        "--out",
+        out,
+        "--limit",
+        20,
+    ]
     build += ["--questions", vqa / "v2_OpenEnded_mscoco_val2014_questions.json"]
     build += ["--annotations", vqa / "v2_mscoco_val2014_annotations.json", "--short-side", 64]
     code, shown, _ = harness(*build)
@@ -142,7 +201,9 @@ def test_real_questions_are_built_verified_counted_and_indexed(harness, shared_d
 
 def test_a_base_language_model_is_made_of_the_texts_alone_whole_or_not_at_all(harness, tmp_path):
     texts = (Text("1", "caption", ("a red dog runs", "a dog")),)
-    samples = [(Record(f"k{n}", "toy", "train", f"{n}", texts), b"never read", "jpg") for n in range(3)]
+    samples = [
+        (Record(f"k{n}", "toy", "train", f"{n}", texts), b"never read", "jpg") for n in range(3)
+    ]
     write_shards(samples, tmp_path / "train", dataset="toy", split="train")
     call = ["base-lm", tmp_path / "train", "--config", "flickr8k_offline", "--out", tmp_path / "lm"]
     call += ["--d-model", 16, "--layers", 1, "--steps", 2]

@@ -17,8 +17,14 @@ ASKED = '{"questions": [{"question_id": 1}, {"question_id": 2}]}'
 def caption_files(folder: Path, case: dict) -> tuple[Path, Path]:
     """A case of the golden file in the COCO formats."""
     results, references = folder / "results.json", folder / "captions.json"
-    results.write_text(json.dumps([{"image_id": int(i), "caption": c} for i, c in case["hypotheses"].items()]))
-    texts = [{"image_id": int(i), "caption": c} for i, captions in case["references"].items() for c in captions]
+    results.write_text(
+        json.dumps([{"image_id": int(i), "caption": c} for i, c in case["hypotheses"].items()])
+    )
+    texts = [
+        {"image_id": int(i), "caption": c}
+        for i, captions in case["references"].items()
+        for c in captions
+    ]
     images = [{"id": int(i)} for i in case["references"]]
     annotations = [{**text, "id": n} for n, text in enumerate(texts)]
     references.write_text(json.dumps({"images": images, "annotations": annotations}))
@@ -29,7 +35,9 @@ def caption_files(folder: Path, case: dict) -> tuple[Path, Path]:
 @pytest.mark.parametrize("who", ["first_human", "mca"])
 def test_score_vqa_prints_every_figure_of_the_official_program(harness, shared_data, split, who):
     folder = shared_data / "vqav2"
-    known = json.loads((folder / "known_answers" / f"OpenEnded_{split}_{who}_accuracy.json").read_text())
+    known = json.loads(
+        (folder / "known_answers" / f"OpenEnded_{split}_{who}_accuracy.json").read_text()
+    )
     code, shown, _ = harness(
         *("score", "vqa", "--json"),
         *("--predictions", folder / "known_answers" / f"OpenEnded_{split}_{who}_results.json"),
@@ -38,9 +46,18 @@ def test_score_vqa_prints_every_figure_of_the_official_program(harness, shared_d
     )
     found = json.loads(shown)
     assert code == 0
-    assert found["overall"]["low"] < found["overall"]["value"] == known["overall"] < found["overall"]["high"]
-    assert {name: one["value"] for name, one in found["per_answer_type"].items()} == known["perAnswerType"]
-    assert {name: one["value"] for name, one in found["per_question_type"].items()} == known["perQuestionType"]
+    assert (
+        found["overall"]["low"]
+        < found["overall"]["value"]
+        == known["overall"]
+        < found["overall"]["high"]
+    )
+    assert {name: one["value"] for name, one in found["per_answer_type"].items()} == known[
+        "perAnswerType"
+    ]
+    assert {name: one["value"] for name, one in found["per_question_type"].items()} == known[
+        "perQuestionType"
+    ]
     groups = [*found["per_answer_type"].values(), *found["per_question_type"].values()]
     assert all(one["low"] is None or one["low"] <= one["value"] <= one["high"] for one in groups)
 
@@ -54,18 +71,23 @@ def test_questions_of_one_image_are_drawn_together():
     by_question = vqa.intervals(vqa.graded(said, truths(str)))["overall"]
     assert by_image.value == by_question.value == 50.0
     # Forty draws in place of four hundred: sqrt(10) times as wide.
-    assert (by_image.high - by_image.low) / (by_question.high - by_question.low) == pytest.approx(10**0.5, rel=0.2)
+    assert (by_image.high - by_image.low) / (by_question.high - by_question.low) == pytest.approx(
+        10**0.5, rel=0.2
+    )
 
 
 def test_a_group_of_one_image_has_no_interval_and_one_that_a_resample_misses_has():
     truths = [
-        vqa.VQATruth(str(n), ("yes",), "lone" if n == 0 else "rare" if n < 3 else "x", None, str(n)) for n in range(40)
+        vqa.VQATruth(str(n), ("yes",), "lone" if n == 0 else "rare" if n < 3 else "x", None, str(n))
+        for n in range(40)
     ]
     found = vqa.intervals(vqa.graded({str(n): "yes" if n % 2 else "no" for n in range(40)}, truths))
     assert found["per_question_type"] == {}
     assert found["per_answer_type"]["lone"].to_dict() == {"value": 0.0, "low": None, "high": None}
     assert found["per_answer_type"]["rare"].to_dict() == {"value": 50.0, "low": 0.0, "high": 100.0}
-    nameless = [vqa.VQATruth(t.question_id, t.answers, "", None, t.image_id) for t in truths]  # of a careless data set
+    nameless = [
+        vqa.VQATruth(t.question_id, t.answers, "", None, t.image_id) for t in truths
+    ]  # of a careless data set
     assert list(vqa.intervals([(t, 1.0) for t in nameless])["per_answer_type"]) == [""]
 
 
@@ -74,7 +96,11 @@ def test_resamples_are_the_same_however_many_fit_into_memory(monkeypatch):
     whole = resampled_sums(values, 30)
     monkeypatch.setattr("harness.evaluate.bootstrap._CELLS", 350)
     assert resampled_sums(values, 30) == pytest.approx(whole, abs=1e-12)
-    assert percentile(0.5, [0.0, np.nan, 1.0], 2, 1.0).to_dict(1) == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert percentile(0.5, [0.0, np.nan, 1.0], 2, 1.0).to_dict(1) == {
+        "value": 0.5,
+        "low": 0.0,
+        "high": 1.0,
+    }
     assert ratio(np.array([1.0, 0.0]), np.array([2.0, 0.0]), 20, 0.95).low == -np.inf
 
 
@@ -83,12 +109,22 @@ def test_resamples_are_the_same_however_many_fit_into_memory(monkeypatch):
     [
         ('{"questions": [{}]}', "{}", 'is not an official file of "questions"'),
         (ASKED, "{}", 'is not an official file of "annotations"'),
-        ('{"questions": [{"question_id": 1}, {"question_id": 1}]}', '{"annotations": []}', "id 1, more than once"),
+        (
+            '{"questions": [{"question_id": 1}, {"question_id": 1}]}',
+            '{"annotations": []}',
+            "id 1, more than once",
+        ),
         (ASKED, '{"annotations": []}', "lacks question id 1, 2, which"),
-        ('{"questions": []}', '{"annotations": [{"question_id": 3, "image_id": 1, "answers": []}]}', "id 3, which"),
+        (
+            '{"questions": []}',
+            '{"annotations": [{"question_id": 3, "image_id": 1, "answers": []}]}',
+            "id 3, which",
+        ),
     ],
 )
-def test_question_and_annotation_files_that_do_not_fit_are_one_sentence(tmp_path, questions, annotations, sentence):
+def test_question_and_annotation_files_that_do_not_fit_are_one_sentence(
+    tmp_path, questions, annotations, sentence
+):
     (tmp_path / "q.json").write_text(questions)
     (tmp_path / "a.json").write_text(annotations)
     with pytest.raises(vqa.ScoreError, match=sentence):
@@ -98,12 +134,16 @@ def test_question_and_annotation_files_that_do_not_fit_are_one_sentence(tmp_path
 def test_score_captions_prints_the_figures_of_pycocoevalcap_with_intervals(harness, tmp_path):
     case = json.loads(GOLDEN.read_text(encoding="utf-8"))[0]
     results, references = caption_files(tmp_path, case)
-    code, shown, _ = harness("score", "captions", "--predictions", results, "--references", references, "--json")
+    code, shown, _ = harness(
+        "score", "captions", "--predictions", results, "--references", references, "--json"
+    )
     found = json.loads(shown)
     assert code == 0
     assert {name: one["value"] for name, one in found.items()} == pytest.approx(case["corpus"])
     assert all(one["low"] < one["value"] < one["high"] for one in found.values())
-    code, shown, _ = harness("score", "captions", "--predictions", results, "--references", references)
+    code, shown, _ = harness(
+        "score", "captions", "--predictions", results, "--references", references
+    )
     assert (code, "CIDEr" in shown, "25 images" in shown) == (0, True, True)
 
 
@@ -122,12 +162,19 @@ def test_an_image_without_a_caption_is_an_error_unless_a_part_was_asked_for(harn
     results, references = caption_files(
         only, {**part, "references": {i: case["references"][i] for i in part["hypotheses"]}}
     )
-    assert harness("score", "captions", "--predictions", results, "--references", references, "--json")[1] == shown
+    assert (
+        harness(
+            "score", "captions", "--predictions", results, "--references", references, "--json"
+        )[1]
+        == shown
+    )
 
 
 def test_scoring_imports_no_torch(tmp_path):
     results, references = caption_files(tmp_path, json.loads(GOLDEN.read_text(encoding="utf-8"))[2])
-    modules, said = imported("score", "captions", "--predictions", str(results), "--references", str(references))
+    modules, said = imported(
+        "score", "captions", "--predictions", str(results), "--references", str(references)
+    )
     assert not said
     assert "harness.evaluate.captions" in modules
     assert "torch" not in modules

@@ -1,4 +1,6 @@
-"""A config is loaded, overridden, dumped and refused; a refusal is one sentence with the place and the remedy."""
+"""A config is loaded, overridden, dumped and refused; a refusal is one sentence with the place and
+the remedy.
+"""
 
 import pytest
 import yaml
@@ -29,29 +31,50 @@ def refusal(file, *overrides) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\ntrain: {learning_rte: 1}", "no key train.learning_rte; did you mean train.learning_rate?"),
+        (
+            "name: a\ntrain: {learning_rte: 1}",
+            "no key train.learning_rte; did you mean train.learning_rate?",
+        ),
         ("name: a\nlearning_rate: 1", "no key learning_rate; did you mean train.learning_rate?"),
         ("nam: a", "no key nam; did you mean name?"),
-        ("name: a\ndata: {train: [{pth: x}]}", "no key data.train.0.pth; did you mean data.train.0.path?"),
-        ("name: a\nmodel: {qqqq: 1}", "no key model.qqqq; the keys there are vision, bridge, lm, init_from"),
+        (
+            "name: a\ndata: {train: [{pth: x}]}",
+            "no key data.train.0.pth; did you mean data.train.0.path?",
+        ),
+        (
+            "name: a\nmodel: {qqqq: 1}",
+            "no key model.qqqq; the keys there are vision, bridge, lm, init_from",
+        ),
         ("name: a\n3: x", "no key 3; the keys there are name,"),
         ("seed: 1", "name is missing"),
         ("name: a\ntrain: {epochs: many}", "train.epochs: found 'many', expected an integer"),
         ("name: a\ntrain: {epochs: 0}", "train.epochs: found 0, expected greater than 0"),
         ("name: a\nseed: yes", "seed: found true, expected a number"),
-        ("name: a\ntrain: {learning_rate: yes}", "train.learning_rate: found true, expected a number"),
+        (
+            "name: a\ntrain: {learning_rate: yes}",
+            "train.learning_rate: found true, expected a number",
+        ),
         ("name: a\ntrain: {betas: [0.9, 1.0]}", "train.betas.1: found 1.0, expected less than 1"),
-        ("name: a\ntrain: {learning_rate: .inf}", "train.learning_rate: found inf, expected a finite number"),
+        (
+            "name: a\ntrain: {learning_rate: .inf}",
+            "train.learning_rate: found inf, expected a finite number",
+        ),
         ("name: a\ntrain: {learning_rate: .nan}", "train.learning_rate: found nan, expected"),
         ("name: a\ntrain: {betas: [0.9]}", "train.betas.1: found [0.9], expected one value more"),
-        ("name: a\ntrain: 5", "train: found 5, expected a section with keys such as epochs, max_steps"),
+        (
+            "name: a\ntrain: 5",
+            "train: found 5, expected a section with keys such as epochs, max_steps",
+        ),
         ("name: a\ntrain:", "train: found nothing, expected a section"),
         ("name: a\ndata: {train: x}", "data.train: found 'x', expected a list"),
         (
             "name: a\nmodel: {bridge: {kind: qformr}}",
             "model.bridge.kind: found 'qformr', expected 'qformer', 'mean_pool'",
         ),
-        ("name: a\nmodel: {bridge: {width: 100, heads: 3}}", "model.bridge: width 100 is not divisible by heads 3"),
+        (
+            "name: a\nmodel: {bridge: {width: 100, heads: 3}}",
+            "model.bridge: width 100 is not divisible by heads 3",
+        ),
         (
             "name: a\nmodel: {lm: {lora: {targets: 5}}}",
             "model.lm.lora.targets: found 5, expected 'all_linear' or a list",
@@ -64,7 +87,9 @@ def refusal(file, *overrides) -> str:
         ("", "found nothing, expected a mapping"),
     ],
 )
-def test_a_wrong_config_is_refused_with_the_file_the_key_what_was_found_and_what_is_right(write, text, message):
+def test_a_wrong_config_is_refused_with_the_file_the_key_what_was_found_and_what_is_right(
+    write, text, message
+):
     file = write(text)
     said = refusal(file)
     assert said.startswith(f"{file}: ")
@@ -136,7 +161,9 @@ def test_every_flat_key_is_an_override_that_gives_the_same_config(write):
     flat = flatten(config)
     assert flat["data.train.0.path"] == "x"
     assert flat["train.betas"] == [0.8, 0.9]
-    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flat.items()]
+    overrides = [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flat.items()
+    ]
     assert load(write("name: b\ndata: {train: [{path: y}]}"), overrides) == config
 
 

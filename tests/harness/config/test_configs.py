@@ -1,4 +1,6 @@
-"""Every shipped experiment loads, says where it was verified, and holds the choices the README promises."""
+"""Every shipped experiment loads, says where it was verified, and holds the choices the README
+promises.
+"""
 
 import pytest
 
@@ -10,7 +12,14 @@ FILES = sorted(shipped("configs").glob("*.yaml"))
 
 
 def test_the_promised_experiments_are_there():
-    promised = {"demo", "flickr8k_t4", "vqav2_t4", "captions_and_vqa_t4", "scale", "flickr8k_offline"}
+    promised = {
+        "demo",
+        "flickr8k_t4",
+        "vqav2_t4",
+        "captions_and_vqa_t4",
+        "scale",
+        "flickr8k_offline",
+    }
     assert promised <= {f.stem for f in FILES}
 
 
@@ -40,13 +49,22 @@ def test_experiments_on_a_hub_model_say_they_never_ran_with_real_weights():
 
 def test_the_t4_runs_use_the_models_and_the_precision_of_the_issue():
     flickr, vqa, scale = load("flickr8k_t4"), load("vqav2_t4"), load("scale")
-    assert (flickr.model.vision.id, flickr.model.bridge.query_tokens) == ("openai/clip-vit-base-patch32", 32)
-    assert (vqa.model.vision.id, vqa.model.bridge.query_tokens) == ("openai/clip-vit-large-patch14", 64)
+    assert (flickr.model.vision.id, flickr.model.bridge.query_tokens) == (
+        "openai/clip-vit-base-patch32",
+        32,
+    )
+    assert (vqa.model.vision.id, vqa.model.bridge.query_tokens) == (
+        "openai/clip-vit-large-patch14",
+        64,
+    )
     assert (vqa.prompts.vqa, vqa.generate.vqa.max_new_tokens) == ("instruction", 10)
     assert {flickr.model.lm.id, vqa.model.lm.id} == {"google/flan-t5-base"}
     assert (scale.model.lm.id, scale.train.precision) == ("google/flan-t5-large", "bf16")
     assert {c.train.precision for c in (flickr, vqa, load("captions_and_vqa_t4"))} == {"fp16"}
-    assert {s.path for s in load("captions_and_vqa_t4").data.train} == {"data/flickr8k/train", "data/vqav2/train"}
+    assert {s.path for s in load("captions_and_vqa_t4").data.train} == {
+        "data/flickr8k/train",
+        "data/vqav2/train",
+    }
 
 
 def test_each_remedy_changes_one_thing_of_the_failure():
@@ -54,7 +72,11 @@ def test_each_remedy_changes_one_thing_of_the_failure():
     assert failure["data.loss_on_padding"]
     assert failure["model.lm.bos"] == "generation_only"
     changed = {
-        remedy: {key for key, value in flatten(load(f"eos_collapse_{remedy}")).items() if value != failure[key]}
+        remedy: {
+            key
+            for key, value in flatten(load(f"eos_collapse_{remedy}")).items()
+            if value != failure[key]
+        }
         for remedy in ("padding_masked", "eos_weight", "cross_attention", "t5")
     }
     assert {remedy: keys - {"name"} for remedy, keys in changed.items()} == {

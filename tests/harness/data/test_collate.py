@@ -1,4 +1,6 @@
-"""The Collator: which texts and answers are drawn, what a row points at, what counts, and what is cut."""
+"""The Collator: which texts and answers are drawn, what a row points at, what counts, and what is
+cut.
+"""
 
 import logging
 from dataclasses import replace
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import toy_batch
-from harness.config.schema import Data, Prompts
+from harness.config.schema import DataConfig, PromptsConfig
 from harness.data.collate import Collator, drawn, most_common, of_like_length
 from shards.loader import Loader
 from shards.read import Sample
@@ -23,8 +25,12 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def collate(tokenizer, samples, *, seed: int = 0, eos_weight: float = 1.0, training: bool = True, **data):
-    return Collator(tokenizer, Data(**data), Prompts(), seed, eos_weight, training)(samples)
+def collate(
+    tokenizer, samples, *, seed: int = 0, eos_weight: float = 1.0, training: bool = True, **data
+):
+    return Collator(tokenizer, DataConfig(**data), PromptsConfig(), seed, eos_weight, training)(
+        samples
+    )
 
 
 def words(tokenizer, batch) -> list[str]:
@@ -39,7 +45,13 @@ def test_each_row_points_at_what_it_was_made_from(tokenizer):
         assert context.record.key == str(batch.image_of_C[row].item())
         ids = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
         assert ids == tokenizer(context.prompt)["input_ids"]
-    assert words(tokenizer, batch) == [*toy_batch.CAPTIONS, "down", "yes", "a child in a pink dress", "no"]
+    assert words(tokenizer, batch) == [
+        *toy_batch.CAPTIONS,
+        "down",
+        "yes",
+        "a child in a pink dress",
+        "no",
+    ]
     for row, features in enumerate(s.payload for s in toy_batch.samples()):
         assert torch.equal(batch.features_IPD[row], torch.from_numpy(features))
 
@@ -55,7 +67,9 @@ def test_weight_is_1_on_words_and_that_of_the_config_on_the_end_and_0_on_padding
 
 def test_rows_are_grouped_by_length_where_that_saves_enough():
     assert of_like_length([3] * 1000) == ((list(range(1000)), 3),)
-    assert of_like_length([9, 3, 27]) == (([1, 0, 2], 27),)  # 24 + 18 positions of padding are not worth a cut
+    assert of_like_length([9, 3, 27]) == (
+        ([1, 0, 2], 27),
+    )  # 24 + 18 positions of padding are not worth a cut
     lengths = [27, 10] * 40 + [12] * 40
     groups = of_like_length(lengths)
     assert [(len(rows), longest) for rows, longest in groups] == [(80, 12), (40, 27)]
@@ -75,7 +89,7 @@ def test_what_cannot_be_read_and_fillers_are_left_out(tokenizer):
 
 
 def test_a_filler_has_the_shape_of_a_batch_and_no_weight(tokenizer):
-    made = Collator(tokenizer, Data(), Prompts())
+    made = Collator(tokenizer, DataConfig(), PromptsConfig())
     pixels, features = made.filler((8, 8, 3), False), made.filler((6, 32), True)
     assert pixels.pixels_IHW3.shape == (1, 8, 8, 3)
     assert pixels.features_IPD is None
@@ -89,7 +103,10 @@ def test_texts_are_drawn_per_image_and_come_in_their_own_order(tokenizer, count)
     batch = collate(tokenizer, toy_batch.samples(), texts_per_image=count)
     per_image = np.bincount(batch.image_of_C[batch.context_of_T].numpy())
     assert per_image.tolist() == [min(count, 7), min(count, 2)]
-    order = [words(tokenizer, collate(tokenizer, toy_batch.samples())).index(w) for w in words(tokenizer, batch)]
+    order = [
+        words(tokenizer, collate(tokenizer, toy_batch.samples())).index(w)
+        for w in words(tokenizer, batch)
+    ]
     assert order == sorted(order)
     scored = collate(tokenizer, toy_batch.samples(), texts_per_image=count, training=False)
     assert len(scored.labels_TL) == 9, "an evaluation draws nothing"
@@ -99,7 +116,9 @@ def test_every_text_has_its_turn_over_the_epochs_and_all_equally(tokenizer):
     seen = [
         word
         for epoch in range(350)
-        for word in words(tokenizer, collate(tokenizer, toy_batch.samples(epoch)[:1], texts_per_image=1))
+        for word in words(
+            tokenizer, collate(tokenizer, toy_batch.samples(epoch)[:1], texts_per_image=1)
+        )
     ]
     counts = [seen.count(word) for word in (*toy_batch.CAPTIONS, "down", "yes")]
     assert sum(counts) == 350
@@ -112,7 +131,10 @@ def test_what_is_drawn_depends_on_seed_epoch_and_text_and_not_on_the_company(tok
         image_of_T = batch.image_of_C[batch.context_of_T].tolist()
         keys = [batch.contexts[c].record.key for c in batch.context_of_T.tolist()]
         assert len(image_of_T) == len(keys)
-        return {key: [w for k, w in zip(keys, words(tokenizer, batch), strict=True) if k == key] for key in keys}
+        return {
+            key: [w for k, w in zip(keys, words(tokenizer, batch), strict=True) if k == key]
+            for key in keys
+        }
 
     both = drawn_of(toy_batch.samples())
     assert drawn_of(toy_batch.samples()[::-1]) == both
@@ -148,7 +170,12 @@ def test_answers_are_drawn_by_how_many_annotators_gave_them_or_the_most_common_i
 
 def test_a_draw_is_a_hash_of_all_its_arguments():
     assert drawn(0, 1, "a", "b") == drawn(0, 1, "a", "b")
-    others = [drawn(1, 1, "a", "b"), drawn(0, 2, "a", "b"), drawn(0, 1, "ab", ""), drawn(0, 1, "a", "c")]
+    others = [
+        drawn(1, 1, "a", "b"),
+        drawn(0, 2, "a", "b"),
+        drawn(0, 1, "ab", ""),
+        drawn(0, 1, "a", "c"),
+    ]
     assert len({drawn(0, 1, "a", "b"), *others}) == 5
 
 
@@ -157,7 +184,10 @@ def test_texts_that_are_cut_end_in_eos_are_counted_and_named_once(tokenizer, cap
     with caplog.at_level(logging.WARNING, logger="harness.data.collate"):
         batch, _ = made(toy_batch.samples()), made(toy_batch.samples())
     whole = collate(tokenizer, toy_batch.samples())
-    prompts, targets = (whole.prompt_mask_CL.sum(dim=1) > 6).sum(), (whole.weight_TL.sum(dim=1) > 4).sum()
+    prompts, targets = (
+        (whole.prompt_mask_CL.sum(dim=1) > 6).sum(),
+        (whole.weight_TL.sum(dim=1) > 4).sum(),
+    )
     assert made.truncated == {"prompt": 2 * prompts, "target": 2 * targets}
     assert batch.labels_TL.shape[1] == 4
     assert batch.prompt_ids_CL.shape[1] == 6
@@ -189,13 +219,22 @@ def two_sets(tmp_path_factory):
     return [str(root / "large"), str(root / "small")]
 
 
-def captions_by_step(tokenizer, sets, *, world: int, workers: int = 0, epochs: int = 1) -> list[list[tuple[str, str]]]:
+def captions_by_step(
+    tokenizer, sets, *, world: int, workers: int = 0, epochs: int = 1
+) -> list[list[tuple[str, str]]]:
     """(key, caption) of every global batch, all ranks together."""
     steps: dict[tuple[int, int], list[tuple[str, str]]] = {}
     made = toy_batch.collator(tokenizer, texts_per_image=1)
     for rank in range(world):
         loader = Loader(
-            sets, [1, 10], global_batch=4, seed=3, rank=rank, world_size=world, workers=workers, decode=nothing
+            sets,
+            [1, 10],
+            global_batch=4,
+            seed=3,
+            rank=rank,
+            world_size=world,
+            workers=workers,
+            decode=nothing,
         )
         for state, samples in loader.iterate(epochs=epochs):
             batch = made(samples)
@@ -210,13 +249,17 @@ def nothing(sample: Sample) -> np.ndarray:
     return np.zeros((2, 2, 3), np.uint8)
 
 
-def test_a_heavy_set_that_passes_several_times_in_an_epoch_draws_other_captions_each_time(tokenizer, two_sets):
+def test_a_heavy_set_that_passes_several_times_in_an_epoch_draws_other_captions_each_time(
+    tokenizer, two_sets
+):
     steps = captions_by_step(tokenizer, two_sets, world=1)
     taken: dict[str, list[str]] = {}
     for key, caption in (pair for step in steps for pair in step):
         taken.setdefault(key, []).append(caption)
     small = [captions for key, captions in taken.items() if key.startswith("small")]
-    assert min(map(len, small)) >= 4, "the weights make the small set pass several times in the first epoch"
+    assert min(map(len, small)) >= 4, (
+        "the weights make the small set pass several times in the first epoch"
+    )
     assert all(len(set(captions)) > 1 for captions in small), small
 
 

@@ -1,4 +1,6 @@
-"""A feature set holds what the encoder gives for each image, names its encoder, and says what it left out."""
+"""A feature set holds what the encoder gives for each image, names its encoder, and says what it
+left out.
+"""
 
 import io
 import shutil
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 from harness.data.features import check_encoder, encode_set, load_controls, skipped
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
@@ -37,7 +39,9 @@ def image_set(tmp_path_factory):
     """Eleven images in three shards; the fifth is no image."""
     out = tmp_path_factory.mktemp("images") / "train"
     keys = [f"image-{i:02d}" for i in range(IMAGES)]
-    records = [Record(key, "noise", "train", key, (Text(key, "caption", ("some noise",)),)) for key in keys]
+    records = [
+        Record(key, "noise", "train", key, (Text(key, "caption", ("some noise",)),)) for key in keys
+    ]
     payloads = [b"no image at all" if key == DAMAGED else png(i) for i, key in enumerate(keys)]
     samples = zip(records, payloads, ["png"] * IMAGES, strict=True)
     return write_shards(samples, out, dataset="noise", split="train", max_shard_samples=4)
@@ -45,15 +49,19 @@ def image_set(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vision(tiny_clip_folder):
-    return Vision(id=str(tiny_clip_folder), image_size=32)
+    return VisionConfig(id=str(tiny_clip_folder), image_size=32)
 
 
 @pytest.fixture(scope="module")
 def feature_set(image_set, vision, tmp_path_factory):
-    return encode_set(image_set.folder, tmp_path_factory.mktemp("features") / "train", vision, batch_images=4)
+    return encode_set(
+        image_set.folder, tmp_path_factory.mktemp("features") / "train", vision, batch_images=4
+    )
 
 
-def test_every_readable_image_has_the_features_that_the_encoder_gives(image_set, feature_set, vision):
+def test_every_readable_image_has_the_features_that_the_encoder_gives(
+    image_set, feature_set, vision
+):
     images, features = Reader(image_set), Reader(Manifest.open(feature_set.folder))
     decode, tower = ImageDecoder.of(vision, 10**6), load_vision(vision)
     expected = [images.read(i) for i in range(IMAGES) if image_set.key(i) != DAMAGED]
@@ -93,11 +101,19 @@ def test_the_controls_are_a_grey_image_and_seeded_noise(feature_set, vision):
 
 def test_progress_reaches_the_number_of_images(image_set, vision, tmp_path):
     seen = []
-    encode_set(image_set.folder, tmp_path / "train", vision, batch_images=5, progress=lambda *n: seen.append(n))
+    encode_set(
+        image_set.folder,
+        tmp_path / "train",
+        vision,
+        batch_images=5,
+        progress=lambda *n: seen.append(n),
+    )
     assert seen == [(5, 11), (10, 11), (11, 11)]
 
 
-def test_the_encoder_that_made_the_set_is_accepted_by_config_and_by_identity(feature_set, vision, tmp_path):
+def test_the_encoder_that_made_the_set_is_accepted_by_config_and_by_identity(
+    feature_set, vision, tmp_path
+):
     check_encoder(feature_set, vision)
     check_encoder(feature_set, load_vision(vision).identity())
     moved = tiny_clip(tmp_path / "moved")
@@ -126,16 +142,22 @@ def test_features_of_other_weights_or_another_preprocessing_are_refused(feature_
         check_encoder(feature_set, load_vision(vision).identity() | {key: "another"})
 
 
-def test_a_set_of_images_is_no_feature_set_and_the_other_way_round(image_set, feature_set, vision, tmp_path):
+def test_a_set_of_images_is_no_feature_set_and_the_other_way_round(
+    image_set, feature_set, vision, tmp_path
+):
     with pytest.raises(ConfigError, match="is a set of images"):
         check_encoder(image_set, vision)
     with pytest.raises(ConfigError, match="holds features already"):
         encode_set(feature_set.folder, tmp_path / "train", vision)
 
 
-def test_features_beyond_float16_are_refused_and_nothing_is_left(image_set, vision, tmp_path, monkeypatch):
+def test_features_beyond_float16_are_refused_and_nothing_is_left(
+    image_set, vision, tmp_path, monkeypatch
+):
     tower = load_vision(vision)
-    monkeypatch.setattr(tower.network, "forward", lambda pixels: torch.full((len(pixels), 17, 32), 1e6))
+    monkeypatch.setattr(
+        tower.network, "forward", lambda pixels: torch.full((len(pixels), 17, 32), 1e6)
+    )
     monkeypatch.setattr("harness.model.vision.load_vision", lambda config: tower)
     with pytest.raises(ConfigError, match=r"key image-00: the features .* do not fit into float16"):
         encode_set(image_set.folder, tmp_path / "train", vision)

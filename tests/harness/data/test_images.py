@@ -1,4 +1,6 @@
-"""The pixels are those of transformers' own processor, and what is no usable image is refused in words."""
+"""The pixels are those of transformers' own processor, and what is no usable image is refused in
+words.
+"""
 
 import io
 import pickle
@@ -13,7 +15,7 @@ import safetensors.numpy
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 from harness.data.images import ImageDecoder, ImageError, decode_image
 from shards.read import Sample
 
@@ -22,7 +24,9 @@ LIMIT = 1_000_000
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(width * 10_000 + height)
-    noise = Image.fromarray(rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 4), dtype=np.uint8), "RGBA")
+    noise = Image.fromarray(
+        rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 4), dtype=np.uint8), "RGBA"
+    )
     return noise.resize((width, height)).convert(mode)
 
 
@@ -42,7 +46,9 @@ def processor_pixels(image: Image.Image, side: int) -> np.ndarray:
     return processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
 
-@pytest.mark.parametrize("size", [(300, 200), (201, 333), (224, 224), (100, 61), (225, 224), (640, 223)])
+@pytest.mark.parametrize(
+    "size", [(300, 200), (201, 333), (224, 224), (100, 61), (225, 224), (640, 223)]
+)
 @pytest.mark.parametrize("side", [224, 31])
 def test_crop_is_bit_equal_to_clips_own_processor(size, side):
     data = encoded(picture(*size), "JPEG")
@@ -54,7 +60,15 @@ def test_crop_is_bit_equal_to_clips_own_processor(size, side):
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("RGBA", "PNG"), ("LA", "PNG"), ("P", "GIF"), ("P", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("1", "PNG")],
+    [
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("P", "GIF"),
+        ("P", "PNG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("1", "PNG"),
+    ],
 )
 def test_every_colour_mode_becomes_the_rgb_that_clips_processor_makes(mode, kind):
     options = {"transparency": 3} if mode == "P" else {}
@@ -75,7 +89,11 @@ def test_squash_keeps_the_whole_image():
     image = Image.new("RGB", (400, 100), "black")
     image.paste("white", (0, 0, 20, 100))  # at the left edge, which a centre crop would cut off
     data = encoded(image)
-    assert decode_image(data, 100, max_pixels=LIMIT, mode="squash")[50, 1].tolist() == [255, 255, 255]
+    assert decode_image(data, 100, max_pixels=LIMIT, mode="squash")[50, 1].tolist() == [
+        255,
+        255,
+        255,
+    ]
     assert decode_image(data, 100, max_pixels=LIMIT, mode="crop").max() == 0
 
 
@@ -84,7 +102,9 @@ def test_a_photograph_taken_sideways_stands_upright(mode):
     image = Image.new(mode, (80, 40), "black")
     image.paste("white", (0, 0, 40, 40))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: the left half becomes the upper one
+    exif[0x0112] = (
+        6  # to be shown turned by 90 degrees clockwise: the left half becomes the upper one
+    )
     data = encoded(image, "PNG", exif=exif)
     pixels_HW3 = decode_image(data, 40, max_pixels=LIMIT, mode="squash")
     assert pixels_HW3[5].min() == 255
@@ -93,11 +113,15 @@ def test_a_photograph_taken_sideways_stands_upright(mode):
 
 def test_an_oversized_image_is_refused_before_it_is_decoded():
     data = bytearray(encoded(Image.new("1", (8, 8))))
-    data[16:24] = struct.pack(">II", 30_000, 30_000)  # the header claims 900 million pixels, above Pillow's own limit
+    data[16:24] = struct.pack(
+        ">II", 30_000, 30_000
+    )  # the header claims 900 million pixels, above Pillow's own limit
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     with pytest.raises(ImageError, match="above the limit of 1000000 pixels"):
         decode_image(bytes(data), 32, max_pixels=LIMIT, mode="squash")
-    with pytest.raises(ImageError, match=r"1001 x 1000 pixels, .* limit of 1000000 \(data\.max_image_pixels\)"):
+    with pytest.raises(
+        ImageError, match=r"1001 x 1000 pixels, .* limit of 1000000 \(data\.max_image_pixels\)"
+    ):
         decode_image(encoded(Image.new("1", (1001, 1000))), 32, max_pixels=LIMIT, mode="crop")
 
 
@@ -119,7 +143,9 @@ def test_what_cannot_be_decoded_is_refused_by_one_error(data):
 
 
 def test_the_decoder_reads_images_and_features_and_can_be_sent_to_a_process():
-    decoder = pickle.loads(pickle.dumps(ImageDecoder.of(Vision(kind="efficientnet_lite0", image_size=64), LIMIT)))
+    decoder = pickle.loads(
+        pickle.dumps(ImageDecoder.of(VisionConfig(kind="efficientnet_lite0", image_size=64), LIMIT))
+    )
     data = encoded(picture(90, 60))
     pixels_HW3 = decoder(Sample(None, data, "png", 0, 0))
     assert np.array_equal(pixels_HW3, decode_image(data, 64, max_pixels=LIMIT, mode="squash"))
@@ -131,5 +157,7 @@ def test_the_decoder_reads_images_and_features_and_can_be_sent_to_a_process():
 
 
 def test_reading_processes_do_not_import_torch():
-    program = "import sys, harness.data.images, harness.data.features; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, harness.data.images, harness.data.features; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

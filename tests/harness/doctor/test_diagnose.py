@@ -1,4 +1,6 @@
-"""What is wrong with a config is said before a launch (data, encoder, model ids, output folder), and by the doctor."""
+"""What is wrong with a config is said before a launch (data, encoder, model ids, output folder),
+and by the doctor.
+"""
 
 import json
 
@@ -38,7 +40,9 @@ def config(tmp_path, features):
 
     def _config(*overrides):
         sets = [f"data.{part}=[{{path: {features}}}]" for part in ("train", "dev", "test")]
-        return load("demo", [*sets, f"model.lm.id={tmp_path / 'lm'}", f"out={tmp_path / 'out'}", *overrides])
+        return load(
+            "demo", [*sets, f"model.lm.id={tmp_path / 'lm'}", f"out={tmp_path / 'out'}", *overrides]
+        )
 
     return _config
 
@@ -53,12 +57,18 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
     [
         ("data.train=[]", "data.train is empty"),
         ("data.dev.0.path=/nowhere", "data.dev.0.path: there is no folder of shards at /nowhere"),
-        ("data.train=[{path: a, weight: 1}, {path: b}]", "some sets have a weight and some have none"),
+        (
+            "data.train=[{path: a, weight: 1}, {path: b}]",
+            "some sets have a weight and some have none",
+        ),
         ("model.vision.image_size=224", "image_size 128 instead of 224"),
         ("prompts.vqa='Question:'", "prompts.vqa: 'Question:' is neither one of"),
         ("model.lm.id=runs/gone", "there is no folder runs/gone: make it by `harness base-lm`"),
         ("model.lm.id=./gone", "model.lm.id: there is no folder ./gone"),
-        ("model.lm.id=google/flan-t5-base", "model.lm.id: google/flan-t5-base is neither a folder nor in the cache"),
+        (
+            "model.lm.id=google/flan-t5-base",
+            "model.lm.id: google/flan-t5-base is neither a folder nor in the cache",
+        ),
         ("model.lm.id=no such model", "neither a folder nor a model id of the hub"),
         ("model.init_from=/gone", "model.init_from: there is no folder /gone"),
         ("train.precision=fp16", "train.precision is fp16, but this machine has no GPU"),
@@ -66,7 +76,9 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
         ("out=/dev/null/x", "out: /dev/null is a file"),
     ],
 )
-def test_what_cannot_be_used_is_named_with_its_key(config, monkeypatch, tmp_path, override, message):
+def test_what_cannot_be_used_is_named_with_its_key(
+    config, monkeypatch, tmp_path, override, message
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("harness.machine.launcher.gpus", lambda: 0)
@@ -76,7 +88,9 @@ def test_what_cannot_be_used_is_named_with_its_key(config, monkeypatch, tmp_path
 
 
 def test_features_of_another_encoder_are_refused_naming_both_and_the_key(config):
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path: .*made by efficientnet.*not by openai/clip"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.0\.path: .*made by efficientnet.*not by openai/clip"
+    ):
         check_before_launch(config("model.vision.kind=clip"))
 
 
@@ -94,7 +108,8 @@ def test_a_run_on_features_needs_no_encoder_and_one_on_images_does(config, tmp_p
 def test_images_and_features_in_one_run_are_refused(config, tmp_path):
     images = a_set(tmp_path / "images")
     with pytest.raises(
-        ConfigError, match=r"data\.dev\.0\.path is a set of images and data\.train\.0\.path one of features"
+        ConfigError,
+        match=r"data\.dev\.0\.path is a set of images and data\.train\.0\.path one of features",
     ):
         check_before_launch(config(f"data.dev.0.path={images}"))
 
@@ -111,16 +126,23 @@ def test_an_unreachable_hub_is_a_sentence_with_the_remedy(config, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    with pytest.raises(ConfigError, match=r"the hub cannot be reached: download it .*model.lm.id=DIR"):
+    with pytest.raises(
+        ConfigError, match=r"the hub cannot be reached: download it .*model.lm.id=DIR"
+    ):
         check_models(config("model.lm.id=google/flan-t5-base"))
 
 
 def test_errors_of_the_user_are_sentences_and_bugs_are_not():
     assert explain(ShardError("a\n  b")) == "a b"
     assert explain(RecordError("r")) == "r"
-    assert explain(FileNotFoundError(2, "No such file or directory", "x.jpg")) == "x.jpg: no such file or directory"
+    assert (
+        explain(FileNotFoundError(2, "No such file or directory", "x.jpg"))
+        == "x.jpg: no such file or directory"
+    )
     assert explain(OSError("Can't load\nthe model")) == "Can't load the model"
-    assert "pip install 'vl-harness[demo]'" in explain(ModuleNotFoundError("No module", name="easy_vqa.data"))
+    assert "pip install 'vl-harness[demo]'" in explain(
+        ModuleNotFoundError("No module", name="easy_vqa.data")
+    )
     assert explain(ValueError("bug")) is None
     assert explain(ModuleNotFoundError("No module", name="harness.typo")) is None
 
@@ -128,13 +150,27 @@ def test_errors_of_the_user_are_sentences_and_bugs_are_not():
 @pytest.fixture
 def quick(monkeypatch):
     """Without the seconds of two real processes and a 4-bit layer: test_doctor_machine.py has them."""
-    monkeypatch.setattr("harness.doctor.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", ""))
-    monkeypatch.setattr("harness.doctor.machine.four_bit", lambda: Finding("bitsandbytes", "OK", ""))
+    monkeypatch.setattr(
+        "harness.doctor.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", "")
+    )
+    monkeypatch.setattr(
+        "harness.doctor.machine.four_bit", lambda: Finding("bitsandbytes", "OK", "")
+    )
 
 
 def test_the_machine_alone_is_examined_without_a_config(quick):
     found = diagnose()
-    names = ("Python", "torch", "GPU", "bitsandbytes", "DeepSpeed", "build locks", "threads", "memory", "disk")
+    names = (
+        "Python",
+        "torch",
+        "GPU",
+        "bitsandbytes",
+        "DeepSpeed",
+        "build locks",
+        "threads",
+        "memory",
+        "disk",
+    )
     assert not {*names, "all-reduce"} - {finding.name for finding in found}
 
 
@@ -153,7 +189,12 @@ def test_a_check_of_the_machine_that_breaks_is_a_line_and_the_others_go_on(quick
 def test_every_refusal_of_a_launch_is_a_line_of_its_own(config, quick, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    wrong = config("data.dev=[{path: /nowhere}]", "model.lm.id=some/t5", "prompts.vqa='Question:'", "out=/dev/null/x")
+    wrong = config(
+        "data.dev=[{path: /nowhere}]",
+        "model.lm.id=some/t5",
+        "prompts.vqa='Question:'",
+        "out=/dev/null/x",
+    )
     found = {finding.name: finding for finding in diagnose(wrong)}
     assert {name for name, finding in found.items() if finding.state == "error"} >= {
         "data.dev.0.path",
@@ -180,7 +221,15 @@ def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
     found = diagnose(make_config(tmp_path, tiny_clip_folder, tiny_t5_folder), overfit=3)
     assert not failed(found)
     looked_at = {finding.name for finding in found}
-    assert {"model.lm.id", "data.train.0.path", "prompts", "targets", "labels", "image tokens", "plan"} <= looked_at
+    assert {
+        "model.lm.id",
+        "data.train.0.path",
+        "prompts",
+        "targets",
+        "labels",
+        "image tokens",
+        "plan",
+    } <= looked_at
     assert looked_at >= {"overfit 3", "MLflow", "global batch", "learning rate", "steps"}
 
 
@@ -188,7 +237,9 @@ def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
 def test_the_verb_prints_a_table_or_json_and_ends_with_1_on_errors(monkeypatch, harness, state):
     said = [Finding("disk", state, "3 GB free [at] /x", "make room")]
     asked = []
-    monkeypatch.setattr("harness.doctor.diagnose.diagnose", lambda *given: asked.append(given) or said)
+    monkeypatch.setattr(
+        "harness.doctor.diagnose.diagnose", lambda *given: asked.append(given) or said
+    )
     codes = []
     for arguments in (
         ["--json"],

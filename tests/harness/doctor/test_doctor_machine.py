@@ -118,7 +118,9 @@ def test_the_lock_of_a_killed_build_is_removed_and_told(lock):
 def test_the_lock_of_a_build_that_goes_on_or_has_just_begun_stays(lock):
     (found,) = machine.build_locks()
     assert (found.state, lock.exists()) == ("warning", True)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], cwd=lock.parent, stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], cwd=lock.parent, stdin=subprocess.PIPE
+    )
     try:
         (found,) = machine.build_locks(now=time.time() + 600)
         assert f"process {process.pid}" in found.found
@@ -130,7 +132,9 @@ def test_the_lock_of_a_build_that_goes_on_or_has_just_begun_stays(lock):
 
 
 def test_two_processes_add_up_their_numbers():
-    assert machine.all_reduce(0) == Finding("all-reduce (gloo)", "OK", "2 processes added up their numbers")
+    assert machine.all_reduce(0) == Finding(
+        "all-reduce (gloo)", "OK", "2 processes added up their numbers"
+    )
 
 
 def test_processes_that_wait_for_ever_are_ended_and_those_that_fail_are_quoted():
@@ -153,7 +157,9 @@ def test_processes_that_wait_for_ever_are_ended_and_those_that_fail_are_quoted()
         ("1", "ACTIVE", 1, "warning"),
     ],
 )
-def test_more_threads_than_cores_and_threads_that_spin_are_warned_of(monkeypatch, threads, policy, processes, state):
+def test_more_threads_than_cores_and_threads_that_spin_are_warned_of(
+    monkeypatch, threads, policy, processes, state
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)

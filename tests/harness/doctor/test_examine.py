@@ -1,4 +1,6 @@
-"""Each check of a config, its data and its model, once where its trouble is really there and once where it is not."""
+"""Each check of a config, its data and its model, once where its trouble is really there and once
+where it is not.
+"""
 
 import json
 import os
@@ -59,7 +61,8 @@ def damage(folder, sample: int) -> None:
 def a_set(folder, *records) -> list[dict[str, str]]:
     """Shards of given texts, on one picture each."""
     samples = [
-        (Record(f"{i:03d}", "toy", "train", str(i), tuple(texts)), picture(i), "png") for i, texts in enumerate(records)
+        (Record(f"{i:03d}", "toy", "train", str(i), tuple(texts)), picture(i), "png")
+        for i, texts in enumerate(records)
     ]
     write_shards(samples, folder, dataset="toy", split="train")
     return [{"path": str(folder)}]
@@ -71,12 +74,18 @@ def question(asked: str, answer: str, name: str = "q") -> Text:
 
 def test_a_sound_set_decodes_and_a_damaged_one_is_named(base):
     path = base.data.train[0].path
-    (sound,) = run("data.train.0.path", lambda: examine.first_sample("data.train.0.path", path, base))
+    (sound,) = run(
+        "data.train.0.path", lambda: examine.first_sample("data.train.0.path", path, base)
+    )
     assert sound == Finding(
-        "data.train.0.path", "OK", "14 images, 35 texts; the first and the last decode to 32 x 32 x 3"
+        "data.train.0.path",
+        "OK",
+        "14 images, 35 texts; the first and the last decode to 32 x 32 x 3",
     )
     damage(Path(path), 0)
-    (damaged,) = run("data.train.0.path", lambda: examine.first_sample("data.train.0.path", path, base))
+    (damaged,) = run(
+        "data.train.0.path", lambda: examine.first_sample("data.train.0.path", path, base)
+    )
     assert damaged.state == "error"
     assert path in damaged.found
 
@@ -119,7 +128,9 @@ def test_options_that_cannot_work_together(base, tmp_path, monkeypatch):
     assert absent.found == "deepspeed is not installed: pip install 'vl-harness[deepspeed]'"
 
     (tmp_path / "quantised").mkdir()
-    (tmp_path / "quantised" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (tmp_path / "quantised" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "gptq"}}'
+    )
     quantised = changed(base, model__lm__id=str(tmp_path / "quantised"), model__lm__tuning="full")
     (found,) = examine.options(quantised, Launch())
     assert (found.name, found.state, "gptq" in found.found) == ("model.lm.id", "error", True)
@@ -150,7 +161,12 @@ def test_a_run_on_features_without_its_encoder_cannot_be_asked_about_new_picture
         ({"train__epochs": 20}, 1, "steps", "OK"),
         ({}, 1, "learning rate", "OK"),
         ({"train__learning_rate": 1.0}, 1, "learning rate", "warning"),
-        ({"train__learning_rate": 3e-3, "model__lm__tuning": "full"}, 1, "learning rate", "warning"),
+        (
+            {"train__learning_rate": 3e-3, "model__lm__tuning": "full"},
+            1,
+            "learning rate",
+            "warning",
+        ),
         ({"train__learning_rate": 1e-8}, 1, "learning rate", "warning"),
     ],
 )
@@ -168,7 +184,9 @@ def test_a_cache_too_small_for_its_windows_is_an_error(base):
     assert "give cache_dir and a larger cache, or smaller windows" in found[-1].found
 
 
-def test_a_store_that_does_not_answer_is_warned_of_and_one_that_does_is_not(base, tmp_path, monkeypatch):
+def test_a_store_that_does_not_answer_is_warned_of_and_one_that_does_is_not(
+    base, tmp_path, monkeypatch
+):
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "set, so that the test's end takes it back")
         monkeypatch.delenv(name)
@@ -205,14 +223,18 @@ def test_sound_texts_are_whole_and_have_labels(base):
     assert states(examine.texts(base)) == {"prompts": "OK", "targets": "OK", "labels": "OK"}
 
 
-def test_a_template_that_cuts_the_question_is_an_error_and_one_long_question_a_warning(base, tmp_path):
+def test_a_template_that_cuts_the_question_is_an_error_and_one_long_question_a_warning(
+    base, tmp_path
+):
     long = changed(base, prompts__vqa="look at the picture with great care " * 8 + "{question}")
     prompts, *_ = examine.texts(long)
     assert (prompts.state, "lose a part of the question itself" in prompts.found) == ("error", True)
     after = changed(base, prompts__vqa="{question}" + " look at the picture with great care" * 8)
     prompts, *_ = examine.texts(after)
     assert (prompts.state, "lose a part" in prompts.found) == ("warning", False)
-    asked = [[question("is it red?", "yes")] for _ in range(30)] + [[question("is it red? " * 40, "yes")]]
+    asked = [[question("is it red?", "yes")] for _ in range(30)] + [
+        [question("is it red? " * 40, "yes")]
+    ]
     prompts, *_ = examine.texts(changed(base, data__train=a_set(tmp_path / "long", *asked)))
     assert (prompts.state, "1 of 31 lose" in prompts.found) == ("warning", True)
 
@@ -235,7 +257,8 @@ def test_image_tokens_outside_the_scale_of_the_embeddings_are_warned_of(base, mo
     assert (tokens.name, tokens.state) == ("image tokens", "OK")
     assert disk.state == "OK"
     monkeypatch.setattr(
-        "harness.train.prepare.calibrate", lambda model, config: model.bridge.projection.gain_D.data.mul_(1e4)
+        "harness.train.prepare.calibrate",
+        lambda model, config: model.bridge.projection.gain_D.data.mul_(1e4),
     )
     tokens, _ = examine.model(base, "cpu")
     assert (tokens.state, "reads noise" in tokens.found) == ("warning", True)

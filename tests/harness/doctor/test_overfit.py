@@ -21,7 +21,9 @@ def base(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
 
 
 def lines(result: Result) -> dict[str, tuple[str, str]]:
-    return {finding.name: (finding.state, finding.found + finding.fix) for finding in findings(result)}
+    return {
+        finding.name: (finding.state, finding.found + finding.fix) for finding in findings(result)
+    }
 
 
 def test_a_sound_model_learns_its_images_by_heart(base):
@@ -31,7 +33,12 @@ def test_a_sound_model_learns_its_images_by_heart(base):
     assert result.shuffled_loss > result.last_loss + 0.1
     said = lines(result)
     assert [state for state, _ in said.values()] == ["OK"] * 4
-    assert list(said) == ["overfit: bridge", "overfit: projection", "overfit: language model", "overfit 4"]
+    assert list(said) == [
+        "overfit: bridge",
+        "overfit: projection",
+        "overfit: language model",
+        "overfit 4",
+    ]
     assert "learnt by heart: 4 of 4" in said["overfit 4"][1]
 
 
@@ -55,7 +62,9 @@ def test_a_bridge_cut_off_from_the_language_model_is_named(base, monkeypatch):
 
 
 def test_where_nothing_reaches_the_loss_no_step_is_taken(base, monkeypatch):
-    monkeypatch.setattr(VisionLanguageModel, "forward", lambda model, batch: torch.no_grad()(model.loss)(batch))
+    monkeypatch.setattr(
+        VisionLanguageModel, "forward", lambda model, batch: torch.no_grad()(model.loss)(batch)
+    )
     result = overfit(base, 2, seconds=PATIENCE)
     assert result.steps == 0
     assert all(signal.silent for signal in result.signals)
@@ -99,14 +108,28 @@ def test_lora_has_a_signal_although_half_of_it_starts_at_zero(base):
 
 def test_nothing_keeps_a_text_from_being_learnt(base, monkeypatch):
     seen = []
-    monkeypatch.setattr("harness.doctor.overfit.calibrate", lambda model, config: seen.append(config))
-    random = {"model__bridge__dropout": 0.5, "model__lm__lora__dropout": 0.5, "data__last_batch": "drop"}
-    regular = {"train__label_smoothing": 0.5, "train__weight_decay": 0.5, "data__texts_per_image": 1}
+    monkeypatch.setattr(
+        "harness.doctor.overfit.calibrate", lambda model, config: seen.append(config)
+    )
+    random = {
+        "model__bridge__dropout": 0.5,
+        "model__lm__lora__dropout": 0.5,
+        "data__last_batch": "drop",
+    }
+    regular = {
+        "train__label_smoothing": 0.5,
+        "train__weight_decay": 0.5,
+        "data__texts_per_image": 1,
+    }
     overfit(changed(base, **random, **regular), 20, steps=0)
     (config,) = seen
     assert config.model.bridge.dropout == config.model.lm.lora.dropout == 0
     assert config.train.label_smoothing == config.train.weight_decay == 0
-    assert (config.train.global_batch, config.data.last_batch, config.data.texts_per_image) == (20, "short", None)
+    assert (config.train.global_batch, config.data.last_batch, config.data.texts_per_image) == (
+        20,
+        "short",
+        None,
+    )
 
 
 def test_nothing_trainable_is_refused(base):
@@ -123,14 +146,21 @@ def test_a_gradient_too_small_for_adamw_is_no_signal():
 
 def test_each_image_gets_the_question_that_most_share_and_another_caption_than_the_others():
     def sample(index: int, *texts: Text, payload=b"") -> Sample:
-        return Sample(Record(str(index), "toy", "train", str(index), texts), payload, "png", 0, index)
+        return Sample(
+            Record(str(index), "toy", "train", str(index), texts), payload, "png", 0, index
+        )
 
     captions = Text("c", "caption", ("a dog", "a cat"))
-    chosen = one_text_each([sample(0, captions), sample(1, captions), sample(2, captions, payload=None)])
+    chosen = one_text_each(
+        [sample(0, captions), sample(1, captions), sample(2, captions, payload=None)]
+    )
     assert [one.record.texts[0].targets for one in chosen] == [("a dog",), ("a cat",)]
     shared = question("what is it?", "a dog")
     chosen = one_text_each(
-        [sample(n, question(f"is it {n}?", "yes", "own"), question("what is it?", f"{n}")) for n in range(3)]
+        [
+            sample(n, question(f"is it {n}?", "yes", "own"), question("what is it?", f"{n}"))
+            for n in range(3)
+        ]
         + [sample(3, shared)]
     )
     assert [one.record.texts[0].prompt for one in chosen] == ["what is it?"] * 4

@@ -1,4 +1,6 @@
-"""BLEU, ROUGE-L and CIDEr-D against what pycocoevalcap said of the same captions (tests/data/ptb/scores.json)."""
+"""BLEU, ROUGE-L and CIDEr-D against what pycocoevalcap said of the same captions
+(tests/data/ptb/scores.json).
+"""
 
 import json
 import math
@@ -10,7 +12,9 @@ import pytest
 from harness.evaluate import captions
 from harness.evaluate.vqa import ScoreError
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "ptb" / "scores.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (Path(__file__).parents[2] / "data" / "ptb" / "scores.json").read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])
@@ -19,9 +23,9 @@ def test_every_figure_is_that_of_pycocoevalcap(case):
     assert scores.corpus == pytest.approx(case["corpus"], abs=1e-9)
     assert scores.image_ids == tuple(case["references"])
     assert scores.sums_IK[:, 10] == pytest.approx(case["ROUGE_L"], abs=1e-9)
-    assert list(captions.cider_d_per_image(case["hypotheses"], case["references"]).values()) == pytest.approx(
-        case["CIDEr"], abs=1e-9
-    )
+    assert list(
+        captions.cider_d_per_image(case["hypotheses"], case["references"]).values()
+    ) == pytest.approx(case["CIDEr"], abs=1e-9)
 
 
 def test_bleu_of_a_resample_is_that_of_its_images_together_and_not_a_mean_over_them():
@@ -70,7 +74,10 @@ def test_missing_extra_and_undescribed_images_are_named():
     ("document", "sentence"),
     [
         ('{"annotations": []}', "is not a COCO caption file"),
-        ('{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}', "has captions of image 2, which"),
+        (
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}',
+            "has captions of image 2, which",
+        ),
         ('{"images": [{"id": 1}, {"id": 1}], "annotations": []}', "lists image 1, more than once"),
         ('{"images": [{"id": 1}], "annotations": []}', "has no caption of image 1,"),
     ],

@@ -1,4 +1,6 @@
-"""`harness compare`: which of two runs is better, on the images that both answered, and how sure that is."""
+"""`harness compare`: which of two runs is better, on the images that both answered, and how sure
+that is.
+"""
 
 import json
 import shutil
@@ -19,7 +21,9 @@ def test_set(tmp_path_factory) -> Path:
 
 
 def evaluated(folder: Path, data: Path, right: float, images: range = range(IMAGES)) -> Path:
-    """A run's folder as `harness evaluate` leaves it; its answers are right for that share of the images."""
+    """A run's folder as `harness evaluate` leaves it; its answers are right for that share of the
+    images.
+    """
     answers, said = [], []
     for i in images:
         knows = i % 10 < 10 * right
@@ -27,7 +31,9 @@ def evaluated(folder: Path, data: Path, right: float, images: range = range(IMAG
             if text.task == "vqa":
                 answers.append((text.id, text.targets[0] if knows else "nothing"))
             else:
-                said.append((str(i), text.targets[0] if knows else f"a {list(COLOURS)[i % 3]} thing"))
+                said.append(
+                    (str(i), text.targets[0] if knows else f"a {list(COLOURS)[i % 3]} thing")
+                )
     (folder / "evaluation").mkdir(parents=True)
     for name, entries in (
         ("toy_test_answers", vqa.vqa_results(answers)),
@@ -38,8 +44,13 @@ def evaluated(folder: Path, data: Path, right: float, images: range = range(IMAG
     return folder
 
 
-def test_the_better_run_is_ahead_in_every_resample_and_the_other_way_round_mirrors_it(test_set, tmp_path):
-    good, bad = evaluated(tmp_path / "good", test_set, 0.9), evaluated(tmp_path / "bad", test_set, 0.3)
+def test_the_better_run_is_ahead_in_every_resample_and_the_other_way_round_mirrors_it(
+    test_set, tmp_path
+):
+    good, bad = (
+        evaluated(tmp_path / "good", test_set, 0.9),
+        evaluated(tmp_path / "bad", test_set, 0.3),
+    )
     found, mirrored = compare.runs(good, bad), compare.runs(bad, good)
     assert found.keys() == {"vqa", "caption"}
     assert list(found["caption"]) == list(captions.MEASURES)
@@ -84,7 +95,9 @@ def test_what_cannot_be_compared_is_one_sentence(test_set, tmp_path):
     shutil.rmtree(gone)
     with pytest.raises(ConfigError, match="which is gone; give the test set with --data"):
         compare.runs(run, run)
-    with pytest.raises(ConfigError, match="on memory://test, which is remote; give the test set with --data"):
+    with pytest.raises(
+        ConfigError, match="on memory://test, which is remote; give the test set with --data"
+    ):
         compare.runs(run, run, ["memory://test"])
     assert compare.runs(run, run, [str(test_set)])["vqa"]["accuracy"].difference.value == 0.0
     with pytest.raises(ConfigError, match=r"holds no evaluation/scores\.json"):
@@ -94,7 +107,10 @@ def test_what_cannot_be_compared_is_one_sentence(test_set, tmp_path):
 
 
 def test_the_verb_takes_runs_and_result_files(test_set, tmp_path, harness):
-    good, bad = evaluated(tmp_path / "good", test_set, 0.9), evaluated(tmp_path / "bad", test_set, 0.3)
+    good, bad = (
+        evaluated(tmp_path / "good", test_set, 0.9),
+        evaluated(tmp_path / "bad", test_set, 0.3),
+    )
     found = json.loads(harness("compare", good, bad, "--json")[1])
     assert found["vqa"]["accuracy"]["difference"]["low"] > 0
     assert "resamples with A > B" in harness("compare", good, bad)[1]

@@ -1,4 +1,6 @@
-"""The gate: what it does to the images, what it makes of the answers, and the verdict for models known to be so."""
+"""The gate: what it does to the images, what it makes of the answers, and the verdict for models
+known to be so.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config.schema import Config, Decoding
-from harness.config.schema import Evaluation as Settings
+from harness.config.schema import Config, DecodingConfig, EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.floor import Majority, epochs_trained
 from harness.evaluate.image_use import (
@@ -28,12 +29,14 @@ from shards.record import Record, Text
 from toy_runs import make_shards
 
 COLOURS = ("red", "green", "blue")
-DECODING = Decoding(max_new_tokens=5)
+DECODING = DecodingConfig(max_new_tokens=5)
 
 
 @dataclass
 class ToyModel:
-    """Its image token is the number of the image's colour. `looks`: how many nats it gains from the right one."""
+    """Its image token is the number of the image's colour. `looks`: how many nats it gains from the
+    right one.
+    """
 
     looks: float = 2.0
     answers_from_image: bool = True
@@ -54,16 +57,21 @@ class ToyModel:
         self.losses += 1
         rng = np.random.default_rng(self.losses)
         seen = self._seen(batch, tokens)
-        right = [COLOURS.index(c.text.targets[0]) == s for c, s in zip(batch.contexts, seen, strict=True)]
+        right = [
+            COLOURS.index(c.text.targets[0]) == s for c, s in zip(batch.contexts, seen, strict=True)
+        ]
         nats = torch.tensor([3.0 - self.looks * r for r in right]) + torch.from_numpy(
             rng.normal(0, self.noise, len(right))
         )
         sum_T = nats[batch.context_of_T]
         return LossOutput(sum_T.sum(), batch.weight, sum_T, batch.weight_TL.sum(dim=1))
 
-    def generate(self, batch: Batch, decoding: Decoding, tokens: BridgeOutput) -> Generated:
+    def generate(self, batch: Batch, decoding: DecodingConfig, tokens: BridgeOutput) -> Generated:
         self.asked += len(batch.contexts)
-        said = [COLOURS[s] if self.answers_from_image and s in (0, 1, 2) else "red" for s in self._seen(batch, tokens)]
+        said = [
+            COLOURS[s] if self.answers_from_image and s in (0, 1, 2) else "red"
+            for s in self._seen(batch, tokens)
+        ]
         said = ["" if self.p_eos > 0.5 else text for text in said]
         return Generated(said, [[] for _ in said], torch.full((len(said),), self.p_eos))
 
@@ -84,7 +92,9 @@ def batch_of(images: int, start: int = 0, targets: int = 1, task: str = "vqa") -
             contexts.append(Context(record, text, text.prompt))
             image_of_C.append(i)
     count = len(contexts)
-    features = torch.tensor([(start + i) % 3 for i in range(images)], dtype=torch.float16)[:, None, None]
+    features = torch.tensor([(start + i) % 3 for i in range(images)], dtype=torch.float16)[
+        :, None, None
+    ]
     return Batch(
         prompt_ids_CL=torch.arange(count)[:, None],
         prompt_mask_CL=torch.ones(count, 1, dtype=torch.bool),
@@ -99,7 +109,7 @@ def batch_of(images: int, start: int = 0, targets: int = 1, task: str = "vqa") -
 
 def judged(model: ToyModel, images: int = 90, per_batch: int = 10, task: str = "vqa"):
     controls = {"blank": torch.full((1, 1, 1), 7.0), "noise": torch.full((4, 1, 1), 8.0)}
-    gate = Gate(model, task, DECODING, Settings(), controls)
+    gate = Gate(model, task, DECODING, EvaluationConfig(), controls)
     for start in range(0, images, per_batch):
         batch = batch_of(min(per_batch, images - start), start, task=task)
         tokens = model.bridge_tokens(batch)
@@ -124,7 +134,9 @@ def test_a_model_that_reads_its_image_is_found_to_use_it():
     assert (use.images, use.contexts, use.left_out) == (90, 180, 0)
     assert use.scores["true"] == 100.0
     assert use.scores["shuffled"] < 80
-    assert use.scores["no_image"] == use.scores["blank"] == use.scores["noise"] == pytest.approx(33.33)
+    assert (
+        use.scores["no_image"] == use.scores["blank"] == use.scores["noise"] == pytest.approx(33.33)
+    )
     assert use.answers_changed_where_truth_differs == 100.0
     assert use.pairs_where_truth_differs == 180
     assert use.loss_gap.low > 0.5
@@ -144,11 +156,15 @@ def test_captions_are_judged_by_their_cider_and_its_margin_beside_the_loss():
     seen = judged(ToyModel(), task="caption")
     assert seen.verdict == "image used", seen.reason
     assert "lowers the CIDEr by" in seen.reason
-    assert seen.scores["true"] == 250.0  # of 1,000: a caption of one word has one of the four lengths of n-grams
+    assert (
+        seen.scores["true"] == 250.0
+    )  # of 1,000: a caption of one word has one of the four lengths of n-grams
     assert seen.scores["blank"] == pytest.approx(83.33)  # "red" is right for a third
     assert seen.to_dict()["shuffled_CIDEr"] == seen.scores["shuffled"] < seen.scores["true"]
     assert seen.to_dict()["CIDEr_gap_low"] == seen.score_gap.low > 1
-    deaf = judged(ToyModel(answers_from_image=False), task="caption")  # its loss knows the image, its captions do not
+    deaf = judged(
+        ToyModel(answers_from_image=False), task="caption"
+    )  # its loss knows the image, its captions do not
     assert deaf.verdict == "not enough evidence", deaf.reason
     assert "the lower bound of the CIDEr gap is not above 1 points" in deaf.reason
     assert deaf.loss_gap == seen.loss_gap
@@ -193,8 +209,14 @@ def test_a_verdict_needs_its_bounds(loss_gap, accuracy_gap, verdict):
 
 def test_the_reason_names_the_evidence_that_was_wanting():
     little, much = Interval(0.005, 0.003, 0.006), Interval(5.0, 3.0, 9.0)
-    assert "the lower bound of the loss gap is not above 0.01 nats" in judge(little, much, 0.0, 0.0, 100)[1]
-    assert "the lower bound of the accuracy gap" in judge(Interval(1.0, 0.9, 1.1), little, 0.0, 0.0, 100)[1]
+    assert (
+        "the lower bound of the loss gap is not above 0.01 nats"
+        in judge(little, much, 0.0, 0.0, 100)[1]
+    )
+    assert (
+        "the lower bound of the accuracy gap"
+        in judge(Interval(1.0, 0.9, 1.1), little, 0.0, 0.0, 100)[1]
+    )
     assert "shows neither" in judge(Interval(0.0, -0.1, 0.1), little, 0.0, 0.0, 100)[1]
 
 
@@ -223,15 +245,28 @@ def test_the_report_has_the_keys_of_the_issue_and_is_json(tmp_path):
 
     use = judged(ToyModel())
     report = json.loads(json.dumps(use.to_dict(), allow_nan=False))
-    keys = {"shuffled_accuracy", "blank_accuracy", "no_image_accuracy", "loss_gap_nats", "empty_rate", "verdict"}
+    keys = {
+        "shuffled_accuracy",
+        "blank_accuracy",
+        "no_image_accuracy",
+        "loss_gap_nats",
+        "empty_rate",
+        "verdict",
+    }
     assert keys | {"answers_changed_where_truth_differs"} <= report.keys()
-    lonely = replace(use, loss_gap=Interval(1.0, -math.inf, math.inf), score_gap=Interval(0.0, -math.inf, math.inf))
+    lonely = replace(
+        use,
+        loss_gap=Interval(1.0, -math.inf, math.inf),
+        score_gap=Interval(0.0, -math.inf, math.inf),
+    )
     assert json.loads(json.dumps(lonely.to_dict(), allow_nan=False))["loss_gap_nats_low"] is None
 
 
 def test_losses_are_summed_over_the_targets_of_a_context():
     batch = batch_of(3, targets=5)
-    nats_C, weight_C = sums_per_context(ToyModel().loss(batch, ToyModel().bridge_tokens(batch)), batch)
+    nats_C, weight_C = sums_per_context(
+        ToyModel().loss(batch, ToyModel().bridge_tokens(batch)), batch
+    )
     assert nats_C == pytest.approx(np.full(6, 5.0))
     assert weight_C == pytest.approx(np.full(6, 5.0))
 
@@ -259,7 +294,9 @@ def test_the_bootstrap_resamples_images_and_not_texts():
 
 def test_only_pairs_whose_truth_differs_are_counted():
     def said(key: str, prompt: str, truth: str, answer: str) -> Prediction:
-        return Prediction("d", "s", key, key, key + prompt, "vqa", prompt, prompt, (truth,), answer, 0.0)
+        return Prediction(
+            "d", "s", key, key, key + prompt, "vqa", prompt, prompt, (truth,), answer, 0.0
+        )
 
     same_truth = [said("a", "q", "red", "red"), said("b", "q", "Red.", "blue")]
     assert changed_where_truth_differs(same_truth) == (0, 0)
@@ -281,7 +318,9 @@ def test_the_causes_of_a_collapse_are_named_and_a_good_batch_has_none():
         return causes_of_collapse(batch, Tokenizer(), **given)
 
     assert causes([[5, 6, 1, 0], [7, 1, 0, 0]], [[1.0, 1, 1, 0], [1, 1, 0, 0]]) == []
-    assert causes([[5, 1, 1, 1]], [[1.0, 1, 0, 0]]) == [], "padding without weight teaches nothing, whatever its id"
+    assert causes([[5, 1, 1, 1]], [[1.0, 1, 0, 0]]) == [], (
+        "padding without weight teaches nothing, whatever its id"
+    )
     (padding, share) = causes([[5, 1, 1, 1]], [[1.0, 1, 1, 1]])
     assert padding.startswith("50% of the weight of the labels lies on padding")
     assert share.startswith("EOS carries 75% of all target weight")
@@ -299,11 +338,17 @@ def test_the_causes_of_a_collapse_are_named_and_a_good_batch_has_none():
 def test_a_complementary_pair_counts_when_both_its_answers_are_right_and_both_were_asked():
     def said(key: str, pair: str | None, truth: str, answer: str, split: str = "val") -> Prediction:
         meta = {"pair_id": pair}
-        return Prediction("d", split, key, key, key, "vqa", "q", "q", (truth,) * 10, answer, 0.0, meta)
+        return Prediction(
+            "d", split, key, key, key, "vqa", "q", "q", (truth,) * 10, answer, 0.0, meta
+        )
 
     one = [said("1", "2", "yes", "yes"), said("2", "1", "no", "no")]
     half = [said("3", "4", "yes", "yes"), said("4", "3", "no", "yes")]
-    alone = [said("5", "6", "yes", "yes"), said("7", None, "yes", "yes"), said("2", "1", "no", "no", "other")]
+    alone = [
+        said("5", "6", "yes", "yes"),
+        said("7", None, "yes", "yes"),
+        said("2", "1", "no", "no", "other"),
+    ]
     assert complementary_pairs(one) == (1, 1)
     assert complementary_pairs([*one, *half, *alone]) == (1, 2)
     assert complementary_pairs(alone) == (0, 0)
@@ -311,7 +356,11 @@ def test_a_complementary_pair_counts_when_both_its_answers_are_right_and_both_we
 
 @pytest.mark.parametrize(
     ("accuracy_gap", "verdict"),
-    [((9.0, 1.1, 20.0), "image used"), ((0.0, -2.0, 0.9), "image ignored"), ((1.0, -2.0, 3.0), "not enough evidence")],
+    [
+        ((9.0, 1.1, 20.0), "image used"),
+        ((0.0, -2.0, 0.9), "image ignored"),
+        ((1.0, -2.0, 3.0), "not enough evidence"),
+    ],
 )
 def test_a_model_without_a_loss_is_judged_by_its_scores(accuracy_gap, verdict):
     assert judge(None, Interval(*accuracy_gap), 0.0, 0.0, 100)[0] == verdict
@@ -345,7 +394,11 @@ def test_majority_knows_the_training_answers_of_a_question_and_falls_back_to_the
     assert majority.overall == "yes"
     asked = [
         Prediction("d", "s", "k", "k", str(n), "vqa", "", q, (a,), "", 0.0)
-        for n, (q, a) in enumerate([("WHAT COLOUR?", "blue"), ("Never seen?", "yes"), ("Is it?", "no")])
+        for n, (q, a) in enumerate(
+            [("WHAT COLOUR?", "blue"), ("Never seen?", "yes"), ("Is it?", "no")]
+        )
     ]
     assert majority.accuracy(asked) == pytest.approx(66.67)
-    assert Majority.of([Record("c", "d", "train", "c", (Text("c", "caption", ("a dog",)),))]) is None
+    assert (
+        Majority.of([Record("c", "d", "train", "c", (Text("c", "caption", ("a dog",)),))]) is None
+    )

@@ -1,4 +1,6 @@
-"""The generation loop and the scoring of a run, on a tiny T5 of the hub's format and sets of real shards."""
+"""The generation loop and the scoring of a run, on a tiny T5 of the hub's format and sets of real
+shards.
+"""
 
 import json
 import shutil
@@ -11,7 +13,7 @@ from PIL import Image
 
 from harness import checkpoint as checkpoints
 from harness.config.encoder import encoder_name
-from harness.config.schema import Config, Decoding, Generate
+from harness.config.schema import Config, DecodingConfig, GenerateConfig
 from harness.data import collate as batches
 from harness.data.collate import Collator
 from harness.errors import ConfigError
@@ -40,9 +42,21 @@ def records(count: int, captions: bool = True) -> list[Record]:
             "test",
             str(100 + i),
             (
-                Text(str(10 * i), "vqa", (COLOURS[i % 3],) * 10, "what colour is it?", {"answer_type": "other"}),
-                Text(str(10 * i + 1), "vqa", ("yes", "no"), "is it red?", {"answer_type": "yes/no"}),
-                *([Text(f"c{i}", "caption", ("a red dog", "a dog"))] if captions and i % 2 == 0 else []),
+                Text(
+                    str(10 * i),
+                    "vqa",
+                    (COLOURS[i % 3],) * 10,
+                    "what colour is it?",
+                    {"answer_type": "other"},
+                ),
+                Text(
+                    str(10 * i + 1), "vqa", ("yes", "no"), "is it red?", {"answer_type": "yes/no"}
+                ),
+                *(
+                    [Text(f"c{i}", "caption", ("a red dog", "a dog"))]
+                    if captions and i % 2 == 0
+                    else []
+                ),
             ),
         )
         for i in range(count)
@@ -65,7 +79,12 @@ def setting(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
             "lm": {"id": str(tiny_t5_folder), "tuning": "lora", "lora": {"r": 4}},
         },
         generate={"vqa": {"max_new_tokens": 3}, "caption": {"max_new_tokens": 5}},
-        evaluation={"batch_images": 5, "counterfactual_texts": 12, "show_images": 3, "bootstrap": 50},
+        evaluation={
+            "batch_images": 5,
+            "counterfactual_texts": 12,
+            "show_images": 3,
+            "bootstrap": 50,
+        },
         tracking={"kind": "none"},
     )
     encoder = load_vision(config.model.vision).identity()
@@ -76,7 +95,10 @@ def setting(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
 
     controls = safetensors.numpy.save({"blank_PD": features(), "noise_KPD": features(2)})
     write_shards(
-        ((r, safetensors.numpy.save({"patches_PD": features()}), "safetensors") for r in records(12)),
+        (
+            (r, safetensors.numpy.save({"patches_PD": features()}), "safetensors")
+            for r in records(12)
+        ),
         root / "test",
         dataset="toy",
         split="test",
@@ -96,7 +118,8 @@ def batch_of(setting, count: int = 4):
     shape = (model.config.encoder["tokens"], model.config.encoder["width"])
     rng = np.random.default_rng(1)
     samples = [
-        Sample(r, rng.normal(size=shape).astype(np.float16), "safetensors", 0, i) for i, r in enumerate(records(count))
+        Sample(r, rng.normal(size=shape).astype(np.float16), "safetensors", 0, i)
+        for i, r in enumerate(records(count))
     ]
     return Collator(model.tokenizer, config.data, config.prompts, training=False)(samples)
 
@@ -108,7 +131,9 @@ def test_there_is_one_prediction_per_context_of_a_task_in_order(setting):
     for task, part, rows in by_task(batch):
         part_tokens = tokens.with_rows(tokens.token_row_of_C[rows])
         said = answers(model, part, getattr(config.generate, task), part_tokens)
-        assert [p.text_id for p in said] == [c.text.id for c in batch.contexts if c.text.task == task]
+        assert [p.text_id for p in said] == [
+            c.text.id for c in batch.contexts if c.text.task == task
+        ]
         assert {p.task for p in said} == {task}
         assert all(0 <= p.p_eos_first <= 1 for p in said)
         tasks.add(task)
@@ -123,12 +148,14 @@ def test_each_task_is_decoded_by_its_own_settings(setting):
     config, model, root = setting
     lengths = {}
     for tokens in (1, 4):
-        decoding = Generate(
-            vqa=Decoding(max_new_tokens=1, min_new_tokens=1),
-            caption=Decoding(max_new_tokens=tokens, min_new_tokens=tokens),
+        decoding = GenerateConfig(
+            vqa=DecodingConfig(max_new_tokens=1, min_new_tokens=1),
+            caption=DecodingConfig(max_new_tokens=tokens, min_new_tokens=tokens),
         )
         given = config.model_copy(update={"generate": decoding})
-        found = evaluate_model(model, [str(root / "test")], given, limit=4, counterfactual_texts=0).tasks
+        found = evaluate_model(
+            model, [str(root / "test")], given, limit=4, counterfactual_texts=0
+        ).tasks
         lengths[tokens] = {
             task: max(len(model.tokenizer(p.answer)["input_ids"]) for p in found[task].predictions)
             for task in ("vqa", "caption")
@@ -147,7 +174,9 @@ def test_the_answer_is_to_the_image_tokens_that_are_given(setting):
 
 
 @pytest.mark.parametrize("worth_a_cut", [1, 10**6])
-def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(setting, monkeypatch, worth_a_cut):
+def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(
+    setting, monkeypatch, worth_a_cut
+):
     monkeypatch.setattr(batches, "_WORTH_A_CUT", worth_a_cut)
     _, model, _ = setting
     batch = batch_of(setting)
@@ -160,23 +189,29 @@ def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(setting, mon
             total += model.loss(part, tokens.with_rows(tokens.token_row_of_C[rows])).sum.item()
         assert total == pytest.approx(whole.sum.item(), rel=1e-5)
         backwards = select(batch, list(range(len(batch.contexts)))[::-1])
-        assert model.loss(backwards, tokens.with_rows(tokens.token_row_of_C.flip(0))).sum.item() == pytest.approx(
-            whole.sum.item(), rel=1e-5
-        )
+        assert model.loss(
+            backwards, tokens.with_rows(tokens.token_row_of_C.flip(0))
+        ).sum.item() == pytest.approx(whole.sum.item(), rel=1e-5)
 
 
 def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path):
     config, _, _ = setting
     seen = []
-    report = evaluate_run(config.out_dir, out=tmp_path, text_only_accuracy=40.0, progress=lambda *p: seen.append(p))
+    report = evaluate_run(
+        config.out_dir, out=tmp_path, text_only_accuracy=40.0, progress=lambda *p: seen.append(p)
+    )
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(report))
     assert seen[-1] == (12, 12)
     assert (report["step"], report["images"], report["unreadable"]) == (7, 12, 0)
     known = report["tasks"]["vqa"]
     assert (known["texts"], known["text_only_accuracy"]) == (24, 40.0)
-    assert 12 <= known["gate_texts"] < 12 + 2 * 5, "the last batch of five images may be one too many"
+    assert 12 <= known["gate_texts"] < 12 + 2 * 5, (
+        "the last batch of five images may be one too many"
+    )
     assert report["tasks"]["caption"]["gate_texts"] == 6, "all there are"
-    assert known["majority_accuracy"] == 25.0  # a third of the colours, and a sixth of yes against (yes, no)
+    assert (
+        known["majority_accuracy"] == 25.0
+    )  # a third of the colours, and a sixth of yes against (yes, no)
     for name in ("shuffled", "blank", "noise", "no_image"):
         assert known[f"{name}_accuracy"] is not None
         assert known[f"{name}_loss_nats"] > 0
@@ -188,9 +223,15 @@ def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path)
     assert list(told) == [str(100 + i) for i in range(0, 12, 2)]
     official = score(told, dict.fromkeys(told, ("a red dog", "a dog"))).corpus
     assert {name: report["tasks"]["caption"][name] for name in official} == pytest.approx(official)
-    assert report["tasks"]["caption"]["CIDEr_low"] <= official["CIDEr"] <= report["tasks"]["caption"]["CIDEr_high"]
+    assert (
+        report["tasks"]["caption"]["CIDEr_low"]
+        <= official["CIDEr"]
+        <= report["tasks"]["caption"]["CIDEr_high"]
+    )
     assert known["accuracy_low"] <= known["accuracy"] <= known["accuracy_high"]
-    assert known["accuracy"] == pytest.approx(compare.runs(tmp_path, tmp_path)["vqa"]["accuracy"].a, abs=0.01)
+    assert known["accuracy"] == pytest.approx(
+        compare.runs(tmp_path, tmp_path)["vqa"]["accuracy"].a, abs=0.01
+    )
     assert known["verdict"] in table(report)
 
 
@@ -235,7 +276,10 @@ def test_decoding_can_be_chosen_on_the_dev_set_without_training_again(setting):
     said = read_caption_results(folder / "toy_test_captions.json")
     assert all(len(caption.split()) <= 1 for caption in said.values())
     assert 4 <= report["tasks"]["vqa"]["gate_texts"] < 4 + 2 * 5
-    for wrong, expected in (("model.lm.id=x", "scored as it was trained"), ("generate.caption.beam=2", "beams")):
+    for wrong, expected in (
+        ("model.lm.id=x", "scored as it was trained"),
+        ("generate.caption.beam=2", "beams"),
+    ):
         with pytest.raises(ConfigError, match=expected):
             evaluate_run(config.out_dir, overrides=[wrong])
 
@@ -292,9 +336,20 @@ def test_what_cannot_be_scored_is_refused_by_name(setting, tmp_path):
         evaluate_run(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         evaluate_run(tmp_path)
-    other = encoder_name(config.model.vision) | {"hash": "0" * 64, "tokens": 17, "width": 32, "preprocessing": "crop"}
+    other = encoder_name(config.model.vision) | {
+        "hash": "0" * 64,
+        "tokens": 17,
+        "width": 32,
+        "preprocessing": "crop",
+    }
     write_shards(
-        [(records(1)[0], safetensors.numpy.save({"patches_PD": np.zeros((17, 32), np.float16)}), "safetensors")],
+        [
+            (
+                records(1)[0],
+                safetensors.numpy.save({"patches_PD": np.zeros((17, 32), np.float16)}),
+                "safetensors",
+            )
+        ],
         tmp_path / "foreign",
         dataset="toy",
         split="test",
@@ -309,5 +364,8 @@ def test_what_cannot_be_scored_is_refused_by_name(setting, tmp_path):
 def test_results_of_two_sets_go_into_two_files():
     from harness.evaluate.predict import Prediction
 
-    made = [Prediction(name, "val", "k", "1", "1", "vqa", "p", "q", ("a",), "a", 0.0) for name in ("vqav2", "easy-vqa")]
+    made = [
+        Prediction(name, "val", "k", "1", "1", "vqa", "p", "q", ("a",), "a", 0.0)
+        for name in ("vqav2", "easy-vqa")
+    ]
     assert results(made).keys() == {"vqav2_val_answers.json", "easy-vqa_val_answers.json"}

@@ -1,4 +1,6 @@
-"""The tokeniser against what Stanford's own program said, in the order in which it was asked (tests/data/ptb)."""
+"""The tokeniser against what Stanford's own program said, in the order in which it was asked
+(tests/data/ptb).
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,11 @@ GOLDEN = Path(__file__).parents[2] / "data" / "ptb" / "tokens.json"
 
 def test_every_caption_of_the_golden_file_has_the_tokens_of_the_original():
     captions, expected = zip(*json.loads(GOLDEN.read_text(encoding="utf-8")), strict=True)
-    wrong = [pair for pair in zip(captions, tokenise(captions), expected, strict=True) if pair[1] != pair[2]]
+    wrong = [
+        pair
+        for pair in zip(captions, tokenise(captions), expected, strict=True)
+        if pair[1] != pair[2]
+    ]
     assert not wrong, f"{len(wrong)}, the first: {wrong[:3]}"
 
 
@@ -23,12 +29,18 @@ def test_every_caption_of_the_golden_file_has_the_tokens_of_the_original():
         (["class of '95"], ["class of 95"]),  # nor a space
         (["class of '95", "a"], ["class of '95", "a"]),
         (["Inc.m"], ["inc.m"]),
-        (["200 N.", "A dog."], ["200 n", "a dog"]),  # an initial before a word that begins sentences
+        (
+            ["200 N.", "A dog."],
+            ["200 n", "a dog"],
+        ),  # an initial before a word that begins sentences
         (["200 N.", "Two dogs."], ["200 n.", "two dogs"]),
         ([], []),
         ([""], [""]),
         (["", "...", ""], ["", "", ""]),
-        (["a\nb\r\nc\u2028d", "e"], ["a b c d", "e"]),  # a caption stays one line, so none moves to another image
+        (
+            ["a\nb\r\nc\u2028d", "e"],
+            ["a b c d", "e"],
+        ),  # a caption stays one line, so none moves to another image
     ],
 )
 def test_the_end_of_a_caption_is_read_as_the_original_reads_it(captions, expected):

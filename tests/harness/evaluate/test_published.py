@@ -1,4 +1,6 @@
-"""Models of others behind our interface: their own losses and answers whatever the batch; and the report."""
+"""Models of others behind our interface: their own losses and answers whatever the batch; and the
+report.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
-from harness.config.schema import Data, Decoding, Prompts
+from harness.config.schema import DataConfig, DecodingConfig, PromptsConfig
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
@@ -30,16 +32,26 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=MAKERS)
 def setting(request, folders):
-    """A model of each class, and a batch of pictures of unequal sizes with texts of unequal lengths."""
+    """A model of each class, and a batch of pictures of unequal sizes with texts of unequal
+    lengths.
+    """
     model = PublishedModel(str(folders[request.param]))
     decode = ImageDecoder(1, "whole", 10_000)
     samples = [
-        Sample(Record(str(i), "toy", "test", str(i), texts(i)), picture(i, side=32 + 8 * i), "png", 0, i)
+        Sample(
+            Record(str(i), "toy", "test", str(i), texts(i)),
+            picture(i, side=32 + 8 * i),
+            "png",
+            0,
+            i,
+        )
         for i in range(4)
     ]
     for sample in samples:
         sample.payload = decode(sample)
-    return model, PictureCollator(model.tokenizer, Data(), Prompts(**model.prompts), training=False)(samples)
+    return model, PictureCollator(
+        model.tokenizer, DataConfig(), PromptsConfig(**model.prompts), training=False
+    )(samples)
 
 
 def alone(model: PublishedModel, batch: Batch, context: int) -> dict[str, torch.Tensor]:
@@ -70,7 +82,7 @@ def test_the_loss_of_each_target_is_that_of_the_model_itself(setting):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_and_the_chance_of_ending_at_once_do_not_depend_on_the_batch(setting, beams):
     model, batch = setting
-    decoding = Decoding(max_new_tokens=5, beams=beams)
+    decoding = DecodingConfig(max_new_tokens=5, beams=beams)
     found = model.generate(batch, decoding, model.bridge_tokens(batch))
     assert len(set(found.texts)) > 1
     eos = model.tokenizer.eos_token_id
@@ -79,7 +91,11 @@ def test_answers_and_the_chance_of_ending_at_once_do_not_depend_on_the_batch(set
         out = model.model.generate(**inputs, max_new_tokens=5, num_beams=beams, do_sample=False)[0]
         new = out if model.encoder_decoder else out[inputs["input_ids"].shape[1] :]
         assert found.texts[context] == model.tokenizer.decode(new, skip_special_tokens=True).strip()
-        start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if model.encoder_decoder else {}
+        start = (
+            {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
+            if model.encoder_decoder
+            else {}
+        )
         with torch.no_grad():
             first = model.model(**inputs, **start).logits[0, -1].softmax(dim=0)
         assert found.p_eos_first_C[context].item() == pytest.approx(first[eos].item(), rel=1e-3)
@@ -94,7 +110,9 @@ def test_another_picture_is_what_an_exchange_of_tokens_shows(setting):
     assert not torch.allclose(exchanged, model.loss(batch, tokens).sum_T)
 
 
-@pytest.mark.parametrize("template", [None, CHAT, "{{ bos_token }}" + CHAT], ids=["none", "chat", "chat with BOS"])
+@pytest.mark.parametrize(
+    "template", [None, CHAT, "{{ bos_token }}" + CHAT], ids=["none", "chat", "chat with BOS"]
+)
 def test_a_prompt_holds_the_picture_and_one_bos_with_any_chat_template_or_none(tmp_path, template):
     model = PublishedModel(str(tiny_llava(tmp_path / "llava", template)))
     ids = model._inputs([Image.new("RGB", (32, 32))], ["is it red?"])["input_ids"][0].tolist()
@@ -108,33 +126,62 @@ def test_in_four_bits_it_answers_nearly_the_same_on_a_cpu(folders):
     whole, small = (PublishedModel(str(folders["llava"]), load_in_4bit=on) for on in (False, True))
     sample = Sample(Record("0", "toy", "test", "0", texts(0)), picture(0), "png", 0, 0)
     sample.payload = ImageDecoder(1, "whole", 10_000)(sample)
-    batch = PictureCollator(small.tokenizer, Data(), Prompts(), training=False)([sample])
+    batch = PictureCollator(small.tokenizer, DataConfig(), PromptsConfig(), training=False)(
+        [sample]
+    )
     from bitsandbytes.nn import Linear4bit
 
     assert any(isinstance(module, Linear4bit) for module in small.model.modules())
     losses = [model.loss(batch, model.bridge_tokens(batch)).sum.item() for model in (whole, small)]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.5)
-    assert len(small.generate(batch, Decoding(max_new_tokens=3), small.bridge_tokens(batch)).texts) == 2
+    assert (
+        len(
+            small.generate(
+                batch, DecodingConfig(max_new_tokens=3), small.bridge_tokens(batch)
+            ).texts
+        )
+        == 2
+    )
 
 
-def test_the_command_scores_two_models_on_the_same_images_in_one_table(folders, tmp_path, monkeypatch, harness):
+def test_the_command_scores_two_models_on_the_same_images_in_one_table(
+    folders, tmp_path, monkeypatch, harness
+):
     shards = make_shards(tmp_path / "test", 40, "test")
     monkeypatch.chdir(tmp_path)
     named = [argument for kind in ("blip-2", "llava") for argument in ("--model", folders[kind])]
-    short = ["--override", "generate.caption.max_new_tokens=2", "--override", "generate.vqa.max_new_tokens=2"]
+    short = [
+        "--override",
+        "generate.caption.max_new_tokens=2",
+        "--override",
+        "generate.vqa.max_new_tokens=2",
+    ]
     code, out, _ = harness("evaluate", *named, "--data", shards, "--limit", 34, *short)
     assert code == 0
     header = next(line for line in out.splitlines() if line.startswith("| vqa"))
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["vqa", "tiny-blip-2", "tiny-llava"]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == [
+        "vqa",
+        "tiny-blip-2",
+        "tiny-llava",
+    ]
     assert "vqa, tiny-llava: " in out
     folder = next((tmp_path / "runs" / "published").glob("*tiny-llava/toy_test+first-34+*"))
     report = json.loads((folder / "scores.json").read_text())
-    assert (report["images"], report["step"], set(report["tasks"])) == (34, None, {"caption", "vqa"})
+    assert (report["images"], report["step"], set(report["tasks"])) == (
+        34,
+        None,
+        {"caption", "vqa"},
+    )
     for task in report["tasks"].values():
         assert task["gate_images"] == 34
         assert task["verdict"] in ("image used", "image ignored", "not enough evidence")
-        assert {"true_loss_nats", "shuffled_loss_nats", "blank_loss_nats", "noise_loss_nats"} <= task.keys()
+        assert {
+            "true_loss_nats",
+            "shuffled_loss_nats",
+            "blank_loss_nats",
+            "noise_loss_nats",
+        } <= task.keys()
     assert report["tasks"]["vqa"]["accuracy"] is not None
     captions = json.loads((folder / "toy_test_captions.json").read_text())
     assert len({entry["image_id"] for entry in captions}) == 34
@@ -146,9 +193,14 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(folders, tmp_path):
         evaluate_published("Salesforce/instructblip-flan-t5-base", images)
     with pytest.raises(ConfigError, match="--data DIR"):
         evaluate_published(str(folders["llava"]), [])
-    with pytest.raises(ConfigError, match=r"cannot be loaded as an image-text-to-text model \(.*\): give a folder"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be loaded as an image-text-to-text model \(.*\): give a folder"
+    ):
         evaluate_published(str(tmp_path / "nowhere"), images)
-    with pytest.raises(ConfigError, match=r"override 'prompts\.vq=x': no key prompts\.vq; did you mean prompts\.vqa"):
+    with pytest.raises(
+        ConfigError,
+        match=r"override 'prompts\.vq=x': no key prompts\.vq; did you mean prompts\.vqa",
+    ):
         evaluate_published(str(folders["llava"]), images, overrides=["prompts.vq=x"])
     broken = tiny_llava(tmp_path / "broken")
     weights = safetensors.torch.load_file(broken / "model.safetensors")
@@ -161,6 +213,13 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(folders, tmp_path):
         safetensors.torch.save({"patches_PD": torch.zeros(1, 1)}),
         "safetensors",
     )
-    write_shards([row], tmp_path / "features", dataset="toy", split="test", kind="features", encoder={"kind": "clip"})
+    write_shards(
+        [row],
+        tmp_path / "features",
+        dataset="toy",
+        split="test",
+        kind="features",
+        encoder={"kind": "clip"},
+    )
     with pytest.raises(ConfigError, match="holds features: a published model needs images"):
         evaluate_published(str(folders["llava"]), [str(tmp_path / "features")])

@@ -1,6 +1,8 @@
-"""The gate on models that are trained here, each known to be sound or broken in one way: the verdict must say so.
+"""The gate on models that are trained here, each known to be sound or broken in one way: the
+verdict must say so.
 
-Features of four colours in real shards, a tiny language model trained whole; each broken one differs as its name says.
+Features of four colours in real shards, a tiny language model trained whole; each broken one
+differs as its name says.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from tiny_models import tiny_gpt2, tiny_t5
 
 COLOURS = ("red", "green", "blue", "white")
 PATCHES, WIDTH = 2, 64
-ENCODER = {"kind": "clip", "id": "toy", "hash": "toy", "layer": -2, "image_size": 32, "tokens": PATCHES, "width": WIDTH}
+ENCODER = {
+    "kind": "clip",
+    "id": "toy",
+    "hash": "toy",
+    "layer": -2,
+    "image_size": 32,
+    "tokens": PATCHES,
+    "width": WIDTH,
+}
 TRAIN, TEST = 32, 64  # images
 
 
@@ -40,20 +50,32 @@ def colour_of(index: int) -> str:
 def content(index: int) -> np.ndarray:
     """Patches that show a colour, each image in its own way."""
     noise_PD = np.random.default_rng(index).normal(size=(PATCHES, WIDTH))
-    return np.random.default_rng(10_000 + COLOURS.index(colour_of(index))).normal(size=WIDTH) + 0.5 * noise_PD
+    return (
+        np.random.default_rng(10_000 + COLOURS.index(colour_of(index))).normal(size=WIDTH)
+        + 0.5 * noise_PD
+    )
 
 
 def identity(index: int) -> np.ndarray:
     """Patches that name the image and show nothing of it."""
-    return np.broadcast_to(np.random.default_rng(20_000 + index).normal(size=WIDTH), (PATCHES, WIDTH)).copy()
+    return np.broadcast_to(
+        np.random.default_rng(20_000 + index).normal(size=WIDTH), (PATCHES, WIDTH)
+    ).copy()
 
 
-def write_set(folder, features: Callable[[int], np.ndarray], split: str, first: int, images: int) -> str:
+def write_set(
+    folder, features: Callable[[int], np.ndarray], split: str, first: int, images: int
+) -> str:
     def record(index: int) -> Record:
         colour = colour_of(index)
         texts = (
             Text(f"{index}a", "vqa", (colour,), "what colour is it?"),
-            Text(f"{index}b", "vqa", ("yes" if colour in COLOURS[:2] else "no",), "is it red or green?"),
+            Text(
+                f"{index}b",
+                "vqa",
+                ("yes" if colour in COLOURS[:2] else "no",),
+                "is it red or green?",
+            ),
             Text(f"{index}c", "caption", (f"a {colour} dress",)),
         )
         return Record(f"{index:04d}", "toy", split, str(index), texts)
@@ -101,10 +123,19 @@ def config_of(sets, language_models):
     def make(features="content", kind="t5", data=None, lm=None) -> Config:
         return Config(
             name="verdict",
-            data={"train": [{"path": sets[features][0]}], "test": [{"path": sets[features][1]}], **(data or {})},
+            data={
+                "train": [{"path": sets[features][0]}],
+                "test": [{"path": sets[features][1]}],
+                **(data or {}),
+            },
             model={
                 "bridge": {"kind": "mean_pool"},
-                "lm": {"kind": kind, "id": str(language_models[kind]), "tuning": "full", **(lm or {})},
+                "lm": {
+                    "kind": kind,
+                    "id": str(language_models[kind]),
+                    "tuning": "full",
+                    **(lm or {}),
+                },
             },
             prompts={"caption": "photo"},
             generate={"vqa": {"max_new_tokens": 6}, "caption": {"max_new_tokens": 10}},
@@ -121,11 +152,14 @@ def trained(
     change: Callable[[Batch], Batch] = lambda batch: batch,
     prepare: Callable[[VisionLanguageModel], object] = lambda model: None,
 ) -> VisionLanguageModel:
-    """A model after so many steps over all training images at once; `change` is done to each batch, `prepare` to the
-    model before the first."""
+    """A model after so many steps over all training images at once; `change` is done to each batch,
+    `prepare` to the model before the first.
+    """
     model = VisionLanguageModel.build(config, ENCODER).train()
     collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
-    loader = Loader([config.data.train[0].path], global_batch=TRAIN, decode=ImageDecoder(32, "crop", 1))
+    loader = Loader(
+        [config.data.train[0].path], global_batch=TRAIN, decode=ImageDecoder(32, "crop", 1)
+    )
     ((_, samples),) = loader.iterate(epochs=1)
     batch = collate(samples)
     model.bridge.calibrate(batch.features_IPD.float())
@@ -140,7 +174,9 @@ def trained(
     return model
 
 
-def gate(model: VisionLanguageModel, config: Config, split: str = "test", epochs: float | None = None):
+def gate(
+    model: VisionLanguageModel, config: Config, split: str = "test", epochs: float | None = None
+):
     """ImageUse by task."""
     (dataset,) = getattr(config.data, split)
     found = evaluate_model(model, [dataset.path], config, epochs=epochs)
@@ -164,7 +200,9 @@ def test_a_sound_model_uses_the_image(config_of):
     # The small gate: one text of each task and image, the model goes on training.
     model.train()
     for name, verdict in (("test", "image used"), ("train", "not enough evidence")):
-        looking = config.model_copy(update={"data": config.data.model_copy(update={"dev": getattr(config.data, name)})})
+        looking = config.model_copy(
+            update={"data": config.data.model_copy(update={"dev": getattr(config.data, name)})}
+        )
         small = small_set(model, looking)
         assert [(task, batch.images, len(batch.contexts)) for task, batch in small.batches] == [
             ("caption", 32, 32),
@@ -179,7 +217,9 @@ def test_a_sound_model_uses_the_image(config_of):
 
 def test_a_sound_model_stopped_too_early_gives_not_enough_evidence(config_of):
     config = config_of()
-    use = gate(trained(config, steps=2), config)["vqa"]  # its loss depends on the image by now, no answer does
+    use = gate(trained(config, steps=2), config)[
+        "vqa"
+    ]  # its loss depends on the image by now, no answer does
     assert use.verdict == "not enough evidence", use.reason
     assert "the loss depends on the image" in use.reason
     begun = trained(config, steps=0)
@@ -212,7 +252,9 @@ def test_a_bridge_cut_off_from_the_language_model_is_ignored(config_of):
 
 
 def test_labels_whose_padding_counts_as_eos_collapse_and_the_cause_is_named(config_of):
-    """The published failure: GPT-2, padding = EOS with weight in the labels, and a BOS in generation alone."""
+    """The published failure: GPT-2, padding = EOS with weight in the labels, and a BOS in
+    generation alone.
+    """
     padded = {"loss_on_padding": True, "max_target_tokens": 16}
     config = config_of(kind="gpt2", data=padded, lm={"bos": "generation_only"})
     uses = gate(trained(config, steps=10), config)
@@ -225,7 +267,9 @@ def test_labels_whose_padding_counts_as_eos_collapse_and_the_cause_is_named(conf
         assert padding in use.reason
 
 
-def test_a_model_that_reads_which_image_it_is_but_not_what_it_shows_is_not_found_to_use_images(config_of):
+def test_a_model_that_reads_which_image_it_is_but_not_what_it_shows_is_not_found_to_use_images(
+    config_of,
+):
     config = config_of("identity")
     model = trained(config, steps=40)
     new, known = gate(model, config, "test"), gate(model, config, "train")

@@ -1,4 +1,6 @@
-"""VQA accuracy against the official program's own figures, and the oddities of its text rules one by one."""
+"""VQA accuracy against the official program's own figures, and the oddities of its text rules one
+by one.
+"""
 
 import json
 
@@ -21,13 +23,24 @@ from harness.evaluate.vqa import (
 @pytest.mark.parametrize("who", ["first_human", "mca"])
 def test_every_figure_of_the_official_program_is_matched(shared_data, split, who):
     folder = shared_data / "vqav2"
-    annotations = json.loads((folder / f"v2_mscoco_{split}_annotations.json").read_text())["annotations"]
-    known = json.loads((folder / "known_answers" / f"OpenEnded_{split}_{who}_accuracy.json").read_text())
+    annotations = json.loads((folder / f"v2_mscoco_{split}_annotations.json").read_text())[
+        "annotations"
+    ]
+    known = json.loads(
+        (folder / "known_answers" / f"OpenEnded_{split}_{who}_accuracy.json").read_text()
+    )
     truths = [
-        VQATruth(str(a["question_id"]), tuple(x["answer"] for x in a["answers"]), a["answer_type"], a["question_type"])
+        VQATruth(
+            str(a["question_id"]),
+            tuple(x["answer"] for x in a["answers"]),
+            a["answer_type"],
+            a["question_type"],
+        )
         for a in annotations
     ]
-    scores = score(read_results(folder / "known_answers" / f"OpenEnded_{split}_{who}_results.json"), truths)
+    scores = score(
+        read_results(folder / "known_answers" / f"OpenEnded_{split}_{who}_results.json"), truths
+    )
     assert scores.overall == known["overall"]
     assert scores.per_answer_type == known["perAnswerType"]
     assert scores.per_question_type == known["perQuestionType"]

@@ -1,4 +1,6 @@
-"""Launch files and how processes are started by them: what accelerate, DeepSpeed and the shell make of each."""
+"""Launch files and how processes are started by them: what accelerate, DeepSpeed and the shell make
+of each.
+"""
 
 import argparse
 import os
@@ -45,7 +47,9 @@ def test_gpus_are_counted_and_all_of_them_used_unless_told_otherwise():
     line, environment = launcher.command([], None, environment={})
     assert line[line.index("--num_processes") + 1] == "2"
     assert "ACCELERATE_USE_CPU" not in environment
-    with pytest.raises(ConfigError, match="--processes 3: this machine has 2 GPUs; expected 1 to 2"):
+    with pytest.raises(
+        ConfigError, match="--processes 3: this machine has 2 GPUs; expected 1 to 2"
+    ):
         launcher.command([], 3, environment={})
 
 
@@ -65,8 +69,12 @@ def test_two_processes_really_start_and_the_exit_code_comes_back(tmp_path, monke
     }
 
 
-def test_a_failed_run_gives_back_its_own_words_and_no_traceback_of_the_launcher(tmp_path, monkeypatch, capfd):
-    (tmp_path / "probe.py").write_text("import sys\nprint('harness: no', file=sys.stderr)\nsys.exit(2)\n")
+def test_a_failed_run_gives_back_its_own_words_and_no_traceback_of_the_launcher(
+    tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "probe.py").write_text(
+        "import sys\nprint('harness: no', file=sys.stderr)\nsys.exit(2)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert launcher.launch([], 1, module="probe") != 0
     assert capfd.readouterr().err == "harness: no\n"
@@ -87,7 +95,11 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, proces
         "sys.exit(launch([sys.argv[1]], COUNT, module='probe'))"
     )
     program = program.replace("COUNT", str(processes))
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{os.getcwd()}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("started*"))) < processes and time.monotonic() < deadline:
@@ -97,14 +109,16 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, proces
     assert len(list(tmp_path.glob("saved*"))) == processes
 
 
-# ---- the files, read by us, by accelerate and by DeepSpeed -----------------------------------------------------------
+# ---- the files, read by us, by accelerate and by DeepSpeed ---------------------------------------
 
 FILES = sorted((shipped("launch") / "accelerate").glob("*.yaml"))
 ZERO = ("zero2", "zero2_offload", "zero3_offload")
 
 
 def accelerated(file: Path, *flags: str) -> tuple[dict[str, str], argparse.Namespace]:
-    """What `accelerate launch --config_file FILE FLAGS -m harness.train` would start: environment and arguments."""
+    """What `accelerate launch --config_file FILE FLAGS -m harness.train` would start: environment
+    and arguments.
+    """
     from accelerate.commands import launch as accelerate
     from accelerate.utils import launch as environments
 
@@ -131,22 +145,36 @@ def test_accelerate_takes_every_launch_file_as_we_do(file, monkeypatch):
     environment, args = accelerated(file, *flags)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert environment.get("ACCELERATE_DYNAMO_BACKEND", "NO") == "NO"
-    assert environment.get("ACCELERATE_USE_CPU", "False") == "False"  # beside DeepSpeed it would give plain DDP
+    assert (
+        environment.get("ACCELERATE_USE_CPU", "False") == "False"
+    )  # beside DeepSpeed it would give plain DDP
     assert (args.multi_gpu or args.use_deepspeed) is not launch.single
     assert ("ACCELERATE_USE_DEEPSPEED" in environment) == (file.stem in ZERO)
     assert args.num_processes == (16 if flags else launch.processes or "gpu")
     if file.stem in ZERO:
-        assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == f"launch/deepspeed/{file.stem}.json"
+        assert (
+            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == f"launch/deepspeed/{file.stem}.json"
+        )
         assert environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
     if file.stem == "cpu":
         assert set(environment["CUDA_VISIBLE_DEVICES"].split(",")) == {"-1"}
 
 
 @pytest.mark.parametrize(
-    ("name", "with_zero"), [("multi_node", False), ("multi_node", True), *((n, False) for n in ZERO)]
+    ("name", "with_zero"),
+    [("multi_node", False), ("multi_node", True), *((n, False) for n in ZERO)],
 )
 def test_several_machines_run_torchrun_on_each_with_ddp_and_with_deepspeed(name, with_zero):
-    flags = ["--num_machines", "4", "--machine_rank", "3", "--main_process_ip", "10.0.0.1", "--num_processes", "32"]
+    flags = [
+        "--num_machines",
+        "4",
+        "--machine_rank",
+        "3",
+        "--main_process_ip",
+        "10.0.0.1",
+        "--num_processes",
+        "32",
+    ]
     flags += ["--main_process_port", "29511"]
     if with_zero:
         flags += ["--use_deepspeed", "--deepspeed_config_file", "launch/deepspeed/zero2.json"]
@@ -166,17 +194,27 @@ def test_deepspeed_takes_every_json_with_the_stage_that_was_asked_for(name, monk
         def get_data_parallel_world_size(self):
             return 2
 
-    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)  # it looks for the world size after that alone
+    monkeypatch.setattr(
+        "deepspeed.comm.get_rank", lambda: 0
+    )  # it looks for the world size after that alone
     for stage in (None, 3) if name == "zero3_offload" else (None, 1, 2, 3):
         launch = launcher.read_launch(name, stage)
         environment, _ = accelerated(launch.file, *(["--zero_stage", str(stage)] if stage else []))
         for key, value in environment.items():
             if key.startswith("ACCELERATE_DEEPSPEED") or key == "ACCELERATE_CONFIG_DS_FIELDS":
                 monkeypatch.setenv(key, value)
-        plugin = DeepSpeedPlugin(hf_ds_config=str(launcher.deepspeed_file(f"launch/deepspeed/{name}.json")))
-        assert not {"fp16", "bf16", "torch_autocast"} & plugin.deepspeed_config.keys()  # they would cast `wo`
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=str(launcher.deepspeed_file(f"launch/deepspeed/{name}.json"))
+        )
+        assert (
+            not {"fp16", "bf16", "torch_autocast"} & plugin.deepspeed_config.keys()
+        )  # they would cast `wo`
         assert plugin.zero3_init_flag is False
-        config = {**plugin.deepspeed_config, "train_micro_batch_size_per_gpu": 1, "steps_per_print": 100}
+        config = {
+            **plugin.deepspeed_config,
+            "train_micro_batch_size_per_gpu": 1,
+            "steps_per_print": 100,
+        }
         read = DeepSpeedConfig(config, mpu=TwoProcesses())
         assert (read.train_batch_size, read.zero_config.stage) == (2, launch.zero_stage)
         for ours, theirs in (
@@ -184,17 +222,27 @@ def test_deepspeed_takes_every_json_with_the_stage_that_was_asked_for(name, monk
             (launch.offload_parameters, read.zero_config.offload_param),
         ):
             assert ours == (theirs is not None and theirs.device == "cpu")
-        assert read.zero_config.reduce_bucket_size == 50_000_000  # nothing is spelled wrong: DeepSpeed refuses others
+        assert (
+            read.zero_config.reduce_bucket_size == 50_000_000
+        )  # nothing is spelled wrong: DeepSpeed refuses others
 
 
 def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     zero2 = launcher.read_launch("launch/accelerate/zero2.yaml")
     assert zero2 == launcher.read_launch("zero2") == launcher.read_launch(str(zero2.file))
-    assert (zero2.zero_stage, zero2.offload_optimizer, zero2.offload_parameters) == (2, False, False)
+    assert (zero2.zero_stage, zero2.offload_optimizer, zero2.offload_parameters) == (
+        2,
+        False,
+        False,
+    )
     assert launcher.read_launch("zero2", 1).zero_stage == 1
     offload = launcher.read_launch("zero3_offload")
-    assert (offload.zero_stage, offload.offload_optimizer, offload.offload_parameters) == (3, True, True)
+    assert (offload.zero_stage, offload.offload_optimizer, offload.offload_parameters) == (
+        3,
+        True,
+        True,
+    )
     assert launcher.read_launch(None) == launcher.Launch()
 
     (tmp_path / "mine.yaml").write_text(  # as `accelerate config` writes it
@@ -202,7 +250,12 @@ def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, mo
         "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none}\n"
     )
     mine = launcher.read_launch("mine.yaml")
-    assert (mine.processes, mine.zero_stage, mine.offload_optimizer, mine.offload_parameters) == (4, 3, True, False)
+    assert (mine.processes, mine.zero_stage, mine.offload_optimizer, mine.offload_parameters) == (
+        4,
+        3,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +273,9 @@ def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, mo
         ("many.yaml", None, "ZeRO has the stages 0 to 3, found 7"),
     ],
 )
-def test_a_launch_file_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, name, stage, said):
+def test_a_launch_file_that_cannot_be_used_is_one_sentence(
+    tmp_path, monkeypatch, name, stage, said
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [\n")
@@ -233,7 +288,7 @@ def test_a_launch_file_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch
     assert "\n" not in str(refused.value)
 
 
-# ---- the command line that harness train starts ----------------------------------------------------------------------
+# ---- the command line that harness train starts --------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [None, "cpu", "t4", "multi_gpu", *ZERO])
@@ -245,7 +300,9 @@ def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeyp
     given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # some platforms export them
     processes = 1 if launch.single else 2
     line, environment = launcher.command([], processes, launch=launch, environment=given)
-    started, args = accelerated(Path(line[line.index("--config_file") + 1]), *line[6 : line.index("-m", 3)])
+    started, args = accelerated(
+        Path(line[line.index("--config_file") + 1]), *line[6 : line.index("-m", 3)]
+    )
     assert ("ACCELERATE_USE_CPU" in environment) is (launch.zero_stage is None)
     assert "ACCELERATE_USE_DEEPSPEED" not in environment  # accelerate sets it
     assert not {"MASTER_ADDR", "MASTER_PORT"} & environment.keys()
@@ -264,8 +321,12 @@ def test_what_this_machine_cannot_start_is_refused(monkeypatch):
         launcher.command([], 2, launch=launcher.read_launch("t4"), environment={})
     with pytest.raises(ConfigError, match=r"is for 2 machines .* use launch/slurm\.sbatch"):
         launcher.command([], 2, launch=launcher.read_launch("multi_node"), environment={})
-    _, environment = launcher.command([], 4, launch=launcher.read_launch("cpu"), environment={})  # hides the GPUs
+    _, environment = launcher.command(
+        [], 4, launch=launcher.read_launch("cpu"), environment={}
+    )  # hides the GPUs
     assert environment["ACCELERATE_USE_CPU"] == "true"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install 'vl-harness\[deepspeed\]'"):
+    with pytest.raises(
+        ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install 'vl-harness\[deepspeed\]'"
+    ):
         launcher.command([], 2, launch=launcher.read_launch("zero2"), environment={})

@@ -14,7 +14,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def test_a_t4_keeps_the_language_model_out_of_fp16_autocast():
     precision = choose("auto", GPU, T4)
     assert (precision.vision, precision.bridge, precision.lm) == (FP16, FP16, None)
-    assert (precision.compute_dtype, precision.lm_dtype, precision.loss_scaler) == (FP16, FP32, True)
+    assert (precision.compute_dtype, precision.lm_dtype, precision.loss_scaler) == (
+        FP16,
+        FP32,
+        True,
+    )
     assert "7.5 has no native bf16" in precision.reason
 
 
@@ -27,20 +31,39 @@ def test_a_gpu_with_bf16_uses_it_for_all_parts_without_a_scaler(capability):
 
 def test_the_cpu_computes_in_fp32():
     precision = choose("auto", CPU)
-    assert (precision.vision, precision.bridge, precision.lm, precision.compute_dtype) == (None, None, None, FP32)
+    assert (precision.vision, precision.bridge, precision.lm, precision.compute_dtype) == (
+        None,
+        None,
+        None,
+        FP32,
+    )
     assert not precision.loss_scaler
 
 
 def test_fp16_on_a_gpu_with_bf16_is_the_policy_of_a_t4():
     asked, t4 = choose("fp16", GPU, A100), choose("auto", GPU, T4)
-    assert (asked.lm, asked.compute_dtype, asked.loss_scaler) == (t4.lm, t4.compute_dtype, t4.loss_scaler)
+    assert (asked.lm, asked.compute_dtype, asked.loss_scaler) == (
+        t4.lm,
+        t4.compute_dtype,
+        t4.loss_scaler,
+    )
 
 
 @pytest.mark.parametrize(
     ("requested", "device", "capability", "words"),
     [
-        ("bf16", GPU, T4, "is bf16, but a GPU of compute capability 7.5 has no native bf16: use auto, fp16 or fp32"),
-        ("fp16", CPU, None, "is fp16, but the device 'cpu' does not train in fp16: use auto or fp32"),
+        (
+            "bf16",
+            GPU,
+            T4,
+            "is bf16, but a GPU of compute capability 7.5 has no native bf16: use auto, fp16 or fp32",
+        ),
+        (
+            "fp16",
+            CPU,
+            None,
+            "is fp16, but the device 'cpu' does not train in fp16: use auto or fp32",
+        ),
         ("fp16", torch.device("mps"), None, "the device 'mps' does not train in fp16"),
     ],
 )

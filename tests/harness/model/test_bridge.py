@@ -9,8 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration
 
 from harness.checks import check_models
-from harness.config.schema import Bridge as BridgeConfig
-from harness.config.schema import Config, LanguageModel, Model
+from harness.config.schema import BridgeConfig, Config, LanguageModelConfig, ModelConfig
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
@@ -31,15 +30,22 @@ def bridge(kind: str, **settings) -> Bridge:
     torch.manual_seed(0)
     small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4}
     return Bridge(
-        BridgeConfig(kind=kind, **(small | settings)), patch_width=24, lm_width=64, patches=7, embedding_rms=9.5
+        BridgeConfig(kind=kind, **(small | settings)),
+        patch_width=24,
+        lm_width=64,
+        patches=7,
+        embedding_rms=9.5,
     )
 
 
 @pytest.mark.parametrize(("kind", "tokens"), KINDS.items())
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_calibrated_tokens_are_centred_and_have_the_scale_of_the_lms_embeddings(kind, tokens, scale):
+def test_calibrated_tokens_are_centred_and_have_the_scale_of_the_lms_embeddings(
+    kind, tokens, scale
+):
     made = bridge(kind)
-    # Channels of very different size, and much that all images have in common, as CLIP's inner layers have.
+    # Channels of very different size, and much that all images have in common, as CLIP's inner
+    # layers have.
     patches_IPD = scale * (torch.randn(16, 7, 24) * torch.logspace(-2, 1, 24) + 3 * torch.randn(24))
     made.calibrate(patches_IPD)
     out_IQD = made(patches_IPD)
@@ -71,7 +77,10 @@ def test_every_parameter_gets_a_gradient_and_each_image_only_its_own(kind):
 
 
 def test_the_queries_look_at_the_image_in_every_nth_layer():
-    every, second = bridge("qformer", layers=4), bridge("qformer", layers=4, cross_attention_frequency=2)
+    every, second = (
+        bridge("qformer", layers=4),
+        bridge("qformer", layers=4, cross_attention_frequency=2),
+    )
 
     def looking(made: Bridge) -> list[int]:
         layers = made.body.qformer.encoder.layer
@@ -102,13 +111,19 @@ def test_counterfactual_tokens_are_other_rows_or_none_and_leave_the_true_ones_al
     assert true.token_row_of_C.tolist() == [0, 0, 1]
 
 
-# ---- a Q-Former that reads the question ----------------------------------------------------------------------------
+# ---- a Q-Former that reads the question ----------------------------------------------------------
 
 
 def aware(**settings) -> Bridge:
     torch.manual_seed(0)
     small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "question_aware": True}
-    sizes = {"patch_width": 24, "lm_width": 64, "patches": 7, "embedding_rms": 9.5, "vocabulary": 50}
+    sizes = {
+        "patch_width": 24,
+        "lm_width": 64,
+        "patches": 7,
+        "embedding_rms": 9.5,
+        "vocabulary": 50,
+    }
     return Bridge(BridgeConfig(**(small | settings)), **sizes).eval()
 
 
@@ -122,7 +137,11 @@ def test_a_question_aware_bridge_reads_the_words_and_not_their_padding():
     alone = made(patches_NPD[:1], ids_NL[2:, :2], mask_NL[2:, :2])
     torch.testing.assert_close(out_NQD[2:], alone, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match=r"data.max_prompt_tokens: a prompt has 513 tokens"):
-        made(patches_NPD[:1], torch.zeros(1, 513, dtype=torch.long), torch.ones(1, 513, dtype=torch.bool))
+        made(
+            patches_NPD[:1],
+            torch.zeros(1, 513, dtype=torch.long),
+            torch.ones(1, 513, dtype=torch.bool),
+        )
 
 
 def test_every_trained_parameter_of_a_question_aware_bridge_gets_a_gradient():
@@ -132,7 +151,9 @@ def test_every_trained_parameter_of_a_question_aware_bridge_gets_a_gradient():
     made(torch.randn(2, 7, 24), ids_NL, ids_NL >= 0).pow(3).sum().backward()
     silent = [n for n, p in made.named_parameters() if p.requires_grad and p.grad is None]
     assert silent == []
-    assert sum(not p.requires_grad for p in made.parameters()) == 6, "the last layer's feed-forward of the words"
+    assert sum(not p.requires_grad for p in made.parameters()) == 6, (
+        "the last layer's feed-forward of the words"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +178,16 @@ def test_each_context_has_its_own_tokens_and_another_image_leaves_it_its_questio
     model = VisionLanguageModel.from_pretrained(checkpoint / "model")
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     loader = Loader([config.data.train[0].path], global_batch=4, shuffle=False, decode=decode)
-    batch = Collator(model.tokenizer, config.data, config.prompts, training=False)(next(loader.iterate())[1])
+    batch = Collator(model.tokenizer, config.data, config.prompts, training=False)(
+        next(loader.iterate())[1]
+    )
     tokens = model.bridge_tokens(batch)
     contexts = len(batch.contexts)
     assert contexts > batch.images
-    assert (len(tokens.tokens_NQD), tokens.token_row_of_C.tolist()) == (contexts, list(range(contexts)))
+    assert (len(tokens.tokens_NQD), tokens.token_row_of_C.tolist()) == (
+        contexts,
+        list(range(contexts)),
+    )
     swapped = exchanged(model, batch, tokens, (batch.image_of_C + 1) % batch.images)
     patches = model.patch_tokens(batch)
     last = contexts - 1
@@ -173,14 +199,19 @@ def test_each_context_has_its_own_tokens_and_another_image_leaves_it_its_questio
     torch.testing.assert_close(swapped.tokens_NQD[last:], expected, atol=1e-4, rtol=1e-4)
 
 
-# ---- started from others' weights ----------------------------------------------------------------------------------
+# ---- started from others' weights ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(5)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     BertForMaskedLM(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
     return folder
 
@@ -190,13 +221,34 @@ def blip2(tmp_path_factory) -> Path:
     """A whole tiny BLIP-2, whose encoder is 24 wide."""
     folder = tmp_path_factory.mktemp("blip2")
     torch.manual_seed(6)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
-    qformer = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    text = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    qformer = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     config = Blip2Config(
         vision_config={**sizes, "image_size": 16, "patch_size": 8},
         qformer_config={**qformer, "encoder_hidden_size": 24, "cross_attention_frequency": 2},
-        text_config={"model_type": "opt", **text, "word_embed_proj_dim": 16, "max_position_embeddings": 16},
+        text_config={
+            "model_type": "opt",
+            **text,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 16,
+        },
         num_query_tokens=4,
     )
     model = Blip2ForConditionalGeneration(config)
@@ -215,7 +267,9 @@ def test_a_qformer_started_from_bert_has_its_attention_and_its_own_look_at_the_i
     said = started(bert, made)
     theirs = BertForMaskedLM.from_pretrained(bert).bert.encoder.layer
     for layer, source in zip(made.body.qformer.encoder.layer, theirs[:2], strict=True):
-        assert torch.equal(layer.attention.attention.value.weight, source.attention.self.value.weight)
+        assert torch.equal(
+            layer.attention.attention.value.weight, source.attention.self.value.weight
+        )
         assert torch.equal(layer.output_query.dense.weight, source.output.dense.weight)
         assert torch.equal(layer.output_query.LayerNorm.bias, source.output.LayerNorm.bias)
     same = [name for name, value in made.state_dict().items() if torch.equal(value, before[name])]
@@ -243,7 +297,9 @@ def test_a_qformer_started_from_a_published_blip2_says_what_that_one_says(blip2,
 
 
 def rewritten(folder: Path, out: Path, sharded: bool) -> Path:
-    """The same model as pytorch_model.bin, or as two shards of which one holds nothing of the Q-Former."""
+    """The same model as pytorch_model.bin, or as two shards of which one holds nothing of the
+    Q-Former.
+    """
     model = Blip2ForConditionalGeneration.from_pretrained(folder)
     if sharded:
         model.save_pretrained(out, max_shard_size="60KB")
@@ -256,10 +312,18 @@ def rewritten(folder: Path, out: Path, sharded: bool) -> Path:
 
 def test_keys_for_an_encoder_of_another_width_stay_random_and_are_counted(blip2):
     torch.manual_seed(0)
-    small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "cross_attention_frequency": 2}
+    small = {
+        "query_tokens": 4,
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "cross_attention_frequency": 2,
+    }
     made = Bridge(BridgeConfig(**small), patch_width=20, lm_width=64, patches=7, embedding_rms=1.0)
     said = started(blip2, made, cross_attention_frequency=2)
-    assert said.endswith(" 2 start at random"), "key and value of the one layer that looks at the image"
+    assert said.endswith(" 2 start at random"), (
+        "key and value of the one layer that looks at the image"
+    )
     theirs = Blip2ForConditionalGeneration.from_pretrained(blip2)
     assert torch.equal(made.body.query_tokens, theirs.query_tokens)
 
@@ -268,7 +332,9 @@ def test_a_question_aware_qformer_starts_from_bert_but_for_the_words(bert):
     made = aware()
     started(bert, made, question_aware=True)
     theirs = BertForMaskedLM.from_pretrained(bert).bert
-    assert torch.equal(made.body.qformer.embeddings.layernorm.weight, theirs.embeddings.LayerNorm.weight)
+    assert torch.equal(
+        made.body.qformer.embeddings.layernorm.weight, theirs.embeddings.LayerNorm.weight
+    )
     layer, source = made.body.qformer.encoder.layer[1], theirs.encoder.layer[1]
     assert torch.equal(layer.intermediate_query.dense.weight, source.intermediate.dense.weight)
     assert not torch.equal(layer.intermediate.dense.weight, source.intermediate.dense.weight)
@@ -280,7 +346,10 @@ def test_a_question_aware_qformer_starts_from_bert_but_for_the_words(bert):
         ({"query_tokens": 8}, "has 4 query tokens; set model.bridge.query_tokens=4"),
         ({"heads": 8}, "has 4 heads, this bridge 8; set model.bridge.heads=4"),
         ({"layers": 3}, "has 2 layers, this bridge 3; set model.bridge.layers=2"),
-        ({"cross_attention_frequency": 1}, "lacks encoder.layer.1.crossattention.attention.query.weight; set"),
+        (
+            {"cross_attention_frequency": 1},
+            "lacks encoder.layer.1.crossattention.attention.query.weight; set",
+        ),
         ({"width": 64}, "this bridge's is (64,); set model.bridge.width=32"),
     ],
 )
@@ -302,13 +371,16 @@ def test_a_folder_that_holds_neither_is_told(tmp_path, tiny_t5_folder):
         started(tmp_path, bridge("qformer"))
 
 
-def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(bert, tmp_path, tiny_clip_folder, tiny_t5_folder):
+def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(
+    bert, tmp_path, tiny_clip_folder, tiny_t5_folder
+):
     config = make_config(tmp_path, tiny_clip_folder, tiny_t5_folder, dev=False, max_steps=1)
     folder = shutil.copytree(bert, tmp_path / "bert")
     built = VisionLanguageModel.build(changed(config, bridge={"init_from": str(folder)}))
     theirs = BertForMaskedLM.from_pretrained(folder).bert.encoder.layer[0]
     assert torch.equal(
-        built.bridge.body.qformer.encoder.layer[0].attention.attention.key.weight, theirs.attention.self.key.weight
+        built.bridge.body.qformer.encoder.layer[0].attention.attention.key.weight,
+        theirs.attention.self.key.weight,
     )
     built.save_pretrained(tmp_path / "saved")
     shutil.rmtree(folder)
@@ -316,7 +388,9 @@ def test_a_run_starts_from_them_and_its_model_is_loaded_without_them(bert, tmp_p
 
 
 @pytest.mark.parametrize("place", ["runs/nowhere", "/nowhere", "nobody/no-such-model"])
-def test_start_weights_that_are_not_there_are_told_before_anything_is_started(place, tiny_t5_folder):
-    lm, bridge = LanguageModel(id=str(tiny_t5_folder)), BridgeConfig(init_from=place)
+def test_start_weights_that_are_not_there_are_told_before_anything_is_started(
+    place, tiny_t5_folder
+):
+    lm, bridge = LanguageModelConfig(id=str(tiny_t5_folder)), BridgeConfig(init_from=place)
     with pytest.raises(ConfigError, match=rf"^model.bridge.init_from: .*{place}"):
-        check_models(Config(name="x", model=Model(lm=lm, bridge=bridge)), with_vision=False)
+        check_models(Config(name="x", model=ModelConfig(lm=lm, bridge=bridge)), with_vision=False)

@@ -1,6 +1,8 @@
-"""fp16 as a T4 computes it, by the very scaler and loop of a GPU run, on a T5 whose feed-forward exceeds fp16's range.
+"""fp16 as a T4 computes it, by the very scaler and loop of a GPU run, on a T5 whose feed-forward
+exceeds fp16's range.
 
-The CPU has fp16 autocast and the GradScaler too: only the choice of the precision, refused to users there, is replaced.
+The CPU has fp16 autocast and the GradScaler too: only the choice of the precision, refused to users
+there, is replaced.
 """
 
 import json
@@ -27,7 +29,8 @@ from toy_runs import losses, make_config
 T4 = replace(choose("auto", torch.device("cuda"), (7, 5)), device_type="cpu")
 FP32 = choose("fp32", torch.device("cpu"))
 LARGEST = torch.finfo(torch.float16).max
-# Not `wo`: a LoRA matrix fed with values of 100,000 makes 16 steps chaotic. Two fp32 runs whose `wi` differ by 0.05%
+# Not `wo`: a LoRA matrix fed with values of 100,000 makes 16 steps chaotic. Two fp32 runs whose
+# `wi` differ by 0.05%
 # are 10% apart then, and nothing could be said of fp16.
 TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1")
 STEPS = 16
@@ -35,7 +38,9 @@ STEPS = 16
 
 @pytest.fixture(scope="module")
 def overflowing_t5(tiny_t5_folder, tmp_path_factory):
-    """`wi` x 100 makes the product before `wo` exceed fp16; `wo` / 1000 leaves a model that can still learn."""
+    """`wi` x 100 makes the product before `wo` exceed fp16; `wo` / 1000 leaves a model that can
+    still learn.
+    """
     folder = shutil.copytree(tiny_t5_folder, tmp_path_factory.mktemp("fp16") / "t5")
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
@@ -48,7 +53,9 @@ def overflowing_t5(tiny_t5_folder, tmp_path_factory):
 def config_of(tmp_path, tiny_clip_folder, overflowing_t5, monkeypatch):
     def make(name="run", precision=T4, targets=TARGETS, **settings):
         monkeypatch.setattr(engines, "choose", lambda *_: precision)
-        config = make_config(tmp_path, tiny_clip_folder, overflowing_t5, name, False, **{"epochs": 4, **settings})
+        config = make_config(
+            tmp_path, tiny_clip_folder, overflowing_t5, name, False, **{"epochs": 4, **settings}
+        )
         lora = config.model.lm.lora.model_copy(update={"targets": targets})
         lm = config.model.lm.model_copy(update={"lora": lora})
         return config.model_copy(update={"model": config.model.model_copy(update={"lm": lm})})
@@ -57,12 +64,18 @@ def config_of(tmp_path, tiny_clip_folder, overflowing_t5, monkeypatch):
 
 
 def logged(config, name):
-    rows = [json.loads(line) for line in (config.out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [float(row["values"][f"train/{name}"]) for row in rows if f"train/{name}" in row["values"]]
+    rows = [
+        json.loads(line) for line in (config.out_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        float(row["values"][f"train/{name}"]) for row in rows if f"train/{name}" in row["values"]
+    ]
 
 
 def steps_taken(config) -> set[float]:
-    """The optimizer's own count, over all that is trained: finite losses alone would not tell that something moved."""
+    """The optimizer's own count, over all that is trained: finite losses alone would not tell that
+    something moved.
+    """
     moments = checkpoints.newest(config.out_dir).optimizer()
     return {value.item() for name, value in moments.items() if name.startswith("step/")}
 
@@ -84,7 +97,9 @@ def when_built(monkeypatch, change) -> None:
 
 
 def feed_forwards(model) -> dict:
-    return {name: module for name, module in model.named_modules() if name.endswith("DenseReluDense")}
+    return {
+        name: module for name, module in model.named_modules() if name.endswith("DenseReluDense")
+    }
 
 
 def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
@@ -94,7 +109,9 @@ def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
 
     def watch(model):
         for part in feed_forwards(model).values():
-            part.wo.register_forward_pre_hook(lambda _, given: peaks.append(given[0].abs().max().item()))
+            part.wo.register_forward_pre_hook(
+                lambda _, given: peaks.append(given[0].abs().max().item())
+            )
 
     when_built(monkeypatch, watch)
     config = config_of("fp16")
@@ -107,13 +124,19 @@ def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
     assert found != expected, "nothing was computed in fp16"
     assert logged(config, "skipped_steps")[-1] == 0
     assert steps_taken(config) == {STEPS}
-    assert checkpoints.newest(config.out_dir).state["scaler"]["_growth_tracker"] == STEPS  # in a row, the scaler says
+    assert (
+        checkpoints.newest(config.out_dir).state["scaler"]["_growth_tracker"] == STEPS
+    )  # in a row, the scaler says
     weights = load_file(checkpoints.newest(config.out_dir).model / "model.safetensors")
-    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name), "LoRA's B starts as zeros"
+    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name), (
+        "LoRA's B starts as zeros"
+    )
 
 
 def test_lora_on_wo_as_by_default_gets_the_gradient_of_fp32(config_of):
-    configs = [config_of(name, kind, "all_linear", max_steps=1) for name, kind in (("a", FP32), ("b", T4))]
+    configs = [
+        config_of(name, kind, "all_linear", max_steps=1) for name, kind in (("a", FP32), ("b", T4))
+    ]
     for config, precision in zip(configs, (FP32, T4), strict=True):
         config_of("again", precision)
         train.run(config)
@@ -131,15 +154,22 @@ def halve_wo(model):
     [(replace(T4, lm=torch.float16), lambda model: None), (T4, halve_wo)],
     ids=["the language model under autocast", "wo in fp16"],
 )
-def test_any_other_policy_learns_nothing_and_the_run_stops(config_of, monkeypatch, precision, change):
+def test_any_other_policy_learns_nothing_and_the_run_stops(
+    config_of, monkeypatch, precision, change
+):
     when_built(monkeypatch, change)
     config = config_of(precision=precision, max_skipped_in_a_row=3)
-    with pytest.raises(GuardError, match=r"3 steps in a row .* of the last one: the (input|output) of lm\.lm\..*\.wo"):
+    with pytest.raises(
+        GuardError,
+        match=r"3 steps in a row .* of the last one: the (input|output) of lm\.lm\..*\.wo",
+    ):
         train.run(config)
     assert steps_taken(config) == set()
 
 
-def test_an_overflow_on_purpose_is_counted_and_said_and_the_run_learns_on(config_of, monkeypatch, capfd):
+def test_an_overflow_on_purpose_is_counted_and_said_and_the_run_learns_on(
+    config_of, monkeypatch, capfd
+):
     scale_at_first(monkeypatch, 2.0**22)
     config = config_of()
     train.run(config)
@@ -161,7 +191,9 @@ def test_an_overflow_on_purpose_is_counted_and_said_and_the_run_learns_on(config
 def test_a_run_that_skips_every_step_stops(config_of, monkeypatch):
     scale_at_first(monkeypatch, 2.0**120)
     config = config_of(max_skipped_in_a_row=4)
-    with pytest.raises(GuardError, match=r"4 steps in a row .* the gradient of .* \(loss scale 8\.3\d+e\+34\)"):
+    with pytest.raises(
+        GuardError, match=r"4 steps in a row .* the gradient of .* \(loss scale 8\.3\d+e\+34\)"
+    ):
         train.run(config)
     assert logged(config, "skipped_steps") == [1, 2, 3]
 
@@ -176,21 +208,35 @@ def test_the_engine_leaves_wo_norms_and_embeddings_in_fp32(config_of):
         whole = {
             name: parameter.dtype
             for name, parameter in part.named_parameters()
-            if any(word in name for word in (".wo.", "norm", "shared", "lm_head", "relative_attention_bias", "bridge."))
+            if any(
+                word in name
+                for word in (
+                    ".wo.",
+                    "norm",
+                    "shared",
+                    "lm_head",
+                    "relative_attention_bias",
+                    "bridge.",
+                )
+            )
         }
         assert len(whole) > 20
         assert set(whole.values()) == {torch.float32}
     for language in (model.lm.t5.encoder, model.lm.t5.decoder):
-        seen = {layer.compute_dtype for layer in language.modules() if hasattr(layer, "compute_dtype")}
+        seen = {
+            layer.compute_dtype for layer in language.modules() if hasattr(layer, "compute_dtype")
+        }
         assert seen == {torch.float16}
 
 
-# ---- what overflowed first -------------------------------------------------------------------------------------------
+# ---- what overflowed first -----------------------------------------------------------------------
 
 
 def first_batch(config, model):
     loader = prepare.make_loader(config, None)
-    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(next(loader.iterate())[1])
+    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(
+        next(loader.iterate())[1]
+    )
 
 
 def diagnosed(config, precision=T4, change=lambda model: None, scale=1.0):
@@ -230,7 +276,10 @@ def test_the_first_place_that_overflows_is_named(config_of, changes, change, wha
 
 
 def test_what_is_broken_in_the_weights_is_named_first(config_of):
-    assert diagnosed(config_of(), change=poison("bridge.projection.gain_D")) == "the weight bridge.projection.gain_D"
+    assert (
+        diagnosed(config_of(), change=poison("bridge.projection.gain_D"))
+        == "the weight bridge.projection.gain_D"
+    )
 
 
 def test_a_loss_scale_that_is_too_large_is_told_by_a_gradient(config_of):

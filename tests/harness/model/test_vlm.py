@@ -1,4 +1,6 @@
-"""The three parts put together: what is trained, what is saved, and that a saved model is the same model."""
+"""The three parts put together: what is trained, what is saved, and that a saved model is the same
+model.
+"""
 
 import json
 import shutil
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModel, T5Config, T5ForConditionalGenera
 
 import toy_batch
 from harness import checkpoint
-from harness.config.schema import Config, Decoding
+from harness.config.schema import Config, DecodingConfig
 from harness.errors import ConfigError
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 from harness.train.guards import GradientGuard, frozen_hash
@@ -29,20 +31,26 @@ def with_pixels(t5: Path, clip: Path, tuning: str = "qlora", **model) -> Config:
     return Config(name="saved", model={"vision": vision, "bridge": bridge, "lm": lm} | model)
 
 
-# ---- what is trained -------------------------------------------------------------------------------------------------
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["qformer", "mean_pool", "linear"])
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("trainable", [True, False])
-def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_t5_folder, tuning, kind, trainable):
+def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(
+    tiny_t5_folder, tuning, kind, trainable
+):
     bridge = {"kind": kind, "trainable": trainable}
-    model = VisionLanguageModel.build(toy_batch.config(tiny_t5_folder, bridge=bridge, tuning=tuning), toy_batch.ENCODER)
+    model = VisionLanguageModel.build(
+        toy_batch.config(tiny_t5_folder, bridge=bridge, tuning=tuning), toy_batch.ENCODER
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     everything = {name for name, _ in model.named_parameters()}
     bridge_names = {name for name in everything if name.startswith("bridge.")}
     lm_names = everything - bridge_names
-    expected = {"frozen": set(), "full": lm_names}.get(tuning, {name for name in lm_names if ".lora_" in name})
+    expected = {"frozen": set(), "full": lm_names}.get(
+        tuning, {name for name in lm_names if ".lora_" in name}
+    )
     assert bool(expected) == (tuning != "frozen")
     assert trained == expected | (bridge_names if trainable else set())
     if not trained:
@@ -84,7 +92,9 @@ def test_image_tokens_have_the_scale_of_the_embeddings_and_both_are_told(tiny_t5
     model.bridge.calibrate(model.patch_tokens(batch))
     scales = model.scales(batch)
     embeddings = load_file(tiny_t5_folder / "model.safetensors")["shared.weight"]
-    assert scales["embedding_rms"] == pytest.approx(embeddings.pow(2).mean().sqrt().item(), rel=1e-5)
+    assert scales["embedding_rms"] == pytest.approx(
+        embeddings.pow(2).mean().sqrt().item(), rel=1e-5
+    )
     assert scales["image_token_rms"] == pytest.approx(scales["embedding_rms"], rel=1e-3)
 
 
@@ -96,17 +106,21 @@ def test_new_parts_are_drawn_from_the_seed_alone(tiny_t5_folder):
 
     one, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not torch.equal(one["bridge.projection.linear.weight"], other["bridge.projection.linear.weight"])
+    assert not torch.equal(
+        one["bridge.projection.linear.weight"], other["bridge.projection.linear.weight"]
+    )
 
 
 def test_an_autocast_around_the_model_does_not_reach_the_language_model(tiny_t5_folder):
-    """As on a T4, where fp16 makes infinities of what T5's `wo` gives; bf16 stands in for it on the CPU."""
+    """As on a T4, where fp16 makes infinities of what T5's `wo` gives; bf16 stands in for it on the
+    CPU.
+    """
     model = VisionLanguageModel.build(toy_batch.config(tiny_t5_folder), toy_batch.ENCODER).eval()
     batch, seen = toy_batch.collator(model.tokenizer)(toy_batch.samples()), set()
     for name, module in model.named_modules():
         if name.endswith(".wo"):
             module.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
-    for run in (model.loss, lambda b: model.generate(b, Decoding(max_new_tokens=2))):
+    for run in (model.loss, lambda b: model.generate(b, DecodingConfig(max_new_tokens=2))):
         seen.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             run(batch)
@@ -119,7 +133,7 @@ def test_pixels_without_a_vision_tower_are_refused_in_words(tiny_t5_folder):
         model.loss(pixel_batch(model))
 
 
-# ---- what is saved ---------------------------------------------------------------------------------------------------
+# ---- what is saved -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +146,9 @@ def saved(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_a_saved_model_is_the_same_model_bit_for_bit(tiny_t5_folder, tiny_clip_folder, tmp_path, tuning):
+def test_a_saved_model_is_the_same_model_bit_for_bit(
+    tiny_t5_folder, tiny_clip_folder, tmp_path, tuning
+):
     model = moved(VisionLanguageModel.build(with_pixels(tiny_t5_folder, tiny_clip_folder, tuning)))
     batch = pixel_batch(model)
     expected = outputs(model, batch)
@@ -143,9 +159,13 @@ def test_a_saved_model_is_the_same_model_bit_for_bit(tiny_t5_folder, tiny_clip_f
     assert same(outputs(again, batch), expected)
 
 
-def test_a_fully_tuned_t5_of_version_1_whose_matrices_are_tied_comes_back_tied(tiny_t5_folder, tmp_path):
+def test_a_fully_tuned_t5_of_version_1_whose_matrices_are_tied_comes_back_tied(
+    tiny_t5_folder, tmp_path
+):
     shutil.copytree(tiny_t5_folder, tmp_path / "t5")
-    fields = json.loads((tmp_path / "t5" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    fields = json.loads((tmp_path / "t5" / "config.json").read_text()) | {
+        "tie_word_embeddings": True
+    }
     torch.manual_seed(0)
     T5ForConditionalGeneration(T5Config(**fields)).save_pretrained(tmp_path / "t5")
     model = moved(toy_batch.model(tmp_path / "t5", tuning="full"))
@@ -156,7 +176,9 @@ def test_a_fully_tuned_t5_of_version_1_whose_matrices_are_tied_comes_back_tied(t
     assert same(outputs(again, batch), outputs(model, batch))
 
 
-def test_a_bridge_frozen_at_random_is_saved_since_nothing_else_could_restore_it(tiny_t5_folder, tmp_path):
+def test_a_bridge_frozen_at_random_is_saved_since_nothing_else_could_restore_it(
+    tiny_t5_folder, tmp_path
+):
     model = moved(toy_batch.model(tiny_t5_folder, bridge={"trainable": False}))
     model.save_pretrained(tmp_path)
     torch.manual_seed(5)
@@ -171,7 +193,11 @@ def test_the_folder_holds_what_was_trained_and_the_names_of_the_rest(saved):
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    assert trained < (folder / "model.safetensors").stat().st_size < trained + 200 * len(weights) + 1000
+    assert (
+        trained
+        < (folder / "model.safetensors").stat().st_size
+        < trained + 200 * len(weights) + 1000
+    )
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["VisionLanguageModel"]
     assert len(config["lm_hash"]) == len(config["encoder"]["hash"]) == 64
@@ -226,13 +252,19 @@ def other_base(folder: Path, out: Path) -> Path:
 
 def test_another_base_or_encoder_is_refused_naming_both_hashes(saved, tiny_t5_folder, tmp_path):
     model, folder = saved
-    with pytest.raises(ConfigError, match=rf"hash [0-9a-f]{{12}}.*hash {model.config.lm_hash[:12]}.*lm=PATH"):
-        VisionLanguageModel.from_pretrained(folder, lm=other_base(tiny_t5_folder, tmp_path / "other"))
+    with pytest.raises(
+        ConfigError, match=rf"hash [0-9a-f]{{12}}.*hash {model.config.lm_hash[:12]}.*lm=PATH"
+    ):
+        VisionLanguageModel.from_pretrained(
+            folder, lm=other_base(tiny_t5_folder, tmp_path / "other")
+        )
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     config["encoder"]["hash"] = "f" * 64
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=rf"encoder .*{model.config.encoder['hash'][:12]}.*ffffffffffff"):
+    with pytest.raises(
+        ConfigError, match=rf"encoder .*{model.config.encoder['hash'][:12]}.*ffffffffffff"
+    ):
         VisionLanguageModel.from_pretrained(copy)
 
 
@@ -250,10 +282,26 @@ def rewrite(change):
     [
         ("config.json", Path.unlink, "is no saved model"),
         ("config.json", lambda f: f.write_text("{"), "is no saved model"),
-        ("config.json", lambda f: f.write_text('{"model_type": "harness_vlm"}'), "names no frozen parts"),
-        ("model.safetensors", Path.unlink, r"model\.safetensors: the trained weights cannot be read"),
-        ("model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), r"model\.safetensors: .* cannot be read"),
-        ("model.safetensors", lambda f: f.write_bytes(b"x" * 50), r"model\.safetensors: .* cannot be read"),
+        (
+            "config.json",
+            lambda f: f.write_text('{"model_type": "harness_vlm"}'),
+            "names no frozen parts",
+        ),
+        (
+            "model.safetensors",
+            Path.unlink,
+            r"model\.safetensors: the trained weights cannot be read",
+        ),
+        (
+            "model.safetensors",
+            lambda f: f.write_bytes(f.read_bytes()[:-9]),
+            r"model\.safetensors: .* cannot be read",
+        ),
+        (
+            "model.safetensors",
+            lambda f: f.write_bytes(b"x" * 50),
+            r"model\.safetensors: .* cannot be read",
+        ),
         (
             "model.safetensors",
             rewrite(lambda w: w.pop("bridge.projection.linear.bias")),
@@ -279,18 +327,22 @@ def test_another_kind_of_model_is_no_saved_model(tiny_t5_folder):
         VisionLanguageModel.from_pretrained(tiny_t5_folder)
 
 
-# ---- going on from an earlier model ----------------------------------------------------------------------------------
+# ---- going on from an earlier model --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step-000003", "checkpoints/step-000003/model"])
-def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_seed(tiny_t5_folder, tmp_path, place):
+def test_an_earlier_models_weights_are_the_start_whatever_the_data_prompts_and_seed(
+    tiny_t5_folder, tmp_path, place
+):
     earlier = moved(toy_batch.model(tiny_t5_folder))
     checkpoint.write(tmp_path, 3, earlier.save_pretrained, {"step/a": torch.zeros(1)}, {"step": 3})
     config = toy_batch.config(tiny_t5_folder, train={"learning_rate": 1e-3})
     start = {"init_from": str(tmp_path / place)}
     config = config.model_copy(update={"seed": 7, "model": config.model.model_copy(update=start)})
     model = build_model(config, toy_batch.ENCODER)
-    assert all(torch.equal(w, earlier.trained_state()[name]) for name, w in model.trained_state().items())
+    assert all(
+        torch.equal(w, earlier.trained_state()[name]) for name, w in model.trained_state().items()
+    )
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("bridge."))
 
 
@@ -301,7 +353,8 @@ def test_weights_trained_on_another_base_or_for_other_parts_are_no_start(tiny_t5
     def build(t5: Path, **settings):
         config = toy_batch.config(t5, **settings)
         return build_model(
-            config.model_copy(update={"model": config.model.model_copy(update=start)}), toy_batch.ENCODER
+            config.model_copy(update={"model": config.model.model_copy(update=start)}),
+            toy_batch.ENCODER,
         )
 
     build(tiny_t5_folder)

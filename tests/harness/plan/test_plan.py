@@ -1,4 +1,6 @@
-"""A plan is right where it can be held against the real thing: bytes of weights and of saved tensors, operations."""
+"""A plan is right where it can be held against the real thing: bytes of weights and of saved
+tensors, operations.
+"""
 
 import json
 import re
@@ -22,7 +24,15 @@ from harness.plan.plan import advised, check, plan
 from harness.plan.planner import Planner
 from harness.plan.skeleton import Skeleton, weights
 from harness.plan.workload import Sizes, workload
-from plan_cases import GPU_CASES, changed, collated, drawn, measured_peak, measured_saved, middle_sized
+from plan_cases import (
+    GPU_CASES,
+    changed,
+    collated,
+    drawn,
+    measured_peak,
+    measured_saved,
+    middle_sized,
+)
 from tiny_models import tiny_clip
 from toy_runs import make_config
 
@@ -37,7 +47,14 @@ def config(tmp_path_factory, tiny_clip_folder, tiny_t5_folder) -> Config:
 
 def planner(config: Config, device=None, **launch) -> Planner:
     work = workload(config)
-    return Planner(config, device or devices.cpu(), read_launch(launch.get("name")), launch.get("n", 1), work, None)
+    return Planner(
+        config,
+        device or devices.cpu(),
+        read_launch(launch.get("name")),
+        launch.get("n", 1),
+        work,
+        None,
+    )
 
 
 def room(needed: int) -> int:
@@ -51,8 +68,14 @@ def test_bytes_of_weights_are_those_of_the_loaded_model_part_by_part(config, tun
     real = VisionLanguageModel.build(config, precision=choose("fp32", CPU))
     skeleton = Skeleton(config, choose("fp32", CPU))
     assert weights(skeleton.model) == weights(real)
-    assert ("LM 4-bit" in weights(real)) == ("quantisation constants" in weights(real)) == (tuning == "qlora")
-    assert skeleton.trained_bytes == sum(p.numel() * 4 for p in real.parameters() if p.requires_grad)
+    assert (
+        ("LM 4-bit" in weights(real))
+        == ("quantisation constants" in weights(real))
+        == (tuning == "qlora")
+    )
+    assert skeleton.trained_bytes == sum(
+        p.numel() * 4 for p in real.parameters() if p.requires_grad
+    )
     assert skeleton.parameters["language model"] == sum(
         p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in real.lm.parameters()
     )
@@ -67,24 +90,36 @@ def test_a_plan_for_features_has_no_encoder(config):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(config, monkeypatch, tmp_path, seed):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", 8 if seed % 2 else 10**6)  # targets in groups of like length, or not
+def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(
+    config, monkeypatch, tmp_path, seed
+):
+    monkeypatch.setattr(
+        batches, "_WORTH_A_CUT", 8 if seed % 2 else 10**6
+    )  # targets in groups of like length, or not
     config, images = drawn(config, seed, tmp_path / "t5")
     model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()
     batch = collated(config, model, images)
     skeleton = Skeleton(config, choose("fp32", CPU))
     checkpointing = config.train.activation_checkpointing
-    planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)
+    planned = skeleton.run(
+        Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False
+    )
     assert planned.saved == pytest.approx(measured_saved(model, batch), rel=0.1)
     assert planned.bytes >= planned.saved
     for other in (not checkpointing, checkpointing):  # one pass leaves nothing behind for the next
-        again = skeleton.run(Sizes.of(batch), batch.images, checkpointing=other, gradients_held=False)
+        again = skeleton.run(
+            Sizes.of(batch), batch.images, checkpointing=other, gradients_held=False
+        )
     assert again == planned
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's allocator is asked: there is no GPU here")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA's allocator is asked: there is no GPU here"
+)
 @pytest.mark.parametrize(("images", "checkpointing"), GPU_CASES)
-def test_the_peak_on_a_gpu_is_within_a_tenth_of_what_its_allocator_saw(config, tmp_path, images, checkpointing):
+def test_the_peak_on_a_gpu_is_within_a_tenth_of_what_its_allocator_saw(
+    config, tmp_path, images, checkpointing
+):
     planned, measured = measured_peak(middle_sized(config, tmp_path), images, checkpointing)
     assert planned == pytest.approx(measured, rel=0.1)
 
@@ -124,7 +159,9 @@ def test_the_json_has_the_keys_that_scripts_read_and_its_parts_add_up(config, ha
 
 
 def test_without_shards_the_plan_says_what_it_assumes_and_names_no_hours(config, tmp_path):
-    made = plan(changed(config, data={"train": [{"path": str(tmp_path / "gone")}]}), "cpu", brief=True)
+    made = plan(
+        changed(config, data={"train": [{"path": str(tmp_path / "gone")}]}), "cpu", brief=True
+    )
     assert made.hours is None
     assert made.seconds_per_epoch is None
     assert any("as long as the config's limits" in note for note in made.notes)
@@ -142,7 +179,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(config):
 
 def test_a_smaller_micro_batch_is_advised_first(config):
     config = changed(config, train={"global_batch": 64, "micro_batch": 64})
-    small = replace(DEVICES["a10"], name="small", memory=room(planner(config, DEVICES["a10"]).bytes(20)))
+    small = replace(
+        DEVICES["a10"], name="small", memory=room(planner(config, DEVICES["a10"]).bytes(20))
+    )
     made = advised(planner(config, small), brief=False)
     assert not made.fits
     assert made.largest_micro_batch == 20
@@ -151,12 +190,18 @@ def test_a_smaller_micro_batch_is_advised_first(config):
 
 
 def test_where_no_micro_batch_fits_the_next_cheapest_change_is_found(config):
-    document = {"train": [{"path": "gone"}], "texts_per_image": 64}  # activations are the most by far
+    document = {
+        "train": [{"path": "gone"}],
+        "texts_per_image": 64,
+    }  # activations are the most by far
     config = changed(config, lm={"tuning": "full"}, train={"micro_batch": 1}, data=document)
     whole = planner(config, DEVICES["a10"])
     for change, name in (
         (changed(config, train={"activation_checkpointing": True}), "activation_checkpointing"),
-        (changed(config, lm={"tuning": "qlora"}, train={"activation_checkpointing": True}), "qlora"),
+        (
+            changed(config, lm={"tuning": "qlora"}, train={"activation_checkpointing": True}),
+            "qlora",
+        ),
     ):
         needed = planner(change, DEVICES["a10"]).bytes(1)
         assert needed < whole.bytes(1)
@@ -173,10 +218,16 @@ def test_zero_divides_by_processes_and_offload_moves_to_main_memory(config):
     config = changed(config, lm={"tuning": "full"})
     a10 = DEVICES["a10"]
     alone, plain = planner(config, a10), planner(config, a10, n=4)
-    two, offloaded = planner(config, a10, name="zero2", n=4), planner(config, a10, name="zero2_offload", n=4)
+    two, offloaded = (
+        planner(config, a10, name="zero2", n=4),
+        planner(config, a10, name="zero2_offload", n=4),
+    )
     three = planner(config, a10, name="zero3_offload", n=4)
     trained = alone.skeleton.trained_bytes
-    states = {p.launch.name or str(p.processes): p.peak(1)[0]["optimizer states"] for p in (alone, plain, two)}
+    states = {
+        p.launch.name or str(p.processes): p.peak(1)[0]["optimizer states"]
+        for p in (alone, plain, two)
+    }
     assert states == {"1": 2 * trained, "4": 2 * trained, "zero2": 3 * -(-trained // 4)}
     assert two.peak(1)[0]["gradients"] == -(-trained // 4)
     assert plain.peak(1)[0]["gradients"] >= trained
@@ -188,7 +239,9 @@ def test_zero_divides_by_processes_and_offload_moves_to_main_memory(config):
 
 @pytest.mark.parametrize("processes", [1, 8])
 def test_epochs_add_up_to_the_hours_evaluations_included(config, processes):
-    config = changed(config, train={"evaluate_every": 1, "epochs": 3}, evaluation={"dev_images": 5000})
+    config = changed(
+        config, train={"evaluate_every": 1, "epochs": 3}, evaluation={"dev_images": 5000}
+    )
     made = advised(planner(config, DEVICES["a100-40"], n=processes), brief=True)
     assert made.steps == 3 * 4
     assert made.evaluations == 3 + made.steps
@@ -199,12 +252,19 @@ def test_epochs_add_up_to_the_hours_evaluations_included(config, processes):
 def test_main_memory_decides_on_a_cpu_and_fewer_processes_are_advised_first(config):
     config = changed(config, data={"workers": 0})
     two = planner(config, n=2)
-    short = planner(config, replace(devices.cpu(), memory=room(two.host(two.images, two.bytes(two.images)))), n=4)
+    short = planner(
+        config,
+        replace(devices.cpu(), memory=room(two.host(two.images, two.bytes(two.images)))),
+        n=4,
+    )
     made = advised(short, brief=False)
     assert not made.fits
     assert made.peak_bytes < made.usable_bytes < made.host_bytes
     assert made.tightest == ("main memory", made.host_bytes, made.usable_bytes)
-    assert f"{made.host_bytes / 1e9:.2f} GB of {made.usable_bytes / 1e9:.2f} GB of main memory" in made.summary()[0]
+    assert (
+        f"{made.host_bytes / 1e9:.2f} GB of {made.usable_bytes / 1e9:.2f} GB of main memory"
+        in made.summary()[0]
+    )
     (advice,) = made.advice
     assert advice.startswith("--processes 2 fits")
 
@@ -225,13 +285,18 @@ def test_main_memory_of_the_machine_counts_for_the_gpu_that_is_here(config):
 
 
 def test_offload_says_what_main_memory_it_takes(config):
-    said = "\n".join(advised(planner(config, DEVICES["a10"], name="zero2_offload", n=2), brief=True).summary())
+    said = "\n".join(
+        advised(planner(config, DEVICES["a10"], name="zero2_offload", n=2), brief=True).summary()
+    )
     assert re.search(r"needs \d+\.\d\d GB of main memory", said)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 def test_deepspeed_and_fp16_are_refused_in_the_plan(config, monkeypatch, precision):
-    made = advised(planner(changed(config, train={"precision": precision}), DEVICES["t4"], name="zero2"), brief=True)
+    made = advised(
+        planner(changed(config, train={"precision": precision}), DEVICES["t4"], name="zero2"),
+        brief=True,
+    )
     assert not made.fits
     assert "refused: DeepSpeed and fp16" in made.summary()[0]
     assert "refused: DeepSpeed and fp16" in made.table()
@@ -241,7 +306,9 @@ def test_deepspeed_and_fp16_are_refused_in_the_plan(config, monkeypatch, precisi
     assert advised(planner(config, DEVICES["t4"], name="multi_gpu"), brief=True).fits
 
 
-def test_the_number_of_processes_is_the_launchers_and_said_where_it_is_not_known(config, nvidia_smi):
+def test_the_number_of_processes_is_the_launchers_and_said_where_it_is_not_known(
+    config, nvidia_smi
+):
     nvidia_smi("NVIDIA A10, 23028, 8.6", "NVIDIA A10, 23028, 8.6")
     assert plan(config, "here", brief=True).processes == 2
     assert plan(config, "here", read_launch("t4"), brief=True).processes == 1
@@ -256,7 +323,9 @@ def test_the_number_of_processes_is_the_launchers_and_said_where_it_is_not_known
 def test_a_run_that_cannot_fit_is_refused_before_the_launch_unless_forced(config):
     said = []
     huge = changed(config, train={"global_batch": 10**6, "micro_batch": 10**6})
-    with pytest.raises(ConfigError, match=r"the run needs .* that cpu has: train.micro_batch=\d+.*--force"):
+    with pytest.raises(
+        ConfigError, match=r"the run needs .* that cpu has: train.micro_batch=\d+.*--force"
+    ):
         check(huge, None, 1, said.append)
     assert any("does not fit" in line for line in said)
     assert len(said) <= 6
@@ -319,9 +388,20 @@ def nvidia_smi(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("visible", "indices"),
-    [(None, "01"), ("1", "1"), ("1,0", "10"), ("GPU-1", "1"), ("", ""), ("-1,-1", ""), ("0,-1,1", "0"), ("7", "")],
+    [
+        (None, "01"),
+        ("1", "1"),
+        ("1,0", "10"),
+        ("GPU-1", "1"),
+        ("", ""),
+        ("-1,-1", ""),
+        ("0,-1,1", "0"),
+        ("7", ""),
+    ],
 )
-def test_the_gpus_that_are_visible_are_the_same_to_plan_launcher_and_doctor(nvidia_smi, monkeypatch, visible, indices):
+def test_the_gpus_that_are_visible_are_the_same_to_plan_launcher_and_doctor(
+    nvidia_smi, monkeypatch, visible, indices
+):
     nvidia_smi("Tesla T4, 15360, 7.5", "NVIDIA A10, 23028, 8.6")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -350,7 +430,9 @@ def test_a_gpu_that_is_here_is_known_by_its_name_and_keeps_its_own_memory(monkey
     assert devices.here().name == "cpu"
 
 
-def test_the_skeleton_of_a_clip_in_the_hubs_form_is_its_vision_tower_up_to_the_layer_used(config, tmp_path):
+def test_the_skeleton_of_a_clip_in_the_hubs_form_is_its_vision_tower_up_to_the_layer_used(
+    config, tmp_path
+):
     folder = tiny_clip(tmp_path / "clip", layers=3)
     for weight in folder.glob("*.safetensors"):
         weight.unlink()  # config.json is all that is needed

@@ -28,7 +28,9 @@ def jpeg(size=(64, 48), colour="teal") -> bytes:
 def pixels_near(picture: Image.Image, colour: str) -> int:
     """How many pixels are of this very colour: the text drawn in it."""
     wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return sum(count for count, found in picture.convert("RGB").getcolors(1 << 24) if found == wanted)
+    return sum(
+        count for count, found in picture.convert("RGB").getcolors(1 << 24) if found == wanted
+    )
 
 
 def test_a_markdown_table_aligns_numbers_and_keeps_pipes_and_newlines_inside_their_cell():
@@ -43,8 +45,12 @@ def test_a_markdown_table_aligns_numbers_and_keeps_pipes_and_newlines_inside_the
 
 def test_everything_in_the_page_is_escaped_and_nothing_lies_outside_it(tmp_path):
     evil = '<script>alert("x")</script>'
-    item = Shown(jpeg(), f"prompt {evil}", (f"truth {evil}",), f"said {evil}", False, note=f"note {evil}")
-    page = predictions_html([item], tmp_path / "new" / "page.html", title=f"title {evil}").read_text()
+    item = Shown(
+        jpeg(), f"prompt {evil}", (f"truth {evil}",), f"said {evil}", False, note=f"note {evil}"
+    )
+    page = predictions_html(
+        [item], tmp_path / "new" / "page.html", title=f"title {evil}"
+    ).read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 6, "title twice, prompt, truth, prediction, note"
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
@@ -73,15 +79,26 @@ def test_right_is_green_and_wrong_is_red_in_the_picture(tmp_path):
 
 
 def test_a_dozen_cards_of_any_text_and_image_fit_their_grid(tmp_path):
-    images = [jpeg((10, 400)), jpeg((400, 10)), Image.new("RGBA", (3, 3)), Image.new("P", (9, 9)), None]
+    images = [
+        jpeg((10, 400)),
+        jpeg((400, 10)),
+        Image.new("RGBA", (3, 3)),
+        Image.new("P", (9, 9)),
+        None,
+    ]
     texts = ["x" * 500, "", "many words " * 60, "Où est-il ? — là"]
-    items = [Shown(images[i % 5], texts[i % 4], (texts[i % 4],) * 3, texts[-i % 4], None) for i in range(12)]
+    items = [
+        Shown(images[i % 5], texts[i % 4], (texts[i % 4],) * 3, texts[-i % 4], None)
+        for i in range(12)
+    ]
     picture = Image.open(predictions_picture(items, tmp_path / "dozen.png"))
     assert picture.width < 1200
     assert picture.height < 2000
 
 
-@pytest.mark.parametrize("series", [{}, {"train": [(1, 2.0), (2, float("nan")), (3, 1.0)], "dev": []}])
+@pytest.mark.parametrize(
+    "series", [{}, {"train": [(1, 2.0), (2, float("nan")), (3, 1.0)], "dev": []}]
+)
 def test_curves_are_drawn_with_gaps_and_even_with_nothing_to_draw(tmp_path, series):
     assert Image.open(loss_curves(series, tmp_path / "curve.png")).width > 600
 

@@ -1,4 +1,6 @@
-"""Tracking against real stores: SQLite in a temporary folder, a port where nobody answers, and no mlflow at all."""
+"""Tracking against real stores: SQLite in a temporary folder, a port where nobody answers, and no
+mlflow at all.
+"""
 
 import json
 import logging
@@ -66,11 +68,16 @@ def lines_of(out):
 
 
 def history(uri, run_id, key):
-    return [(m.step, m.value) for m in sorted(client_of(uri).get_metric_history(run_id, key), key=lambda m: m.step)]
+    return [
+        (m.step, m.value)
+        for m in sorted(client_of(uri).get_metric_history(run_id, key), key=lambda m: m.step)
+    ]
 
 
 SHOWN = [
-    Shown(Image.new("RGB", (64, 48), "teal"), "What colour?", ("teal", "teal", "green"), "teal", True),
+    Shown(
+        Image.new("RGB", (64, 48), "teal"), "What colour?", ("teal", "teal", "green"), "teal", True
+    ),
     Shown(None, "What shape?", ("box",), "", False, note="no image kept"),
 ]
 
@@ -78,9 +85,13 @@ SHOWN = [
 def test_a_run_holds_its_config_code_versions_data_figures_files_and_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = make_config(tmp_path / "out")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": "x" * 7000})})
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"cache_dir": "x" * 7000})}
+    )
     tracker = open_tracker(config, facts={"dtype": "fp32: no GPU"}, datasets=[Manifest()])
-    assert tracker.run_id == recorded_run_id(config), "the run id is known, and on disk, before the first step"
+    assert tracker.run_id == recorded_run_id(config), (
+        "the run id is known, and on disk, before the first step"
+    )
     for step in (1, 2, 3):
         tracker.metrics({"train/loss": 3 / step, "odd name (%)": 1}, step)
     page = tracker.predictions(SHOWN, 3)
@@ -105,13 +116,21 @@ def test_a_run_holds_its_config_code_versions_data_figures_files_and_answers(tmp
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("flickr8k/train", Manifest.digest[:36])
-    assert {t.key: t.value for t in given.tags} == {"mlflow.data.context": "train", "sha256": Manifest.digest}
+    assert {t.key: t.value for t in given.tags} == {
+        "mlflow.data.context": "train",
+        "sha256": Manifest.digest,
+    }
     files = tmp_path / "out" / "mlartifacts" / tracker.run_id / "artifacts"
     assert "x" * 7000 in (files / "config.yaml").read_text()
     assert (files / "answers" / page.name).read_bytes() == page.read_bytes()
     table = json.loads((files / "answers" / "step-000003.json").read_text())
     row = dict(zip(table["columns"], table["data"][1], strict=True))
-    assert (row["prompt"], row["truth"], row["prediction"], row["right"]) == ("What shape?", "box", "(empty)", "no")
+    assert (row["prompt"], row["truth"], row["prediction"], row["right"]) == (
+        "What shape?",
+        "box",
+        "(empty)",
+        "no",
+    )
     assert Image.open(files / row["image"]["filepath"]).width == 192
     assert not (tmp_path / "mlruns").exists(), "nothing is left in the folder the user stands in"
 
@@ -135,7 +154,9 @@ def test_steps_run_again_after_a_kill_appear_once_and_in_the_same_run(tmp_path, 
     assert history(store, killed.run_id, "clock")[-3:] == [(10, 100), (11, 200), (12, 200)]
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
     assert client_of(store).get_run(killed.run_id).info.status == "FINISHED"
-    place = client_of(store).download_artifacts(killed.run_id, "answers/step-000010.json", str(tmp_path))
+    place = client_of(store).download_artifacts(
+        killed.run_id, "answers/step-000010.json", str(tmp_path)
+    )
     table = json.loads(Path(place).read_text())["data"]
     assert len(table) == len(SHOWN), "a table that was there is not appended to"
 
@@ -176,7 +197,10 @@ def test_an_evaluation_adds_to_a_run_and_leaves_its_status_and_journal_alone(tmp
         added.metrics({"test/accuracy": value}, 4)
         added.close()
     assert history(store, trained.run_id, "loss") == [(4, 1.0)]
-    assert [value for _, value in sorted(history(store, trained.run_id, "test/accuracy"))] == [0.5, 0.6]
+    assert [value for _, value in sorted(history(store, trained.run_id, "test/accuracy"))] == [
+        0.5,
+        0.6,
+    ]
     assert client_of(store).get_run(trained.run_id).info.status == "FAILED"
     assert len(lines_of(tmp_path)) == 3
 
@@ -191,7 +215,9 @@ def test_nan_is_kept_and_infinity_is_a_gap_with_a_tag(tmp_path, store):
     assert second == 1.0
     assert math.isnan(history(store, tracker.run_id, "norm")[0][1])
     assert client_of(store).get_run(tracker.run_id).data.tags["infinite.loss"] == "inf at step 1"
-    assert lines_of(tmp_path)[0]["values"] == {"loss": "inf", "norm": "nan"}, "strict JSON that float() reads"
+    assert lines_of(tmp_path)[0]["values"] == {"loss": "inf", "norm": "nan"}, (
+        "strict JSON that float() reads"
+    )
 
 
 def test_a_server_that_does_not_answer_neither_stops_nor_stalls_the_run(tmp_path, caplog):
@@ -265,7 +291,9 @@ def test_other_ranks_report_nothing(tmp_path, monkeypatch):
 
 
 def test_a_store_that_cannot_be_one_is_refused_by_name(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"tracking\.uri is \./mlruns, expected a database or a server"):
+    with pytest.raises(
+        ConfigError, match=r"tracking\.uri is \./mlruns, expected a database or a server"
+    ):
         open_tracker(make_config(tmp_path, "./mlruns"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://me:secret@host")
     with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_URI is ftp://me:\*\*\*@host"):

@@ -1,4 +1,6 @@
-"""The engine's one step: shares add up, what is not finite moves nothing, and state goes in and out by name."""
+"""The engine's one step: shares add up, what is not finite moves nothing, and state goes in and out
+by name.
+"""
 
 import math
 from dataclasses import replace
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.config.schema import Train
+from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.train import engine as engines
 from harness.train import engines as wanted
@@ -20,10 +22,12 @@ def make_engine(request, monkeypatch):
     """An engine for the CPU, with a GradScaler (which works there too) or without."""
     choose = engines.choose
     if request.param:
-        monkeypatch.setattr(engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
+        monkeypatch.setattr(
+            engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True)
+        )
 
     def make(**train) -> tuple[Engine, nn.Module]:
-        engine = Engine(Train(**{"learning_rate": 0.1, **train}))
+        engine = Engine(TrainConfig(**{"learning_rate": 0.1, **train}))
         torch.manual_seed(0)
         return engine, engine.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
 
@@ -42,10 +46,14 @@ def weights(model):
 
 
 def equal(one, other):
-    return one.keys() == other.keys() and all(value.equal(other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        value.equal(other[name]) for name, value in one.items()
+    )
 
 
-@pytest.mark.parametrize("bad", [{"factor": float("nan")}, {"factor": float("inf")}, {"skip": True}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"factor": float("nan")}, {"factor": float("inf")}, {"skip": True}], ids=str
+)
 def test_a_skipped_step_moves_nothing_and_nothing_of_it_is_in_the_next(make_engine, bad):
     engine, model = make_engine()
     take(engine, model)
@@ -75,9 +83,13 @@ def test_the_norm_is_that_before_clipping_and_the_step_is_that_after_it(make_eng
     norm = take(engine, model, factor=50.0)
     clipped, other = make_engine(clip_norm=1e-4)
     seen = []
-    clipped.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in other.parameters()))
+    clipped.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in other.parameters())
+    )
     assert take(clipped, other, factor=50.0) == norm > 1
-    assert torch.cat([grad.flatten() for grad in seen]).norm().item() == pytest.approx(1e-4, rel=1e-2)
+    assert torch.cat([grad.flatten() for grad in seen]).norm().item() == pytest.approx(
+        1e-4, rel=1e-2
+    )
 
 
 def test_biases_are_not_decayed_and_every_step_takes_the_rate_it_is_given(make_engine):
@@ -95,7 +107,9 @@ def test_saved_moments_and_the_scaler_go_on_bit_for_bit(make_engine):
     take(engine, model, factor=float("inf"))  # halves the scale
     saved, scaler, start = engine.optimizer_state(), engine.scaler_state(), weights(model)
     saved = {name: value.clone() for name, value in saved.items()}
-    assert set(saved) == {f"{key}/{n}.{p}" for key in engines.MOMENTS for n in (0, 2) for p in ("weight", "bias")}
+    assert set(saved) == {
+        f"{key}/{n}.{p}" for key in engines.MOMENTS for n in (0, 2) for p in ("weight", "bias")
+    }
     take(engine, model)
 
     other, resumed = make_engine()
@@ -111,7 +125,7 @@ def test_saved_moments_and_the_scaler_go_on_bit_for_bit(make_engine):
 
 
 def test_moments_of_another_model_are_refused_by_name():
-    engine = Engine(Train())
+    engine = Engine(TrainConfig())
     engine.prepare(nn.Linear(2, 1))
     with pytest.raises(ConfigError, match=r"exp_avg/bias and 4 more"):
         engine.load_optimizer_state({"exp_avg/weight": torch.zeros(1, 2)})
@@ -122,27 +136,35 @@ def test_moments_of_another_model_are_refused_by_name():
 def test_a_launcher_that_started_fewer_processes_than_it_said_is_caught(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="asked for 2 processes but Accelerate runs 1"):
-        Engine(Train())
+        Engine(TrainConfig())
 
 
-def test_accelerate_that_started_one_process_in_place_of_two_and_said_nothing_is_caught(monkeypatch):
+def test_accelerate_that_started_one_process_in_place_of_two_and_said_nothing_is_caught(
+    monkeypatch,
+):
     """What `accelerate launch --cpu --num_processes 2` leaves in the environment."""
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "ACCELERATE_MIXED_PRECISION": "no",
+    }.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"has started one: take --config_file launch/accelerate/cpu\.yaml"):
-        wanted.make_engine(Train())
+    with pytest.raises(
+        ConfigError, match=r"has started one: take --config_file launch/accelerate/cpu\.yaml"
+    ):
+        wanted.make_engine(TrainConfig())
     monkeypatch.delenv("MASTER_PORT")
-    assert type(wanted.make_engine(Train())) is Engine
+    assert type(wanted.make_engine(TrainConfig())) is Engine
 
 
 def test_an_evaluation_may_take_longer_than_the_usual_time_out():
-    assert Engine(Train()).accelerator.init_handler.timeout.total_seconds() >= 7200
+    assert Engine(TrainConfig()).accelerator.init_handler.timeout.total_seconds() >= 7200
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine_to_its_end():
-    config = Train(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
+    config = TrainConfig(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
     rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert max(rates) == 1.0

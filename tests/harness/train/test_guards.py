@@ -1,4 +1,6 @@
-"""What must hold in every run is noticed when it does not: frozen parts, and the gradient of every trained one."""
+"""What must hold in every run is noticed when it does not: frozen parts, and the gradient of every
+trained one.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,9 @@ def test_a_trained_parameter_without_a_gradient_is_named():
     model = small()
     guard = GradientGuard(model)
     model[1](model[0](torch.randn(4, 2))).sum().backward()
-    with pytest.raises(GuardError, match=r"2 of 4 trainable parameters got no gradient .* 2.weight"):
+    with pytest.raises(
+        GuardError, match=r"2 of 4 trainable parameters got no gradient .* 2.weight"
+    ):
         guard.check()
 
 
@@ -76,8 +80,12 @@ def config(tmp_path, tiny_clip_folder, tiny_t5_folder):
 
 def test_a_run_whose_bridge_gets_no_gradient_stops_after_its_first_step(config, monkeypatch):
     forward = Bridge.forward
-    monkeypatch.setattr(Bridge, "forward", lambda self, patches_IPD: forward(self, patches_IPD).detach())
-    with pytest.raises(GuardError, match=r"got no gradient in the first step, the first of them bridge\."):
+    monkeypatch.setattr(
+        Bridge, "forward", lambda self, patches_IPD: forward(self, patches_IPD).detach()
+    )
+    with pytest.raises(
+        GuardError, match=r"got no gradient in the first step, the first of them bridge\."
+    ):
         train.run(config)
     assert checkpoints.newest(config.out_dir) is None
 

@@ -1,4 +1,6 @@
-"""The loop: one global batch is one step however it is cut, bad steps are skipped, and the user sees what goes on."""
+"""The loop: one global batch is one step however it is cut, bad steps are skipped, and the user
+sees what goes on.
+"""
 
 import gc
 import json
@@ -44,7 +46,9 @@ def lines(out, name):
     return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
 
 
-def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_however_it_is_cut(config_of):
+def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_however_it_is_cut(
+    config_of,
+):
     runs = {}
     for size in (1, 3, 4):
         config = config_of(f"micro-{size}", micro_batch=size, max_steps=3)
@@ -65,7 +69,9 @@ def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_howev
     averaged = sum(part.sum.item() / part.weight.item() for part in parts) / len(parts)
     assert len(set(weights)) > 1
     assert runs[3][0] == pytest.approx(right, rel=1e-5)
-    assert averaged != pytest.approx(right, rel=1e-5)  # an average of averages would fail the line above
+    assert averaged != pytest.approx(
+        right, rel=1e-5
+    )  # an average of averages would fail the line above
 
 
 def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_of):
@@ -74,16 +80,26 @@ def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_
     loss = losses(config.out_dir)
     assert loss[16] < loss[1] - 1
     assert lines(config.out_dir, "train/learning_rate")[16] < 1e-4
-    for name in ("images_per_second", "targets_per_second", "memory_mb", "grad_norm", "image_token_rms"):
+    for name in (
+        "images_per_second",
+        "targets_per_second",
+        "memory_mb",
+        "grad_norm",
+        "image_token_rms",
+    ):
         assert lines(config.out_dir, f"train/{name}")[1] > 0
     assert 0 <= lines(config.out_dir, "train/data_wait")[1] <= 1
     assert lines(config.out_dir, "train/truncated_texts")[16] == 0
 
 
-def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(config_of, monkeypatch, capfd):
+def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(
+    config_of, monkeypatch, capfd
+):
     config = config_of(max_skipped_in_a_row=3)
     not_finite_in({1, 4, 5, 6}, monkeypatch=monkeypatch)
-    with pytest.raises(GuardError, match=r"3 steps in a row .* last good checkpoint is .*step-000006"):
+    with pytest.raises(
+        GuardError, match=r"3 steps in a row .* last good checkpoint is .*step-000006"
+    ):
         train.run(config)
     skipped = lines(config.out_dir, "train/skipped_steps")
     assert [skipped[step] for step in (1, 2, 3, 4, 5, 6)] == [0, 1, 1, 1, 2, 3]
@@ -101,7 +117,9 @@ def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config
     monkeypatch.setattr(engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, growth_interval=3))
-    not_finite_in({0, 4}, monkeypatch=monkeypatch)  # the first step too: the gradient guard waits for one that counts
+    not_finite_in(
+        {0, 4}, monkeypatch=monkeypatch
+    )  # the first step too: the gradient guard waits for one that counts
     whole = config_of("whole")
     train.run(whole)
     assert checkpoints.newest(whole.out_dir).state["scaler"]["scale"] == 2.0**16
@@ -112,14 +130,22 @@ def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config
     assert [str(loss) for loss in losses(cut.out_dir).values()] == [
         str(loss) for loss in losses(whole.out_dir).values()
     ]
-    assert checkpoints.newest(cut.out_dir).state["scaler"] == checkpoints.newest(whole.out_dir).state["scaler"]
+    assert (
+        checkpoints.newest(cut.out_dir).state["scaler"]
+        == checkpoints.newest(whole.out_dir).state["scaler"]
+    )
 
 
 def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
     config = config_of(epochs=40, global_batch=14, micro_batch=14, save_every=1000, log_every=5)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"dev": ()})})  # evaluated every epoch
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"dev": ()})}
+    )  # evaluated every epoch
     package = str(Path(harness.__file__).parent)
-    ours = [tracemalloc.Filter(True, f"{folder}/*") for folder in (package, package.replace("harness", "shards"))]
+    ours = [
+        tracemalloc.Filter(True, f"{folder}/*")
+        for folder in (package, package.replace("harness", "shards"))
+    ]
     held, original = [], Clock.restart
 
     def restart(self):
@@ -136,7 +162,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
         train.run(config)
     finally:
         tracemalloc.stop()
-    assert held[38] - held[14] < 24 * 400  # bytes; the figures of a step are some 800; 4,300 in all seen under load
+    assert (
+        held[38] - held[14] < 24 * 400
+    )  # bytes; the figures of a step are some 800; 4,300 in all seen under load
 
 
 def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_of, monkeypatch):
@@ -160,7 +188,9 @@ def test_a_sample_that_cannot_be_read_is_counted_and_named_and_does_not_stop_the
     config = config_of()
     path = config.data.train[0].path
     shutil.rmtree(path)
-    rows = [(Record(f"{i:04d}", "toy", "train", str(i), texts(i)), picture(i), "png") for i in range(14)]
+    rows = [
+        (Record(f"{i:04d}", "toy", "train", str(i), texts(i)), picture(i), "png") for i in range(14)
+    ]
     rows[5] = (rows[5][0], b"no picture", "png")
     write_shards(rows, path, dataset="toy", split="train", max_shard_samples=4)
     train.run(config)
@@ -175,18 +205,25 @@ def test_a_second_run_into_the_same_folder_is_refused(config_of):
         train.run(config)
 
 
-def test_the_module_takes_a_config_and_overrides_and_answers_bad_input_with_a_sentence(config_of, tmp_path, capfd):
+def test_the_module_takes_a_config_and_overrides_and_answers_bad_input_with_a_sentence(
+    config_of, tmp_path, capfd
+):
     file = tmp_path / "run.yaml"
     file.write_text(dump(config_of()))
     assert main([str(file), "train.max_steps=1"]) == 0
-    assert capfd.readouterr().out == f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-000001'}\n"
+    assert (
+        capfd.readouterr().out
+        == f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-000001'}\n"
+    )
     assert main([str(file), "train.max_step=1"]) == 2
     said = capfd.readouterr().err
     assert said.startswith("harness: ")
     assert "did you mean train.max_steps?" in said
 
 
-def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(config_of, tmp_path, monkeypatch, capfd):
+def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(
+    config_of, tmp_path, monkeypatch, capfd
+):
     slept = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -195,10 +232,18 @@ def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(confi
     assert capfd.readouterr().err.startswith("harness, rank 1: ")
 
 
-def test_without_a_terminal_a_line_comes_at_once_then_now_and_then_and_at_the_end(capfd, monkeypatch):
+def test_without_a_terminal_a_line_comes_at_once_then_now_and_then_and_at_the_end(
+    capfd, monkeypatch
+):
     now = [100.0]
     monkeypatch.setattr(terminals.time, "monotonic", lambda: now[0])
-    numbers = {"loss": 1.5, "images_per_second": 3, "targets_per_second": 9, "data_wait": 0.25, "memory_mb": 7}
+    numbers = {
+        "loss": 1.5,
+        "images_per_second": 3,
+        "targets_per_second": 9,
+        "data_wait": 0.25,
+        "memory_mb": 7,
+    }
     shown = Terminal(True)
     with shown.progress(40, 0):
         for step in range(1, 41):

@@ -1,4 +1,6 @@
-"""A run that was killed, stopped or moved to other processes goes on as if nothing had happened, bit for bit."""
+"""A run that was killed, stopped or moved to other processes goes on as if nothing had happened,
+bit for bit.
+"""
 
 import itertools
 import json
@@ -27,14 +29,19 @@ def config_of(root, name, **settings):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    """The run that nothing interrupts: 8 steps, two epochs, with evaluations and checkpoints in between."""
+    """The run that nothing interrupts: 8 steps, two epochs, with evaluations and checkpoints in
+    between.
+    """
     train.run(config_of(root, "whole"))
     return root / "whole"
 
 
 def final(out, step=8):
     place = checkpoints.place(out, step)
-    return {**load_file(place / "model" / "model.safetensors"), **load_file(place / checkpoints.OPTIMIZER)}
+    return {
+        **load_file(place / "model" / "model.safetensors"),
+        **load_file(place / checkpoints.OPTIMIZER),
+    }
 
 
 def same_bits(one, other):
@@ -50,7 +57,9 @@ def same_run(out, whole):
 
 
 def forked(act):
-    """Runs `act` in a process of its own and returns how that ended: its exit code, or minus the signal."""
+    """Runs `act` in a process of its own and returns how that ended: its exit code, or minus the
+    signal.
+    """
     child = os.fork()
     if not child:
         try:
@@ -70,7 +79,9 @@ def killed_at(step, config, resume, monkeypatch):
 
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole, monkeypatch):
     config = config_of(root, "killed-alone")
-    killed_at(7, config, None, monkeypatch)  # mid second epoch; the newest checkpoint is that of step 6
+    killed_at(
+        7, config, None, monkeypatch
+    )  # mid second epoch; the newest checkpoint is that of step 6
     assert checkpoints.newest(config.out_dir).step == 6
     train.run(config, "auto")
     same_run(config.out_dir, whole)
@@ -81,12 +92,23 @@ def test_evaluation_in_between_does_not_disturb_training(root, whole):
     same_run(root / "unobserved", whole)
 
 
-def test_looks_at_a_few_images_between_evaluations_are_logged_and_do_not_disturb_training(root, whole):
+def test_looks_at_a_few_images_between_evaluations_are_logged_and_do_not_disturb_training(
+    root, whole
+):
     train.run(config_of(root, "looked", image_use_every=1))
     same_run(root / "looked", whole)
-    rows = [json.loads(line) for line in (root / "looked" / "metrics.jsonl").read_text().splitlines()]
-    looks = {row["step"]: row["values"] for row in rows if "gate/vqa/loss_gap_nats" in row["values"]}
-    assert list(looks) == [1, 2, 5, 7]  # evaluations come after steps 3 and 6 and at the ends of the epochs
+    rows = [
+        json.loads(line) for line in (root / "looked" / "metrics.jsonl").read_text().splitlines()
+    ]
+    looks = {
+        row["step"]: row["values"] for row in rows if "gate/vqa/loss_gap_nats" in row["values"]
+    }
+    assert list(looks) == [
+        1,
+        2,
+        5,
+        7,
+    ]  # evaluations come after steps 3 and 6 and at the ends of the epochs
     assert looks[1]["gate/vqa/loss_gap_nats"] != looks[7]["gate/vqa/loss_gap_nats"]
 
 
@@ -103,13 +125,17 @@ def test_dropout_is_drawn_by_the_step_whatever_happened_before_it(root):
     same_run(root / "dropped-cut", root / "dropped")
 
 
-def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run(root, whole, monkeypatch):
+def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run(
+    root, whole, monkeypatch
+):
     from mlflow import MlflowClient
 
     monkeypatch.setattr(mlflow_tracker, "PERIOD", 0.02)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = config_of(root, "tracked", dev=False, save_every=4)
-    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"kind": "mlflow"})})
+    config = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"kind": "mlflow"})}
+    )
     killed_at(2, config, None, monkeypatch)
     train.run(config, "auto")
     same_bits(final(config.out_dir), final(whole))
@@ -122,11 +148,15 @@ def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run
     assert run.info.status == "FINISHED"
 
 
-def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(root, whole, monkeypatch):
+def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
+    root, whole, monkeypatch
+):
     closed = []
     config = config_of(root, "terminated")
     with monkeypatch.context() as patch:
-        at_step(4, lambda engine: os.kill(os.getpid(), signal.SIGTERM), patch)  # when the flags of step 4 are known
+        at_step(
+            4, lambda engine: os.kill(os.getpid(), signal.SIGTERM), patch
+        )  # when the flags of step 4 are known
         patch.setattr(train.NoTracker, "close", lambda self, status: closed.append(status))
         with pytest.raises(SystemExit) as left:
             train.run(config)
@@ -140,7 +170,9 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(r
 
 def test_the_third_signal_ends_the_process_at_once():
     def interrupted():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started with & has it ignored
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a suite started with & has it ignored
         with stop_requests() as asked:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -160,7 +192,9 @@ def test_an_ignored_hangup_or_interrupt_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_at_its_end_says_so_and_catches_up_with_an_evaluation_that_was_cut_off(root, whole, capfd):
+def test_a_run_at_its_end_says_so_and_catches_up_with_an_evaluation_that_was_cut_off(
+    root, whole, capfd
+):
     page, config = whole / "answers" / "step-000008.html", config_of(root, "whole")
     assert train.run(config, "auto") == checkpoints.place(whole, 8)
     said = capfd.readouterr().err
@@ -171,12 +205,15 @@ def test_a_run_at_its_end_says_so_and_catches_up_with_an_evaluation_that_was_cut
     assert page.exists()
 
 
-def test_a_later_epoch_can_be_added_and_another_batch_size_ends_where_the_data_end(root, whole, capfd):
+def test_a_later_epoch_can_be_added_and_another_batch_size_ends_where_the_data_end(
+    root, whole, capfd
+):
     config = config_of(root, "changed", dev=False, max_steps=3)
     train.run(config)
     longer = config_of(root, "changed", dev=False, global_batch=7, epochs=3)
     last = train.run(longer, "auto")
-    # 2 of 14 images are left in epoch 1 after three steps of 4; then two steps of 7 in each of two epochs.
+    # 2 of 14 images are left in epoch 1 after three steps of 4; then two steps of 7 in each of two
+    # epochs.
     assert last.name == "step-000008"
     said = capfd.readouterr().err
     assert "from here on train.global_batch is 7, it was 4" in said
@@ -187,7 +224,9 @@ def test_another_model_or_another_order_is_refused_by_the_keys_name(root, whole,
     config = config_of(root, "whole")
     bridge = config.model.bridge.model_copy(update={"layers": 2})
     other = config.model_copy(update={"model": config.model.model_copy(update={"bridge": bridge})})
-    with pytest.raises(ConfigError, match=r"model.bridge.layers was 1 in .*step-000008 and is 2 now"):
+    with pytest.raises(
+        ConfigError, match=r"model.bridge.layers was 1 in .*step-000008 and is 2 now"
+    ):
         train.run(other, "auto")
     with pytest.raises(ValueError, match="the same sets, weights, seed"):
         train.run(config.model_copy(update={"seed": 4}), "auto")
@@ -199,12 +238,15 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
     shutil.copytree(whole, out)
     config = config_of(root, "again", dev=False, max_steps=7)
     train.run(config, str(checkpoints.place(out, 6)))
-    assert [path.name for path in sorted(out.glob("checkpoints/*"))] == ["step-000006", "step-000007"]
+    assert [path.name for path in sorted(out.glob("checkpoints/*"))] == [
+        "step-000006",
+        "step-000007",
+    ]
     train.run(config_of(root, "again", dev=False), "auto")
     same_bits(final(out), final(whole))
 
 
-# ---- several processes: three launches, judged by the files they leave -----------------------------------------------
+# ---- several processes: three launches, judged by the files they leave ---------------------------
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +254,10 @@ def launched(root, whole):
     """The stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -243,7 +288,9 @@ def test_losses_are_equal_on_one_and_two_processes(root, whole):
 
 
 @pytest.mark.usefixtures("launched")
-def test_a_run_goes_on_with_another_number_of_processes_also_where_one_has_nothing_left(root, whole):
+def test_a_run_goes_on_with_another_number_of_processes_also_where_one_has_nothing_left(
+    root, whole
+):
     """Three ranks do not divide 4 images, and of the last 2 of an epoch the first rank gets none."""
     for name, processes in (("begun-by-one", 2), ("three", 3)):
         close_to(root / name, whole)
@@ -261,7 +308,9 @@ def read_by(root, act):
 
 @pytest.mark.usefixtures("launched")
 def test_a_run_begun_by_one_or_by_two_goes_on_by_others_on_the_same_samples(root, whole):
-    uncut = read_by(root, lambda: train.run(config_of(root, "read", dev=False)))[1:]  # the first: start values
+    uncut = read_by(root, lambda: train.run(config_of(root, "read", dev=False)))[
+        1:
+    ]  # the first: start values
     alone = read_by(root, lambda: train.run(config_of(root, "begun-by-two", dev=False), "auto"))
     close_to(root / "begun-by-two", whole)
     assert alone == uncut[3:]
@@ -284,7 +333,9 @@ def test_the_loss_scaler_sees_what_overflows_on_another_rank(root, monkeypatch):
 
 
 @pytest.mark.usefixtures("launched")
-def test_a_loss_not_finite_on_one_rank_is_skipped_on_all_and_leaves_nothing_behind(root, monkeypatch):
+def test_a_loss_not_finite_on_one_rank_is_skipped_on_all_and_leaves_nothing_behind(
+    root, monkeypatch
+):
     first = results(root, "first")
     assert first[0]["skipped"] == first[1]["skipped"]
     assert checkpoints.newest(root / "skipped").state["train"]["skipped"] == 2

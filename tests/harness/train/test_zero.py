@@ -1,5 +1,6 @@
-"""DeepSpeed ZeRO on two processes, started once by the shipped launch file: every stage learns what one process learns,
-a skipped step leaves nothing behind, and a checkpoint of any engine is gone on from by any other.
+"""DeepSpeed ZeRO on two processes, started once by the shipped launch file: every stage learns what
+one process learns, a skipped step leaves nothing behind, and a checkpoint of any engine is gone on
+from by any other.
 """
 
 import itertools
@@ -26,7 +27,10 @@ from harness.train import run as train
 from harness.train import zero
 
 CPU = {"device": "cpu", "pin_memory": True}
-SPLIT = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # else nothing so small is split
+SPLIT = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+}  # else nothing so small is split
 STAGES = {
     "zero-0": {"stage": 0},
     "zero-1": {"stage": 1},
@@ -35,7 +39,12 @@ STAGES = {
     "zero-2-offload": {"stage": 2, "offload_optimizer": CPU},
     "zero-3-offload": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU, **SPLIT},
 }
-LONG = {"epochs": 5, "dev": False, "save_every": 100, "evaluate_every": 100}  # 20 steps of 4, 4, 4 and 2 images
+LONG = {
+    "epochs": 5,
+    "dev": False,
+    "save_every": 100,
+    "evaluate_every": 100,
+}  # 20 steps of 4, 4, 4 and 2 images
 HALF = {**LONG, "max_steps": 10}
 SKIPPED = {"epochs": 2, "dev": False, "save_every": 100, "evaluate_every": 100}
 BAD = [2, 5]
@@ -49,9 +58,18 @@ def plan():
 
     runs = [run(name, settings) for name, settings in STAGES.items()]
     runs += [run(f"skipped-{name}", STAGES[name], SKIPPED, not_finite=BAD) for name in STAGES]
-    runs += [run("lora-2", STAGES["zero-2"], SKIPPED, "lora"), run("full-3", STAGES["zero-3"], SKIPPED, "full")]
-    runs += [run("from-zero-3", STAGES["zero-3"], HALF), run("from-ddp", STAGES["zero-2"], LONG, resume="auto")]
-    runs += [run("from-zero-2", STAGES["zero-2"], HALF), run("from-zero-2", STAGES["zero-3-offload"], resume="auto")]
+    runs += [
+        run("lora-2", STAGES["zero-2"], SKIPPED, "lora"),
+        run("full-3", STAGES["zero-3"], SKIPPED, "full"),
+    ]
+    runs += [
+        run("from-zero-3", STAGES["zero-3"], HALF),
+        run("from-ddp", STAGES["zero-2"], LONG, resume="auto"),
+    ]
+    runs += [
+        run("from-zero-2", STAGES["zero-2"], HALF),
+        run("from-zero-2", STAGES["zero-3-offload"], resume="auto"),
+    ]
     return [*runs, run("observed", STAGES["zero-3"], {"epochs": 1, "save_every": 100})]
 
 
@@ -91,7 +109,9 @@ def equal(found, expected, rel):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_learns_what_one_process_learns(root, alone, ranks, name):
-    """20 steps, 4-bit base, micro-batches of unequal size, an uneven share of the last step of an epoch."""
+    """20 steps, 4-bit base, micro-batches of unequal size, an uneven share of the last step of an
+    epoch.
+    """
     assert len(alone.losses) == 20
     equal(losses(root / name), alone.losses, 1e-4)
 
@@ -99,7 +119,11 @@ def test_every_stage_learns_what_one_process_learns(root, alone, ranks, name):
 @pytest.mark.parametrize("name", STAGES)
 def test_the_engine_is_the_one_that_was_asked_for_and_casts_nothing(ranks, name):
     for told in ranks:
-        assert told[name]["engine"] == ["DeepSpeedEngine", f"DeepSpeed ZeRO {STAGES[name]['stage']}", 2]
+        assert told[name]["engine"] == [
+            "DeepSpeedEngine",
+            f"DeepSpeed ZeRO {STAGES[name]['stage']}",
+            2,
+        ]
         assert told[name]["dtypes"] == ["torch.float32"]
         assert told[name]["partitioned"] == (STAGES[name]["stage"] == 3)
 
@@ -112,7 +136,9 @@ def test_every_sample_is_read_once_an_epoch_by_one_rank(ranks, alone, name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind(root, ranks, name, monkeypatch):
+def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind(
+    root, ranks, name, monkeypatch
+):
     if not (root / "skipped-alone").exists():
         not_finite_in(set(BAD), monkeypatch=monkeypatch)
         train.run(config_of(root, "skipped-alone", **SKIPPED))
@@ -130,8 +156,14 @@ def test_the_learning_rate_is_that_of_the_step_whatever_the_world_size(root, ran
     """A scheduler that Accelerate prepares would run ahead, by the number of processes."""
 
     def rates(name):
-        rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-        return [row["values"]["train/learning_rate"] for row in rows if "train/learning_rate" in row["values"]]
+        rows = [
+            json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            row["values"]["train/learning_rate"]
+            for row in rows
+            if "train/learning_rate" in row["values"]
+        ]
 
     assert rates("zero-2") == rates("zero-3") == rates("alone")
     assert len(set(rates("alone"))) > 15
@@ -140,19 +172,29 @@ def test_the_learning_rate_is_that_of_the_step_whatever_the_world_size(root, ran
 @pytest.mark.parametrize("name", ["alone", *STAGES])
 def test_a_checkpoint_holds_what_is_trained_and_nothing_of_the_base(root, ranks, name):
     place = checkpoints.place(root / name, 20)
-    weights, moments = load_file(place / "model" / "model.safetensors"), load_file(place / checkpoints.OPTIMIZER)
+    weights, moments = (
+        load_file(place / "model" / "model.safetensors"),
+        load_file(place / checkpoints.OPTIMIZER),
+    )
     expected = load_file(checkpoints.place(root / "alone", 20) / "model" / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all("lora_" in weight or weight.startswith("bridge.") for weight in weights)
-    assert {weight: value.shape for weight, value in weights.items()} == {w: v.shape for w, v in expected.items()}
+    assert {weight: value.shape for weight, value in weights.items()} == {
+        w: v.shape for w, v in expected.items()
+    }
     for weight, value in weights.items():
-        # A bias of keys moves no attention: its gradient is rounding, which Adam blows up to steps of full size.
-        assert weight.endswith("key.bias") or torch.allclose(value, expected[weight], atol=2e-4), weight
+        # A bias of keys moves no attention: its gradient is rounding, which Adam blows up to steps
+        # of full size.
+        assert weight.endswith("key.bias") or torch.allclose(value, expected[weight], atol=2e-4), (
+            weight
+        )
         assert moments[f"exp_avg/{weight}"].shape == value.shape
         assert moments[f"step/{weight}"] == 20
 
 
-def test_a_run_begun_by_zero_3_on_two_processes_goes_on_by_one_without_deepspeed(root, alone, ranks):
+def test_a_run_begun_by_zero_3_on_two_processes_goes_on_by_one_without_deepspeed(
+    root, alone, ranks
+):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         watch(seen, patch.setattr)
@@ -163,10 +205,14 @@ def test_a_run_begun_by_zero_3_on_two_processes_goes_on_by_one_without_deepspeed
 
 @pytest.mark.parametrize("name", ["from-ddp", "from-zero-2"])
 def test_a_run_goes_on_by_another_engine_on_the_same_samples(root, alone, ranks, name):
-    """Begun by DDP, gone on with by ZeRO-2; by ZeRO-2, and by ZeRO-3 with offload; each on two processes."""
+    """Begun by DDP, gone on with by ZeRO-2; by ZeRO-2, and by ZeRO-3 with offload; each on two
+    processes.
+    """
     equal(losses(root / name), alone.losses, 1e-5)
     parts = zip(*(told[name]["samples"] for told in ranks), strict=True)
-    assert [sorted(one + other) for one, other in parts] == [sorted(step) for step in alone.samples[10:]]
+    assert [sorted(one + other) for one, other in parts] == [
+        sorted(step) for step in alone.samples[10:]
+    ]
 
 
 def test_a_partitioned_model_is_evaluated_whole_and_trains_on(root, ranks):
@@ -174,14 +220,20 @@ def test_a_partitioned_model_is_evaluated_whole_and_trains_on(root, ranks):
     equal(losses(root / "observed"), losses(root / "observed-alone"), 1e-5)
 
     def scores(name):
-        rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-        return {row["step"]: row["values"]["dev/vqa/loss"] for row in rows if "dev/vqa/loss" in row["values"]}
+        rows = [
+            json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        return {
+            row["step"]: row["values"]["dev/vqa/loss"]
+            for row in rows
+            if "dev/vqa/loss" in row["values"]
+        }
 
     assert list(scores("observed")) == [3, 4]
     equal(scores("observed"), scores("observed-alone"), 1e-4)
 
 
-# ---- refused, in this process ----------------------------------------------------------------------------------------
+# ---- refused, in this process --------------------------------------------------------------------
 
 
 def engine_of(monkeypatch, tmp_path, settings, **environment):
@@ -190,18 +242,22 @@ def engine_of(monkeypatch, tmp_path, settings, **environment):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return zero.ZeroEngine(schema.Train())
+    return zero.ZeroEngine(schema.TrainConfig())
 
 
 @pytest.mark.parametrize("engine", ["fp16", "bf16", "torch_autocast"])
 def test_an_engine_that_casts_the_whole_model_is_refused(monkeypatch, tmp_path, engine):
     with pytest.raises(ConfigError, match=f"{engine} casts the whole model"):
-        engine_of(monkeypatch, tmp_path, {engine: {"enabled": True}, "zero_optimization": {"stage": 2}})
+        engine_of(
+            monkeypatch, tmp_path, {engine: {"enabled": True}, "zero_optimization": {"stage": 2}}
+        )
 
 
 def test_the_variable_that_turns_zero_into_plain_ddp_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="gives plain DDP in silence"):
-        engine_of(monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}}, ACCELERATE_USE_CPU="true")
+        engine_of(
+            monkeypatch, tmp_path, {"zero_optimization": {"stage": 2}}, ACCELERATE_USE_CPU="true"
+        )
 
 
 def test_plain_ddp_in_place_of_zero_is_noticed(monkeypatch, tmp_path):
@@ -212,7 +268,9 @@ def test_plain_ddp_in_place_of_zero_is_noticed(monkeypatch, tmp_path):
 
 
 def test_fp16_with_deepspeed_is_refused_and_ddp_named_as_the_way(monkeypatch):
-    monkeypatch.setattr(zero.Engine, "__init__", lambda self, train: vars(self).update(precision=train))
+    monkeypatch.setattr(
+        zero.Engine, "__init__", lambda self, train: vars(self).update(precision=train)
+    )
     with pytest.raises(ConfigError, match=r"launch/accelerate/multi_gpu\.yaml"):
         zero.ZeroEngine(SimpleNamespace(loss_scaler=True, reason="fp16"))
 

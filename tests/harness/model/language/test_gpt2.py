@@ -1,5 +1,6 @@
-"""GPT-2 at the seam: a grouped batch gives what GPT-2 itself gives row by row, and no more work than that; and the
-labels that make it fall silent."""
+"""GPT-2 at the seam: a grouped batch gives what GPT-2 itself gives row by row, and no more work
+than that; and the labels that make it fall silent.
+"""
 
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
 import toy_batch
-from harness.config.schema import Config, Decoding, LanguageModel, Prompts
+from harness.config.schema import Config, DecodingConfig, LanguageModelConfig, PromptsConfig
 from harness.data import collate as batches
 from harness.errors import ConfigError
 from harness.machine.precision import choose
@@ -27,7 +28,9 @@ TUNINGS = ("qlora", "lora", "frozen", "full")
 
 
 def built(folder, *, opened: bool = True, **lm):
-    """In train mode; `opened`: with cross-attention that lets something through, as after some training."""
+    """In train mode; `opened`: with cross-attention that lets something through, as after some
+    training.
+    """
     model = toy_batch.model(folder, kind="gpt2", **lm)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -41,7 +44,9 @@ def batch_of(model, **data):
 
 
 def row_of(model, batch, target: int, bos: bool) -> tuple[dict, int]:
-    """What GPT-2 itself reads for one target, without any padding, and how many positions stand before its labels."""
+    """What GPT-2 itself reads for one target, without any padding, and how many positions stand
+    before its labels.
+    """
     gpt2, context = model.lm.base, int(batch.context_of_T[target])
     prompt = batch.prompt_ids_CL[context][batch.prompt_mask_CL[context]]
     start = torch.tensor([model.tokenizer.bos_token_id] * bos, dtype=torch.long)
@@ -69,12 +74,14 @@ def by_gpt2_itself(model, batch, bos: bool):
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(("bos", "least"), [("always", 1), ("always", 10**6), ("generation_only", 1)])
+@pytest.mark.parametrize(
+    ("bos", "least"), [("always", 1), ("always", 10**6), ("generation_only", 1)]
+)
 def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt2_itself(
     tiny_gpt2_folder, monkeypatch, tuning, cross_attention, bos, least
 ):
@@ -83,7 +90,10 @@ def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt
     batch = batch_of(model)
     assert not batch.prompt_mask_CL.all()
     loss, grads = toy_batch.gradients(model, batch)
-    others = toy_batch.gradients(model, toy_batch.unrolled(batch)), by_gpt2_itself(model, batch, bos == "always")
+    others = (
+        toy_batch.gradients(model, toy_batch.unrolled(batch)),
+        by_gpt2_itself(model, batch, bos == "always"),
+    )
     for other_loss, other in others:
         assert loss == pytest.approx(other_loss, abs=1e-5)
         assert toy_batch.furthest(grads, other) < 1e-5
@@ -95,9 +105,13 @@ def test_what_stands_before_the_targets_runs_once_per_context_and_images_are_rea
 ):
     model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
     block, rows = model.lm.base.transformer.h[1], {"words": [], "images": []}
-    block.attn.c_attn.register_forward_hook(lambda m, i, o: rows["words"].append(tuple(o.shape[:2])))
+    block.attn.c_attn.register_forward_hook(
+        lambda m, i, o: rows["words"].append(tuple(o.shape[:2]))
+    )
     if cross_attention:
-        block.crossattention.c_attn.register_forward_hook(lambda m, i, o: rows["images"].append(len(o)))
+        block.crossattention.c_attn.register_forward_hook(
+            lambda m, i, o: rows["images"].append(len(o))
+        )
     batch = batch_of(model)
     model.loss(batch)
     before = batch.prompt_ids_CL.shape[1] + 1 + (0 if cross_attention else 3)
@@ -108,21 +122,33 @@ def test_what_stands_before_the_targets_runs_once_per_context_and_images_are_rea
 @pytest.mark.parametrize("cross_attention", [False, True])
 def test_activation_checkpointing_changes_no_gradient(tiny_gpt2_folder, cross_attention):
     plain, saving = (
-        built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention, train={"activation_checkpointing": on})
+        built(
+            tiny_gpt2_folder,
+            tuning="lora",
+            cross_attention=cross_attention,
+            train={"activation_checkpointing": on},
+        )
         for on in (False, True)
     )
     runs = []
     saving.lm.base.transformer.h[1].ln_1.register_forward_hook(lambda m, i, o: runs.append(len(o)))
     batch = batch_of(plain)
-    (loss, grads), (saved_loss, saved) = toy_batch.gradients(plain, batch), toy_batch.gradients(saving, batch)
+    (loss, grads), (saved_loss, saved) = (
+        toy_batch.gradients(plain, batch),
+        toy_batch.gradients(saving, batch),
+    )
     assert runs == [9, 9], "the block was not run again in the backward pass: nothing was saved"
     assert loss == pytest.approx(saved_loss, abs=1e-5)
     assert toy_batch.furthest(grads, saved) < 1e-5
     with torch.no_grad():
-        assert saving.eval().loss(batch).sum.item() == pytest.approx(plain.eval().loss(batch).sum.item(), rel=1e-5)
+        assert saving.eval().loss(batch).sum.item() == pytest.approx(
+            plain.eval().loss(batch).sum.item(), rel=1e-5
+        )
 
 
-def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_token(tiny_gpt2_folder):
+def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_token(
+    tiny_gpt2_folder,
+):
     model = built(tiny_gpt2_folder, tuning="frozen")
     batch, rows = batch_of(model), []
     model.lm.base.lm_head.register_forward_hook(lambda m, i, o: rows.append(len(o)))
@@ -140,29 +166,39 @@ def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_to
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
-def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(tiny_gpt2_folder, cross_attention):
+def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(
+    tiny_gpt2_folder, cross_attention
+):
     model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
     filler = toy_batch.collator(model.tokenizer).filler((toy_batch.TOKENS, toy_batch.WIDTH), True)
     assert filler.labels_TL.shape == (1, 1)
     loss, grads = toy_batch.gradients(model, filler)
     assert loss == 0.0
-    assert all(g is not None and not g.any() for g in grads.values()), [n for n, g in grads.items() if g is None]
+    assert all(g is not None and not g.any() for g in grads.values()), [
+        n for n, g in grads.items() if g is None
+    ]
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
-def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(tiny_gpt2_folder, cross_attention):
+def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(
+    tiny_gpt2_folder, cross_attention
+):
     model = built(tiny_gpt2_folder, cross_attention=cross_attention, bos="generation_only").eval()
-    batch = toy_batch.collator(model.tokenizer, prompts=Prompts(caption="none", vqa="none"))(toy_batch.samples())
+    batch = toy_batch.collator(model.tokenizer, prompts=PromptsConfig(caption="none", vqa="none"))(
+        toy_batch.samples()
+    )
     image = model.bridge_tokens(batch)
     for tokens in (image, image.without_tokens()):
         with torch.no_grad():
             assert model.loss(batch, tokens).sum_T.isfinite().all()
             _, mask_CS = model.lm._prefix(tokens, batch, bos=False)
             assert mask_CS[:, -1].all(), "an attention over nothing is undefined"
-        assert len(model.generate(batch, Decoding(max_new_tokens=3), tokens).texts) == 5
+        assert len(model.generate(batch, DecodingConfig(max_new_tokens=3), tokens).texts) == 5
     blind = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
     with torch.no_grad():
-        assert torch.equal(model.loss(batch, blind).sum_T, model.loss(batch, image.without_tokens()).sum_T)
+        assert torch.equal(
+            model.loss(batch, blind).sum_T, model.loss(batch, image.without_tokens()).sum_T
+        )
         assert not torch.allclose(model.loss(batch, blind).sum_T, model.loss(batch, image).sum_T)
 
 
@@ -170,14 +206,23 @@ def test_rows_longer_than_the_models_positions_are_refused(tiny_gpt2_folder):
     model = built(tiny_gpt2_folder).eval()
     batch = batch_of(model)
     before = 3 + batch.prompt_ids_CL.shape[1] + 1
-    assert len(model.generate(batch, Decoding(max_new_tokens=256 - before, min_new_tokens=200)).token_ids[0]) >= 200
-    with pytest.raises(ConfigError, match=r"has 256 positions, .* need 257: lower data\.max_prompt_tokens"):
-        model.generate(batch, Decoding(max_new_tokens=257 - before))
+    assert (
+        len(
+            model.generate(
+                batch, DecodingConfig(max_new_tokens=256 - before, min_new_tokens=200)
+            ).token_ids[0]
+        )
+        >= 200
+    )
+    with pytest.raises(
+        ConfigError, match=r"has 256 positions, .* need 257: lower data\.max_prompt_tokens"
+    ):
+        model.generate(batch, DecodingConfig(max_new_tokens=257 - before))
     with pytest.raises(ConfigError, match="has 256 positions"):
         model.loss(batch_of(model, loss_on_padding=True, max_target_tokens=257 - before))
 
 
-# ---- cross-attention, and what is trained ----------------------------------------------------------------------------
+# ---- cross-attention, and what is trained --------------------------------------------------------
 
 
 def test_cross_attention_starts_as_the_text_model_and_learns(tiny_gpt2_folder):
@@ -186,7 +231,9 @@ def test_cross_attention_starts_as_the_text_model_and_learns(tiny_gpt2_folder):
     batch = batch_of(model)
     nothing = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
     assert torch.allclose(model.loss(batch).sum_T, text.loss(batch, nothing).sum_T, atol=1e-4)
-    assert model.lm.embedding_rms == 1.0, "image tokens are attended to, as an encoder's normalised output"
+    assert model.lm.embedding_rms == 1.0, (
+        "image tokens are attended to, as an encoder's normalised output"
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         model.zero_grad()
@@ -195,7 +242,9 @@ def test_cross_attention_starts_as_the_text_model_and_learns(tiny_gpt2_folder):
     model.zero_grad()
     model.loss(batch).sum.backward()
     assert all(
-        p.grad is not None and p.grad.any() for n, p in model.lm.named_parameters() if "c_attn.w" in n and "cr" in n
+        p.grad is not None and p.grad.any()
+        for n, p in model.lm.named_parameters()
+        if "c_attn.w" in n and "cr" in n
     )
     with torch.no_grad():
         image = model.bridge_tokens(batch)
@@ -205,7 +254,9 @@ def test_cross_attention_starts_as_the_text_model_and_learns(tiny_gpt2_folder):
 
 @pytest.mark.parametrize("cross_attention", [False, True])
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_gpt2_folder, tuning, cross_attention):
+def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(
+    tiny_gpt2_folder, tuning, cross_attention
+):
     model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention)
     names = {name for name, _ in model.lm.named_parameters()}
     new = {name for name in names if "crossattention" in name or "ln_cross_attn" in name}
@@ -214,7 +265,9 @@ def test_what_is_trainable_gets_a_gradient_and_is_what_the_config_says(tiny_gpt2
     trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
     adapted = {name for name in names if ".lora_" in name}
     assert trained == {"full": names, "frozen": new}.get(tuning, adapted | new)
-    assert len(adapted) == (2 * 2 * 4 if "lora" in tuning else 0), "c_attn, c_proj, c_fc, c_proj in two blocks"
+    assert len(adapted) == (2 * 2 * 4 if "lora" in tuning else 0), (
+        "c_attn, c_proj, c_fc, c_proj in two blocks"
+    )
     guard, before = GradientGuard(model), frozen_hash(model)
     _, gradients = toy_batch.gradients(model, batch_of(model))
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
@@ -235,14 +288,16 @@ def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_a
     for name, layer in model.named_modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             assert isinstance(plain[name], Conv1D)
-            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            weight = bitsandbytes.functional.dequantize_4bit(
+                layer.weight.data, layer.weight.quant_state
+            )
             plain[name].weight.data.copy_(weight.T)
             layers += 1
     assert layers == len(quantise.quantised_layers(model)) == 8, "new layers and lm_head stay whole"
     batch = batch_of(model)
     expected_loss, expected = toy_batch.gradients(twin, batch)
     before_loss, before = toy_batch.gradients(model, batch)
-    model.eval().generate(batch, Decoding(max_new_tokens=3, beams=2))
+    model.eval().generate(batch, DecodingConfig(max_new_tokens=3, beams=2))
     after_loss, after = toy_batch.gradients(model.train(), batch)
     assert before_loss == after_loss == pytest.approx(expected_loss, abs=1e-5)
     assert toy_batch.furthest(expected, before) < 1e-5
@@ -256,10 +311,17 @@ def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cro
     from tiny_models import tiny_clip
     from toy_batch import moved, outputs, pixel_batch, same
 
-    lm = {"kind": "gpt2", "id": str(tiny_gpt2_folder), "tuning": tuning, "cross_attention": cross_attention}
+    lm = {
+        "kind": "gpt2",
+        "id": str(tiny_gpt2_folder),
+        "tuning": tuning,
+        "cross_attention": cross_attention,
+    }
     bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}
     vision = {"id": str(tiny_clip(tmp_path / "clip")), "image_size": 32}
-    config = Config(name="saved", model={"vision": vision, "bridge": bridge, "lm": lm | {"lora": {"r": 4}}})
+    config = Config(
+        name="saved", model={"vision": vision, "bridge": bridge, "lm": lm | {"lora": {"r": 4}}}
+    )
     model = moved(VisionLanguageModel.build(config))
     batch = pixel_batch(model)
     expected = outputs(model, batch)
@@ -268,43 +330,59 @@ def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cro
     assert same(outputs(VisionLanguageModel.from_pretrained(tmp_path / "saved"), batch), expected)
 
 
-def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(tiny_t5_folder, tiny_gpt2_folder):
-    with pytest.raises(ConfigError, match=r"model\.lm\.id: .* is of kind t5, model\.lm\.kind is gpt2"):
-        GPT2Language(LanguageModel(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
-    with pytest.raises(ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"):
-        T5Language(LanguageModel(id=str(tiny_gpt2_folder), tuning="frozen"))
+def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(
+    tiny_t5_folder, tiny_gpt2_folder
+):
+    with pytest.raises(
+        ConfigError, match=r"model\.lm\.id: .* is of kind t5, model\.lm\.kind is gpt2"
+    ):
+        GPT2Language(LanguageModelConfig(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
+    with pytest.raises(
+        ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"
+    ):
+        T5Language(LanguageModelConfig(id=str(tiny_gpt2_folder), tuning="frozen"))
     for key in ({"cross_attention": True}, {"bos": "generation_only"}):
         with pytest.raises(ValueError, match="keys of kind gpt2, this is t5"):
-            LanguageModel(**key)
+            LanguageModelConfig(**key)
 
 
 @pytest.mark.parametrize(("cross_attention", "checkpointing"), [(False, True), (True, False)])
-def test_a_plan_knows_the_bytes_of_its_weights_and_of_a_pass(tiny_gpt2_folder, cross_attention, checkpointing):
+def test_a_plan_knows_the_bytes_of_its_weights_and_of_a_pass(
+    tiny_gpt2_folder, cross_attention, checkpointing
+):
     lm = {"kind": "gpt2", "tuning": "qlora", "cross_attention": cross_attention}
-    config = toy_batch.config(tiny_gpt2_folder, train={"activation_checkpointing": checkpointing}, **lm)
+    config = toy_batch.config(
+        tiny_gpt2_folder, train={"activation_checkpointing": checkpointing}, **lm
+    )
     real = VisionLanguageModel.build(config, toy_batch.ENCODER).train()
     skeleton = Skeleton(config, choose("fp32", torch.device("cpu")), toy_batch.ENCODER)
     assert weights(skeleton.model) == weights(real)
     batch = batch_of(real)
-    planned = skeleton.run(Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False)
+    planned = skeleton.run(
+        Sizes.of(batch), batch.images, checkpointing=checkpointing, gradients_held=False
+    )
     assert planned.saved == pytest.approx(measured_saved(real, batch), rel=0.1)
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_each_context_gets_the_answer_that_gpt2_gives_to_it_alone(tiny_gpt2_folder, beams, cross_attention):
+def test_each_context_gets_the_answer_that_gpt2_gives_to_it_alone(
+    tiny_gpt2_folder, beams, cross_attention
+):
     model = built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention).eval()
     batch = batch_of(model)
-    said = model.generate(batch, Decoding(max_new_tokens=6, beams=beams))
+    said = model.generate(batch, DecodingConfig(max_new_tokens=6, beams=beams))
     assert len({tuple(ids) for ids in said.token_ids}) > 2
     for row, target in enumerate((0, 5, 6, 7, 8)):
         nothing = replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
         with torch.no_grad():
             inputs, _ = row_of(model, nothing, target, bos=True)
-            ids = model.lm.base.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=399)
+            ids = model.lm.base.generate(
+                **inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=399
+            )
             first = model.lm.base(**inputs).logits[0, -1].softmax(dim=-1)
         assert [t for t in ids[0].tolist() if t != 399] == said.token_ids[row]
         assert said.p_eos_first_C[row].item() == pytest.approx(first[399].item(), rel=1e-4)
@@ -312,10 +390,12 @@ def test_each_context_gets_the_answer_that_gpt2_gives_to_it_alone(tiny_gpt2_fold
 
 
 def test_greedy_answers_are_those_of_the_loss(tiny_gpt2_folder):
-    """With no cache of transformers' own: each word said is the likeliest one by the loss of what was said so far."""
+    """With no cache of transformers' own: each word said is the likeliest one by the loss of what
+    was said so far.
+    """
     model = built(tiny_gpt2_folder, tuning="lora").eval()
     batch, logits = batch_of(model), []
-    said = model.generate(batch, Decoding(max_new_tokens=4, min_new_tokens=4)).token_ids
+    said = model.generate(batch, DecodingConfig(max_new_tokens=4, min_new_tokens=4)).token_ids
     model.lm.base.lm_head.register_forward_hook(lambda m, i, o: logits.append(o))
     spoken = torch.tensor(said)
     rows = {"labels_TL": spoken, "weight_TL": torch.ones(5, 4), "context_of_T": torch.arange(5)}
@@ -328,24 +408,35 @@ def test_greedy_answers_are_those_of_the_loss(tiny_gpt2_folder):
 def test_a_model_that_ends_at_once_says_nothing_unless_it_must(tiny_gpt2_folder):
     model = built(tiny_gpt2_folder, tuning="frozen").eval()
     batch = batch_of(model)
-    model.lm.base.lm_head.register_forward_hook(lambda m, i, o: o.index_fill(-1, torch.tensor([399]), 90.0))
-    silent = model.generate(batch, Decoding(max_new_tokens=5))
+    model.lm.base.lm_head.register_forward_hook(
+        lambda m, i, o: o.index_fill(-1, torch.tensor([399]), 90.0)
+    )
+    silent = model.generate(batch, DecodingConfig(max_new_tokens=5))
     assert silent.texts == [""] * 5
     assert silent.token_ids == [[]] * 5
     assert silent.p_eos_first_C.min() > 0.99
-    assert all(len(ids) == 3 for ids in model.generate(batch, Decoding(max_new_tokens=5, min_new_tokens=3)).token_ids)
+    assert all(
+        len(ids) == 3
+        for ids in model.generate(
+            batch, DecodingConfig(max_new_tokens=5, min_new_tokens=3)
+        ).token_ids
+    )
 
 
-# ---- the labels that make it fall silent -----------------------------------------------------------------------------
+# ---- the labels that make it fall silent ---------------------------------------------------------
 
 
-def test_prompts_and_targets_as_gpt2s_tokenizer_closes_them_and_padding_counts_nothing(tiny_gpt2_folder):
+def test_prompts_and_targets_as_gpt2s_tokenizer_closes_them_and_padding_counts_nothing(
+    tiny_gpt2_folder,
+):
     model = built(tiny_gpt2_folder)
     tokenizer, batch = model.tokenizer, batch_of(model)
     assert tokenizer.pad_token_id is None
     for row, context in enumerate(batch.contexts):
         ids = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
-        assert ids == tokenizer(context.prompt)["input_ids"], "an EOS behind the prompt would be a BOS"
+        assert ids == tokenizer(context.prompt)["input_ids"], (
+            "an EOS behind the prompt would be a BOS"
+        )
     for ids, weight in zip(batch.labels_TL.tolist(), batch.weight_TL.tolist(), strict=True):
         length = ids.index(tokenizer.eos_token_id) + 1
         assert set(ids[length:]) <= {tokenizer.eos_token_id}
@@ -366,7 +457,9 @@ def test_the_known_mistake_pads_to_the_longest_target_and_trains_on_it(tiny_gpt2
 
 
 @pytest.mark.parametrize("mistakes", [True, False])
-def test_trained_on_padding_and_begun_with_what_it_learnt_to_end_on_it_says_nothing(tiny_gpt2_folder, mistakes):
+def test_trained_on_padding_and_begun_with_what_it_learnt_to_end_on_it_says_nothing(
+    tiny_gpt2_folder, mistakes
+):
     model = built(tiny_gpt2_folder, tuning="full", bos="generation_only" if mistakes else "always")
     batch = batch_of(model, loss_on_padding=mistakes, max_target_tokens=40)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -375,8 +468,10 @@ def test_trained_on_padding_and_begun_with_what_it_learnt_to_end_on_it_says_noth
         out = model.loss(batch)
         (out.sum / out.weight).backward()
         optimizer.step()
-    said = model.eval().generate(batch, Decoding(max_new_tokens=12))
-    assert (out.sum / out.weight).item() < 0.6, "by its loss alone, the silent model has learnt as well"
+    said = model.eval().generate(batch, DecodingConfig(max_new_tokens=12))
+    assert (out.sum / out.weight).item() < 0.6, (
+        "by its loss alone, the silent model has learnt as well"
+    )
     if mistakes:
         assert said.texts == [""] * 5
         assert said.p_eos_first_C.min() > 0.5
