@@ -12,6 +12,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Whole runs and several processes: left out by `bash launch/test.sh --fast`.
+SLOW = (
+    "test_ablate",
+    "test_base_lm",
+    "test_colab",
+    "test_configs_run",
+    "test_demo",
+    "test_doctor_machine",
+    "test_fp16",
+    "test_launcher",
+    "test_loop",
+    "test_overfit",
+    "test_published",
+    "test_quantise",
+    "test_resume",
+    "test_verdicts",
+    "test_zero",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -191,8 +191,9 @@ def test_a_launcher_lets_threads_wait_without_spinning(checkout, tmp_path, scrip
 
 def test_the_test_launcher_lints_checks_the_format_and_hands_arguments_to_pytest(checkout):
     _, calls = checkout("test.sh", "-k", "config")
-    assert calls[-3:] == [
+    assert calls[-4:] == [
         "-m ruff check --quiet .",
         "-m ruff format --check --quiet .",
+        "-m mypy",
         "-m pytest -n 2 --dist loadfile -k config",
     ]
