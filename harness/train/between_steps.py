@@ -1,6 +1,4 @@
-"""What is due between two steps: save a checkpoint, evaluate on the dev sets, look whether images
-are used.
-"""
+"""What is due between two steps: save a checkpoint, evaluate on the dev sets, look at a few images."""
 
 from __future__ import annotations
 
@@ -9,90 +7,138 @@ from dataclasses import asdict
 
 from harness import checkpoint as checkpoints
 from harness.errors import GuardError
+from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
-from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics
+from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.state import Run
 
 
-def look(run: Run, small: SmallSet | None) -> None:
-    """The gate on a few dev images between two evaluations; the main process alone has some, others
-    wait.
-    """
-    config, engine, state = run.config, run.engine, run.state
-    with engine.whole():
-        if small:
-            uses = small_gate(run.model, small, config, run.epochs)
-            figures = small_gate_metrics(uses)
-            run.tracker.metrics(
-                {f"gate/{name}": value for name, value in figures.items()}, state.step
+class BetweenSteps:
+    """Does after a step what the config asks for after it; all ranks alike."""
+
+    def __init__(self, run: Run, last_step: int) -> None:
+        self.run = run
+        self.last_step = last_step
+        self._small: SmallSet | None = None  # made when it is first needed
+
+    def is_nothing_left(self) -> bool:
+        """Tells whether the run is at its end; makes up for an evaluation that was cut off."""
+        run = self.run
+        step = run.state.step
+        is_end = step >= self.last_step
+        if step and (is_end or self._is_evaluation_due()):
+            evaluate(run, again=False)  # the earlier process may have been killed inside it
+        if is_end:
+            run.terminal.say(
+                f"nothing is left to do: {run.config.out_dir} stands at step {step} "
+                f"of {self.last_step}"
             )
-        engine.wait()
+        return is_end
+
+    def do_what_is_due(self) -> None:
+        """Saves first: a crash in the evaluation then loses nothing."""
+        run = self.run
+        train = run.config.train
+        is_end = run.state.step == self.last_step
+        if is_end or self._is_due(train.save_every):
+            save(run)
+        if is_end or self._is_evaluation_due():
+            evaluate(run)
+        elif train.image_use_every and run.config.data.dev and self._is_due(train.image_use_every):
+            self._look()
+
+    def _is_due(self, every: int | None) -> bool:
+        """`every`: steps; None: at the end of each epoch."""
+        if every is None:
+            return self.run.is_end_of_epoch
+        return self.run.state.step % every == 0
+
+    def _is_evaluation_due(self) -> bool:
+        return self.run.is_end_of_epoch or self._is_due(self.run.config.train.evaluate_every)
+
+    def _look(self) -> None:
+        """Asks the gate on a few dev images; the main process alone has some, the others wait."""
+        run = self.run
+        if run.engine.is_main and self._small is None:
+            self._small = small_set(run.model, run.config)
+        with run.engine.gathered_weights():
+            if self._small:
+                uses = small_gate(run.model, self._small, run.config, run.epochs)
+                run.track("gate", small_gate_metrics(uses))
+            run.engine.wait()
 
 
 def evaluate(run: Run, again: bool = True) -> None:
-    """Scores on the dev sets, and the answers to the same images as always; the main process alone,
-    others wait.
+    """Scores on the dev sets, and answers for the same images as always.
 
-    `again` False: only where this step's answers are not there yet. Raises GuardError as
-    `stop_if_image_ignored` says.
+    The main process alone evaluates, the others wait. `again` False: only where this step's answers
+    are not there yet. Raises GuardError as `stop_if_image_ignored` says.
     """
-    config, engine, state, ignored = run.config, run.engine, run.state, ""
-    page, result = config.out_dir / "answers" / f"step-{state.step:06d}.html", None
-    (wanted,) = engine.sum(
-        [engine.is_main and bool(config.data.dev) and (again or not page.exists())]
-    )
-    with engine.whole() if wanted else nullcontext():
-        if wanted and engine.is_main:
+    config = run.config
+    page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
+    wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
+    (wanted,) = run.engine.sum([wanted_here])
+    result = None
+    with run.engine.gathered_weights() if wanted else nullcontext():
+        if wanted_here:
             result = evaluate_model(
                 run.model,
-                [s.path for s in config.data.dev],
+                [dev.path for dev in config.data.dev],
                 config,
                 limit=config.evaluation.dev_images,
                 counterfactual_texts=config.evaluation.dev_counterfactual_texts,
                 epochs=run.epochs,
             )
-        engine.wait()
-    if result:
-        values = {**result.metrics(), "unreadable_samples": result.unreadable}
-        run.tracker.metrics({f"dev/{name}": value for name, value in values.items()}, state.step)
-        run.tracker.predictions(result.shown_images, state.step)
-        run.terminal.say(
-            f"step {state.step}: "
-            + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        )
-        run.terminal.answers(result.shown_images)
-        for task, use in ((task, scored.image_use) for task, scored in result.tasks.items()):
-            if use:
-                run.terminal.say(f"{task}: {use.verdict}: {use.reason}")
-                ignored = f"{task}: {use.reason}" if use.verdict == "image ignored" else ignored
+        run.engine.wait()
+    ignored = _tell(run, result) if result else ""
     run.model.train()
-    (stop,) = engine.sum([bool(ignored)])
-    if stop and run.epochs >= 1 and config.train.stop_if_image_ignored:
+    (is_ignored,) = run.engine.sum([bool(ignored)])
+    if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
-            f"train.stop_if_image_ignored: after step {state.step} the images are ignored ({ignored})"
+            f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
+            f"({ignored})"
         )
+
+
+def _tell(run: Run, result: Evaluation) -> str:
+    """Shows and tracks what was found. Returns why images count as ignored, "" where they do not."""
+    figures = {**result.metrics(), "unreadable_samples": result.unreadable}
+    run.track("dev", figures)
+    run.tracker.predictions(result.shown_images, run.state.step)
+    words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    run.terminal.say(f"step {run.state.step}: {words}")
+    run.terminal.answers(result.shown_images)
+    ignored = ""
+    for task, scored in result.tasks.items():
+        if use := scored.image_use:
+            run.terminal.say(f"{task}: {use.verdict}: {use.reason}")
+            if use.verdict == "image ignored":
+                ignored = f"{task}: {use.reason}"
+    return ignored
 
 
 def save(run: Run) -> None:
     """Gathers on all ranks, writes on one."""
-    engine, config, state = run.engine, run.config, run.state
-    weights, optimizer = engine.trained_state(), engine.optimizer_state()
+    engine = run.engine
+    weights = engine.trained_state()
+    optimizer = engine.optimizer_state()
     if engine.is_main:
         document = {
-            "step": state.step,
-            "train": asdict(state),
+            "step": run.state.step,
+            "train": asdict(run.state),
             "scaler": engine.scaler_state(),
-            "config": config.model_dump(mode="json"),
+            "config": run.config.model_dump(mode="json"),
             "run_id": run.tracker.run_id,
             "world_size": engine.world_size,
         }
         written = checkpoints.write(
-            config.out_dir,
-            state.step,
+            run.config.out_dir,
+            run.state.step,
             lambda folder: run.model.save_pretrained(folder, weights),
             optimizer,
             document,
         )
-        checkpoints.prune(config.out_dir, state.step, config.train.keep_checkpoints)
-        run.tracker.checkpoint(written.path, written.digest, state.step)
+        keep = run.config.train.keep_checkpoints
+        checkpoints.prune(run.config.out_dir, run.state.step, keep)
+        run.tracker.checkpoint(written.path, written.digest, run.state.step)
     engine.wait()

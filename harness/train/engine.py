@@ -151,7 +151,7 @@ class Engine:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def whole(self) -> AbstractContextManager:
+    def gathered_weights(self) -> AbstractContextManager:
         """All weights are whole inside, on every rank: the main process alone may run the model."""
         return nullcontext()
 

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness import checkpoint as checkpoints
 from harness.errors import GuardError
+from harness.train.state import Run
+from harness.train.step import StepResult
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -87,7 +90,67 @@ def check_frozen(model: nn.Module, before: str) -> None:
     """Raises GuardError where `frozen_hash` is no longer what it was."""
     if frozen_hash(model) != before:
         raise GuardError(
-            "a frozen parameter or buffer has changed during training; this is a bug, please report it"
+            "a frozen parameter or buffer has changed during training; this is a bug, please "
+            "report it"
+        )
+
+
+class RunGuard:
+    """Ends a run whose steps are all skipped, whose parts get no signal or whose frozen ones move."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.frozen = frozen_hash(run.model)
+        self.gradients: GradientGuard | None = GradientGuard(run.model)
+
+    def check(self, step: StepResult) -> None:
+        """Raises GuardError for what this step shows; called after every one."""
+        state = self.run.state
+        if step.gradient_norm is None:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            self.run.terminal.say(
+                f"step {state.step}: loss or gradient not finite, step skipped "
+                f"({state.skipped} so far)"
+            )
+            if state.skipped_in_a_row >= self.run.config.train.max_skipped_in_a_row:
+                raise GuardError(self._too_many_skipped(step))
+            if self.gradients:
+                self.gradients.forget()
+            return
+        state.skipped_in_a_row = 0
+        if self.gradients:
+            self.gradients.check()
+            self.gradients = None
+            self.check_frozen()
+            self._tell_scales(step)
+
+    def check_frozen(self) -> None:
+        """Raises GuardError where a frozen part has changed since the run began."""
+        check_frozen(self.run.model, self.frozen)
+
+    def _tell_scales(self, step: StepResult) -> None:
+        """Far apart, the language model would read noise."""
+        scales = self.run.model.scales(step.batches[0].to(self.run.engine.device))
+        self.run.terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
+        self.run.track("train", scales)
+
+    def _too_many_skipped(self, step: StepResult) -> str:
+        """Returns what was not finite first in this rank's share of the last step, in words."""
+        engine = self.run.engine
+        good = checkpoints.newest(self.run.config.out_dir)
+        with engine.gathered_weights():
+            found = (
+                first_nonfinite(self.run.model, batch.to(engine.device), engine.loss_scale)
+                for batch in step.batches
+            )
+            first = next(filter(None, found), "nothing on this rank")
+            engine.wait()
+        return (
+            f"{self.run.state.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+            f"finite, the first of the last one: {first} (loss scale {engine.loss_scale:g}); lower "
+            "train.learning_rate, or ask for train.precision=fp32; the last good checkpoint is "
+            f"{good.path if good else 'none: none was written yet'}"
         )
 
 

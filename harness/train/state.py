@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,3 +43,12 @@ class Run:
     def epochs(self) -> float:
         """How often the training set was seen."""
         return self.state.stream.epoch + self.state.stream.position / self.loader.samples
+
+    @property
+    def is_end_of_epoch(self) -> bool:
+        return self.state.stream.position == self.loader.samples
+
+    def track(self, group: str, figures: Mapping[str, float]) -> None:
+        """Writes figures of this step as `group/NAME`."""
+        named = {f"{group}/{name}": value for name, value in figures.items()}
+        self.tracker.metrics(named, self.state.step)

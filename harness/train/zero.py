@@ -139,7 +139,7 @@ class ZeroEngine(Engine):
         return self.model
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered_weights(self) -> Iterator[None]:
         if self.stage < 3:
             yield
             return

@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.model.vlm import VisionLanguageModel
-from harness.train import engine, loop, prepare
+from harness.train import engine, prepare
 from harness.train import run as train
+from harness.train import step as one_step
 from harness.train.engine import Engine
 from toy_runs import make_config
 
@@ -44,7 +45,7 @@ def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
     """Makes the loss NaN in these steps (0, 1, ... of the run) on one rank; in odd ones its
     gradient stays finite.
     """
-    original, drawn = VisionLanguageModel.forward, loop.drawn
+    original, drawn = VisionLanguageModel.forward, one_step.drawn
     at = []
 
     def forward(self, batch):
@@ -59,22 +60,23 @@ def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
         at[:] = [step]
         return drawn(seed, step, name)
 
-    for owner, name, value in ((VisionLanguageModel, "forward", forward), (loop, "drawn", watched)):
+    for owner, name, value in (
+        (VisionLanguageModel, "forward", forward),
+        (one_step, "drawn", watched),
+    ):
         monkeypatch.setattr(owner, name, value) if monkeypatch else setattr(owner, name, value)
 
 
 def watch(seen: list, patch=setattr) -> None:
     """Writes down which samples each step of this process reads."""
-    micro_batches = loop.micro_batches
+    micro_batches = one_step.micro_batches
 
     def watched(samples, *rest):
         seen.append([s.record.key for s in samples])
         return micro_batches(samples, *rest)
 
-    for module in (
-        loop,
-        prepare,
-    ):  # the steps, and before them the batch that calibrates the bridge
+    # The steps, and before them the batch that calibrates the bridge.
+    for module in (one_step, prepare):
         patch(module, "micro_batches", watched)
 
 
@@ -86,11 +88,11 @@ def with_scaler(patch=setattr) -> None:
 
 def restored(function, *arguments) -> None:
     """Calls a function and takes back what it has patched."""
-    before = Engine.step, VisionLanguageModel.forward, loop.drawn, engine.choose
+    before = Engine.step, VisionLanguageModel.forward, one_step.drawn, engine.choose
     try:
         function(*arguments)
     finally:
-        Engine.step, VisionLanguageModel.forward, loop.drawn, engine.choose = before
+        Engine.step, VisionLanguageModel.forward, one_step.drawn, engine.choose = before
 
 
 def main(root: Path, stage: str) -> None:

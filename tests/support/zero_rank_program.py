@@ -18,8 +18,9 @@ from accelerate.state import AcceleratorState
 from harness.config.schema import Config
 from harness.data import collate as batch
 from harness.model.vlm import VisionLanguageModel
-from harness.train import loop, prepare
+from harness.train import prepare
 from harness.train import run as train
+from harness.train import step as one_step
 from harness.train.engine import Engine
 from harness.train.zero import ZeroEngine
 from rank_program import not_finite_in, watch
@@ -37,16 +38,16 @@ def main(root: Path) -> None:
     batch._WORTH_A_CUT = 4  # the ranks' decoders run unequally often, but for a partitioned model's
     Engine.close = Engine.wait  # the group serves all runs of this process
     prepare_engine = ZeroEngine.prepare
-    micro_batches = loop.micro_batches
-    forward, drawn = VisionLanguageModel.forward, loop.drawn
+    micro_batches = one_step.micro_batches
+    forward, drawn = VisionLanguageModel.forward, one_step.drawn
     for run in json.loads((root / "plan.json").read_text()):
         settings = root / f"{run['name']}-{rank}-deepspeed.json"
         settings.write_text(json.dumps({"zero_optimization": run["zero"]}))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
         AcceleratorState._reset_state()
         VisionLanguageModel.forward = forward
-        loop.drawn = drawn
-        loop.micro_batches = prepare.micro_batches = micro_batches
+        one_step.drawn = drawn
+        one_step.micro_batches = prepare.micro_batches = micro_batches
         told[run["name"]] = mine = {"samples": []}
         watch(mine["samples"])
 

@@ -1,0 +1,160 @@
+"""One optimizer step over one whole global batch, and what is logged of it.
+
+samples of this rank -> micro-batches -> loss and gradients -> weights moved -> StepResult
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.data.collate import Collator, drawn
+from harness.model.batch import Batch
+from harness.model.vlm import VisionLanguageModel
+from harness.train.clock import Clock, memory_mb
+from harness.train.prepare import micro_batches
+from harness.train.schedule import learning_rate
+from harness.train.state import Run
+from shards.loader import Loader
+from shards.read import Sample
+from shards.stream import StreamState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. All but `batches` is the same on every rank."""
+
+    batches: Sequence[Batch]  # this rank's micro-batches, fillers included
+    loss: float  # nats a target token, over the whole global batch
+    gradient_norm: float | None  # None: the step was skipped, loss or gradient was not finite
+    learning_rate: float
+    images: float  # of the whole global batch, and its targets
+    targets: float
+    quarantined: float  # samples that could not be read, so far
+    truncated: float  # texts that were cut, so far
+    stops: bool  # some rank was asked to stop
+
+
+class StepTaker:
+    """Takes the run's steps: each makes `run.state` one step older."""
+
+    def __init__(self, run: Run, stop_asked: Callable[[], int]) -> None:
+        self.run = run
+        self.stop_asked = stop_asked
+        config = run.config
+        self.collate = Collator(
+            run.model.tokenizer,
+            config.data,
+            config.prompts,
+            config.seed,
+            config.train.eos_loss_weight,
+        )
+        self.filler = _filler(self.collate, run.model)
+        left = steps_left(run.loader, run.state.stream, config.train.epochs)
+        self.planned_steps = run.state.step + left
+        self.last_step = min(self.planned_steps, config.train.max_steps or self.planned_steps)
+        # As many on every rank, whatever it reads: under ZeRO each is a meeting of all ranks.
+        images_of_rank = math.ceil(config.train.global_batch / run.engine.world_size)
+        self.micro_steps = math.ceil(images_of_rank / config.train.micro_batch)
+
+    def take(self, stream: StreamState, samples: Sequence[Sample]) -> StepResult:
+        """Learns from this rank's `samples`; `stream`: where the run stands after them."""
+        run = self.run
+        engine = run.engine
+        state = run.state
+        real = micro_batches(samples, self.collate, run.config.train.micro_batch)
+        batches = real + [self.filler] * (self.micro_steps - len(real))
+        weight, images, targets = engine.sum(_totals(real))
+        # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.
+        torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
+        share = self._gradients(batches, max(weight, 1e-8))
+        # One packed tensor decides for all ranks alike.
+        loss, not_finite, stops, quarantined, truncated = engine.sum(
+            [
+                share,
+                not math.isfinite(share),
+                self.stop_asked() > 0,
+                len(run.loader.quarantined),
+                self.collate.truncated.total(),
+            ]
+        )
+        rate = learning_rate(run.config.train, state.step, self.planned_steps)
+        norm = engine.step(rate, skip=not_finite > 0)
+        state.step += 1
+        state.stream = stream
+        return StepResult(
+            batches, loss, norm, rate, images, targets, quarantined, truncated, stops > 0
+        )
+
+    def _gradients(self, batches: Sequence[Batch], weight: float) -> float:
+        """Returns this rank's share of the loss; its gradients are where the engine keeps them."""
+        engine = self.run.engine
+        share = 0.0
+        for index, batch in enumerate(batches):
+            with engine.micro_step(last=index == len(batches) - 1):
+                loss = self.run.wrapped(batch.to(engine.device)).sum / weight
+                engine.backward(loss)
+            share += loss.item()
+        return share
+
+
+class StepLog:
+    """Tells terminal and tracker what the steps did."""
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self.run = run
+        self.clock = clock
+
+    def write(self, step: StepResult, at_once: bool) -> None:
+        """`at_once`: the tracker hears of it though `log_every` steps are not over."""
+        run = self.run
+        self.clock.step(step.images, step.targets)
+        figures = {
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": math.nan if step.gradient_norm is None else step.gradient_norm,
+            "epoch": run.state.stream.epoch,
+            "skipped_steps": run.state.skipped,
+            "quarantined_samples": step.quarantined,
+            "truncated_texts": step.truncated,
+            "loss_scale": run.engine.loss_scale,
+            "memory_mb": memory_mb(run.engine.device),
+            **self.clock.rates(),
+        }
+        run.terminal.advance(run.state.step, figures)
+        if at_once or run.state.step % run.config.train.log_every == 0:
+            run.track("train", figures)
+            self.clock.reset()
+
+
+def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:
+    """Returns the optimizer steps from `stream` to the end of the last epoch.
+
+    True also where `global_batch` or `epochs` was changed since the earlier steps.
+    """
+    rest = loader.samples - stream.position
+    in_epoch = rest // loader.global_batch
+    if loader.last_batch != "drop" and rest % loader.global_batch:
+        in_epoch += 1
+    return max(0, in_epoch + (epochs - stream.epoch - 1) * loader.steps_per_epoch)
+
+
+def _totals(batches: Sequence[Batch]) -> tuple[float, int, int]:
+    """Returns the weight, images and targets of this rank's share."""
+    return (
+        sum(float(batch.weight) for batch in batches),
+        sum(batch.images for batch in batches),
+        sum(len(batch.labels_TL) for batch in batches),
+    )
+
+
+def _filler(collate: Collator, model: VisionLanguageModel) -> Batch:
+    """Returns the batch of weight 0 for a rank that has none of its own: all stay in step."""
+    if model.vision is None:
+        encoder = model.config.encoder
+        return collate.filler((encoder["tokens"], encoder["width"]), is_features=True)
+    side = model.vision.image_size
+    return collate.filler((side, side, 3), is_features=False)
