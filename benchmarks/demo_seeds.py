@@ -47,7 +47,8 @@ def main() -> None:
     ]
     accuracies = [report["accuracy"] for report in reports.values()]
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU unless said\n"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU unless "
+        f"said\n"
     )
     print(markdown_table(rows, ["seed", *COLUMNS.values(), "s"]))
     print(f"\nmean accuracy {mean(accuracies):.2f}%, worst {min(accuracies):.2f}%")

@@ -1,7 +1,6 @@
-"""What computing nothing twice is worth: one training step over the same images and captions, four
-ways.
+"""What computing nothing twice is worth: one training step over the same captions, four ways.
 
-    python benchmarks/grouped.py [--images DIR [--captions Flickr8k.token.txt]] [--batch 16] [--steps 5]
+    python benchmarks/grouped.py [--images DIR [--captions Flickr8k.token.txt]] [--batch 16]
 
 unrolled: every caption brings its own picture, as in most trainers; grouped: a picture's work is
 done once; of like length: and captions are decoded with others of their length, without most of the
@@ -173,11 +172,13 @@ def main() -> None:
         for n, t in times.items()
     ]
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__};"
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__};"
     )
     words = int(like.weight) / like.labels_TL.numel()
     print(
-        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} texts ({words:.0%} of their positions no padding), "
+        f"{given.batch} pictures of 224 px, {len(like.labels_TL)} texts ({words:.0%} of their "
+        f"positions no padding), "
         f"EfficientNet-Lite0, Q-Former 2 x 256, T5 3+3 x 256 NF4\n"
     )
     print(markdown_table(rows, ["a step", "s", "pictures/s", "times as fast"]))

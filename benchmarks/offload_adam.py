@@ -68,7 +68,8 @@ def main() -> None:
     )
     print(markdown_table(rows, headers))
     print(
-        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, torch {torch.__version__}"
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, "
+        f"torch {torch.__version__}"
     )
 
 

@@ -139,17 +139,20 @@ def main() -> None:
         print(markdown_table(saved_rows(config, root), columns))
         middle = middle_sized(config, root)
         print(
-            "\nResident memory that a forward pass adds, T5 of width 512 with 6 + 6 layers, 32 images, on the CPU:\n"
+            "\nResident memory that a forward pass adds, T5 of width 512 with 6 + 6 layers, 32 "
+            "images, on the CPU:\n"
         )
         print(markdown_table(growth_rows(middle), columns))
         if torch.cuda.is_available():
             print(
-                "\nPeak of CUDA's allocator in training steps of that model, the context not counted:\n"
+                "\nPeak of CUDA's allocator in training steps of that model, the context not "
+                "counted:\n"
             )
             print(markdown_table(gpu_rows(middle), columns))
         else:
             print(
-                "\nPeak on a GPU: not measured on a GPU, this machine has none. All figures of the plan are modelled."
+                "\nPeak on a GPU: not measured on a GPU, this machine has none. All figures of "
+                "the plan are modelled."
             )
 
 

@@ -49,7 +49,8 @@ def main() -> None:
         ):
             times.setdefault(name, []).append(seconds)
     print(
-        f"{platform.processor() or platform.machine()}, one process; {given.images:,} images, {len(texts):,} captions\n"
+        f"{platform.processor() or platform.machine()}, one process; {given.images:,} images, "
+        f"{len(texts):,} captions\n"
     )
     print(
         markdown_table(

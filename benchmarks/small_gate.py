@@ -60,13 +60,16 @@ def main() -> None:
         sorted(values[1:])[len(values[1:]) // 2] for values in (step_seconds, look_seconds)
     )
     print(
-        f"{config.name} on {engine.device}, {torch.get_num_threads()} threads: a step {step:.3f} s, a look {look:.3f} s"
+        f"{config.name} on {engine.device}, {torch.get_num_threads()} threads: a step "
+        f"{step:.3f} s, a look {look:.3f} s"
     )
     print(
-        f"(medians without the first; the set is read once: {read:.2f} s). Under {SHARE:.0%} of the time from"
+        f"(medians without the first; the set is read once: {read:.2f} s). Under {SHARE:.0%} of "
+        f"the time from"
     )
     print(
-        f"train.image_use_every={math.ceil(look * (1 / SHARE - 1) / step)} on, without the evaluations' own time"
+        f"train.image_use_every={math.ceil(look * (1 / SHARE - 1) / step)} on, without the "
+        f"evaluations' own time"
     )
 
 

@@ -144,7 +144,8 @@ def hardware() -> str:
             name,
         )
     load = os.getloadavg()[0]
-    return f"{name}, {os.cpu_count()} CPUs, load {load:.1f}, Python {platform.python_version()}, numpy {np.__version__}"
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    return f"{name}, {os.cpu_count()} CPUs, load {load:.1f}, {versions}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: real data where it is, tiny random models in the hub's own format."""
+"""What holds for the whole suite: threads, which tests are slow, the real data where it is."""
 
 import os
 from pathlib import Path

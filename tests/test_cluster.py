@@ -31,7 +31,8 @@ case "$*" in
     exit "${{exit_code:-0}}" ;;
 "-m harness.train"*)
     echo "$@" >>"$TOLD/train$RANK"
-    env | grep -E '^(ACCELERATE|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD|MASTER|OMP)' >>"$TOLD/environment$RANK"
+    told='^(ACCELERATE|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD|MASTER|OMP)'
+    env | grep -E "$told" >>"$TOLD/environment$RANK"
     trap 'sleep 0.2; touch "$TOLD/saved$RANK"; exit "${{FAKE_AFTER:-143}}"' TERM
     touch "$TOLD/${{TRAPPED:-started$RANK}}"
     for _ in $(seq "${{FAKE_WAITS:-0}}"); do sleep 0.1; done
@@ -56,7 +57,8 @@ while [ -n "$FAKE_SLOW" ] && kill -0 "$(cat "$TOLD/step")"; do sleep 0.05; done 
 SLURM = {
     "srun": SRUN,
     "scancel": SCANCEL,
-    "scontrol": '#!/bin/bash\n[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >>"$TOLD/scontrol"\n',
+    "scontrol": '#!/bin/bash\n[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" '
+    '>>"$TOLD/scontrol"\n',
 }
 JOB = {
     "SLURM_JOB_ID": "1234",
@@ -118,7 +120,10 @@ def signalled(script: subprocess.Popen, start, names: list[str], number: signal.
 def test_torchrun_starts_one_machine_and_several(start):
     run = start(LAUNCH / "torchrun.sh", "configs/scale.yaml", "out=a b", NPROC_PER_NODE="2")
     assert run.wait(60) == 0
-    wanted = "-m torch.distributed.run --standalone --nproc_per_node 2 -m harness.train configs/scale.yaml out=a b\n"
+    wanted = (
+        "-m torch.distributed.run --standalone --nproc_per_node 2 "
+        "-m harness.train configs/scale.yaml out=a b\n"
+    )
     assert start.told("torchrun") == wanted
     assert "ACCELERATE" not in start.told("environment0")
     assert "OMP_WAIT_POLICY=PASSIVE" in start.told("environment0")

@@ -147,7 +147,10 @@ def test_shards_that_are_there_are_not_built_again(execute, tmp_path):
 
 
 def test_a_plan_that_does_not_fit_stops_the_notebook_with_its_advice(execute, cells):
-    said = "import sys\nCONFIG, OVERRIDES = 'demo', 'train.micro_batch=1048576 train.global_batch=1048576'"
+    said = (
+        "import sys\nCONFIG = 'demo'\n"
+        "OVERRIDES = 'train.micro_batch=1048576 train.global_batch=1048576'"
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     _, outputs, after = execute(cells["home"], said, source("plan"), "print('went on')", path=path)
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
