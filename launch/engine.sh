@@ -14,7 +14,7 @@ installed() {
 }
 
 command -v "$python" >/dev/null || stop "there is no $python: activate harness' environment, or name its PYTHON=..."
-installed harness || stop "harness is not installed for $(command -v "$python"): pip install vl-harness, or PYTHON=..."
+installed harness || stop "harness is not installed for $(command -v "$python"): pip install -e . in its checkout, or PYTHON=..."
 [ "$#" -gt 0 ] || stop "a config is missing, as in configs/scale.yaml"
 
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # threads that spin slow their neighbours 100 times
@@ -22,7 +22,7 @@ unset ACCELERATE_USE_CPU ACCELERATE_USE_DEEPSPEED                       # LAUNCH
 case ${LAUNCH:=multi_gpu}${ZERO_STAGE:-} in
 multi_gpu) ;;
 zero2 | zero2[0-3] | zero2_offload | zero2_offload[1-3] | zero3_offload)
-    installed deepspeed || stop "LAUNCH=$LAUNCH needs DeepSpeed: pip install 'vl-harness[deepspeed]'"
+    installed deepspeed || stop "LAUNCH=$LAUNCH needs DeepSpeed: pip install -e '.[deepspeed]' in the checkout"
     export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE="launch/deepspeed/$LAUNCH.json"
     export ACCELERATE_DEEPSPEED_ZERO3_INIT=false ACCELERATE_DEEPSPEED_ZERO_STAGE="${ZERO_STAGE:-${LAUNCH:4:1}}"
     ;;

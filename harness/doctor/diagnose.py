@@ -1,114 +1,100 @@
-"""What is wrong with a config on this machine, and the fix, before any process is spawned.
+"""What is wrong with a config on this machine, and the fix: every Finding of `harness doctor`.
 
-Config -> nothing, or one sentence (`check_before_launch`), or every Finding (`diagnose`, which is
-`harness doctor`). Imports no torch: `harness train` and every rank of a launched run call the
-former first.
+machine -> what would be refused before a launch -> options, data, model, plan -> overfit
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.checks import checks_before_launch, data_sets
 from harness.config.keys import flatten
 from harness.config.schema import Config
-from harness.doctor.findings import Finding, failed, run
-
-if TYPE_CHECKING:
-    from harness.machine.launcher import Launch
+from harness.doctor import examine, machine, overfit
+from harness.doctor.findings import Check, Finding, failed, ok, run, warning
+from harness.machine.launcher import Launch, gpus
 
 
 def diagnose(
     config: Config | None = None,
     launch: Launch | None = None,
     processes: int | None = None,
-    overfit: int | None = None,
+    overfit_images: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
-    """All that `harness doctor` has to say: of this machine, of the config on it, of learning
-    `overfit` images.
-    """
-    from harness.machine.launcher import Launch, gpus
-
+    """Returns all findings: the machine's, the config's on it, those of learning a few images."""
     launch = launch or Launch()
     count = 0 if launch.cpu else gpus()
     processes = processes or launch.processes or max(count, 1)
-    found = _diagnose_machine(config, count, processes)
+    found = _of_machine(config, count, processes)
     if config is None:
         return found
-    from harness.doctor import examine, machine
-
-    refused = []
+    refused: list[Finding] = []
     for key, check in checks_before_launch(config):
-        refused += run(key, partial(_told, key, check, config))
+        refused += run(key, partial(_passed, key, check, config))
     found += refused
     gpus_here = machine.gpus_here() if count else []
     found += run("options", lambda: examine.options(config, launch, gpus_here))
     found += run("train.precision", lambda: examine.precision(config, gpus_here))
     found += run("MLflow", lambda: examine.tracking(config))
     if failed(refused):
-        found.append(
-            Finding(
-                "data and model", "warning", "not looked at", "put the errors above right first"
-            )
-        )
-        return found
-    for key, path in data_sets(config).items():
-        found += run(key, lambda key=key, path=path: examine.first_sample(key, path, config))
-    found += run("data", lambda: examine.sets_apart(config))
-    found += run("model.vision.id", lambda: examine.encoder_for_later(config))
-    found += run("global batch", lambda: examine.world(config, processes))
-    found += run("texts", lambda: examine.texts(config))
-    found += run("model", lambda: examine.model(config, "cuda" if count else "cpu"))
-    found += run("plan", lambda: examine.plan(config, launch, processes))
-    if overfit:
-        from harness.doctor import overfit as trial
-
-        found += run(
-            f"overfit {overfit}",
-            lambda: trial.findings(trial.overfit(config, overfit, progress=progress)),
-        )
+        fix = "put the errors above right first"
+        return [*found, warning("data and model", "not looked at", fix)]
+    device = "cuda" if count else "cpu"
+    for name, look in _at_data_and_model(config, launch, processes, device):
+        found += run(name, look)
+    if overfit_images:
+        trial = partial(overfit.overfit, config, overfit_images, progress=progress)
+        found += run(f"overfit {overfit_images}", lambda: overfit.findings(trial()))
     return found
 
 
-def _told(key: str, check: Callable[[], object], config: Config) -> Finding | None:
-    """One of the checks before a launch, with a line for models and prompts that are fine."""
+def _of_machine(config: Config | None, gpus: int, processes: int) -> list[Finding]:
+    out = config.out_dir if config else Path("runs")
+    workers = config.data.workers if config else 0
+    looks: dict[str, Check] = {
+        "Python": machine.python,
+        "torch": lambda: machine.torch_build(gpus, machine.driver()),
+        "GPU": lambda: machine.graphics(machine.gpus_here() if gpus else []),
+        "bitsandbytes": machine.four_bit,
+        "DeepSpeed": machine.deepspeed,
+        "threads": lambda: machine.threads(processes),
+        "/dev/shm": lambda: machine.shared_memory(gpus, workers),
+        "memory": machine.host_memory,
+        "disk": lambda: machine.disk(out),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        reduced = pool.submit(machine.all_reduce, gpus)  # takes seconds, beside the others
+        found = [finding for name, look in looks.items() for finding in run(name, look)]
+        return found + run("all-reduce", reduced.result)
+
+
+def _at_data_and_model(
+    config: Config, launch: Launch, processes: int, device: str
+) -> Iterator[tuple[str, Check]]:
+    for key, path in data_sets(config).items():
+        yield key, partial(examine.first_sample, key, path, config)
+    yield "data", lambda: examine.sets_apart(config)
+    yield "model.vision.id", lambda: examine.encoder_for_later(config)
+    yield "global batch", lambda: examine.world(config, processes)
+    yield "texts", lambda: examine.texts(config)
+    yield "model", lambda: examine.model(config, device)
+    yield "plan", lambda: examine.plan(config, launch, processes)
+
+
+def _passed(key: str, check: Callable[[], object], config: Config) -> Finding | None:
+    """Makes one of the checks before a launch; models and prompts that pass get a line."""
     check()
     if not key.startswith(("model.", "prompts.")):
         return None
     value = flatten(config)[key]
     if key == "model.vision.id" and config.model.vision.kind != "clip":
-        return Finding(key, "OK", f"{config.model.vision.kind}, a package")
-    where = (
-        ""
-        if key.startswith("prompts.")
-        else ", a folder"
-        if Path(value).is_dir()
-        else ", from the hub or its cache"
+        return ok(key, f"{config.model.vision.kind}, a package")
+    if key.startswith("prompts."):
+        return ok(key, value)
+    return ok(
+        key, f"{value}, {'a folder' if Path(value).is_dir() else 'from the hub or its cache'}"
     )
-    return Finding(key, "OK", f"{value}{where}")
-
-
-def _diagnose_machine(config: Config | None, gpus: int, processes: int) -> list[Finding]:
-    from harness.doctor import machine
-
-    with ThreadPoolExecutor(1) as pool:
-        reduced = pool.submit(machine.all_reduce, gpus)  # takes seconds, beside the others
-        found = run("Python", machine.python)
-        found += run("torch", lambda: machine.torch_build(gpus, machine.driver()))
-        found += run("GPU", lambda: machine.graphics(machine.gpus_here() if gpus else []))
-        found += run("bitsandbytes", machine.four_bit)
-        found += run("DeepSpeed", machine.deepspeed)
-        found += run("DeepSpeed ops", machine.compiler)
-        found += run("build locks", machine.build_locks)
-        found += run("threads", lambda: machine.threads(processes))
-        found += run(
-            "/dev/shm", lambda: machine.shared_memory(gpus, config.data.workers if config else 0)
-        )
-        found += run("memory", machine.host_memory)
-        found += run("disk", lambda: machine.disk(config.out_dir if config else Path("runs")))
-        return found + run("all-reduce", reduced.result)

@@ -10,8 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.errors import explain
+
 State = Literal["OK", "warning", "error"]
-COLOURS = {"OK": "green", "warning": "yellow", "error": "red"}
+COLOURS: dict[State, str] = {"OK": "green", "warning": "yellow", "error": "red"}
 
 
 @dataclass(frozen=True)
@@ -27,32 +33,42 @@ class Finding:
 Check = Callable[[], Finding | Iterable[Finding] | None]
 
 
-def run(name: str, check: Check) -> list[Finding]:
-    """What the check says, `name` where it says nothing of its own; whatever it raises becomes an
-    error line.
-    """
-    from harness.errors import explain
+def ok(name: str, found: str, fix: str = "") -> Finding:
+    """Returns the line of what is as it should be."""
+    return Finding(name, "OK", found, fix)
 
+
+def warning(name: str, found: str, fix: str) -> Finding:
+    """Returns the line of what may cost the user something."""
+    return Finding(name, "warning", found, fix)
+
+
+def error(name: str, found: str, fix: str) -> Finding:
+    """Returns the line of what keeps a run from working."""
+    return Finding(name, "error", found, fix)
+
+
+def run(name: str, check: Check) -> list[Finding]:
+    """Returns what the check says; whatever it raises becomes an error line called `name`."""
     found: list[Finding] = []
     try:
-        said = check()
-        found += [said] if isinstance(said, Finding) else said or ()
-    except Exception as error:
-        sentence = explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return [*found, Finding(name, "error", sentence)]
+        answer = check()
+        found += [answer] if isinstance(answer, Finding) else answer or ()
+    except Exception as problem:
+        sentence = explain(problem)
+        if sentence is None:
+            sentence = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+        found.append(error(name, sentence, ""))
     return found
 
 
 def failed(findings: Sequence[Finding]) -> bool:
+    """Tells whether one of them is an error."""
     return any(finding.state == "error" for finding in findings)
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """As a table on stdout, with a last line that counts."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """Prints them as a table on stdout, with a last line that counts."""
     console = Console(emoji=False, highlight=False)
     table = Table("check", "", "found", "fix")
     for finding in findings:

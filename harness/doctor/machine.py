@@ -1,5 +1,4 @@
-"""What `harness doctor` looks at without a config: Python, torch, GPUs, 4-bit layers, processes,
-memory, disk.
+"""What `harness doctor` looks at without a config: Python, torch, GPUs, processes, memory, disk.
 
 Nothing in -> Findings. Everything is tried rather than asked for where that takes seconds: a 4-bit
 layer learns, two processes add up their numbers.
@@ -12,32 +11,31 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
+import torch
+from torch import distributed, multiprocessing
 
-from harness.doctor.findings import Finding
+from harness.doctor.findings import Finding, error, ok, warning
+from harness.errors import install_command
 from harness.machine.devices import cards, main_memory
+from harness.machine.precision import BF16_FROM
+from harness.model.language.quantise import keep_autograd
 
 GB = 1e9
+FAILED_RANK = (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException)
 PYTHON = (3, 11)
-LOCK_SECONDS = 120.0  # younger than this a build may still be about to start its compiler
-LONGEST_BUILD_SECONDS = (
-    3600.0  # DeepSpeed's slowest took two minutes; a lock as old as this is nobody's
-)
-TALK_SECONDS = 60.0  # for two processes to start, to find each other and to add two numbers
-LOW_MEMORY, LOW_DISK = 4 * GB, 2 * GB
-SHARED_MEMORY, SHARED_MEMORY_NCCL = (
-    32e6,
-    1 * GB,
-)  # what NCCL's ranks exchange goes through /dev/shm; Docker gives 64 MB
+MEETING_SECONDS = 60.0  # for two processes to start, to find each other and to add two numbers
+LOW_MEMORY = 4 * GB
+LOW_DISK = 2 * GB
+SHARED_MEMORY = 32e6
+SHARED_MEMORY_NCCL = 1 * GB  # NCCL's ranks exchange through /dev/shm; Docker gives 64 MB
 
 
 @dataclass(frozen=True)
@@ -50,105 +48,78 @@ class Gpu:
 
     @property
     def bf16(self) -> bool:
-        from harness.machine.precision import BF16_FROM
-
         return self.capability >= BF16_FROM
 
 
 def gpus_here() -> list[Gpu]:
-    import torch
-
+    """Returns the GPUs that torch sees."""
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in found]
+    return [Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory) for gpu in found]
 
 
 def python() -> Finding:
     found = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < PYTHON:
-        return Finding("Python", "error", found, "install Python 3.11 or newer")
-    return Finding("Python", "OK", found)
+        return error("Python", found, "install Python 3.11 or newer")
+    return ok("Python", found)
 
 
 def torch_build(listed_gpus: int, driver: str | None) -> Finding:
-    """`listed_gpus`: how many nvidia-smi sees; a torch that sees none of them would train on the
-    CPU in silence.
-    """
-    import torch
-
-    found = f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'built without CUDA'}"
+    """Tells whether torch uses the `listed_gpus` of nvidia-smi, or would train on the CPU."""
+    cuda = torch.version.cuda
+    found = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"
     found += f", driver {driver}" if driver else ", no NVIDIA driver"
     if not listed_gpus or torch.cuda.is_available():
-        return Finding("torch", "OK", found)
-    found += f": {listed_gpus} GPUs are here and torch uses none of them"
-    if torch.version.cuda is None:
-        return Finding(
-            "torch",
-            "error",
-            found,
-            "install torch from the CUDA index, see pytorch.org/get-started",
-        )
-    return Finding(
-        "torch",
-        "error",
-        found,
-        f"update the driver, or install a torch built for a CUDA before {driver}",
-    )
+        return ok("torch", found)
+    fix = "install torch from the CUDA index, see pytorch.org/get-started"
+    if cuda:
+        fix = f"update the driver, or install a torch built for a CUDA before {driver}"
+    return error("torch", f"{found}: {listed_gpus} GPUs are here and torch uses none of them", fix)
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version."""
+    """Returns the NVIDIA driver's version."""
     return next((card.driver for card in cards({})), None)  # hidden GPUs have one too
 
 
 def graphics(gpus: Sequence[Gpu], kernels: Sequence[str] | None = None) -> Iterator[Finding]:
-    """`kernels`: what torch was compiled for, as in ["sm_75", "sm_80", "compute_90"]; none: asked
-    of torch.
-    """
-    import torch
+    """Yields a line for each GPU.
 
-    kernels = torch.cuda.get_arch_list() if kernels is None else kernels
+    `kernels`: what torch was compiled for, as in ["sm_75", "compute_90"]; None: torch is asked.
+    """
+    if kernels is None:
+        kernels = torch.cuda.get_arch_list()
     if not gpus:
-        yield Finding("GPU", "OK", "none: training runs on the CPU, in fp32")
+        yield ok("GPU", "none: training runs on the CPU, in fp32")
     for index, gpu in enumerate(gpus):
         major, minor = gpu.capability
         found = f"{gpu.name}, compute capability {major}.{minor}, {gpu.bytes / 2**30:.1f} GiB"
-        found += (
-            ", bf16"
-            if gpu.bf16
-            else ", no native bf16: fp16 with a loss scaler (train.precision=auto)"
-        )
-        if kernels and not any(_runs_on(kernel, gpu.capability) for kernel in kernels):
-            fix = f"install a torch that still has sm_{major}{minor}: an older one, or one built for an older CUDA"
-            yield Finding(
-                f"GPU {index}",
-                "error",
-                f"{found}; torch has no kernels for it ({', '.join(kernels)})",
-                fix,
-            )
+        if gpu.bf16:
+            found += ", bf16"
         else:
-            yield Finding(f"GPU {index}", "OK", found)
+            found += ", no native bf16: fp16 with a loss scaler (train.precision=auto)"
+        if not kernels or any(_runs_on(kernel, gpu.capability) for kernel in kernels):
+            yield ok(f"GPU {index}", found)
+        else:
+            yield error(
+                f"GPU {index}",
+                f"{found}; torch has no kernels for it ({', '.join(kernels)})",
+                f"install a torch that still has sm_{major}{minor}: an older one, or one built "
+                "for an older CUDA",
+            )
 
 
 def _runs_on(kernel: str, capability: tuple[int, int]) -> bool:
-    """Compiled code (sm_) runs on later GPUs of its major version, PTX (compute_) on all later
-    ones.
-    """
-    kind, _, number = kernel.partition("_")
-    digits = "".join(filter(str.isdigit, number))  # sm_90a
+    """Tells it of compiled code (sm_: its major version) or of PTX (compute_: all later GPUs)."""
+    digits = "".join(filter(str.isdigit, kernel))  # sm_90a
     built = (int(digits[:-1]), int(digits[-1]))
-    return capability >= built and (kind == "compute" or capability[0] == built[0])
+    return capability >= built and (kernel.startswith("compute") or capability[0] == built[0])
 
 
 def four_bit() -> Finding:
-    """A 4-bit layer's gradient before and after an evaluation, against the product with its
-    dequantised weights.
-    """
-    # isort: skip  it quietens bitsandbytes' import
-    import torch
+    """Compares a 4-bit layer's gradient, before and after an evaluation, with the true one."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
-
-    from harness.model.language.quantise import keep_autograd
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
@@ -159,8 +130,9 @@ def four_bit() -> Finding:
     def learns() -> bool:
         given_ND = inputs_ND.clone().requires_grad_()
         out = layer.train()(given_ND).sum()
-        if out.requires_grad:
-            out.backward()
+        if not out.requires_grad:
+            return False
+        out.backward()
         return given_ND.grad is not None and torch.allclose(
             given_ND.grad[0], expected_D, rtol=1e-2, atol=1e-3
         )
@@ -171,218 +143,142 @@ def four_bit() -> Finding:
     after = learns()
     found = f"{importlib.metadata.version('bitsandbytes')} on {device.type}, NF4"
     if before and after:
-        return Finding(
-            "bitsandbytes", "OK", f"{found}: the gradient is right before and after an evaluation"
-        )
+        return ok("bitsandbytes", f"{found}: the gradient is right before and after an evaluation")
     when = "after an evaluation" if before else "at once"
-    fix = "pip install -U bitsandbytes; until then model.lm.tuning=lora trains without 4 bits"
-    return Finding(
-        "bitsandbytes", "error", f"{found}: a 4-bit layer gives no right gradient {when}", fix
+    return error(
+        "bitsandbytes",
+        f"{found}: a 4-bit layer gives no right gradient {when}",
+        "pip install -U bitsandbytes; until then model.lm.tuning=lora trains without 4 bits",
     )
 
 
 def deepspeed() -> Finding:
-    """Whether it is there. Importing it takes seconds: only `harness doctor CONFIG --launch zero2`
-    does.
-    """
+    """Tells whether it is there; importing takes seconds: `doctor CONFIG --launch zero2` does."""
     if importlib.util.find_spec("deepspeed") is None:
-        fix = "only the zero2, zero2_offload and zero3_offload launches need it: pip install 'vl-harness[deepspeed]'"
-        return Finding("DeepSpeed", "OK", "not installed", fix)
-    return Finding("DeepSpeed", "OK", importlib.metadata.version("deepspeed"))
-
-
-def compiler() -> Finding:
-    """For information: DeepSpeed's ops could be built with it, and no launch of ours builds any."""
-    found = [
-        f"{name} {'found' if shutil.which(name) else 'absent'}" for name in ("c++", "ninja", "nvcc")
-    ]
-    return Finding(
-        "DeepSpeed ops",
-        "OK",
-        f"none has to be built: harness uses torch's own ({', '.join(found)})",
-    )
-
-
-def build_locks(now: float | None = None) -> Iterator[Finding]:
-    """A killed build of a torch extension leaves a lock for which every later start waits for ever,
-    in silence.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-    locks = sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
-    if not locks:
-        yield Finding("build locks", "OK", f"none under {root}")
-    for lock in locks:
-        age = (time.time() if now is None else now) - lock.stat().st_mtime
-        builder = _works_in(lock.parent)
-        if age < LONGEST_BUILD_SECONDS and (builder or age < LOCK_SECONDS):
-            who = builder or "perhaps a process that has not started its compiler yet"
-            fix = f"wait for it; or remove {lock} if that build was killed"
-            yield Finding(
-                "build locks", "warning", f"{lock}, {age:.0f} s old, is held by {who}", fix
-            )
-        else:
-            lock.unlink()
-            yield Finding(
-                "build locks",
-                "OK",
-                f"{lock} was left by a build that was killed; it is removed now",
-            )
-
-
-def _works_in(folder: Path) -> str | None:
-    """A process in this folder: torch starts ninja, and that its compilers, inside the folder that
-    they fill.
-    """
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == folder.resolve():
-                return f"process {process.pid} ({process.name()})"
-        except (psutil.Error, OSError):  # another user's, or gone meanwhile
-            continue
-    return None
+        needed = "only the zero2, zero2_offload and zero3_offload launches need it"
+        return ok("DeepSpeed", "not installed", f"{needed}: {install_command('deepspeed')}")
+    return ok("DeepSpeed", importlib.metadata.version("deepspeed"))
 
 
 def all_reduce(
-    gpus: int, seconds: float = TALK_SECONDS, program: str = "all_reduce_rank"
+    gpus: int, seconds: float = MEETING_SECONDS, rank_program: Callable[..., None] | None = None
 ) -> Finding:
-    """Processes that add up their ranks, as every training step does: gloo, or NCCL where there are
-    GPUs.
+    """Lets processes add up their ranks as every step does: by gloo, by NCCL where there are GPUs.
+
+    `accelerate test`'s scripts do not: on CPU processes of our launch files they run as one.
     """
-    world, backend = (min(gpus, 2), "nccl") if gpus else (2, "gloo")
+    world = min(gpus, 2) if gpus else 2
+    backend = "nccl" if gpus else "gloo"
     name = f"all-reduce ({backend})"
-    line = [
-        sys.executable,
-        "-c",
-        f"import sys; from harness.doctor.machine import *; {program}(*sys.argv[1:])",
-    ]
-    fix = "set NCCL_DEBUG=INFO (NCCL) or GLOO_SOCKET_IFNAME=lo (gloo), and look at firewalls between processes"
+    fix = (
+        "set NCCL_DEBUG=INFO (NCCL) or GLOO_SOCKET_IFNAME=lo (gloo), and look at firewalls between "
+        "processes"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [*line, str(rank), str(world), backend, str(Path(folder, "meet"))],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world)
-        ]
+        given = (world, backend, f"{folder}/meet")
+        ranks = multiprocessing.start_processes(
+            rank_program or add_up_ranks, given, nprocs=world, join=False, start_method="spawn"
+        )
         end = time.monotonic() + seconds
         try:
-            said = [
-                process.communicate(timeout=max(0.1, end - time.monotonic()))
-                for process in processes
-            ]
-        except subprocess.TimeoutExpired:
-            return Finding(
-                name, "error", f"{world} processes did not find each other in {seconds:.0f} s", fix
-            )
+            while not ranks.join(timeout=0.2):
+                if time.monotonic() > end:
+                    found = f"{world} processes did not find each other in {seconds:.0f} s"
+                    return error(name, found, fix)
+        except FAILED_RANK as problem:
+            last = str(problem).strip().splitlines()[-1]
+            return error(name, f"rank {problem.error_index} of {world}: {last}", fix)
         finally:
-            for process in processes:
+            for process in ranks.processes:
                 process.kill()
-                process.wait()
-    expected = str(float(sum(range(1, world + 1))))
-    for rank, (out, problem) in enumerate(said):
-        if out.strip() != expected:
-            last = (
-                problem.strip() or f"it said {out.strip()!r}, expected {expected}"
-            ).splitlines()[-1]
-            return Finding(name, "error", f"rank {rank} of {world}: {last}", fix)
     alone = "" if world > 1 else ": with one GPU there is nobody to talk to"
-    return Finding(name, "OK", f"{world} processes added up their numbers{alone}")
+    return ok(name, f"{world} processes added up their numbers{alone}")
 
 
-def all_reduce_rank(rank: str, world: str, backend: str, meeting_point: str) -> None:
-    """What each of those processes runs."""
-    import torch
-    from torch import distributed
-
+def add_up_ranks(rank: int, world: int, backend: str, meeting_point: str) -> None:
+    """Runs in each of these processes. Raises ValueError for a wrong sum."""
+    device = "cpu"
     if backend == "nccl":
-        torch.cuda.set_device(int(rank))
+        device = "cuda"
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
         backend,
         init_method=f"file://{meeting_point}",
-        rank=int(rank),
-        world_size=int(world),
-        timeout=timedelta(seconds=TALK_SECONDS),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=MEETING_SECONDS),
     )
-    total = torch.tensor([float(rank) + 1], device="cuda" if backend == "nccl" else "cpu")
+    total = torch.tensor([rank + 1.0], device=device)
     distributed.all_reduce(total)
-    print(total.item(), flush=True)
+    expected = world * (world + 1) / 2
+    if total.item() != expected:
+        raise ValueError(f"the sum is {total.item()}, expected {expected}")
     os._exit(0)  # ending gloo's group can wait for its own thread for ever
 
 
 def threads(processes: int = 1) -> Finding:
-    """OpenMP's threads of all processes against the cores; threads that spin are 100 times slower
-    when too many.
+    """Compares OpenMP's threads of all processes with the cores.
+
+    Threads that spin while they wait are 100 times slower when there are too many of them.
     """
-    cores, given = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0))
+    given = os.environ.get("OMP_NUM_THREADS", "")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
-    found = f"{cores} cores, OMP_NUM_THREADS={given or 'not set'}, OMP_WAIT_POLICY={policy or 'not set'}"
+    found = (
+        f"{cores} cores, OMP_NUM_THREADS={given or 'not set'}, "
+        f"OMP_WAIT_POLICY={policy or 'not set'}"
+    )
     if given.isdecimal() and int(given) * processes > cores:
-        fix = (
-            f"export OMP_NUM_THREADS={cores // processes}"
-            if processes <= cores
-            else f"--processes {cores} or fewer"
-        )
-        return Finding(
-            "threads",
-            "warning",
-            f"{found}: more threads than cores with {processes} processes",
-            fix,
-        )
+        fix = f"--processes {cores} or fewer"
+        if processes <= cores:
+            fix = f"export OMP_NUM_THREADS={cores // processes}"
+        found += f": more threads than cores with {processes} processes"
+        return warning("threads", found, fix)
     if policy.upper() != "PASSIVE":
-        return Finding(
-            "threads",
-            "warning",
-            f"{found}: threads that wait spin",
-            "export OMP_WAIT_POLICY=PASSIVE",
+        return warning(
+            "threads", f"{found}: threads that wait spin", "export OMP_WAIT_POLICY=PASSIVE"
         )
-    return Finding("threads", "OK", found)
+    return ok("threads", found)
 
 
 def shared_memory(gpus: int, workers: int = 0, folder: Path = Path("/dev/shm")) -> Finding:
-    """NCCL's ranks of one machine exchange through it. Reading processes hand samples over by
-    pipes, and need of it only their semaphores.
+    """Looks whether NCCL's ranks have room to exchange.
+
+    Reading processes hand samples over by pipes, and need of it only their semaphores.
     """
     if not folder.is_dir():
-        return Finding("/dev/shm", "OK", f"{folder} is not there: this system has no such folder")
+        return ok("/dev/shm", f"{folder} is not there: this system has no such folder")
     free = shutil.disk_usage(folder).free
     needed = SHARED_MEMORY_NCCL if gpus > 1 else SHARED_MEMORY
     found = f"{free / GB:.2f} GB free, for {gpus} GPUs and {workers} reading processes each"
     if free < needed:
         fix = "start the container with --shm-size=2g or --ipc=host"
-        return Finding("/dev/shm", "warning", f"{found}; {needed / GB:.2f} GB are wanted", fix)
-    return Finding("/dev/shm", "OK", found)
+        return warning("/dev/shm", f"{found}; {needed / GB:.2f} GB are wanted", fix)
+    return ok("/dev/shm", found)
 
 
 def disk(folder: Path, needed: float | None = None) -> Finding:
-    """Free bytes where `folder` is or will be; `needed`: by the checkpoints that will lie there at
-    once, if known.
+    """Looks at the free bytes where `folder` is or will be.
+
+    `needed`: by the checkpoints that will lie there at once; None: not known.
     """
-    there = next(
-        parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()
-    )
-    free = shutil.disk_usage(there).free
+    above = (folder.absolute(), *folder.absolute().parents)
+    free = shutil.disk_usage(next(parent for parent in above if parent.is_dir())).free
     found = f"{free / GB:.1f} GB free at {folder}"
     if needed is not None:
         found += f", checkpoints take {needed / GB:.2f}"
     if free >= (LOW_DISK if needed is None else needed):
-        return Finding("disk", "OK", found)
+        return ok("disk", found)
     fix = "make room, choose another out=, or lower train.keep_checkpoints"
-    return Finding("disk", "warning" if needed is None else "error", found, fix)
+    return warning("disk", found, fix) if needed is None else error("disk", found, fix)
 
 
 def host_memory(available: float | None = None) -> Finding:
-    """`available` bytes; none: those of the machine, or the container's limit where that is lower."""
-    available = main_memory(free=True) if available is None else available
+    """Looks at `available` bytes; None: the machine's, or its container's where that is lower."""
+    if available is None:
+        available = main_memory(free=True)
     found = f"{available / GB:.1f} GB available"
     if available < LOW_MEMORY:
-        return Finding(
-            "memory",
-            "warning",
-            f"{found}: loading a model may fail",
-            "close other programs; data.workers=0",
-        )
-    return Finding("memory", "OK", found)
+        fix = "close other programs; data.workers=0"
+        return warning("memory", f"{found}: loading a model may fail", fix)
+    return ok("memory", found)

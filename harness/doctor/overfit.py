@@ -1,34 +1,41 @@
-"""Can this config learn a few images by heart? A minute now, before three hours: `harness doctor
-CONFIG --overfit 8`.
+"""Can this config learn a few images by heart? A minute now, before three hours.
 
-Config -> Findings: a line for each trained part (its gradient, how far its weights moved), and the
-verdict. The run's own model, engine and collator; one text an image, nothing random: no dropout, no
-label smoothing.
+`harness doctor CONFIG --overfit 8`: Config -> Findings, a line for each trained part (its gradient,
+how far its weights moved), and the verdict. The run's own model, engine, collator and step; one
+text an image, nothing random: no dropout, no label smoothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from harness.config.schema import Config, DecodingConfig
-from harness.data.collate import Collator, most_common
-from harness.doctor.findings import Finding
+from harness.data.collate import most_common
+from harness.doctor.findings import Finding, error, ok, warning
 from harness.errors import ConfigError
 from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
+from harness.report.terminal import Terminal
+from harness.tracking.journal import NoTracker
 from harness.train.engine import Engine
-from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
+from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
+from harness.train.state import Run, TrainState
+from harness.train.step import StepTaker
 from shards.read import Sample
+from shards.stream import StreamState
 
-STEPS, SECONDS = 600, 60.0  # whichever comes first
+STEPS = 600
+SECONDS = 60.0  # whichever comes first
 EVERY = 10  # steps between two looks at the answers
 LEARNT = 0.1  # nats a token below which a loss is small
 LOWEST_RATE = 1e-3  # peak learning rates are meant for thousands of steps: a few hundred want more
@@ -47,9 +54,8 @@ class Signal:
 
     @property
     def silent(self) -> bool:
-        return not (
-            self.gradient and self.gradient >= EPSILON * self.parameters**0.5
-        )  # nan is no signal either
+        """True also where the gradient is nan."""
+        return not (self.gradient and self.gradient >= EPSILON * self.parameters**0.5)
 
 
 @dataclass(frozen=True)
@@ -73,82 +79,131 @@ def overfit(
     seconds: float = SECONDS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
-    """Trains on the first `images` of data.train until they are known by heart, at most so long."""
-    config = _without_chance(config, images)
-    engine, loader = Engine(config.train), make_loader(config, None)
+    """Trains on the first `images` of data.train until they are known by heart, at most so long.
+
+    Raises ConfigError where nothing is trainable or nothing is there to learn.
+    """
+    run = _run_without_chance(config, images)
+    taker = StepTaker(run, stop_asked=lambda: 0)
+    samples = _samples(run, images)
+    whole = taker.collate(samples)
+    if whole is None:
+        raise ConfigError(f"the first {images} images of data.train carry nothing to learn")
+    whole = whole.to(run.engine.device)
+    named = run.engine.named
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    first_loss = _loss(run.model, whole)
+    end = time.monotonic() + seconds
+    # Else there is nothing that a step could do.
+    reached = run.model.train()(whole).sum.requires_grad
+    first = FirstGradients(named)
+    while reached and run.state.step < steps and time.monotonic() < end:
+        scale = run.engine.loss_scale
+        step = taker.take(run.state.stream, samples)
+        if step.gradient_norm is not None:
+            first.keep(scale)
+        progress(run.state.step, steps)
+        is_time_to_look = run.state.step % EVERY == 0 and step.loss < LEARNT
+        if is_time_to_look and exact_answers(run.model, whole) == whole.images:
+            break
+    return Result(
+        images=whole.images,
+        steps=run.state.step,
+        first_loss=first_loss,
+        last_loss=_loss(run.model, whole),
+        shuffled_loss=_loss(run.model, whole, shuffled=True) if whole.images > 1 else None,
+        exact=exact_answers(run.model, whole),
+        signals=tuple(signals_of(named, first.norms, before)),
+    )
+
+
+class FirstGradients:
+    """The gradient norm of each parameter in the first step that was taken; {} before it.
+
+    Tensor hooks, since an engine has no gradients left when its step is over.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
+        self.norms: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._see, name))
+            for name, parameter in named.items()
+        ]
+
+    def _see(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._seen[name] = parameter.grad.float().norm().item()
+
+    def keep(self, scale: float) -> None:
+        """Called after a step that was taken under this loss scale; the first call counts."""
+        if self._hooks:
+            self.norms = {name: norm / scale for name, norm in self._seen.items()}
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _run_without_chance(config: Config, images: int) -> Run:
+    """Returns a run of one global batch, and nothing that keeps a text from being learnt."""
+    rate = max(config.train.learning_rate, LOWEST_RATE)
+    bridge_rate = config.train.bridge_learning_rate
+    if bridge_rate is not None:
+        bridge_rate *= rate / config.train.learning_rate
+    bridge = config.model.bridge.model_copy(update={"dropout": 0.0})
+    lora = config.model.lm.lora.model_copy(update={"dropout": 0.0})
+    lm = config.model.lm.model_copy(update={"lora": lora, "dropout": 0.0})
+    train = {
+        "global_batch": images,
+        "label_smoothing": 0.0,
+        "weight_decay": 0.0,
+        "learning_rate": rate,
+        "bridge_learning_rate": bridge_rate,
+        "schedule": "constant",
+        "warmup": 0.0,
+    }
+    data = {"last_batch": "short", "texts_per_image": None}
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "model": config.model.model_copy(update={"bridge": bridge, "lm": lm}),
+            "train": config.train.model_copy(update=train),
+        }
+    )
+    engine = Engine(config.train)
+    loader = make_loader(config, None)
     encoder = encoder_of(loader, config)
     model = build_model(config, encoder, precision=engine.precision, device=engine.device)
     if not config.model.init_from:
         calibrate(model, config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trainable: the bridge and the language model are both frozen")
-    engine.prepare(model)
-    with closing(loader.iterate()) as first:
-        samples = one_text_each(next(first)[1])
-    collate = Collator(
-        model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
-    )
-    if (whole := collate(samples)) is None:
-        raise ConfigError(f"the first {images} images of data.train carry nothing to learn")
-    batches = [
-        _encoded(batch, model, engine)
-        for batch in micro_batches(samples, collate, config.train.micro_batch)
+    state = TrainState(StreamState(0, 0, loader.digest))
+    wrapped = engine.prepare(model)
+    return Run(config, engine, model, wrapped, loader, state, Terminal(False), NoTracker())
+
+
+def _samples(run: Run, images: int) -> list[Sample]:
+    """Returns the first images with a text each, encoded: the frozen encoder runs once."""
+    with closing(run.loader.iterate()) as steps:
+        samples = one_text_each(next(steps)[1])
+    if run.model.vision is None:
+        return samples
+    pixels_IHW3 = torch.from_numpy(np.stack([sample.payload for sample in samples]))
+    with torch.no_grad(), run.engine.precision.autocast("vision"):
+        patches_IPD = run.model.vision(pixels_IHW3.to(run.engine.device))
+    payloads = patches_IPD.to(torch.float16).cpu().numpy()
+    return [
+        replace(sample, payload=payload, extension="safetensors")
+        for sample, payload in zip(samples, payloads, strict=True)
     ]
-    whole = _encoded(whole, model, engine)
-    weight, before = (
-        float(whole.weight),
-        {name: p.detach().clone() for name, p in engine.named.items()},
-    )
-    rate, start = max(config.train.learning_rate, LOWEST_RATE), time.monotonic()
-    first_loss, done, gradients = _loss(model, whole), 0, dict[str, float | None]()
-    reached = model.train()(
-        batches[0]
-    ).sum.requires_grad  # else there is nothing that a step could do
-    while reached and done < steps and time.monotonic() - start < seconds:
-        total = 0.0
-        for position, batch in enumerate(batches):
-            with engine.micro_step(last=position == len(batches) - 1):
-                loss = model(batch).sum / weight
-                engine.backward(loss)
-            total += loss.item()
-        seen = {name: _norm(p.grad, engine.scaler.get_scale()) for name, p in engine.named.items()}
-        taken = engine.step(rate) is not None
-        gradients = gradients or (seen if taken else {})
-        done += 1
-        progress(done, steps)
-        if done % EVERY == 0 and total < LEARNT and exact_answers(model, whole) == whole.images:
-            break
-    return Result(
-        images=whole.images,
-        steps=done,
-        first_loss=first_loss,
-        last_loss=_loss(model, whole),
-        shuffled_loss=_loss(model, whole, shuffled=True) if whole.images > 1 else None,
-        exact=exact_answers(model, whole),
-        signals=tuple(signals_of(engine.named, gradients, before)),
-    )
-
-
-def _without_chance(config: Config, images: int) -> Config:
-    """One global batch of these images, and nothing that keeps a text from being learnt by heart."""
-    model = config.model
-    bridge = model.bridge.model_copy(update={"dropout": 0.0})
-    lora = model.lm.lora.model_copy(update={"dropout": 0.0})
-    lm = model.lm.model_copy(update={"lora": lora, "dropout": 0.0})
-    train = {"global_batch": images, "label_smoothing": 0.0, "weight_decay": 0.0}
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"last_batch": "short", "texts_per_image": None}),
-            "model": model.model_copy(update={"bridge": bridge, "lm": lm}),
-            "train": config.train.model_copy(update=train),
-        }
-    )
 
 
 def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
-    """Each image with one text and one target: of the question that most of them share, and if it
-    can be another target than the images before, so that only the image tells which. Unreadable
-    images are left out.
+    """Returns each readable image with one text and one target.
+
+    The text is of the question that most images share, and the target another than those before
+    where it can be: then only the image tells which.
     """
     readable = [sample for sample in samples if sample.payload is not None]
     shared = Counter(
@@ -162,32 +217,19 @@ def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
         choices = [
             (text, target)
             for text in sample.record.texts
-            for target in (text.targets if text.task == "caption" else (most_common(text.targets),))
+            for target in (text.targets if text.task == "caption" else [most_common(text.targets)])
         ]
-        text, target = max(
+        best = max(
             choices,
-            key=lambda c: (
-                shared[c[0].task, c[0].prompt],
-                (c[0].task, c[0].prompt, c[1]) not in used,
+            key=lambda choice: (
+                shared[choice[0].task, choice[0].prompt],
+                (choice[0].task, choice[0].prompt, choice[1]) not in used,
             ),
         )
-        used.add((text.task, text.prompt, target))
-        record = replace(sample.record, texts=(replace(text, targets=(target,)),))
-        chosen.append(replace(sample, record=record))
+        text = replace(best[0], targets=(best[1],))
+        used.add((text.task, text.prompt, best[1]))
+        chosen.append(replace(sample, record=replace(sample.record, texts=(text,))))
     return chosen
-
-
-def _encoded(batch: Batch, model: VisionLanguageModel, engine: Engine) -> Batch:
-    """The batch with its patch tokens in place of its pixels: the encoder is frozen, it need not
-    run at every step.
-    """
-    batch = batch.to(engine.device)
-    with torch.no_grad():
-        return replace(batch, features_IPD=model.eval().patch_tokens(batch), pixels_IHW3=None)
-
-
-def _norm(gradient: torch.Tensor | None, scale: float) -> float | None:
-    return None if gradient is None else gradient.float().norm().item() / scale
 
 
 @torch.no_grad()
@@ -200,7 +242,7 @@ def _loss(model: VisionLanguageModel, batch: Batch, shuffled: bool = False) -> f
 
 
 def exact_answers(model: VisionLanguageModel, batch: Batch) -> int:
-    """How many greedy answers are the target, token for token. Leaves the model in training mode."""
+    """Counts the greedy answers that are the target, token for token. Leaves training mode on."""
     ends = (model.tokenizer.eos_token_id, model.tokenizer.pad_token_id)
     targets = [[token for token in row if token not in ends] for row in batch.labels_TL.tolist()]
     said = model.eval().generate(batch, DecodingConfig(max_new_tokens=batch.labels_TL.shape[1]))
@@ -209,6 +251,7 @@ def exact_answers(model: VisionLanguageModel, batch: Batch) -> int:
 
 
 def part_of(parameter: str) -> str:
+    """Returns the trained part that a parameter belongs to, in the words of the findings."""
     if parameter.startswith("bridge."):
         return "projection" if parameter.startswith("bridge.projection.") else "bridge"
     return "LoRA" if ".lora_" in parameter else "language model"
@@ -216,69 +259,74 @@ def part_of(parameter: str) -> str:
 
 def signals_of(
     named: Mapping[str, nn.Parameter],
-    gradients: Mapping[str, float | None],
+    gradients: Mapping[str, float],
     before: Mapping[str, torch.Tensor],
 ) -> Iterator[Signal]:
-    """By part, from the first step's gradient norms (empty: no step was taken) and the weights
-    before all steps.
+    """Yields a Signal for each part.
+
+    `gradients`: norms in the first step, {} where no step was taken; `before`: the weights then.
     """
     for part in dict.fromkeys(map(part_of, named)):
         names = [name for name in named if part_of(name) == part]
-        norms = [gradients[name] for name in names if gradients.get(name) is not None]
-        weights = _together(before[name] for name in names)
-        change = _together(named[name].detach() - before[name] for name in names)
+        norms = [gradients[name] for name in names if name in gradients]
+        weights = _norm(before[name] for name in names)
+        change = _norm(named[name].detach() - before[name] for name in names)
         count = sum(named[name].numel() for name in names)
         gradient = sum(norm**2 for norm in norms) ** 0.5 if norms else None
         yield Signal(part, count, gradient, weights, change / max(weights, 1e-12))
 
 
-def _together(tensors: Iterator[torch.Tensor]) -> float:
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return sum(tensor.float().pow(2).sum().item() for tensor in tensors) ** 0.5
 
 
 def findings(result: Result) -> Iterator[Finding]:
-    """A line for each part, and the verdict: an error unless all images were learnt by heart."""
+    """Yields a line for each part, and the verdict: an error unless all were learnt by heart."""
     for signal in result.signals:
-        how = (
-            "no gradient at all"
-            if signal.gradient is None
-            else f"gradient {signal.gradient:.2g} at the first step"
-        )
-        found = f"{how}, weights {signal.weights:.3g}, moved by {signal.moved:.2%}"
+        gradient = "no gradient at all"
+        if signal.gradient is not None:
+            gradient = f"gradient {signal.gradient:.2g} at the first step"
+        found = f"{gradient}, weights {signal.weights:.3g}, moved by {signal.moved:.2%}"
         if signal.silent:
-            fix = f"something cuts the {signal.name} off from the loss: a detach, a no_grad, a weight of 0"
-            yield Finding(f"overfit: {signal.name}", "error", f"gets no signal: {found}", fix)
+            yield error(
+                f"overfit: {signal.name}",
+                f"gets no signal: {found}",
+                f"something cuts the {signal.name} off from the loss: a detach, a no_grad, a "
+                "weight of 0",
+            )
         else:
-            yield Finding(f"overfit: {signal.name}", "OK", found)
-    name, silent = (
-        f"overfit {result.images}",
-        [signal.name for signal in result.signals if signal.silent],
-    )
+            yield ok(f"overfit: {signal.name}", found)
+    yield _verdict(result)
+
+
+def _verdict(result: Result) -> Finding:
+    name = f"overfit {result.images}"
+    silent = [signal.name for signal in result.signals if signal.silent]
     found = (
         f"{result.exact} of {result.images} answered word for word after {result.steps} steps, "
         f"loss {result.first_loss:.3g} -> {result.last_loss:.3g} nats a token"
     )
-    alike = (
-        result.shuffled_loss is not None
-        and result.shuffled_loss - result.last_loss < LOSS_NEGLIGIBLE
-    )
+    alike = False
     if result.shuffled_loss is not None:
         found += f", {result.shuffled_loss:.3g} with the images exchanged"
+        alike = result.shuffled_loss - result.last_loss < LOSS_NEGLIGIBLE
     if result.exact == result.images and not alike:
-        yield Finding(name, "OK", f"learnt by heart: {found}")
-    elif result.exact == result.images:
+        return ok(name, f"learnt by heart: {found}")
+    if result.exact == result.images:
         why = "learnt by heart without the images: the words alone tell the texts apart"
-        yield Finding(
-            name, "warning", f"{why}; {found}", "more images, or texts that share a question"
-        )
-    elif silent:
+        return warning(name, f"{why}; {found}", "more images, or texts that share a question")
+    why = "not learnt by heart"
+    if silent:
         fix = f"first find what cuts off the {' and the '.join(silent)}"
-        yield Finding(name, "error", f"not learnt by heart: {found}", fix)
     elif alike:
-        fix = "look at the image tokens' scale, the encoder's layer, and whether the images are the right ones"
-        yield Finding(
-            name, "error", f"not learnt by heart, and the images make no difference: {found}", fix
+        why += ", and the images make no difference"
+        fix = (
+            "look at the image tokens' scale, the encoder's layer, and whether the images are the "
+            "right ones"
         )
     else:
-        fix = "if the loss is still falling, fewer images or a faster machine; else more query tokens or a larger LoRA"
-        yield Finding(name, "error", f"not learnt by heart: {found}", fix)
+        fix = (
+            "if the loss is still falling, fewer images or a faster machine; else more query "
+            "tokens or a larger LoRA"
+        )
+    return error(name, f"{why}: {found}", fix)

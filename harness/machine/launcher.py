@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from harness.config.load import shipped
-from harness.errors import ConfigError
+from harness.errors import ConfigError, install_command
 from harness.machine.devices import cards
 
 
@@ -189,9 +189,7 @@ def command(
             "use launch/slurm.sbatch, or launch/torchrun.sh on each"
         )
     if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"--launch {launch.name} needs DeepSpeed: pip install 'vl-harness[deepspeed]'"
-        )
+        raise ConfigError(f"--launch {launch.name} needs DeepSpeed: {install_command('deepspeed')}")
     threads = environment.get("OMP_NUM_THREADS") or str(
         max(1, len(os.sched_getaffinity(0)) // processes)
     )

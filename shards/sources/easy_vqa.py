@@ -24,12 +24,8 @@ def load(limit: Annotated[int | None, "Only so many images of each split."] = No
     """
     if limit is not None and limit < 1:
         raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
-    try:
-        import easy_vqa
-    except ImportError as error:
-        raise ShardError(
-            "the package easy-vqa is not installed: pip install 'vl-harness[demo]', or easy-vqa"
-        ) from error
+    import easy_vqa
+
     source = Source("easy_vqa", Images(Path(easy_vqa.__file__).parent / "data"))
     questions = {"train": easy_vqa.get_train_questions(), "test": easy_vqa.get_test_questions()}
     dev = set(

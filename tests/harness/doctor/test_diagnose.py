@@ -140,7 +140,7 @@ def test_errors_of_the_user_are_sentences_and_bugs_are_not():
         == "x.jpg: no such file or directory"
     )
     assert explain(OSError("Can't load\nthe model")) == "Can't load the model"
-    assert "pip install 'vl-harness[demo]'" in explain(
+    assert "pip install -e '.[demo]'" in explain(
         ModuleNotFoundError("No module", name="easy_vqa.data")
     )
     assert explain(ValueError("bug")) is None
@@ -166,7 +166,6 @@ def test_the_machine_alone_is_examined_without_a_config(quick):
         "GPU",
         "bitsandbytes",
         "DeepSpeed",
-        "build locks",
         "threads",
         "memory",
         "disk",
@@ -213,12 +212,12 @@ def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
 ):
     from toy_runs import make_config
 
-    monkeypatch.setattr("harness.plan.plan.check", lambda *_, **__: None)
+    monkeypatch.setattr("harness.doctor.examine.check", lambda *_, **__: None)
     monkeypatch.setattr(
         "harness.doctor.overfit.overfit",
         lambda config, images, progress: Result(images, 5, 4.0, 0.1, 1.0, images, ()),
     )
-    found = diagnose(make_config(tmp_path, tiny_clip_folder, tiny_t5_folder), overfit=3)
+    found = diagnose(make_config(tmp_path, tiny_clip_folder, tiny_t5_folder), overfit_images=3)
     assert not failed(found)
     looked_at = {finding.name for finding in found}
     assert {

@@ -1,8 +1,6 @@
 """Each check of the machine, once where its trouble is really there and once where it is not."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -77,7 +75,7 @@ def test_four_bit_layers_learn_before_and_after_an_evaluation():
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="this CPU lacks the kernel without autograd")
 def test_the_kernel_without_autograd_is_found_where_its_guard_is_removed(monkeypatch):
-    monkeypatch.setattr("harness.model.language.quantise.keep_autograd", lambda lm: None)
+    monkeypatch.setattr("harness.doctor.machine.keep_autograd", lambda lm: None)
     found = machine.four_bit()
     assert found.state == "error"
     assert "after an evaluation" in found.found
@@ -93,42 +91,7 @@ def test_a_4_bit_layer_without_gradient_is_an_error_on_any_machine(monkeypatch):
 
 def test_deepspeed_that_is_absent_is_told_with_its_extra(monkeypatch):
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
-    assert "vl-harness[deepspeed]" in machine.deepspeed().fix
-
-
-@pytest.fixture
-def lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    file = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    return file
-
-
-def test_the_lock_of_a_killed_build_is_removed_and_told(lock):
-    minutes_ago = time.time() - 600
-    os.utime(lock, (minutes_ago, minutes_ago))
-    (found,) = machine.build_locks()
-    assert not lock.exists()
-    assert "it is removed now" in found.found
-    (found,) = machine.build_locks()
-    assert found.found.startswith("none under")
-
-
-def test_the_lock_of_a_build_that_goes_on_or_has_just_begun_stays(lock):
-    (found,) = machine.build_locks()
-    assert (found.state, lock.exists()) == ("warning", True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", "input()"], cwd=lock.parent, stdin=subprocess.PIPE
-    )
-    try:
-        (found,) = machine.build_locks(now=time.time() + 600)
-        assert f"process {process.pid}" in found.found
-        assert lock.exists()
-        (found,) = machine.build_locks(now=time.time() + 7200)  # nothing takes so long to build
-        assert not lock.exists()
-    finally:
-        process.communicate(b"\n")
+    assert "pip install -e '.[deepspeed]'" in machine.deepspeed().fix
 
 
 def test_two_processes_add_up_their_numbers():
@@ -137,13 +100,26 @@ def test_two_processes_add_up_their_numbers():
     )
 
 
+def waits_for_ever(*_: object) -> None:
+    time.sleep(600)
+
+
+def fails(*_: object) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
 def test_processes_that_wait_for_ever_are_ended_and_those_that_fail_are_quoted():
-    waiting = machine.all_reduce(0, seconds=1, program="(lambda *_: time.sleep(600))")
+    waiting = machine.all_reduce(0, seconds=1, rank_program=waits_for_ever)
     assert (waiting.state, "did not find each other in 1 s" in waiting.found) == ("error", True)
-    failing = machine.all_reduce(0, program="(lambda *_: 1 / 0)")
+    failing = machine.all_reduce(0, rank_program=fails)
     assert (failing.state, "ZeroDivisionError" in failing.found) == ("error", True)
-    wrong = machine.all_reduce(0, program="(lambda *_: print(1.0))")
-    assert (wrong.state, "it said '1.0'" in wrong.found) == ("error", True)
+
+
+def test_a_wrong_sum_is_an_error(monkeypatch):
+    monkeypatch.setattr(machine.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(machine.distributed, "all_reduce", lambda total: None)
+    with pytest.raises(ValueError, match=r"the sum is 1\.0, expected 3"):
+        machine.add_up_ranks(0, 2, "gloo", "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_options_that_cannot_work_together(base, tmp_path, monkeypatch):
     assert list(examine.options(changed(base, train__precision="auto"), ZERO2, [A100])) == []
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     (absent,) = run("options", lambda: examine.options(base, ZERO2))
-    assert absent.found == "deepspeed is not installed: pip install 'vl-harness[deepspeed]'"
+    assert absent.found == "deepspeed is not installed: pip install -e '.[deepspeed]'"
 
     (tmp_path / "quantised").mkdir()
     (tmp_path / "quantised" / "config.json").write_text(
@@ -257,7 +257,7 @@ def test_image_tokens_outside_the_scale_of_the_embeddings_are_warned_of(base, mo
     assert (tokens.name, tokens.state) == ("image tokens", "OK")
     assert disk.state == "OK"
     monkeypatch.setattr(
-        "harness.train.prepare.calibrate",
+        "harness.doctor.examine.calibrate",
         lambda model, config: model.bridge.projection.gain_D.data.mul_(1e4),
     )
     tokens, _ = examine.model(base, "cpu")
@@ -273,9 +273,9 @@ def test_the_plans_verdict_is_a_line(base, monkeypatch):
     def fits_not(*_, **__):
         raise ConfigError("it needs 20 GB and there are 16")
 
-    monkeypatch.setattr("harness.plan.plan.check", fits)
+    monkeypatch.setattr("harness.doctor.examine.check", fits)
     assert examine.plan(base, ZERO2, 2) == Finding("plan", "OK", "fits 2 processes")
-    monkeypatch.setattr("harness.plan.plan.check", fits_not)
+    monkeypatch.setattr("harness.doctor.examine.check", fits_not)
     assert run("plan", lambda: examine.plan(base, ZERO2, 2)) == [
         Finding("plan", "error", "it needs 20 GB and there are 16")
     ]

@@ -327,6 +327,6 @@ def test_what_this_machine_cannot_start_is_refused(monkeypatch):
     assert environment["ACCELERATE_USE_CPU"] == "true"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install 'vl-harness\[deepspeed\]'"
+        ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install -e '\.\[deepspeed\]'"
     ):
         launcher.command([], 2, launch=launcher.read_launch("zero2"), environment={})

