@@ -28,7 +28,7 @@ from shards.record import Record, Text
 
 logger = logging.getLogger(__name__)
 
-_WORTH_A_CUT = 256  # positions; to run the decoder once more for fewer costs as much
+MIN_PADDING_SAVED = 256  # positions; to run the decoder once more for fewer costs as much
 
 
 def drawn(seed: int, epoch: int, *names: str) -> int:
@@ -142,7 +142,7 @@ class Collator:
             features_IPD=tensor if tensor.dtype != torch.uint8 else None,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
-            groups=of_like_length(counts_TL.sum(dim=1).tolist()),
+            groups=group_by_length(counts_TL.sum(dim=1).tolist()),
         )
 
     def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
@@ -162,17 +162,17 @@ class Collator:
         return [[*row[: limit - len(end)], *end] for row in rows]
 
 
-def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
+def group_by_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
     """Rows in groups, each with the length of its longest: half of a batch of captions would be
     padding.
 
-    Every cut saves _WORTH_A_CUT padded positions or more, the one that saves most first.
+    Every cut saves MIN_PADDING_SAVED padded positions or more, the one that saves most first.
     """
 
     def cut(rows: list[int]) -> list[tuple[list[int], int]]:
         longest = lengths[rows[-1]]
         saved = [place * (longest - lengths[rows[place - 1]]) for place in range(1, len(rows))]
-        if max(saved, default=0) < _WORTH_A_CUT:
+        if max(saved, default=0) < MIN_PADDING_SAVED:
             return [(rows, longest)]
         place = saved.index(max(saved)) + 1
         return cut(rows[:place]) + cut(rows[place:])

@@ -27,7 +27,7 @@ from harness.machine.precision import Precision, choose
 from harness.model.batch import Batch
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.t5 import T5Language
 from harness.model.start import start_from
@@ -35,7 +35,7 @@ from harness.model.vision import VisionTower, load_vision, without_weights
 
 logger = logging.getLogger(__name__)
 
-LANGUAGES = {"t5": T5Language, "gpt2": GPT2Language}
+LANGUAGES = {"t5": T5Language, "gpt2": DecoderLanguage}
 WEIGHTS = "model.safetensors"
 
 

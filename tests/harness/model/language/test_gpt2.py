@@ -16,7 +16,7 @@ from harness.errors import ConfigError
 from harness.machine.precision import choose
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
@@ -85,7 +85,7 @@ def by_gpt2_itself(model, batch, bos: bool):
 def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt2_itself(
     tiny_gpt2_folder, monkeypatch, tuning, cross_attention, bos, least
 ):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", least)
+    monkeypatch.setattr(batches, "MIN_PADDING_SAVED", least)
     model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention, bos=bos)
     batch = batch_of(model)
     assert not batch.prompt_mask_CL.all()
@@ -336,7 +336,7 @@ def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(
     with pytest.raises(
         ConfigError, match=r"model\.lm\.id: .* is of kind t5, model\.lm\.kind is gpt2"
     ):
-        GPT2Language(LanguageModelConfig(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
+        DecoderLanguage(LanguageModelConfig(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
     with pytest.raises(
         ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"
     ):

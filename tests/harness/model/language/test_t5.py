@@ -61,7 +61,7 @@ def test_the_batch_is_truly_grouped_and_padded(batch):
 def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_t5_itself(
     tiny_t5_folder, monkeypatch, tuning, apart
 ):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", 1 if apart else 10**6)
+    monkeypatch.setattr(batches, "MIN_PADDING_SAVED", 1 if apart else 10**6)
     model = toy_batch.model(tiny_t5_folder, tuning=tuning)
     batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     assert (len(batch.groups) > 2) == apart
@@ -77,7 +77,7 @@ def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_t5_
 def test_targets_of_like_length_are_decoded_together_unless_the_model_is_partitioned(
     model, monkeypatch
 ):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", 1)
+    monkeypatch.setattr(batches, "MIN_PADDING_SAVED", 1)
     batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
     shapes = []
     hook = model.lm.t5.decoder.register_forward_hook(

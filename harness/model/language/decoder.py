@@ -28,7 +28,7 @@ NEW = "cross"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
-class GPT2Language(nn.Module):
+class DecoderLanguage(nn.Module):
     """Any GPT2LMHeadModel by hub id or folder, in 4 bits or not, with LoRA or not, with
     cross-attention or not.
     """
