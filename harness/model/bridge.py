@@ -9,6 +9,7 @@ contexts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,23 +33,31 @@ class BridgeOutput:
     tokens_NQD: torch.Tensor
     token_row_of_C: torch.Tensor  # int64 in [0, N)
 
+    def by_context(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns tokens_CQD: each context's own row."""
+        return self.tokens_NQD[self.token_row_of_C].to(dtype)
+
     def with_rows(self, row_of_C: torch.Tensor) -> BridgeOutput:
-        """The same tokens given to other contexts: the counterfactual of the image-use gate."""
+        """Returns the same tokens given to other contexts: the counterfactual of the image-use gate."""
         return replace(self, token_row_of_C=row_of_C)
 
     def without_tokens(self) -> BridgeOutput:
-        """The same contexts with no image token at all (out of distribution for a model trained
-        with them).
+        """Returns the same contexts with no image token at all (out of distribution for a model
+        trained with them).
         """
         return replace(self, tokens_NQD=self.tokens_NQD[:, :0])
 
 
-class QFormer(nn.Module):
-    """Learnable queries that look at the patch tokens (BLIP-2, Li et al. 2023, section 3.1)."""
+class _Queries(nn.Module):
+    """Learnable queries and the layers that they go through, whatever else they see there."""
+
+    qformer: Any  # transformers' own
+    query_tokens: nn.Parameter
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = config.query_tokens, config.width
+        self.tokens = config.query_tokens
+        self.width = config.width
         self.query_tokens = nn.Parameter(
             torch.empty(1, config.query_tokens, config.width).normal_(std=0.02)
         )
@@ -66,7 +75,22 @@ class QFormer(nn.Module):
             vocabulary,
         )
 
-    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
+    def _layers(self, sizes: dict[str, Any], vocabulary: int) -> nn.Module:
+        raise NotImplementedError
+
+    def start(self) -> dict[str, torch.Tensor]:
+        """Returns its parameters by the names of a published BLIP-2's, for `start.start_from`."""
+        named = {
+            name.replace("embeddings.layernorm.", "layernorm."): p
+            for name, p in self.qformer.named_parameters()
+        }
+        return {name: p.data for name, p in {**named, "query_tokens": self.query_tokens}.items()}
+
+
+class QFormer(_Queries):
+    """Queries that look at the patch tokens (BLIP-2, Li et al. 2023, section 3.1)."""
+
+    def _layers(self, sizes: dict[str, Any], vocabulary: int) -> nn.Module:
         # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not
         # built.
         return Blip2QFormerModel(Blip2QFormerConfig(**sizes, use_qformer_text_input=False))
@@ -77,16 +101,8 @@ class QFormer(nn.Module):
             query_embeds=queries_IQD, encoder_hidden_states=patches_IPD
         ).last_hidden_state
 
-    def start(self) -> dict[str, torch.Tensor]:
-        """Its parameters by the names of a published BLIP-2's, for `pretrained.start_from`."""
-        named = {
-            name.replace("embeddings.layernorm.", "layernorm."): p
-            for name, p in self.qformer.named_parameters()
-        }
-        return {name: p.data for name, p in {**named, "query_tokens": self.query_tokens}.items()}
 
-
-class QuestionAwareQFormer(QFormer):
+class QuestionAwareQFormer(_Queries):
     """Queries that also attend to the words of the prompt (InstructBLIP, Dai et al. 2023, section
     2.3).
 
@@ -94,14 +110,14 @@ class QuestionAwareQFormer(QFormer):
     tokenizer.
     """
 
-    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
+    def _layers(self, sizes: dict[str, Any], vocabulary: int) -> nn.Module:
         made = InstructBlipQFormerModel(
             InstructBlipQFormerConfig(
                 **sizes, vocab_size=vocabulary, pad_token_id=None, max_position_embeddings=512
             )
         )
-        # What becomes of the words behind the last attention reaches nothing: it has no gradient to
-        # be trained by.
+        # What the last layer makes of the words reaches no output: it has no gradient to be
+        # trained by.
         for unread in (made.encoder.layer[-1].intermediate, made.encoder.layer[-1].output):
             unread.requires_grad_(False)
         return made
@@ -111,7 +127,8 @@ class QuestionAwareQFormer(QFormer):
     ) -> torch.Tensor:
         if ids_NL.shape[1] > self.qformer.config.max_position_embeddings:
             raise ConfigError(
-                f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former reads 512"
+                f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former "
+                "reads 512"
             )
         queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
         seen_NQ = torch.ones(queries_NQD.shape[:2], dtype=mask_NL.dtype, device=mask_NL.device)
@@ -129,7 +146,8 @@ class MeanPool(nn.Module):
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = 1, patch_width
+        self.tokens = 1
+        self.width = patch_width
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         return patches_IPD.mean(dim=1, keepdim=True)
@@ -140,7 +158,8 @@ class Linear(nn.Module):
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = None, patch_width  # as many tokens as patches
+        self.tokens = None  # as many as patches
+        self.width = patch_width
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         return patches_IPD
@@ -150,7 +169,7 @@ KINDS: dict[str, type[nn.Module]] = {"qformer": QFormer, "mean_pool": MeanPool, 
 
 
 class Projection(nn.Module):
-    """To the width of the language model, about a mean that each token has of its own, at the
+    """A linear map to the width of the language model, about a mean that each token has of its own, at the
     embeddings' scale.
     """
 
@@ -174,6 +193,8 @@ class Bridge(nn.Module):
     normalisation), section 3: each patch channel, and each token, starts centred.
     """
 
+    body: Any  # of KINDS
+
     def __init__(
         self,
         config: BridgeConfig,
@@ -183,7 +204,7 @@ class Bridge(nn.Module):
         embedding_rms: float,
         vocabulary: int = 0,
     ):
-        """`vocabulary`: how many token ids there are, for a Q-Former that reads the question."""
+        """Takes as `vocabulary` how many token ids there are, for a Q-Former that reads the question."""
         super().__init__()
         self.question_aware = config.question_aware
         self.patch_norm = nn.LayerNorm(patch_width)
@@ -204,28 +225,26 @@ class Bridge(nn.Module):
             self.projection.requires_grad_(True)
 
     def forward(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> torch.Tensor:
-        """`prompts_NL`: ids and mask of the prompt of each row, for a question-aware Q-Former
-        alone.
+        """Maps patches to tokens; `prompts_NL` are ids and mask of each row's prompt, for a
+        question-aware Q-Former alone.
         """
         normed_NPD = self.patch_norm(patches_NPD.to(self.patch_norm.weight.dtype))
         return self.projection(self.body(normed_NPD, *prompts_NL))
 
     @torch.no_grad()
     def calibrate(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> None:
-        """Start values from the patches of some images (32 are plenty), before the first step of a
+        """Sets start values from the patches of some images (32 are plenty), before the first step of a
         new run.
 
         Then, over these images, each patch channel has mean 0 and variance 1, each token has mean
         0, and the tokens' root mean square is that of the LM's embeddings: image tokens far outside
         it are one way to a loss near 10.
         """
-        normed_ND = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:]).flatten(
-            0, 1
-        )
+        normed_NPD = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:])
+        normed_ND = normed_NPD.flatten(0, 1)
         std_D = normed_ND.std(dim=0)
-        std_D = std_D.clamp(
-            min=std_D.median().clamp(min=1e-6)
-        )  # quiet channels, mostly noise, are not blown up
+        # quiet channels, mostly noise, are not blown up
+        std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))
         self.patch_norm.weight.copy_(1 / std_D)
         self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
         tokens_NQD = self.projection.linear(

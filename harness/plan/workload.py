@@ -129,7 +129,7 @@ def workload(config: Config) -> Workload:
 def _tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
-    from harness.model.vision import quiet_transformers
+    from harness.model.pretrained import quiet_transformers
 
     with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
         return AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)

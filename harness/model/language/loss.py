@@ -44,14 +44,17 @@ def weighted_loss(
     *,
     whole: bool,
 ) -> LossOutput:
-    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a
+    """Returns the cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a
     weight is not 0.
 
-    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: of all at once, as
-    a partitioned model needs it, whose ranks must run its blocks equally often.
+    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: it is given all at
+    once, as a partitioned model needs it, whose ranks must run its blocks equally often.
     """
-    hidden, labels, weights, target_of_K = [], [], [], []
-    for rows_T, part in batch.parts(whole):
+    hidden: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    target_of_K: list[torch.Tensor] = []
+    for rows_T, part in batch.target_groups(whole):
         kept_TL = part.weight_TL != 0
         hidden.append(decode(part)[kept_TL])
         labels.append(part.labels_TL[kept_TL])
@@ -70,7 +73,7 @@ def weighted_loss(
 
 
 def partitioned(model: nn.Module) -> bool:
-    """Whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the
+    """Returns whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the
     same order.
     """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
