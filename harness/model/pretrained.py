@@ -1,7 +1,8 @@
 """Pretrained models by hub id or folder: their files, their weights, and one sentence for what is
 wrong with them.
 
-The key of the config and what it names -> paths, or a complete model. Nothing that runs code is read.
+The key of the config and what it names -> paths, or a complete model. Nothing that runs code is
+read.
 """
 
 from __future__ import annotations

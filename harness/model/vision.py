@@ -86,8 +86,8 @@ class VisionTower(nn.Module):
         return self.network(normed_IHW3.permute(0, 3, 1, 2))
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a feature set or a checkpoint names this encoder by; `hash` is computed once,
-        at the first call.
+        """Returns what a feature set or a checkpoint names this encoder by; `hash` is computed
+        once, at the first call.
         """
         if self._hash is None:
             self._hash = "" if self.mean_3.is_meta else content_hash(self)
@@ -95,8 +95,8 @@ class VisionTower(nn.Module):
 
 
 def content_hash(module: nn.Module) -> str:
-    """Returns the SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever device they
-    are on.
+    """Returns the SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever
+    device they are on.
     """
     digest = hashlib.sha256()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -160,7 +160,7 @@ def _load_clip(config: VisionConfig) -> VisionTower:
 
 
 def _check_clip(config: VisionConfig, model_type: str, vision: Any) -> None:
-    """Raises ConfigError for a model that is no CLIP, of another resolution, or without the layer."""
+    """Raises ConfigError for what is no CLIP, of another resolution, or without the layer."""
     if model_type not in CLIP_TYPES:
         raise ConfigError(
             f"model.vision.id: {config.id} is a model of type {model_type!r}, expected a CLIP model"
@@ -180,8 +180,8 @@ def _check_clip(config: VisionConfig, model_type: str, vision: Any) -> None:
 
 
 def _clip_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of the colours from the model's own preprocessor_config.json,
-    else OpenAI's.
+    """Returns mean and standard deviation of the colours from the model's own
+    preprocessor_config.json, else OpenAI's.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -260,7 +260,7 @@ LOADERS: dict[str, Callable[[VisionConfig], VisionTower]] = {
 
 
 def load_vision(config: VisionConfig) -> VisionTower:
-    """Returns the encoder of a config, on the CPU in float32. Raises ConfigError naming the id and the
-    remedy.
+    """Returns the encoder of a config, on the CPU in float32. Raises ConfigError naming the id and
+    the remedy.
     """
     return LOADERS[config.kind](config)

@@ -48,8 +48,8 @@ WEIGHTS = "model.safetensors"
 
 
 class VLMConfig(PretrainedConfig):
-    """The words of a saved model about itself: the config's `model`, `prompts` and `generate`, and its
-    frozen parts.
+    """The words of a saved model about itself: the config's `model`, `prompts` and `generate`, and
+    its frozen parts.
     """
 
     model_type = "harness_vlm"
@@ -73,7 +73,7 @@ class VLMConfig(PretrainedConfig):
 
 
 class VisionLanguageModel(PreTrainedModel):
-    """The three parts and how they meet. `vision` is None where features take the place of images."""
+    """The three parts and how they meet. `vision` is None where features replace images."""
 
     config_class = VLMConfig
     base_model_prefix = ""
@@ -184,8 +184,8 @@ class VisionLanguageModel(PreTrainedModel):
             return self.vision(batch.pixels_IHW3).float()
 
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
-        """Returns image tokens, made once per image and shared by its contexts; once per context where they
-        read the prompt.
+        """Returns image tokens, made once per image and shared by its contexts; once per context
+        where they read the prompt.
         """
         patches_IPD = self.patch_tokens(batch)
         rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
@@ -229,8 +229,8 @@ class VisionLanguageModel(PreTrainedModel):
 
     @torch.no_grad()
     def scales(self, batch: Batch) -> dict[str, float]:
-        """Returns root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads
-        noise.
+        """Returns root mean squares of the image tokens and of the LM's embeddings: far apart, the
+        LM reads noise.
         """
         image_rms = self.bridge_tokens(batch).tokens_NQD.pow(2).mean().sqrt().item()
         return {"image_token_rms": image_rms, "embedding_rms": self.bridge.embedding_rms}
@@ -238,8 +238,8 @@ class VisionLanguageModel(PreTrainedModel):
     # ---- what was trained ------------------------------------------------------------------------
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Returns every trained parameter by name, and those of a bridge frozen at random, which nothing
-        else could restore.
+        """Returns every trained parameter by name, and those of a bridge frozen at random, which
+        nothing else could restore.
         """
         return {
             name: parameter.detach()

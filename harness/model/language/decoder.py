@@ -20,7 +20,7 @@ from harness.config.schema import DecodingConfig
 from harness.errors import ConfigError
 from harness.model.batch import Batch, padding_id
 from harness.model.bridge import BridgeOutput
-from harness.model.language.interface import LanguageModel
+from harness.model.language.interface import LanguageModel, attending_cache
 from harness.model.language.loss import Generated
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -127,8 +127,8 @@ class DecoderLanguage(LanguageModel):
         return decode
 
     def _attended(self, image: BridgeOutput) -> torch.Tensor | None:
-        """Returns what cross-attention looks at, by context; None for a prefix model, and where there is no
-        image.
+        """Returns what cross-attention looks at, by context; None for a prefix model, and where
+        there is no image.
         """
         if not self.config.cross_attention or not image.tokens_NQD.shape[1]:
             return None
@@ -140,20 +140,14 @@ class DecoderLanguage(LanguageModel):
         """
         if not self.config.cross_attention:
             return DynamicCache()
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if image.tokens_NQD.shape[1]:
-            for index, block in enumerate(self.base.transformer.h):
-                attention = block.crossattention
-                keys_and_values = attention.c_attn(image.tokens_NQD).split(self.width, dim=2)
-                heads = [
-                    part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                    for part in keys_and_values
-                ]
-                cache.cross_attention_cache.update(
-                    *(part_NHQD[image.token_row_of_C] for part_NHQD in heads), index
-                )
-                cache.is_updated[index] = True
-        return cache
+        keys_and_values = []
+        for block in self.base.transformer.h if image.tokens_NQD.shape[1] else ():
+            attention = block.crossattention
+            made = attention.c_attn(image.tokens_NQD).split(self.width, dim=2)
+            keys_and_values.append(
+                [part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in made]
+            )
+        return attending_cache(keys_and_values, image.token_row_of_C)
 
     @torch.no_grad()
     def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:

@@ -7,12 +7,17 @@ Legend: C contexts, T targets, L target tokens, K kept (weighted) tokens, D widt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from harness.config.schema import DecodingConfig, LanguageModelConfig
 from harness.model.batch import Batch
@@ -59,7 +64,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
-        """Returns one answer per context, by greedy or beam search. Raises ConfigError as `loss`."""
+        """Returns one answer per context (greedy or beam search). Raises ConfigError as `loss`."""
 
     @property
     def base(self) -> Any:
@@ -110,3 +115,16 @@ class LanguageModel(nn.Module, ABC):
         ids = [[t for t in row if t not in silent] for row in sequences_CL.tolist()]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Generated([text.strip() for text in texts], ids, p_eos_C)
+
+
+def attending_cache(
+    keys_and_values: Iterable[Sequence[torch.Tensor]], rows: torch.Tensor
+) -> EncoderDecoderCache:
+    """Returns a cache of no words yet, and of what these `rows` attend to by cross-attention: keys
+    and values by layer.
+    """
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for index, (keys, values) in enumerate(keys_and_values):
+        cache.cross_attention_cache.update(keys[rows], values[rows], index)
+        cache.is_updated[index] = True
+    return cache

@@ -105,8 +105,8 @@ def _loading(config: LanguageModelConfig) -> AbstractContextManager[None]:
 
 
 def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
-    """Returns the settings of 4-bit NormalFloat with double quantisation (Dettmers et al. 2023); modules that match
-    `skipped` stay.
+    """Returns the settings of 4-bit NormalFloat with double quantisation (Dettmers et al. 2023);
+    modules that match `skipped` stay.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,

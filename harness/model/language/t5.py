@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from harness.config.schema import DecodingConfig
 from harness.errors import ConfigError
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
-from harness.model.language.interface import LanguageModel
+from harness.model.language.interface import LanguageModel, attending_cache
 from harness.model.language.loss import Generated
 from harness.model.pretrained import without_weights
 
@@ -74,7 +74,7 @@ class T5Language(LanguageModel):
         attended = None if self.t5.decoder.gradient_checkpointing else self._attended(states_CSD)
 
         def decode(part: Batch) -> torch.Tensor:
-            cache = None if attended is None else _cache(attended, part.context_of_T)
+            cache = None if attended is None else attending_cache(attended, part.context_of_T)
             return self.t5.decoder(
                 input_ids=self.t5._shift_right(part.labels_TL),
                 encoder_hidden_states=states_CSD[part.context_of_T],
@@ -126,19 +126,6 @@ class T5Language(LanguageModel):
             encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
             attention_mask=mask_CS,
         )
-
-
-def _cache(
-    attended: list[tuple[torch.Tensor, torch.Tensor]], context_of_T: torch.Tensor
-) -> EncoderDecoderCache:
-    """Returns a cache of no words yet, and what the rows of these contexts attend to."""
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    for index, (keys_CHSD, values_CHSD) in enumerate(attended):
-        cache.cross_attention_cache.update(
-            keys_CHSD[context_of_T], values_CHSD[context_of_T], index
-        )
-        cache.is_updated[index] = True
-    return cache
 
 
 def _scales_output(config: Any) -> bool:
