@@ -35,7 +35,7 @@ from harness.config.schema import (
 )
 from harness.data.collate import Collator
 from harness.model.batch import Batch
-from harness.model.vision import quiet_transformers
+from harness.model.pretrained import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
 from harness.report.pictures import markdown_table
 from shards.read import Sample

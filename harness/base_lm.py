@@ -44,7 +44,7 @@ from harness.data.prompts import prompt, template
 from harness.evaluate.predict import select
 from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
-from harness.model.vision import quiet_transformers
+from harness.model.pretrained import quiet_transformers
 from harness.model.vlm import LANGUAGES
 from harness.train.schedule import learning_rate
 from shards.loader import Loader

@@ -28,26 +28,32 @@ from shards.record import Record, Text
 
 logger = logging.getLogger(__name__)
 
-_WORTH_A_CUT = 256  # positions; to run the decoder once more for fewer costs as much
+# positions; to run the decoder once more costs about as much as so many of padding
+MIN_PADDING_SAVED = 256
 
 
 def drawn(seed: int, epoch: int, *names: str) -> int:
-    """A random 64-bit number that depends on nothing but its arguments: no generator's state to
-    save or to lose.
+    """Returns a 64-bit number, drawn as if at random for these arguments and always the same for
+    them: there is no generator whose state a checkpoint would have to keep.
+
+    `names` say what is drawn and for which text; the hash, blake2b, does not differ from machine to
+    machine or from one version of Python to another.
     """
     key = "\x1f".join((str(seed), str(epoch), *names))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def most_common(answers: Sequence[str]) -> str:
-    """The answer most annotators gave; of equals the first in their order."""
+    """Returns the answer that most annotators gave, blank ones aside; among answers given equally
+    often the one that was given first.
+    """
     return Counter(answer for answer in answers if answer.strip()).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples (decoded: uint8 HxWx3, or float16 PxD) -> Batch; which texts and answers are drawn is
-    a hash.
+    """A function from samples (decoded: uint8 HxWx3, or float16 PxD) to a Batch; which texts and
+    answers are drawn is a hash.
 
     In training `texts_per_image` texts are drawn of each image and epoch (of its own set: a heavy
     set of a mixture passes several times): a question is one, each caption is one. In evaluation
@@ -65,8 +71,14 @@ class Collator:
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch | None:
-        """None where no sample carries anything to learn (all could not be read, or are fillers)."""
-        images, contexts, image_of_C, targets, context_of_T = [], [], [], [], []
+        """Returns None where no sample carries anything to learn: none could be read, or all are
+        fillers.
+        """
+        images: list[np.ndarray] = []
+        contexts: list[Context] = []
+        image_of_C: list[int] = []
+        targets: list[str] = []
+        context_of_T: list[int] = []
         for sample in samples:
             if sample.record is None or sample.payload is None or sample.weight == 0:
                 continue
@@ -84,8 +96,8 @@ class Collator:
         return self.assemble(np.stack(images), contexts, image_of_C, targets, context_of_T)
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
-        """A batch of weight 0 for a rank that has nothing left: it joins every collective and
-        teaches nothing.
+        """Returns a batch of weight 0 for a rank that has nothing left: it joins every collective
+        and teaches nothing.
         """
         record = Record("filler", "", "", "", (Text("filler", "caption", ("",)),))
         payload = np.zeros((1, *payload_shape), np.float16 if is_features else np.uint8)
@@ -93,7 +105,7 @@ class Collator:
         return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
 
     def _texts(self, record: Record, epoch: int) -> list[tuple[Text, list[str]]]:
-        """The texts that are drawn, in the record's order, each with its targets that are."""
+        """Returns the texts that are drawn, in the record's order, each with its drawn targets."""
         units = [
             (place, target)
             for place, text in enumerate(record.texts)
@@ -116,9 +128,20 @@ class Collator:
             chosen.setdefault(place, []).append(words)
         return [(record.texts[place], targets) for place, targets in chosen.items()]
 
-    def assemble(self, images, contexts, image_of_C, targets, context_of_T) -> Batch:
-        """The tensors of given rows: arrays of images, Contexts, and texts with what they point at."""
-        eos, pad, data = self.tokenizer.eos_token_id, padding_id(self.tokenizer), self.data
+    def assemble(
+        self,
+        images: np.ndarray,
+        contexts: list[Context],
+        image_of_C: list[int],
+        targets: list[str],
+        context_of_T: list[int],
+    ) -> Batch:
+        """Returns the tensors of given rows: images, contexts and target texts, with the rows that
+        they point at.
+        """
+        data = self.data
+        eos = self.tokenizer.eos_token_id
+        pad = padding_id(self.tokenizer)
         # As the tokenizer itself ends a text: T5's with EOS, GPT-2's with nothing.
         end = [eos] if self.tokenizer("")["input_ids"] else []
         prompts = self._ids("prompt", [c.prompt for c in contexts], data.max_prompt_tokens, end)
@@ -130,7 +153,7 @@ class Collator:
         )
         counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | data.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
-        tensor = torch.from_numpy(np.asarray(images))
+        tensor = torch.from_numpy(images)
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
             prompt_mask_CL=torch.arange(prompt_ids_CL.shape[1]) < lengths_C[:, None],
@@ -142,11 +165,11 @@ class Collator:
             features_IPD=tensor if tensor.dtype != torch.uint8 else None,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
-            groups=of_like_length(counts_TL.sum(dim=1).tolist()),
+            groups=group_by_length(counts_TL.sum(dim=1).tolist()),
         )
 
     def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
-        """Token ids that close with `end` also where a text is cut."""
+        """Returns token ids that close with `end` also where a text is cut."""
         rows = self.tokenizer(
             [text.strip() for text in texts], add_special_tokens=False, verbose=False
         )["input_ids"]
@@ -155,24 +178,24 @@ class Collator:
         ]:
             if not self.truncated[kind]:
                 logger.warning(
-                    "%ss longer than data.max_%s_tokens=%d are cut (and counted), the first is %r",
-                    *(kind, kind, limit, cut[0]),
+                    f"{kind}s longer than data.max_{kind}_tokens={limit} are cut (and counted), "
+                    f"the first is {cut[0]!r}"
                 )
             self.truncated[kind] += len(cut)
         return [[*row[: limit - len(end)], *end] for row in rows]
 
 
-def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
-    """Rows in groups, each with the length of its longest: half of a batch of captions would be
-    padding.
+def group_by_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
+    """Returns the rows in groups, each with the length of its longest: half of a batch of captions
+    would be padding.
 
-    Every cut saves _WORTH_A_CUT padded positions or more, the one that saves most first.
+    Every cut saves MIN_PADDING_SAVED padded positions or more, the one that saves most first.
     """
 
     def cut(rows: list[int]) -> list[tuple[list[int], int]]:
         longest = lengths[rows[-1]]
         saved = [place * (longest - lengths[rows[place - 1]]) for place in range(1, len(rows))]
-        if max(saved, default=0) < _WORTH_A_CUT:
+        if max(saved, default=0) < MIN_PADDING_SAVED:
             return [(rows, longest)]
         place = saved.index(max(saved)) + 1
         return cut(rows[:place]) + cut(rows[place:])
@@ -181,6 +204,7 @@ def of_like_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:
 
 
 def _padded(rows: list[list[int]], pad: int, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows as one tensor, padded on the right, and their lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     # At least one column: a model with neither image tokens nor prompt still needs a position to
     # attend to.

@@ -26,7 +26,9 @@ from shards.record import Record
 if TYPE_CHECKING:
     import torch
 
+    from harness.machine.precision import Requested
     from harness.model.vision import VisionTower
+    from shards.loader import Loader
 
 CONTROLS = "controls.safetensors"
 GREY = 127  # of every pixel of the blank image
@@ -40,7 +42,7 @@ def encode_set(
     *,
     batch_images: int = 32,
     device: torch.device | str | None = None,
-    precision: str = "auto",
+    precision: Requested = "auto",
     progress: Callable[[int, int], None] | None = None,
     max_image_pixels: int = 50_000_000,
     workers: int = 0,
@@ -83,48 +85,57 @@ def encode_set(
     files = {CONTROLS: safetensors.numpy.save(_controls(encode, tower))}
 
     def samples() -> Iterator[tuple[Record, bytes, str]]:
-        done = 0
-        for _, batch in loader.iterate(epochs=1):
-            readable = [sample for sample in batch if sample.error is None]
-            if readable:
-                features_IPD = encode(np.stack([sample.payload for sample in readable]))
-                for sample, features_PD in zip(readable, features_IPD, strict=True):
-                    if not np.isfinite(features_PD).all():
-                        raise ConfigError(
-                            f"{folder}, key {sample.record.key}: the features of {vision.id} do not fit into float16; "
-                            f"choose another model.vision.layer than {vision.layer}"
-                        )
-                    yield (
-                        sample.record,
-                        safetensors.numpy.save({"patches_PD": features_PD}),
-                        "safetensors",
-                    )
-            done += len(batch)
-            if progress:
-                progress(done, source.samples)
+        yield from _encoded(loader, encode, vision, progress)
         if loader.quarantined:  # write_shards reads `files` after the last sample
-            named = [(source.key(index), error) for _, index, error in loader.quarantined]
-            # Without the folder that the error begins with: the same images give the same bytes
-            # wherever they lie.
-            lines = [
-                {"key": key, "reason": error.partition(f"key {key}: ")[2] or error}
-                for key, error in named
-            ]
-            files[SKIPPED] = "".join(
-                json.dumps(line, ensure_ascii=False) + "\n" for line in lines
-            ).encode()
+            files[SKIPPED] = _skipped_lines(loader)
 
-    encoder = tower.identity() | {"precision": policy.facts()["precision.vision"]}
     return write_shards(
         samples(),
         Path(out),
         dataset=source.dataset,
         split=source.split,
         kind="features",
-        encoder=encoder,
+        encoder=tower.identity() | {"precision": policy.facts()["precision.vision"]},
         extra_files=files,
         overwrite=overwrite,
     )
+
+
+def _encoded(
+    loader: Loader,
+    encode: Callable[[np.ndarray], np.ndarray],
+    vision: VisionConfig,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Record, bytes, str]]:
+    """Yields what `write_shards` takes, of every image of the set that can be read."""
+    source = loader.manifests[0]
+    done = 0
+    for _, batch in loader.iterate(epochs=1):
+        readable = [sample for sample in batch if sample.error is None]
+        features_IPD = encode(np.stack([s.payload for s in readable])) if readable else ()
+        for sample, features_PD in zip(readable, features_IPD, strict=True):
+            record = sample.record
+            assert record is not None  # it was read
+            if not np.isfinite(features_PD).all():
+                raise ConfigError(
+                    f"{source.folder}, key {record.key}: the features of {vision.id} do not fit "
+                    f"into float16; choose another model.vision.layer than {vision.layer}"
+                )
+            yield record, safetensors.numpy.save({"patches_PD": features_PD}), "safetensors"
+        done += len(batch)
+        if progress:
+            progress(done, source.samples)
+
+
+def _skipped_lines(loader: Loader) -> bytes:
+    lines = []
+    for _, index, error in loader.quarantined:
+        key = loader.manifests[0].key(index)
+        # Without the folder that the error begins with: the same images give the same bytes
+        # wherever they lie.
+        reason = error.partition(f"key {key}: ")[2] or error
+        lines.append(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def _controls(
@@ -135,22 +146,22 @@ def _controls(
 
 
 def control_pixels(shape: Sequence[int]) -> dict[str, np.ndarray]:
-    """{"blank": one grey image, "noise": K of uniform noise}, uint8: always the same of this
-    `shape` (H, W, 3).
+    """Returns {"blank": one grey image, "noise": K of uniform noise}, uint8: always the same of
+    this `shape` (H, W, 3).
     """
     noise_KHW3 = np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *shape), dtype=np.uint8)
     return {"blank": np.full((1, *shape), GREY, dtype=np.uint8), "noise": noise_KHW3}
 
 
 def load_controls(manifest: Manifest) -> dict[str, np.ndarray]:
-    """{"blank_PD", "noise_KPD"} of a feature set, float16. Raises ShardError if the file is missing
-    or damaged.
+    """Returns {"blank_PD", "noise_KPD"} of a feature set, float16. Raises ShardError if the file is
+    missing or damaged.
     """
     return safetensors.numpy.load(manifest.read_file(CONTROLS))
 
 
 def skipped(manifest: Manifest) -> list[dict[str, str]]:
-    """{"key", "reason"} of the images that `encode_set` could not read."""
+    """Returns {"key", "reason"} of the images that `encode_set` could not read."""
     if SKIPPED not in [file.name for file in manifest.files]:
         return []
     return [json.loads(line) for line in manifest.read_file(SKIPPED).splitlines()]
@@ -165,21 +176,24 @@ def check_encoder(manifest: Manifest, expected: VisionConfig | dict[str, Any]) -
     """
     if manifest.kind != "features" or not manifest.encoder:
         raise ConfigError(
-            f"{manifest.folder} is a set of {manifest.kind} that names no encoder, expected features"
+            f"{manifest.folder} is a set of {manifest.kind} that names no encoder, expected "
+            "features"
         )
     if isinstance(expected, VisionConfig):
-        expected, keys = encoder_name(expected), ("kind", "id", "revision", "layer", "image_size")
+        expected = encoder_name(expected)
+        keys: tuple[str, ...] = ("kind", "id", "revision", "layer", "image_size")
     else:
         keys = ("kind", "hash", "layer", "image_size", "preprocessing")
     differing = [key for key in keys if manifest.encoder.get(key) != expected.get(key)]
     if differing:
-        found, wanted = (
-            {key: encoder.get(key) for key in differing} for encoder in (manifest.encoder, expected)
+        differences = ", ".join(
+            f"{key} {manifest.encoder.get(key)!r} instead of {expected.get(key)!r}"
+            for key in differing
         )
         raise ConfigError(
-            f"{manifest.folder}: these features were made by {_words(manifest.encoder)}, not by {_words(expected)} "
-            f"({', '.join(f'{key} {found[key]!r} instead of {wanted[key]!r}' for key in differing)}): "
-            f"make them again with `harness shards features`, or set model.vision to their encoder"
+            f"{manifest.folder}: these features were made by {_words(manifest.encoder)}, not by "
+            f"{_words(expected)} ({differences}): make them again with `harness shards features`, "
+            "or set model.vision to their encoder"
         )
 
 

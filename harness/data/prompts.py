@@ -22,12 +22,15 @@ TEMPLATES = {"caption": CAPTION, "vqa": VQA}
 
 
 def template(task: str, name: str) -> str:
-    """The template of a task by its name, or `name` itself when it is one. Raises ConfigError."""
+    """Returns the template of a task by its name, or `name` itself when it is one. Raises
+    ConfigError.
+    """
     if name in TEMPLATES[task]:
         return TEMPLATES[task][name]
     if task == "vqa" and "{question}" not in name:
         raise ConfigError(
-            f"prompts.vqa: {name!r} is neither one of {', '.join(VQA)} nor a template with {{question}} in it"
+            f"prompts.vqa: {name!r} is neither one of {', '.join(VQA)} nor a template with "
+            "{question} in it"
         )
     if task == "caption" and " " not in name:
         raise ConfigError(
@@ -37,6 +40,6 @@ def template(task: str, name: str) -> str:
 
 
 def prompt(task: str, name: str, question: str | None) -> str:
-    """What the language model reads beside the image."""
+    """Returns what the language model reads beside the image."""
     text = template(task, name)
     return text.replace("{question}", (question or "").strip()) if task == "vqa" else text

@@ -36,7 +36,7 @@ from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
-from harness.model.vision import quiet_transformers
+from harness.model.pretrained import quiet_transformers
 from shards.manifest import Manifest
 from shards.read import Sample
 

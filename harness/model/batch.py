@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
 class Context:
-    """Where a row of the context level comes from. The model only passes it on, and knows nothing
-    of shards.
+    """The origin of a row of the context level. The model only passes it on, and knows nothing of
+    shards.
     """
 
     record: Any  # shards.record.Record
@@ -47,21 +47,22 @@ class Batch:
     features_IPD: torch.Tensor | None = None  # float16
     contexts: tuple[Context, ...] = ()  # C of them, for evaluation
     text_ids_T: tuple[str, ...] = ()
-    groups: tuple[
-        tuple[list[int], int], ...
-    ] = ()  # rows of T of like length and their longest; (): T is one group
+    # rows of T of like length, and the length of their longest; (): T is one group
+    groups: tuple[tuple[list[int], int], ...] = ()
 
     @property
     def images(self) -> int:
-        return len(self.pixels_IHW3 if self.pixels_IHW3 is not None else self.features_IPD)
+        images_I = self.features_IPD if self.pixels_IHW3 is None else self.pixels_IHW3
+        assert images_I is not None  # one of them is there
+        return len(images_I)
 
     @property
     def weight(self) -> torch.Tensor:
         return self.weight_TL.sum()
 
-    def parts(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """The groups of targets, each as a batch of all images and contexts, with the rows that it
-        took; or `whole`.
+    def target_groups(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """Yields each group of targets as its rows of T and a batch of them, with all images and
+        contexts; `whole`: all targets as one group.
         """
         device = self.labels_TL.device
         if whole or len(self.groups) < 2:
@@ -69,22 +70,18 @@ class Batch:
             return
         for rows, longest in self.groups:
             rows_T = torch.tensor(rows, device=device)
-            yield (
-                rows_T,
-                replace(
-                    self,
-                    labels_TL=self.labels_TL[rows_T, :longest],
-                    weight_TL=self.weight_TL[rows_T, :longest],
-                    context_of_T=self.context_of_T[rows_T],
-                    text_ids_T=tuple(self.text_ids_T[row] for row in rows)
-                    if self.text_ids_T
-                    else (),
-                    groups=(),
-                ),
+            group = replace(
+                self,
+                labels_TL=self.labels_TL[rows_T, :longest],
+                weight_TL=self.weight_TL[rows_T, :longest],
+                context_of_T=self.context_of_T[rows_T],
+                text_ids_T=tuple(self.text_ids_T[row] for row in rows if self.text_ids_T),
+                groups=(),
             )
+            yield rows_T, group
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
@@ -93,7 +90,7 @@ class Batch:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """GPT-2's tokenizer has none: EOS pads, which teaches nothing, since weights go by lengths and
-    not by ids.
+    """Returns the id that pads. GPT-2's tokenizer has none: EOS pads, which teaches nothing, since
+    weights go by lengths and not by ids.
     """
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

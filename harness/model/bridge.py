@@ -9,6 +9,7 @@ contexts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from transformers import (
 from harness.config.schema import BridgeConfig
 from harness.errors import ConfigError
 
+MAX_PROMPT = 512  # tokens that a question-aware Q-Former has positions for
+
 
 @dataclass(frozen=True)
 class BridgeOutput:
@@ -32,96 +35,95 @@ class BridgeOutput:
     tokens_NQD: torch.Tensor
     token_row_of_C: torch.Tensor  # int64 in [0, N)
 
+    def by_context(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns tokens_CQD: each context's own row."""
+        return self.tokens_NQD[self.token_row_of_C].to(dtype)
+
     def with_rows(self, row_of_C: torch.Tensor) -> BridgeOutput:
-        """The same tokens given to other contexts: the counterfactual of the image-use gate."""
+        """Returns the same tokens given to other contexts: the counterfactual of the image-use
+        gate.
+        """
         return replace(self, token_row_of_C=row_of_C)
 
     def without_tokens(self) -> BridgeOutput:
-        """The same contexts with no image token at all (out of distribution for a model trained
-        with them).
+        """Returns the same contexts with no image token at all (out of distribution for a model
+        trained with them).
         """
         return replace(self, tokens_NQD=self.tokens_NQD[:, :0])
 
 
 class QFormer(nn.Module):
-    """Learnable queries that look at the patch tokens (BLIP-2, Li et al. 2023, section 3.1)."""
+    """Learnable queries that look at the patch tokens (BLIP-2, Li et al. 2023, section 3.1).
+
+    Question-aware ones also attend to the words of the prompt (InstructBLIP, Dai et al. 2023,
+    section 2.3), which are the language model's token ids, with embeddings of the Q-Former's own:
+    no second tokenizer.
+    """
+
+    qformer: Any  # of transformers
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = config.query_tokens, config.width
+        self.tokens = config.query_tokens
+        self.width = config.width
         self.query_tokens = nn.Parameter(
             torch.empty(1, config.query_tokens, config.width).normal_(std=0.02)
         )
-        self.qformer = self._layers(
-            {
-                "hidden_size": config.width,
-                "num_hidden_layers": config.layers,
-                "num_attention_heads": config.heads,
-                "intermediate_size": 4 * config.width,
-                "cross_attention_frequency": config.cross_attention_frequency,
-                "encoder_hidden_size": patch_width,
-                "hidden_dropout_prob": config.dropout,
-                "attention_probs_dropout_prob": config.dropout,
-            },
-            vocabulary,
-        )
-
-    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
-        # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are not
-        # built.
-        return Blip2QFormerModel(Blip2QFormerConfig(**sizes, use_qformer_text_input=False))
-
-    def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
-        queries_IQD = self.query_tokens.expand(len(patches_IPD), -1, -1)
-        return self.qformer(
-            query_embeds=queries_IQD, encoder_hidden_states=patches_IPD
-        ).last_hidden_state
-
-    def start(self) -> dict[str, torch.Tensor]:
-        """Its parameters by the names of a published BLIP-2's, for `pretrained.start_from`."""
-        named = {
-            name.replace("embeddings.layernorm.", "layernorm."): p
-            for name, p in self.qformer.named_parameters()
+        sizes: dict[str, Any] = {
+            "hidden_size": config.width,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "intermediate_size": 4 * config.width,
+            "cross_attention_frequency": config.cross_attention_frequency,
+            "encoder_hidden_size": patch_width,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.dropout,
         }
-        return {name: p.data for name, p in {**named, "query_tokens": self.query_tokens}.items()}
-
-
-class QuestionAwareQFormer(QFormer):
-    """Queries that also attend to the words of the prompt (InstructBLIP, Dai et al. 2023, section
-    2.3).
-
-    The words are the language model's token ids, with embeddings of the Q-Former's own: no second
-    tokenizer.
-    """
-
-    def _layers(self, sizes: dict[str, float], vocabulary: int) -> nn.Module:
-        made = InstructBlipQFormerModel(
+        if not config.question_aware:
+            # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are
+            # not built.
+            self.qformer = Blip2QFormerModel(
+                Blip2QFormerConfig(**sizes, use_qformer_text_input=False)
+            )
+            return
+        self.qformer = InstructBlipQFormerModel(
             InstructBlipQFormerConfig(
-                **sizes, vocab_size=vocabulary, pad_token_id=None, max_position_embeddings=512
+                **sizes,
+                vocab_size=vocabulary,
+                pad_token_id=None,
+                max_position_embeddings=MAX_PROMPT,
             )
         )
-        # What becomes of the words behind the last attention reaches nothing: it has no gradient to
-        # be trained by.
-        for unread in (made.encoder.layer[-1].intermediate, made.encoder.layer[-1].output):
-            unread.requires_grad_(False)
-        return made
+        # What the last layer makes of the words reaches no output: it has no gradient to be
+        # trained by.
+        last = self.qformer.encoder.layer[-1]
+        last.intermediate.requires_grad_(False)
+        last.output.requires_grad_(False)
 
-    def forward(
-        self, patches_NPD: torch.Tensor, ids_NL: torch.Tensor, mask_NL: torch.Tensor
-    ) -> torch.Tensor:
-        if ids_NL.shape[1] > self.qformer.config.max_position_embeddings:
-            raise ConfigError(
-                f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former reads 512"
-            )
+    def forward(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> torch.Tensor:
         queries_NQD = self.query_tokens.expand(len(patches_NPD), -1, -1)
-        seen_NQ = torch.ones(queries_NQD.shape[:2], dtype=mask_NL.dtype, device=mask_NL.device)
+        words = {}
+        if prompts_NL:
+            ids_NL, mask_NL = prompts_NL
+            if ids_NL.shape[1] > MAX_PROMPT:
+                raise ConfigError(
+                    f"data.max_prompt_tokens: a prompt has {ids_NL.shape[1]} tokens, a Q-Former "
+                    f"reads {MAX_PROMPT}"
+                )
+            seen_NQ = torch.ones(queries_NQD.shape[:2], dtype=mask_NL.dtype, device=mask_NL.device)
+            words = {"input_ids": ids_NL, "attention_mask": torch.cat([seen_NQ, mask_NL], dim=1)}
         states_NSD = self.qformer(
-            input_ids=ids_NL,
-            attention_mask=torch.cat([seen_NQ, mask_NL], dim=1),
-            query_embeds=queries_NQD,
-            encoder_hidden_states=patches_NPD,
+            query_embeds=queries_NQD, encoder_hidden_states=patches_NPD, **words
         ).last_hidden_state
         return states_NSD[:, : self.tokens]
+
+    def start(self) -> dict[str, torch.Tensor]:
+        """Returns its parameters by the names of a published BLIP-2's, for `start.start_from`."""
+        named = {
+            name.replace("embeddings.layernorm.", "layernorm."): p.data
+            for name, p in self.qformer.named_parameters()
+        }
+        return {**named, "query_tokens": self.query_tokens.data}
 
 
 class MeanPool(nn.Module):
@@ -129,7 +131,8 @@ class MeanPool(nn.Module):
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = 1, patch_width
+        self.tokens = 1
+        self.width = patch_width
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         return patches_IPD.mean(dim=1, keepdim=True)
@@ -140,7 +143,8 @@ class Linear(nn.Module):
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
-        self.tokens, self.width = None, patch_width  # as many tokens as patches
+        self.tokens = None  # as many as patches
+        self.width = patch_width
 
     def forward(self, patches_IPD: torch.Tensor) -> torch.Tensor:
         return patches_IPD
@@ -150,8 +154,8 @@ KINDS: dict[str, type[nn.Module]] = {"qformer": QFormer, "mean_pool": MeanPool, 
 
 
 class Projection(nn.Module):
-    """To the width of the language model, about a mean that each token has of its own, at the
-    embeddings' scale.
+    """A linear map to the width of the language model, about a mean that each token has of its own,
+    at the embeddings' scale.
     """
 
     def __init__(self, width: int, tokens: int, lm_width: int, embedding_rms: float):
@@ -174,6 +178,8 @@ class Bridge(nn.Module):
     normalisation), section 3: each patch channel, and each token, starts centred.
     """
 
+    body: Any  # of KINDS
+
     def __init__(
         self,
         config: BridgeConfig,
@@ -183,12 +189,13 @@ class Bridge(nn.Module):
         embedding_rms: float,
         vocabulary: int = 0,
     ):
-        """`vocabulary`: how many token ids there are, for a Q-Former that reads the question."""
+        """Takes as `vocabulary` how many token ids there are, for a Q-Former that reads the
+        question.
+        """
         super().__init__()
         self.question_aware = config.question_aware
         self.patch_norm = nn.LayerNorm(patch_width)
-        kind = QuestionAwareQFormer if config.question_aware else KINDS[config.kind]
-        self.body = kind(config, patch_width, vocabulary)
+        self.body = KINDS[config.kind](config, patch_width, vocabulary)
         for module in self.body.modules():
             if isinstance(module, nn.Linear):
                 # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of
@@ -204,28 +211,26 @@ class Bridge(nn.Module):
             self.projection.requires_grad_(True)
 
     def forward(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> torch.Tensor:
-        """`prompts_NL`: ids and mask of the prompt of each row, for a question-aware Q-Former
-        alone.
+        """Maps patches to tokens; `prompts_NL` are ids and mask of each row's prompt, for a
+        question-aware Q-Former alone.
         """
         normed_NPD = self.patch_norm(patches_NPD.to(self.patch_norm.weight.dtype))
         return self.projection(self.body(normed_NPD, *prompts_NL))
 
     @torch.no_grad()
     def calibrate(self, patches_NPD: torch.Tensor, *prompts_NL: torch.Tensor) -> None:
-        """Start values from the patches of some images (32 are plenty), before the first step of a
-        new run.
+        """Sets start values from the patches of some images (32 are plenty), before the first step
+        of a new run.
 
         Then, over these images, each patch channel has mean 0 and variance 1, each token has mean
         0, and the tokens' root mean square is that of the LM's embeddings: image tokens far outside
         it are one way to a loss near 10.
         """
-        normed_ND = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:]).flatten(
-            0, 1
-        )
+        normed_NPD = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:])
+        normed_ND = normed_NPD.flatten(0, 1)
         std_D = normed_ND.std(dim=0)
-        std_D = std_D.clamp(
-            min=std_D.median().clamp(min=1e-6)
-        )  # quiet channels, mostly noise, are not blown up
+        # quiet channels, mostly noise, are not blown up
+        std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))
         self.patch_norm.weight.copy_(1 / std_D)
         self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
         tokens_NQD = self.projection.linear(

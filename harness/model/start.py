@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from harness.config.schema import BridgeConfig
 from harness.errors import ConfigError
+from harness.model.pretrained import loading, needed_file, weight_files
 
-_OF_BERT = (
+KEY = "model.bridge.init_from"
+# of all the parts of a BLIP-2, or of a BERT with its heads
+_PREFIXES = ("query_tokens", "qformer.", "bert.", "encoder.layer.", "embeddings.")
+_NAMES_OF_BERT = (
     (r"^bert\.", ""),
     (r"\.gamma$", ".weight"),
     (r"\.beta$", ".bias"),
@@ -28,7 +29,7 @@ _OF_BERT = (
     (r"(encoder\.layer\.\d+\.)(intermediate|output)\.", r"\1\2_query."),
 )
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
-_OF_TEXT = re.compile(
+_READS_WORDS = re.compile(
     r"embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output)\."
 )
 
@@ -43,121 +44,82 @@ def start_from(own: dict[str, torch.Tensor], config: BridgeConfig) -> str:
     ours are left out. Raises ConfigError for what does not fit.
     """
     name = config.init_from
-    found, heads = _read(name)
-    layers = {int(layer[1]) for layer in map(_LAYER.match, found) if layer}
-    is_bert, random = "query_tokens" not in found, 0
+    assert name is not None  # the caller asks only where the config names one
+    theirs, heads = _read(name)
+    layers = {int(layer[1]) for layer in map(_LAYER.match, theirs) if layer}
     if heads != config.heads:
         raise _unfit(name, f"has {heads} heads, this bridge {config.heads}", f"heads={heads}")
     if len(layers) < config.layers:
         raise _unfit(
             name, f"has {len(layers)} layers, this bridge {config.layers}", f"layers={len(layers)}"
         )
-    for key, tensor in own.items():
-        value, looks = found.get(key), "crossattention" in key
-        if _OF_TEXT.match(key) or (value is None and is_bert and (looks or key == "query_tokens")):
-            random += 1
-        elif value is None:
-            raise _unfit(
-                name, f"lacks {key}", "cross_attention_frequency=2, which published ones have"
-            )
-        elif value.shape == tensor.shape:
-            tensor.copy_(value)
-        elif looks and value.dim() == 2 and len(value) == len(tensor):
-            random += 1
-        elif key == "query_tokens" and value.shape[2] == tensor.shape[2]:
-            raise _unfit(
-                name, f"has {value.shape[1]} query tokens", f"query_tokens={value.shape[1]}"
-            )
-        else:
-            shapes = (
-                f"has {key} of shape {tuple(value.shape)}, this bridge's is {tuple(tensor.shape)}"
-            )
-            raise _unfit(name, shapes, f"width={len(found['layernorm.weight'])}")
-    return f"bridge: {len(own) - random} of {len(own)} weights come from {name}, {random} start at random"
+    copied = sum(_copied(key, tensor, theirs, name) for key, tensor in own.items())
+    return (
+        f"bridge: {copied} of {len(own)} weights come from {name}, "
+        f"{len(own) - copied} start at random"
+    )
+
+
+def _copied(key: str, tensor: torch.Tensor, theirs: dict[str, torch.Tensor], name: str) -> bool:
+    """Copies one weight, or returns False for one that stays random."""
+    value = theirs.get(key)
+    looks = "crossattention" in key
+    is_bert = "query_tokens" not in theirs
+    if _READS_WORDS.match(key):
+        return False
+    if value is None:
+        if is_bert and (looks or key == "query_tokens"):
+            return False
+        remedy = "cross_attention_frequency=2, which published ones have"
+        raise _unfit(name, f"lacks {key}", remedy)
+    if value.shape == tensor.shape:
+        tensor.copy_(value)
+        return True
+    if looks and value.dim() == 2 and len(value) == len(tensor):
+        return False
+    if key == "query_tokens" and value.shape[2] == tensor.shape[2]:
+        queries = value.shape[1]
+        raise _unfit(name, f"has {queries} query tokens", f"query_tokens={queries}")
+    shapes = f"has {key} of shape {tuple(value.shape)}, this bridge's is {tuple(tensor.shape)}"
+    raise _unfit(name, shapes, f"width={len(theirs['layernorm.weight'])}")
 
 
 def _unfit(name: str, what: str, remedy: str) -> ConfigError:
-    return ConfigError(
-        f"model.bridge.init_from: {name} {what}; set model.bridge.{remedy}, or take another one"
-    )
+    return ConfigError(f"{KEY}: {name} {what}; set model.bridge.{remedy}, or take another one")
 
 
 def _read(name: str) -> tuple[dict[str, torch.Tensor], int]:
-    """The Q-Former's or BERT's tensors by our names, and the number of heads."""
-    fields = json.loads(Path(_file(name, "config.json", needed=True)).read_text())
-    files = list(_files(name))
-    keys = [key for _, names in files for key in names]
-    of_blip = "query_tokens" in keys
-    wanted = {
-        key
-        for key in keys
-        if key == "query_tokens"
-        or key.startswith("qformer." if of_blip else ("bert.", "enc", "emb"))
-    }
-    if not any("encoder.layer.0." in key for key in wanted):
-        raise ConfigError(
-            f"model.bridge.init_from: {name} holds neither a BERT nor the Q-Former of a BLIP-2"
-        )
-    raw = {
-        key: value
-        for file, names in files
-        for key, value in _tensors(file, wanted.intersection(names))
-    }
-    fields = fields.get("qformer_config", {}) if of_blip else fields
-    return {_our_name(key, of_blip): value for key, value in raw.items()}, fields.get(
-        "num_attention_heads", 12
-    )
+    """Returns the Q-Former's or BERT's tensors by our names, and the number of heads."""
+    tensors: dict[str, torch.Tensor] = {}
+    with loading(KEY, name, "give a folder or a hub id of a BERT or a BLIP-2"):
+        fields = json.loads(needed_file(name, "config.json").read_text())
+        files = weight_files(name)
+        if not files:
+            raise OSError("it holds neither model.safetensors nor pytorch_model.bin")
+        for file, names in files.items():
+            if not names or any(key.startswith(_PREFIXES) for key in names):
+                tensors |= _tensors(needed_file(name, file))
+    if not any("encoder.layer.0." in key for key in tensors):
+        raise ConfigError(f"{KEY}: {name} holds neither a BERT nor the Q-Former of a BLIP-2")
+    of_blip = "query_tokens" in tensors
+    if of_blip:
+        fields = fields.get("qformer_config", {})
+    heads = fields.get("num_attention_heads", 12)
+    return {_our_name(key, of_blip): value for key, value in tensors.items()}, heads
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Returns those tensors of a file that a Q-Former can start from; the others are not read."""
+    if file.suffix == ".bin":
+        everything = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {key: value for key, value in everything.items() if key.startswith(_PREFIXES)}
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(_PREFIXES)}  # noqa: SIM118
 
 
 def _our_name(key: str, of_blip: bool) -> str:
-    if of_blip:
-        return key.removeprefix("qformer.").replace(
-            "embeddings.layernorm.", "layernorm."
-        )  # InstructBLIP's own name
-    for theirs, ours in _OF_BERT:
+    if of_blip:  # the second is InstructBLIP's own name
+        return key.removeprefix("qformer.").replace("embeddings.layernorm.", "layernorm.")
+    for theirs, ours in _NAMES_OF_BERT:
         key = re.sub(theirs, ours, key)
     return key
-
-
-def _file(name: str, file: str, needed: bool = False) -> str | None:
-    try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"model.bridge.init_from: {name} cannot be read: {why}") from error
-    if needed and found is None:
-        raise ConfigError(
-            f"model.bridge.init_from: {name} holds no {file}: it is not a saved model"
-        )
-    return found
-
-
-def _files(name: str) -> Iterable[tuple[str, list[str]]]:
-    """(file, names of the tensors in it), safetensors before .bin; of a sharded model those with
-    our parts alone.
-    """
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if file := _file(name, single):
-            return [(file, list(_open(file).keys()))]
-        if index := _file(name, f"{single}.index.json"):
-            of_shard: dict[str, list[str]] = {}
-            for key, shard in json.loads(Path(index).read_text())["weight_map"].items():
-                if not key.startswith(("vision_model.", "language_model.", "language_projection.")):
-                    of_shard.setdefault(shard, []).append(key)
-            return [(_file(name, shard, needed=True), names) for shard, names in of_shard.items()]
-    raise ConfigError(
-        f"model.bridge.init_from: {name} holds neither model.safetensors nor pytorch_model.bin"
-    )
-
-
-def _open(file: str) -> Any:
-    if file.endswith(".bin"):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return safe_open(file, framework="pt")
-
-
-def _tensors(file: str, names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    opened = _open(file)
-    return [
-        (name, opened[name] if file.endswith(".bin") else opened.get_tensor(name)) for name in names
-    ]

@@ -6,19 +6,24 @@ Legend: I images, H W pixels, 3 colours, P patch tokens, D width of the encoder,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from harness.config.encoder import encoder_name
 from harness.config.schema import VisionConfig
 from harness.errors import ConfigError, install_command
+from harness.model.pretrained import (
+    load_complete,
+    loading,
+    quiet_transformers,
+    without_weights,
+)
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_TYPES = ("clip", "clip_vision_model")
 
 
@@ -29,6 +34,9 @@ class VisionTower(nn.Module):
     `network` maps normalised float32 pixels_I3HW to patch_tokens_IPD. Normalisation is done here,
     on the device: (pixels x scale - mean) / std.
     """
+
+    mean_3: torch.Tensor
+    std_3: torch.Tensor
 
     def __init__(
         self,
@@ -44,7 +52,9 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.network = network
-        self.tokens, self.width, self.image_size = tokens, width, config.image_size
+        self.tokens = tokens
+        self.width = width
+        self.image_size = config.image_size
         self.scale = scale
         self.register_buffer("mean_3", torch.tensor(mean), persistent=False)
         self.register_buffer("std_3", torch.tensor(std), persistent=False)
@@ -63,7 +73,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels_IHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels_IHW3 of `image_size` -> patch_tokens_IPD, float32 or the dtype of the
+        """Maps uint8 pixels_IHW3 of `image_size` to patch_tokens_IPD, float32 or the dtype of the
         autocast around it.
         """
         side = self.image_size
@@ -72,14 +82,12 @@ class VisionTower(nn.Module):
                 f"the vision tower takes uint8 pixels [I, {side}, {side}, 3], "
                 f"not {str(pixels_IHW3.dtype).removeprefix('torch.')} {list(pixels_IHW3.shape)}"
             )
-        pixels_I3HW = ((pixels_IHW3.float() * self.scale - self.mean_3) / self.std_3).permute(
-            0, 3, 1, 2
-        )
-        return self.network(pixels_I3HW)
+        normed_IHW3 = (pixels_IHW3.float() * self.scale - self.mean_3) / self.std_3
+        return self.network(normed_IHW3.permute(0, 3, 1, 2))
 
     def identity(self) -> dict[str, Any]:
-        """What a feature set or a checkpoint names this encoder by; `hash` is computed once, at the
-        first call.
+        """Returns what a feature set or a checkpoint names this encoder by; `hash` is computed
+        once, at the first call.
         """
         if self._hash is None:
             self._hash = "" if self.mean_3.is_meta else content_hash(self)
@@ -87,41 +95,16 @@ class VisionTower(nn.Module):
 
 
 def content_hash(module: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever device they
-    are on.
+    """Returns the SHA-256 over all parameters and buffers: name, dtype, shape and bytes, whatever
+    device they are on.
     """
     digest = hashlib.sha256()
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def without_weights() -> bool:
-    """Inside `torch.device("meta")` a model is built from config.json alone; its weights are shapes
-    (skeleton.py).
-    """
-    return torch.get_default_device().type == "meta"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and load reports: what matters in them is checked by the caller and
-    refused in words.
-    """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class _ClipLayers(nn.Module):
@@ -129,13 +112,11 @@ class _ClipLayers(nn.Module):
     run nor kept.
     """
 
-    def __init__(self, model: nn.Module, layers: int):
+    def __init__(self, model: Any, layers: int):
         super().__init__()
-        self.embeddings, self.pre_layrnorm, self.encoder = (
-            model.embeddings,
-            model.pre_layrnorm,
-            model.encoder,
-        )
+        self.embeddings = model.embeddings
+        self.pre_layrnorm = model.pre_layrnorm
+        self.encoder = model.encoder
         self.encoder.layers = self.encoder.layers[:layers]
 
     def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
@@ -146,44 +127,26 @@ class _ClipLayers(nn.Module):
 def _load_clip(config: VisionConfig) -> VisionTower:
     from transformers import AutoConfig, CLIPVisionModel
 
-    with quiet_transformers():
-        try:
-            found = AutoConfig.from_pretrained(config.id, revision=config.revision)
-        except (OSError, ValueError) as error:
-            raise _cannot_load(config, error) from error
-        if found.model_type not in CLIP_TYPES:
-            raise ConfigError(
-                f"model.vision.id: {config.id} is a model of type {found.model_type!r}, expected a CLIP model"
-            )
+    remedy = (
+        "give a folder that holds config.json and model.safetensors, or fetch the model once where "
+        f"there is a network (hf download {config.id})"
+    )
+    with loading("model.vision.id", config.id, remedy), quiet_transformers():
+        found = AutoConfig.from_pretrained(config.id, revision=config.revision)
         vision = getattr(found, "vision_config", found)
-        if vision.image_size != config.image_size:
-            raise ConfigError(
-                f"model.vision.image_size is {config.image_size}, but {config.id} takes {vision.image_size} pixels: "
-                f"set image_size={vision.image_size} or choose another encoder"
+        _check_clip(config, found.model_type, vision)
+        if without_weights():
+            model: Any = CLIPVisionModel(vision)
+        else:
+            model = load_complete(
+                CLIPVisionModel,
+                "model.vision.id",
+                config.id,
+                config.revision,
+                dtype=torch.float32,
             )
-        states = vision.num_hidden_layers + 1  # of the embeddings, and after each layer
-        if not -states <= config.layer < states:
-            raise ConfigError(
-                f"model.vision.layer is {config.layer}, but {config.id} has hidden states {-states} to {states - 1}"
-            )
-        try:
-            if without_weights():
-                model, report = CLIPVisionModel(vision), {"missing_keys": ()}
-            else:
-                model, report = CLIPVisionModel.from_pretrained(
-                    config.id,
-                    revision=config.revision,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _cannot_load(config, error) from error
-    if absent := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"model.vision.id: the checkpoint of {config.id} lacks {len(absent)} weights of its vision tower "
-            f"({absent[0]}, ...), which would be random: use a complete CLIP checkpoint"
-        )
     mean, std = _clip_statistics(config)
+    states = vision.num_hidden_layers + 1
     return VisionTower(
         _ClipLayers(getattr(model, "vision_model", model), config.layer % states),
         config,
@@ -196,9 +159,29 @@ def _load_clip(config: VisionConfig) -> VisionTower:
     )
 
 
+def _check_clip(config: VisionConfig, model_type: str, vision: Any) -> None:
+    """Raises ConfigError for what is no CLIP, of another resolution, or without the layer."""
+    if model_type not in CLIP_TYPES:
+        raise ConfigError(
+            f"model.vision.id: {config.id} is a model of type {model_type!r}, expected a CLIP model"
+        )
+    if vision.image_size != config.image_size:
+        raise ConfigError(
+            f"model.vision.image_size is {config.image_size}, but {config.id} takes "
+            f"{vision.image_size} pixels: set image_size={vision.image_size} or choose another "
+            "encoder"
+        )
+    states = vision.num_hidden_layers + 1  # of the embeddings, and after each layer
+    if not -states <= config.layer < states:
+        raise ConfigError(
+            f"model.vision.layer is {config.layer}, but {config.id} has hidden states {-states} to "
+            f"{states - 1}"
+        )
+
+
 def _clip_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the colours from the model's own preprocessor_config.json,
-    else OpenAI's.
+    """Returns mean and standard deviation of the colours from the model's own
+    preprocessor_config.json, else OpenAI's.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -211,35 +194,23 @@ def _clip_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[flo
     return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
 
 
-def _cannot_load(config: VisionConfig, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split()).partition(". ")[0]
-    if without_weights():
-        return ConfigError(
-            f"model.vision.id: {config.id!r} cannot be planned ({reason}): its config.json is all that is needed, in a "
-            f"folder (model.vision.id=DIR), or once where there is a network (hf download {config.id} config.json)"
-        )
-    return ConfigError(
-        f"model.vision.id: {config.id!r} cannot be loaded ({reason}): give a folder that holds config.json and "
-        f"model.safetensors, or fetch the model once where there is a network (hf download {config.id})"
-    )
-
-
 class _EfficientNetGrid(nn.Module):
     """The last feature map of EfficientNet-Lite0 as a sequence of tokens, row by row."""
 
-    STRIDE, WIDTH = 32, 1280
-    CPU_CHUNK_PIXELS = (
-        8 * 128 * 128
-    )  # more at once falls out of the caches: twice the time per image
+    STRIDE = 32
+    WIDTH = 1280
+    # more at once falls out of the caches: twice the time per image
+    CPU_CHUNK_PIXELS = 8 * 128 * 128
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
 
     def forward(self, pixels_I3HW: torch.Tensor) -> torch.Tensor:
         pixels_I3HW = pixels_I3HW.contiguous(memory_format=torch.channels_last)
-        images, side = len(pixels_I3HW), pixels_I3HW.shape[-1]
-        chunk = images if pixels_I3HW.is_cuda else max(1, self.CPU_CHUNK_PIXELS // side**2)
+        chunk = len(pixels_I3HW)
+        if not pixels_I3HW.is_cuda:
+            chunk = self.CPU_CHUNK_PIXELS // pixels_I3HW.shape[-1] ** 2
         grids = [
             self.network.extract_features(part).flatten(2)
             for part in pixels_I3HW.split(max(1, chunk))
@@ -258,8 +229,8 @@ def _load_efficientnet_lite0(config: VisionConfig) -> VisionTower:
         ) from error
     if config.image_size % _EfficientNetGrid.STRIDE:
         raise ConfigError(
-            f"model.vision.image_size is {config.image_size}: efficientnet_lite0 needs a multiple of "
-            f"{_EfficientNetGrid.STRIDE}, such as 128 or 224"
+            f"model.vision.image_size is {config.image_size}: efficientnet_lite0 needs a multiple "
+            f"of {_EfficientNetGrid.STRIDE}, such as 128 or 224"
         )
     network = EfficientNet.from_name("efficientnet-lite0")
     if not without_weights():
@@ -289,7 +260,7 @@ LOADERS: dict[str, Callable[[VisionConfig], VisionTower]] = {
 
 
 def load_vision(config: VisionConfig) -> VisionTower:
-    """The encoder of a config, on the CPU in float32. Raises ConfigError naming the id and the
-    remedy.
+    """Returns the encoder of a config, on the CPU in float32. Raises ConfigError naming the id and
+    the remedy.
     """
     return LOADERS[config.kind](config)

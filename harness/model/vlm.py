@@ -19,7 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from harness.config import schema as settings
 from harness.errors import ConfigError
@@ -27,21 +33,23 @@ from harness.machine.precision import Precision, choose
 from harness.model.batch import Batch
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.decoder import DecoderLanguage
+from harness.model.language.interface import LanguageModel
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.t5 import T5Language
+from harness.model.pretrained import without_weights
 from harness.model.start import start_from
-from harness.model.vision import VisionTower, load_vision, without_weights
+from harness.model.vision import VisionTower, load_vision
 
 logger = logging.getLogger(__name__)
 
-LANGUAGES = {"t5": T5Language, "gpt2": GPT2Language}
+LANGUAGES: dict[str, type[LanguageModel]] = {"t5": T5Language, "gpt2": DecoderLanguage}
 WEIGHTS = "model.safetensors"
 
 
 class VLMConfig(PretrainedConfig):
-    """What a saved model says of itself: the config's `model`, `prompts` and `generate`, and its
-    frozen parts.
+    """The words of a saved model about itself: the config's `model`, `prompts` and `generate`, and
+    its frozen parts.
     """
 
     model_type = "harness_vlm"
@@ -52,21 +60,20 @@ class VLMConfig(PretrainedConfig):
         prompts: Mapping[str, Any] | None = None,
         generate: Mapping[str, Any] | None = None,
         encoder: Mapping[str, Any] | None = None,
-        lm_hash: str | None = None,
+        lm_hash: str = "",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.model = dict(model or {})
         self.prompts = dict(prompts or {})
         self.generate = dict(generate or {})
-        self.encoder = dict(
-            encoder or {}
-        )  # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
+        # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
+        self.encoder = dict(encoder or {})
         self.lm_hash = lm_hash
 
 
 class VisionLanguageModel(PreTrainedModel):
-    """The three parts and how they meet. `vision` is None where features take the place of images."""
+    """The three parts and how they meet. `vision` is None where features replace images."""
 
     config_class = VLMConfig
     base_model_prefix = ""
@@ -74,10 +81,12 @@ class VisionLanguageModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
     def __init__(
-        self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: nn.Module
+        self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: LanguageModel
     ):
         super().__init__(config)
-        self.vision, self.bridge, self.lm = vision, bridge, lm
+        self.vision = vision
+        self.bridge = bridge
+        self.lm = lm
         self.precision: Precision = choose("fp32", torch.device("cpu"))
         self.label_smoothing = 0.0
 
@@ -90,15 +99,17 @@ class VisionLanguageModel(PreTrainedModel):
         precision: Precision | None = None,
         device: torch.device | str = "cpu",
     ) -> VisionLanguageModel:
-        """A model for training, its new parts drawn from `config.seed`.
+        """Returns a model for training, its new parts drawn from `config.seed`.
 
         `encoder` is the identity in a feature set's index; with it no vision tower is loaded.
         Raises ConfigError.
         """
         torch.manual_seed(config.seed)
         precision = precision or choose(config.train.precision, torch.device(device))
-        vision = None if encoder else load_vision(config.model.vision)
-        encoder = dict(encoder or vision.identity())
+        vision = None
+        if not encoder:
+            vision = load_vision(config.model.vision)
+            encoder = vision.identity()
         own = VLMConfig(
             model=config.model.model_dump(mode="json"),
             prompts=config.prompts.model_dump(mode="json"),
@@ -121,36 +132,35 @@ class VisionLanguageModel(PreTrainedModel):
         parts: settings.ModelConfig,
         vision: VisionTower | None,
         precision: Precision,
-        device,
+        device: torch.device | str,
     ) -> VisionLanguageModel:
         lm = LANGUAGES[parts.lm.kind](
             parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype
         )
-        encoder, words = own.encoder, lm.base.config.vocab_size
         bridge = Bridge(
-            parts.bridge, encoder["width"], lm.width, encoder["tokens"], lm.embedding_rms, words
+            parts.bridge,
+            patch_width=own.encoder["width"],
+            lm_width=lm.width,
+            patches=own.encoder["tokens"],
+            embedding_rms=lm.embedding_rms,
+            vocabulary=lm.base.config.vocab_size,
         )
         model = cls(own, vision, bridge, lm)
         model.precision = precision
-        return model.to(device)
+        return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper loses self
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.lm.tokenizer
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The parts by the names that the table of parts and the plan use."""
-        body = nn.ModuleList([self.bridge.patch_norm, self.bridge.body])
-        named = {
-            "vision encoder": self.vision,
-            "bridge": body,
+        vision = {} if self.vision is None else {"vision encoder": self.vision}
+        return vision | {
+            "bridge": nn.ModuleList([self.bridge.patch_norm, self.bridge.body]),
             "projection": self.bridge.projection,
-        }
-        return {
-            name: part
-            for name, part in {**named, "language model": self.lm}.items()
-            if part is not None
+            "language model": self.lm,
         }
 
     def checkpoint_activations(self) -> None:
@@ -162,19 +172,20 @@ class VisionLanguageModel(PreTrainedModel):
         enable({"use_reentrant": False})
 
     def patch_tokens(self, batch: Batch) -> torch.Tensor:
-        """patches_IPD: the features of the batch, or what the tower makes of its pixels."""
+        """Returns patches_IPD: the features of the batch, or what the tower makes of its pixels."""
         if batch.features_IPD is not None:
             return batch.features_IPD.float()
         if self.vision is None:
             raise ValueError(
-                "this model was loaded without its vision tower (with_vision=False): it reads features only"
+                "this model was loaded without its vision tower (with_vision=False): it reads "
+                "features only"
             )
         with self.precision.autocast("vision"):
             return self.vision(batch.pixels_IHW3).float()
 
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
-        """Image tokens, made once per image and shared by its contexts; once per context where they
-        read the prompt.
+        """Returns image tokens, made once per image and shared by its contexts; once per context
+        where they read the prompt.
         """
         patches_IPD = self.patch_tokens(batch)
         rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
@@ -190,13 +201,15 @@ class VisionLanguageModel(PreTrainedModel):
         return self.bridge.question_aware
 
     def bridge_inputs(self, batch: Batch, patches_IPD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the bridge takes for a batch and the patches of its images."""
+        """Returns what the bridge takes for a batch and the patches of its images."""
         if not self.question_aware:
             return (patches_IPD,)
         return patches_IPD[batch.image_of_C], batch.prompt_ids_CL, batch.prompt_mask_CL
 
     def loss(self, batch: Batch, tokens: BridgeOutput | None = None) -> LossOutput:
-        """Sums of weighted nats over the batch; `tokens` in place of the batch's own image tokens."""
+        """Returns sums of weighted nats over the batch; `tokens` stand in place of the batch's own
+        image tokens.
+        """
         tokens = tokens or self.bridge_tokens(batch)
         # Smoothing is for training alone: an evaluated loss is a cross entropy.
         with self.precision.autocast("lm"):
@@ -209,15 +222,15 @@ class VisionLanguageModel(PreTrainedModel):
     def generate(
         self, batch: Batch, decoding: settings.DecodingConfig, tokens: BridgeOutput | None = None
     ) -> Generated:
-        """One answer per context."""
+        """Returns one answer per context."""
         tokens = tokens or self.bridge_tokens(batch)
         with self.precision.autocast("lm"):
             return self.lm.generate(tokens, batch, decoding)
 
     @torch.no_grad()
     def scales(self, batch: Batch) -> dict[str, float]:
-        """Root mean squares of the image tokens and of the LM's embeddings: far apart, the LM reads
-        noise.
+        """Returns root mean squares of the image tokens and of the LM's embeddings: far apart, the
+        LM reads noise.
         """
         image_rms = self.bridge_tokens(batch).tokens_NQD.pow(2).mean().sqrt().item()
         return {"image_token_rms": image_rms, "embedding_rms": self.bridge.embedding_rms}
@@ -225,8 +238,8 @@ class VisionLanguageModel(PreTrainedModel):
     # ---- what was trained ------------------------------------------------------------------------
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Every trained parameter by name, and those of a bridge frozen at random, which nothing
-        else could restore.
+        """Returns every trained parameter by name, and those of a bridge frozen at random, which
+        nothing else could restore.
         """
         return {
             name: parameter.detach()
@@ -238,25 +251,29 @@ class VisionLanguageModel(PreTrainedModel):
         """Puts saved weights into this model. Raises ConfigError where frozen parts, names or
         shapes differ.
         """
-        before, file = _saved_config(folder), folder / WEIGHTS
+        before = _saved_config(folder)
+        file = folder / WEIGHTS
         _check_base(folder, before, self.config.model["lm"]["id"], self.config.lm_hash)
         _check_encoder(folder, before, self.config.encoder)
+        own = self.trained_state()
         try:
-            saved, own = load_file(file), self.trained_state()
+            saved = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file}: the trained weights cannot be read: {error}") from error
         if missing := sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys()):
             raise ConfigError(
-                f"{file}: {len(missing)} weights do not match this model's, the first is {missing[0]}"
+                f"{file}: {len(missing)} weights do not match this model's, the first is "
+                f"{missing[0]}"
             )
         for name, value in saved.items():
             if own[name].shape != value.shape:
                 raise ConfigError(
-                    f"{file}: {name} has shape {tuple(value.shape)}, this model's {tuple(own[name].shape)}"
+                    f"{file}: {name} has shape {tuple(value.shape)}, this model's "
+                    f"{tuple(own[name].shape)}"
                 )
             own[name].copy_(value)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # transformers' options shard what we never do
         self, save_directory: str | Path, state: Mapping[str, torch.Tensor] | None = None, **_: Any
     ) -> None:
         """Writes config.json and the trained weights; `state` when an engine has gathered them."""
@@ -272,7 +289,7 @@ class VisionLanguageModel(PreTrainedModel):
         self.config.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # transformers allows no folder at all
         cls,
         pretrained_model_name_or_path: str | Path,
         *_: Any,
@@ -282,7 +299,8 @@ class VisionLanguageModel(PreTrainedModel):
         device: torch.device | str = "cpu",
         **__: Any,
     ) -> VisionLanguageModel:
-        """The saved model, in eval mode, with the same outputs bit for bit on the same device.
+        """Returns the saved model, in eval mode, with the same outputs bit for bit on the same
+        device.
 
         `lm` names another place of a base that was moved; its hash must be the saved one. Raises
         ConfigError.
@@ -323,16 +341,18 @@ def _saved_config(folder: Path) -> VLMConfig:
 def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:
     if found != saved.lm_hash:
         raise ConfigError(
-            f"{folder}: the base language model {name!r} has hash {found[:12]}, the saved parts were trained on one "
-            f"with hash {saved.lm_hash[:12]}: give that one (from_pretrained: as lm=PATH)"
+            f"{folder}: the base language model {name!r} has hash {found[:12]}, the saved parts "
+            f"were trained on one with hash {saved.lm_hash[:12]}: give that one (from_pretrained: "
+            "as lm=PATH)"
         )
 
 
 def _check_encoder(folder: Path, saved: VLMConfig, found: Mapping[str, Any]) -> None:
     if found["hash"] != saved.encoder["hash"]:
         raise ConfigError(
-            f"{folder}: the vision encoder {found['id']!r} has hash {found['hash'][:12]}, the saved parts were trained "
-            f"on {saved.encoder['id']!r} with hash {saved.encoder['hash'][:12]}: use that one"
+            f"{folder}: the vision encoder {found['id']!r} has hash {found['hash'][:12]}, the "
+            f"saved parts were trained on {saved.encoder['id']!r} with hash "
+            f"{saved.encoder['hash'][:12]}: use that one"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness.config.schema import Config
-from harness.data.collate import Collator, of_like_length
+from harness.data.collate import Collator, group_by_length
 from harness.model.batch import Batch
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
@@ -65,7 +65,7 @@ class Sizes:
         if not self.lengths:
             return ()
         spread = np.linspace(0, len(self.lengths) - 1, targets).round().astype(int)
-        return of_like_length([self.lengths[place] for place in spread])
+        return group_by_length([self.lengths[place] for place in spread])
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def workload(config: Config) -> Workload:
 def _tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
-    from harness.model.vision import quiet_transformers
+    from harness.model.pretrained import quiet_transformers
 
     with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
         return AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)

@@ -81,27 +81,38 @@ def unrolled(batch: Batch) -> Batch:
     )
 
 
-def config(t5: Path, *, bridge: dict | None = None, train: dict | None = None, **lm) -> Config:
+def config(
+    folder: str | Path, *, bridge: dict | None = None, train: dict | None = None, **lm
+) -> Config:
     small = {"query_tokens": 3, "layers": 2, "width": 32, "heads": 4}
     lora = {"r": 4, "alpha": 8}
     return Config(
         name="grouped",
         model={
             "bridge": small | (bridge or {}),
-            "lm": {"id": str(t5), "tuning": "lora", "lora": lora} | lm,
+            "lm": {"id": str(folder), "tuning": "lora", "lora": lora} | lm,
         },
         train=train or {},
     )
 
 
-def model(t5: Path, **settings) -> VisionLanguageModel:
+def model(folder: str | Path, **settings) -> VisionLanguageModel:
     """In train mode, and LoRA's B matrices not 0 as at their start, when A has no gradient."""
-    built = VisionLanguageModel.build(config(t5, **settings), ENCODER)
+    built = VisionLanguageModel.build(config(folder, **settings), ENCODER)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in built.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=generator)
     return built.train()
+
+
+def opened(built: VisionLanguageModel) -> VisionLanguageModel:
+    """The model with a cross-attention that lets something through, as after some training."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in built.named_parameters():
+        if "crossattention.c_proj" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return built
 
 
 def gradients(
@@ -115,6 +126,19 @@ def gradients(
     loss = out.sum / max(float(out.weight), 1.0)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
+
+
+def loss_of_t5(built: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+    """The mean loss of T5's own forward over the unrolled batch."""
+    flat = unrolled(batch)
+    image, t5 = built.bridge_tokens(flat), built.lm.base
+    embeds = torch.cat([image.tokens_NQD, t5.shared(flat.prompt_ids_CL)], dim=1)
+    seen = torch.ones(image.tokens_NQD.shape[:2], dtype=torch.bool)
+    return t5(
+        inputs_embeds=embeds,
+        attention_mask=torch.cat([seen, flat.prompt_mask_CL], dim=1),
+        labels=flat.labels_TL.masked_fill(flat.weight_TL == 0, -100),
+    ).loss
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

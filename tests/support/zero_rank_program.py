@@ -35,7 +35,8 @@ def tuned(config: Config, tuning: str) -> Config:
 
 def main(root: Path) -> None:
     rank, told = os.environ["RANK"], {}
-    batch._WORTH_A_CUT = 4  # the ranks' decoders run unequally often, but for a partitioned model's
+    # the ranks' decoders run unequally often, but for a partitioned model's
+    batch.MIN_PADDING_SAVED = 4
     Engine.close = Engine.wait  # the group serves all runs of this process
     prepare_engine = ZeroEngine.prepare
     micro_batches = one_step.micro_batches

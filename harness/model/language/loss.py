@@ -44,33 +44,32 @@ def weighted_loss(
     *,
     whole: bool,
 ) -> LossOutput:
-    """Cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only where a
-    weight is not 0.
+    """Returns the cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only
+    where a weight is not 0.
 
-    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: of all at once, as
-    a partitioned model needs it, whose ranks must run its blocks equally often.
+    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: it is given all at
+    once, as a partitioned model needs it, whose ranks must run its blocks equally often.
     """
-    hidden, labels, weights, target_of_K = [], [], [], []
-    for rows_T, part in batch.parts(whole):
+    groups = []
+    for rows_T, part in batch.target_groups(whole):
         kept_TL = part.weight_TL != 0
-        hidden.append(decode(part)[kept_TL])
-        labels.append(part.labels_TL[kept_TL])
-        weights.append(part.weight_TL[kept_TL])
-        target_of_K.append(rows_T[kept_TL.nonzero()[:, 0]])
-    logits_KV = head(torch.cat(hidden)).float()
-    nats_K = F.cross_entropy(
-        logits_KV, torch.cat(labels), reduction="none", label_smoothing=label_smoothing
-    )
-    weighted_K = nats_K * torch.cat(weights)
+        target_of_K = rows_T[kept_TL.nonzero()[:, 0]]
+        groups.append(
+            (decode(part)[kept_TL], part.labels_TL[kept_TL], part.weight_TL[kept_TL], target_of_K)
+        )
+    hidden_KD, labels_K, weight_K, target_of_K = map(torch.cat, zip(*groups, strict=True))
+    logits_KV = head(hidden_KD).float()
+    nats_K = F.cross_entropy(logits_KV, labels_K, reduction="none", label_smoothing=label_smoothing)
+    weighted_K = nats_K * weight_K
     sum_T = torch.zeros(len(batch.labels_TL), device=nats_K.device)
-    sum_T.index_add_(0, torch.cat(target_of_K), weighted_K.detach())
+    sum_T.index_add_(0, target_of_K, weighted_K.detach())
     # With no weight at all (a filler) K is 0, and every trainable parameter still gets its
     # gradient, of zeros.
     return LossOutput(weighted_K.sum(), batch.weight_TL.sum(), sum_T, batch.weight_TL.sum(dim=1))
 
 
 def partitioned(model: nn.Module) -> bool:
-    """Whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them in the
-    same order.
+    """Returns whether every rank holds a part of each weight (ZeRO-3) and all have to ask for them
+    in the same order.
     """
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())

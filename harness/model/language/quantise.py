@@ -8,11 +8,10 @@ tokenizer, out.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,11 +25,22 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import cached_file
 
 from harness.config.schema import LanguageModelConfig
 from harness.errors import ConfigError
-from harness.model.vision import quiet_transformers, without_weights
+from harness.model.pretrained import (
+    load_complete,
+    loading,
+    needed_file,
+    quiet_transformers,
+    weight_files,
+    without_weights,
+)
+
+KEY = "model.lm.id"
+# in the names of all that cross-attention adds: h.0.crossattention.c_attn.weight,
+# h.0.ln_cross_attn.bias
+NEW = "cross"
 
 # At every import bitsandbytes misses a kernel for a path that `keep_autograd` bars.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
@@ -43,61 +53,60 @@ def load(
     architecture: type[PreTrainedModel],
     fields: Mapping[str, Any],
     *,
-    new: str | None = None,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises
+    """Returns the frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises
     ConfigError by id.
 
     `fields` of the base's config.json are set whatever it says: dropout is 0 unless
-    `model.lm.dropout` asks for it, since equal losses across world sizes need it. `new` is a part
-    of the names of layers that its files do not hold: they are drawn at random and never quantised.
+    `model.lm.dropout` asks for it, since equal losses across world sizes need it. The layers of a
+    new cross-attention, which its files do not hold, are drawn at random and never quantised.
     Without weights (see `without_weights`) there is no tokenizer either.
     """
-    skipped = [f".*{new}.*", "lm_head"] if new else None
-    quantisation = nf4(compute_dtype, skipped) if config.tuning == "qlora" else None
-    try:
-        with quiet_transformers():
-            found = AutoConfig.from_pretrained(config.id, revision=config.revision)
-            if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
-                raise ValueError(
-                    f"it is of kind {found.model_type}, model.lm.kind is {config.kind}"
-                )
-            if without_weights():
-                found.update(fields)
-                return _skeleton(found, architecture, quantisation, dtype), None
-            tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
-            lm, report = architecture.from_pretrained(
-                config.id,
-                revision=config.revision,
-                quantization_config=quantisation,
-                dtype=dtype,
-                output_loading_info=True,
-                **fields,
-            )
-    except (
-        Exception
-    ) as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
-        raise _cannot_load(config, error) from error
-    if absent := sorted(key for key in report["missing_keys"] if not (new and new in key)):
-        raise ConfigError(
-            f"model.lm.id: {config.id!r} lacks {len(absent)} weights of a {architecture.__name__} "
-            f"({absent[0]}, ...), which would be random: use a complete model of that kind"
+    quantisation = None
+    if config.tuning == "qlora":
+        skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
+        quantisation = nf4(compute_dtype, skipped)
+    with _loading(config), quiet_transformers():
+        found = AutoConfig.from_pretrained(config.id, revision=config.revision)
+        if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
+            raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
+        if without_weights():
+            found.update(fields)
+            return _skeleton(found, architecture, quantisation, dtype), None
+        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
+        lm = load_complete(
+            architecture,
+            KEY,
+            config.id,
+            config.revision,
+            new=NEW if config.cross_attention else "",
+            quantization_config=quantisation,
+            dtype=dtype,
+            **fields,
         )
     if len(tokenizer) < 4:
         # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
         raise ConfigError(
-            f"model.lm.id: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
+            f"{KEY}: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
         )
     keep_autograd(lm)
     lm.requires_grad_(False)
     return lm, tokenizer
 
 
+def _loading(config: LanguageModelConfig) -> AbstractContextManager[None]:
+    remedy = (
+        "give a local folder in the hub's format, or an id that is on the hub or in its local "
+        "cache; for a saved model whose base was moved, lm=PATH"
+    )
+    return loading(KEY, config.id, remedy)
+
+
 def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation (Dettmers et al. 2023); modules that match
-    `skipped` stay.
+    """Returns the settings of 4-bit NormalFloat with double quantisation (Dettmers et al. 2023);
+    modules that match `skipped` stay.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -109,10 +118,10 @@ def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAnd
 
 
 def _skeleton(
-    found, architecture, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype
+    found: Any, architecture: Any, quantisation: BitsAndBytesConfig | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The frozen base on the meta device, its layers replaced as from_pretrained does before it
-    reads weights.
+    """Returns the frozen base on the meta device, its layers replaced as from_pretrained does
+    before it reads weights.
     """
     lm = architecture._from_config(found, dtype=dtype)
     if quantisation:
@@ -122,54 +131,21 @@ def _skeleton(
 
 
 def weights_hash(config: LanguageModelConfig) -> str:
-    """sha256 over the weight files of the base as they lie on disk: the same whatever the device or
-    quantisation.
+    """Returns the sha256 over the weight files of the base as they lie on disk: the same whatever
+    the device or quantisation.
     """
     if without_weights():
         return ""
     digest = hashlib.sha256()
-    for file in _weight_files(config):
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+    with _loading(config):
+        files = sorted(weight_files(config.id, config.revision))
+        if not files:
+            raise OSError("no model.safetensors and no pytorch_model.bin is there")
+        for file in files:
+            with needed_file(config.id, file, config.revision).open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
     return digest.hexdigest()
-
-
-def _weight_files(config: LanguageModelConfig) -> list[Path]:
-    def find(name: str) -> str | None:
-        try:
-            return cached_file(
-                config.id,
-                name,
-                revision=config.revision,
-                _raise_exceptions_for_missing_entries=False,
-            )
-        except OSError as error:
-            raise _cannot_load(config, error) from error
-
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if found := find(single):
-            return [Path(found)]
-        if found := find(index):
-            names = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            return [Path(find(name)) for name in names]
-    raise _cannot_load(config, OSError("no model.safetensors and no pytorch_model.bin is there"))
-
-
-def _cannot_load(config: LanguageModelConfig, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split()).partition(". ")[0]
-    if without_weights():
-        return ConfigError(
-            f"model.lm.id: {config.id!r} cannot be planned ({reason}): its config.json is all that is needed, in a "
-            f"folder (model.lm.id=DIR), or once where there is a network (hf download {config.id} config.json)"
-        )
-    return ConfigError(
-        f"model.lm.id: {config.id!r} cannot be loaded ({reason}): give a local folder in the hub's format, or an id "
-        "that is on the hub or in its local cache; for a saved model whose base was moved, lm=PATH"
-    )
 
 
 def keep_autograd(lm: nn.Module) -> None:
@@ -183,8 +159,8 @@ def keep_autograd(lm: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
-def quantised_layers(module: nn.Module) -> list[nn.Module]:
-    """The 4-bit linear layers of a module; [] where bitsandbytes is not installed."""
+def quantised_layers(module: nn.Module) -> list[Any]:
+    """Returns the 4-bit linear layers of a module; [] where bitsandbytes is not installed."""
     try:
         from bitsandbytes.nn import Linear4bit
     except ImportError:
@@ -192,31 +168,32 @@ def quantised_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, Linear4bit)]
 
 
-def tune(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None = None) -> nn.Module:
-    """The model with what `tuning` says trainable: LoRA matrices in fp32, everything, or nothing;
-    `new` always.
+def tune(lm: PreTrainedModel, config: LanguageModelConfig) -> nn.Module:
+    """Returns the model with what `tuning` says trainable: LoRA matrices in fp32, everything, or
+    nothing; a new cross-attention always.
     """
-    adapted = config.tuning in ("lora", "qlora")
-    tuned = _lora(lm, config, new) if adapted else lm.requires_grad_(config.tuning == "full")
+    if config.tuning in ("lora", "qlora"):
+        tuned = _lora(lm, config)
+    else:
+        tuned = lm.requires_grad_(config.tuning == "full")
     for name, parameter in tuned.named_parameters():
-        if new and new in name:
+        if config.cross_attention and NEW in name:
             parameter.requires_grad_(True)
     return tuned
 
 
-def _lora(lm: PreTrainedModel, config: LanguageModelConfig, new: str | None) -> nn.Module:
+def _lora(lm: PreTrainedModel, config: LanguageModelConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if config.lora.targets == "all_linear" else list(config.lora.targets)
     lora = LoraConfig(
         r=config.lora.r,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft divides by it: any number
         lora_dropout=config.lora.dropout,
         target_modules=targets,
-        exclude_modules=f".*{new}.*" if new else None,  # trained whole
-        fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in lm.modules()
-        ),  # GPT-2's are transposed Linears
+        exclude_modules=f".*{NEW}.*" if config.cross_attention else None,  # trained whole
+        # GPT-2's layers are transposed Linears
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),
     )
     try:
         with warnings.catch_warnings():  # peft asks transformers by a name that is about to go

@@ -11,7 +11,7 @@ import torch
 
 import toy_batch
 from harness.config.schema import DataConfig, PromptsConfig
-from harness.data.collate import Collator, drawn, most_common, of_like_length
+from harness.data.collate import Collator, drawn, group_by_length, most_common
 from shards.loader import Loader
 from shards.read import Sample
 from shards.record import Record, Text
@@ -66,12 +66,12 @@ def test_weight_is_1_on_words_and_that_of_the_config_on_the_end_and_0_on_padding
 
 
 def test_rows_are_grouped_by_length_where_that_saves_enough():
-    assert of_like_length([3] * 1000) == ((list(range(1000)), 3),)
-    assert of_like_length([9, 3, 27]) == (
+    assert group_by_length([3] * 1000) == ((list(range(1000)), 3),)
+    assert group_by_length([9, 3, 27]) == (
         ([1, 0, 2], 27),
     )  # 24 + 18 positions of padding are not worth a cut
     lengths = [27, 10] * 40 + [12] * 40
-    groups = of_like_length(lengths)
+    groups = group_by_length(lengths)
     assert [(len(rows), longest) for rows, longest in groups] == [(80, 12), (40, 27)]
     assert all(lengths[row] <= longest for rows, longest in groups for row in rows)
     assert sorted(row for rows, _ in groups for row in rows) == list(range(120))

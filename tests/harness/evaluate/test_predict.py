@@ -177,7 +177,7 @@ def test_the_answer_is_to_the_image_tokens_that_are_given(setting):
 def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(
     setting, monkeypatch, worth_a_cut
 ):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", worth_a_cut)
+    monkeypatch.setattr(batches, "MIN_PADDING_SAVED", worth_a_cut)
     _, model, _ = setting
     batch = batch_of(setting)
     with torch.no_grad():

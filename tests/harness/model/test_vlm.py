@@ -145,20 +145,6 @@ def saved(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
     return model, folder
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_a_saved_model_is_the_same_model_bit_for_bit(
-    tiny_t5_folder, tiny_clip_folder, tmp_path, tuning
-):
-    model = moved(VisionLanguageModel.build(with_pixels(tiny_t5_folder, tiny_clip_folder, tuning)))
-    batch = pixel_batch(model)
-    expected = outputs(model, batch)
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(99)
-    again = VisionLanguageModel.from_pretrained(tmp_path)
-    assert not again.training
-    assert same(outputs(again, batch), expected)
-
-
 def test_a_fully_tuned_t5_of_version_1_whose_matrices_are_tied_comes_back_tied(
     tiny_t5_folder, tmp_path
 ):

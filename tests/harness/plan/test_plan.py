@@ -94,7 +94,7 @@ def test_bytes_of_saved_tensors_are_within_a_tenth_of_a_real_pass(
     config, monkeypatch, tmp_path, seed
 ):
     monkeypatch.setattr(
-        batches, "_WORTH_A_CUT", 8 if seed % 2 else 10**6
+        batches, "MIN_PADDING_SAVED", 8 if seed % 2 else 10**6
     )  # targets in groups of like length, or not
     config, images = drawn(config, seed, tmp_path / "t5")
     model = VisionLanguageModel.build(config, precision=choose("fp32", CPU)).train()

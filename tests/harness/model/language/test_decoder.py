@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
 from transformers.pytorch_utils import Conv1D
 
 import toy_batch
-from harness.config.schema import Config, DecodingConfig, LanguageModelConfig, PromptsConfig
-from harness.data import collate as batches
+from harness.config.schema import DecodingConfig, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.machine.precision import choose
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
-from harness.model.language.gpt2 import GPT2Language
+from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.t5 import T5Language
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
@@ -32,71 +30,14 @@ def built(folder, *, opened: bool = True, **lm):
     training.
     """
     model = toy_batch.model(folder, kind="gpt2", **lm)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if opened and "crossattention.c_proj" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return model
+    return toy_batch.opened(model) if opened else model
 
 
 def batch_of(model, **data):
     return toy_batch.collator(model.tokenizer, **data)(toy_batch.samples())
 
 
-def row_of(model, batch, target: int, bos: bool) -> tuple[dict, int]:
-    """What GPT-2 itself reads for one target, without any padding, and how many positions stand
-    before its labels.
-    """
-    gpt2, context = model.lm.base, int(batch.context_of_T[target])
-    prompt = batch.prompt_ids_CL[context][batch.prompt_mask_CL[context]]
-    start = torch.tensor([model.tokenizer.bos_token_id] * bos, dtype=torch.long)
-    labels = batch.labels_TL[target][batch.weight_TL[target] > 0]
-    embeds = gpt2.transformer.wte(torch.cat([prompt, start, labels]))
-    image = model.bridge_tokens(batch)
-    tokens = image.tokens_NQD[image.token_row_of_C[context]]
-    before = len(prompt) + len(start)
-    if gpt2.config.add_cross_attention:
-        return {"inputs_embeds": embeds[None], "encoder_hidden_states": tokens[None]}, before
-    return {"inputs_embeds": torch.cat([tokens, embeds])[None]}, before + len(tokens)
-
-
-def by_gpt2_itself(model, batch, bos: bool):
-    """The mean loss of GPT-2's own forward, one target at a time, and the gradients."""
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for target in range(len(batch.labels_TL)):
-        inputs, before = row_of(model, batch, target, bos)
-        labels = batch.labels_TL[target][batch.weight_TL[target] > 0]
-        logits = model.lm.base(**inputs).logits[0, before - 1 : -1]
-        total = total + F.cross_entropy(logits, labels, reduction="sum")
-    loss = total / batch.weight
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-
 # ---- the loss ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cross_attention", [False, True])
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize(
-    ("bos", "least"), [("always", 1), ("always", 10**6), ("generation_only", 1)]
-)
-def test_grouped_loss_and_gradients_equal_those_of_the_unrolled_batch_and_of_gpt2_itself(
-    tiny_gpt2_folder, monkeypatch, tuning, cross_attention, bos, least
-):
-    monkeypatch.setattr(batches, "_WORTH_A_CUT", least)
-    model = built(tiny_gpt2_folder, tuning=tuning, cross_attention=cross_attention, bos=bos)
-    batch = batch_of(model)
-    assert not batch.prompt_mask_CL.all()
-    loss, grads = toy_batch.gradients(model, batch)
-    others = (
-        toy_batch.gradients(model, toy_batch.unrolled(batch)),
-        by_gpt2_itself(model, batch, bos == "always"),
-    )
-    for other_loss, other in others:
-        assert loss == pytest.approx(other_loss, abs=1e-5)
-        assert toy_batch.furthest(grads, other) < 1e-5
 
 
 @pytest.mark.parametrize("cross_attention", [False, True])
@@ -117,89 +58,6 @@ def test_what_stands_before_the_targets_runs_once_per_context_and_images_are_rea
     before = batch.prompt_ids_CL.shape[1] + 1 + (0 if cross_attention else 3)
     assert rows["words"] == [(5, before), (9, batch.labels_TL.shape[1] - 1)]
     assert rows["images"] == ([2] if cross_attention else [])
-
-
-@pytest.mark.parametrize("cross_attention", [False, True])
-def test_activation_checkpointing_changes_no_gradient(tiny_gpt2_folder, cross_attention):
-    plain, saving = (
-        built(
-            tiny_gpt2_folder,
-            tuning="lora",
-            cross_attention=cross_attention,
-            train={"activation_checkpointing": on},
-        )
-        for on in (False, True)
-    )
-    runs = []
-    saving.lm.base.transformer.h[1].ln_1.register_forward_hook(lambda m, i, o: runs.append(len(o)))
-    batch = batch_of(plain)
-    (loss, grads), (saved_loss, saved) = (
-        toy_batch.gradients(plain, batch),
-        toy_batch.gradients(saving, batch),
-    )
-    assert runs == [9, 9], "the block was not run again in the backward pass: nothing was saved"
-    assert loss == pytest.approx(saved_loss, abs=1e-5)
-    assert toy_batch.furthest(grads, saved) < 1e-5
-    with torch.no_grad():
-        assert saving.eval().loss(batch).sum.item() == pytest.approx(
-            plain.eval().loss(batch).sum.item(), rel=1e-5
-        )
-
-
-def test_logits_are_made_for_weighted_tokens_alone_and_each_weight_scales_its_token(
-    tiny_gpt2_folder,
-):
-    model = built(tiny_gpt2_folder, tuning="frozen")
-    batch, rows = batch_of(model), []
-    model.lm.base.lm_head.register_forward_hook(lambda m, i, o: rows.append(len(o)))
-    whole = model.loss(batch)
-    weight = batch.weight_TL.clone()
-    weight[:4], weight[5] = 0, 2.5 * weight[5]
-    part = model.loss(replace(batch, weight_TL=weight))
-    assert rows == [int((batch.weight_TL > 0).sum()), int((weight > 0).sum())]
-    expected = whole.sum_T.clone()
-    expected[:4], expected[5] = 0, 2.5 * expected[5]
-    assert torch.allclose(part.sum_T, expected, atol=1e-4)
-    assert part.sum.item() == pytest.approx(expected.sum().item(), rel=1e-5)
-    model.label_smoothing = 0.3
-    assert model.loss(batch).sum.item() != pytest.approx(whole.sum.item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("cross_attention", [False, True])
-def test_a_filler_gives_every_trainable_parameter_a_gradient_of_zeros(
-    tiny_gpt2_folder, cross_attention
-):
-    model = built(tiny_gpt2_folder, tuning="full", cross_attention=cross_attention)
-    filler = toy_batch.collator(model.tokenizer).filler((toy_batch.TOKENS, toy_batch.WIDTH), True)
-    assert filler.labels_TL.shape == (1, 1)
-    loss, grads = toy_batch.gradients(model, filler)
-    assert loss == 0.0
-    assert all(g is not None and not g.any() for g in grads.values()), [
-        n for n, g in grads.items() if g is None
-    ]
-
-
-@pytest.mark.parametrize("cross_attention", [False, True])
-def test_no_prompt_and_no_image_still_give_a_finite_loss_and_an_answer(
-    tiny_gpt2_folder, cross_attention
-):
-    model = built(tiny_gpt2_folder, cross_attention=cross_attention, bos="generation_only").eval()
-    batch = toy_batch.collator(model.tokenizer, prompts=PromptsConfig(caption="none", vqa="none"))(
-        toy_batch.samples()
-    )
-    image = model.bridge_tokens(batch)
-    for tokens in (image, image.without_tokens()):
-        with torch.no_grad():
-            assert model.loss(batch, tokens).sum_T.isfinite().all()
-            _, mask_CS = model.lm._prefix(tokens, batch, bos=False)
-            assert mask_CS[:, -1].all(), "an attention over nothing is undefined"
-        assert len(model.generate(batch, DecodingConfig(max_new_tokens=3), tokens).texts) == 5
-    blind = BridgeOutput(torch.zeros(1, 0, 64), torch.zeros(5, dtype=torch.long))
-    with torch.no_grad():
-        assert torch.equal(
-            model.loss(batch, blind).sum_T, model.loss(batch, image.without_tokens()).sum_T
-        )
-        assert not torch.allclose(model.loss(batch, blind).sum_T, model.loss(batch, image).sum_T)
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tiny_gpt2_folder):
@@ -305,38 +163,13 @@ def test_in_four_bits_gradients_are_those_of_the_transposed_weights_before_and_a
     assert sum("lora" in name and bool(g.any()) for name, g in after.items()) == 16
 
 
-@pytest.mark.parametrize("cross_attention", [False, True])
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_a_saved_model_is_the_same_model(tiny_gpt2_folder, tmp_path, tuning, cross_attention):
-    from tiny_models import tiny_clip
-    from toy_batch import moved, outputs, pixel_batch, same
-
-    lm = {
-        "kind": "gpt2",
-        "id": str(tiny_gpt2_folder),
-        "tuning": tuning,
-        "cross_attention": cross_attention,
-    }
-    bridge = {"query_tokens": 3, "layers": 1, "width": 32, "heads": 4}
-    vision = {"id": str(tiny_clip(tmp_path / "clip")), "image_size": 32}
-    config = Config(
-        name="saved", model={"vision": vision, "bridge": bridge, "lm": lm | {"lora": {"r": 4}}}
-    )
-    model = moved(VisionLanguageModel.build(config))
-    batch = pixel_batch(model)
-    expected = outputs(model, batch)
-    model.save_pretrained(tmp_path / "saved")
-    torch.manual_seed(99)
-    assert same(outputs(VisionLanguageModel.from_pretrained(tmp_path / "saved"), batch), expected)
-
-
 def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(
     tiny_t5_folder, tiny_gpt2_folder
 ):
     with pytest.raises(
         ConfigError, match=r"model\.lm\.id: .* is of kind t5, model\.lm\.kind is gpt2"
     ):
-        GPT2Language(LanguageModelConfig(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
+        DecoderLanguage(LanguageModelConfig(kind="gpt2", id=str(tiny_t5_folder), tuning="frozen"))
     with pytest.raises(
         ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"
     ):
@@ -367,28 +200,6 @@ def test_a_plan_knows_the_bytes_of_its_weights_and_of_a_pass(
 # ---- generation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cross_attention", [False, True])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_each_context_gets_the_answer_that_gpt2_gives_to_it_alone(
-    tiny_gpt2_folder, beams, cross_attention
-):
-    model = built(tiny_gpt2_folder, tuning="lora", cross_attention=cross_attention).eval()
-    batch = batch_of(model)
-    said = model.generate(batch, DecodingConfig(max_new_tokens=6, beams=beams))
-    assert len({tuple(ids) for ids in said.token_ids}) > 2
-    for row, target in enumerate((0, 5, 6, 7, 8)):
-        nothing = replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
-        with torch.no_grad():
-            inputs, _ = row_of(model, nothing, target, bos=True)
-            ids = model.lm.base.generate(
-                **inputs, max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=399
-            )
-            first = model.lm.base(**inputs).logits[0, -1].softmax(dim=-1)
-        assert [t for t in ids[0].tolist() if t != 399] == said.token_ids[row]
-        assert said.p_eos_first_C[row].item() == pytest.approx(first[399].item(), rel=1e-4)
-        assert said.texts[row] == model.tokenizer.decode(said.token_ids[row]).strip()
-
-
 def test_greedy_answers_are_those_of_the_loss(tiny_gpt2_folder):
     """With no cache of transformers' own: each word said is the likeliest one by the loss of what
     was said so far.
@@ -403,24 +214,6 @@ def test_greedy_answers_are_those_of_the_loss(tiny_gpt2_folder):
         model.loss(replace(batch, **rows))
     logits[0][:, model.tokenizer.eos_token_id] = -torch.inf
     assert logits[0].argmax(dim=-1).tolist() == spoken.flatten().tolist()
-
-
-def test_a_model_that_ends_at_once_says_nothing_unless_it_must(tiny_gpt2_folder):
-    model = built(tiny_gpt2_folder, tuning="frozen").eval()
-    batch = batch_of(model)
-    model.lm.base.lm_head.register_forward_hook(
-        lambda m, i, o: o.index_fill(-1, torch.tensor([399]), 90.0)
-    )
-    silent = model.generate(batch, DecodingConfig(max_new_tokens=5))
-    assert silent.texts == [""] * 5
-    assert silent.token_ids == [[]] * 5
-    assert silent.p_eos_first_C.min() > 0.99
-    assert all(
-        len(ids) == 3
-        for ids in model.generate(
-            batch, DecodingConfig(max_new_tokens=5, min_new_tokens=3)
-        ).token_ids
-    )
 
 
 # ---- the labels that make it fall silent ---------------------------------------------------------
