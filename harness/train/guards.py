@@ -17,8 +17,7 @@ from torch import nn
 
 from harness import checkpoint as checkpoints
 from harness.errors import GuardError
-from harness.train.state import Run
-from harness.train.step import StepResult
+from harness.train.state import Run, StepResult
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
