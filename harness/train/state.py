@@ -66,7 +66,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of, on every rank; `wrapped` is the model as the engine wants it called."""
+    """All that a run consists of, on every rank; `wrapped`: the model as the engine calls it."""
 
     config: Config
     engine: Engine
