@@ -1,4 +1,4 @@
-"""What `accelerate launch -m harness.train CONFIG` runs on every rank."""
+"""The program that `accelerate launch -m harness.train CONFIG` runs on every rank."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from harness.train.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What `accelerate launch -m harness.train` runs. Bad input: one sentence, of one rank, and
-    exit code 2.
-    """
+    """Trains and returns the exit code; 2, after one sentence of one rank, for bad input."""
     parser = argparse.ArgumentParser(
         prog="harness.train", description="Train a vision-language model."
     )
@@ -35,10 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
-        print(
-            f"harness: {sentence}" if rank == "0" else f"harness, rank {rank}: {sentence}",
-            file=sys.stderr,
-        )
+        speaker = "harness" if rank == "0" else f"harness, rank {rank}"
+        print(f"{speaker}: {sentence}", file=sys.stderr)
         return 2
     if rank == "0":
         print(f"checkpoint: {last}")
@@ -48,12 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         code = main()
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as left:  # argparse and a stopped run give a number
+        code = int(left.code or 0)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-        # the interpreter's own way out meets gloo's threads: 1 launch in 100 aborted there, its work
-        # done
-    )
+    # The interpreter's own way out meets gloo's threads: 1 launch in 100 aborted there, its work
+    # done.
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""What is due between two steps: save a checkpoint, evaluate on the dev sets, look at a few images."""
+"""What is due between two steps: save, evaluate on the dev sets, look at a few images."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def evaluate(run: Run, again: bool = True) -> None:
     config = run.config
     page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
     wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
-    (wanted,) = run.engine.sum([wanted_here])
+    wanted = run.engine.sum([wanted_here])[0]
     result = None
     with run.engine.gathered_weights() if wanted else nullcontext():
         if wanted_here:
@@ -92,7 +92,7 @@ def evaluate(run: Run, again: bool = True) -> None:
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    (is_ignored,) = run.engine.sum([bool(ignored)])
+    is_ignored = run.engine.sum([bool(ignored)])[0]
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
@@ -101,7 +101,7 @@ def evaluate(run: Run, again: bool = True) -> None:
 
 
 def _tell(run: Run, result: Evaluation) -> str:
-    """Shows and tracks what was found. Returns why images count as ignored, "" where they do not."""
+    """Shows and tracks the scores. Returns why images count as ignored, "" where they do not."""
     figures = {**result.metrics(), "unreadable_samples": result.unreadable}
     run.track("dev", figures)
     run.tracker.predictions(result.shown_images, run.state.step)

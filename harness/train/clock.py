@@ -9,16 +9,14 @@ import torch
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory of the device, or what this process holds in main memory now; MB of 2**20 bytes."""
+    """Returns the device's peak, or what this process holds in main memory now; in 2**20 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 
 class Clock:
-    """Speed since the last `reset`: images and targets a second over all ranks, and the share of
-    waiting for data.
-    """
+    """Speed since the last `reset`: images and targets a second, the share of waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
@@ -28,7 +26,7 @@ class Clock:
         self._images = self._targets = self._wait = self._busy = 0.0
 
     def restart(self) -> None:
-        """What happened since the step (an evaluation, a checkpoint) is neither work nor waiting."""
+        """Leaves out what came after the step, an evaluation or a checkpoint."""
         self._mark = time.perf_counter()
 
     def waited(self) -> None:
@@ -36,10 +34,12 @@ class Clock:
 
     def step(self, images: float, targets: float) -> None:
         self._busy += self._lap()
-        self._images, self._targets = self._images + images, self._targets + targets
+        self._images += images
+        self._targets += targets
 
     def _lap(self) -> float:
-        before, self._mark = self._mark, time.perf_counter()
+        before = self._mark
+        self.restart()
         return self._mark - before
 
     def rates(self) -> dict[str, float]:

@@ -25,15 +25,15 @@ from torch import nn
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
+from harness.model.vlm import VisionLanguageModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LONGEST_WAIT = timedelta(
-    hours=2
-)  # of all ranks for the one that evaluates; a rank that hangs is noticed as late
+# All ranks wait for the one that evaluates; one that hangs is noticed as late.
+LONGEST_WAIT = timedelta(hours=2)
 
 
 def wanted_world_size() -> int:
-    """How many processes the launcher says there are."""
+    """Returns how many processes the launcher says there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -41,6 +41,8 @@ class Engine:
     """Accelerate with DDP where there are several processes, and our own loss scaler where fp16
     needs one.
     """
+
+    fused: bool | None = None  # AdamW's kernel; None: torch chooses
 
     def __init__(self, train: TrainConfig):
         self.accelerator = self._accelerator(train)
@@ -71,7 +73,7 @@ class Engine:
         )
 
     def facts(self) -> dict[str, str]:
-        """For the log and the tracker."""
+        """Returns what the log and the tracker are told of the engine."""
         engine = "DDP" if self.world_size > 1 else "one process"
         return {**self.precision.facts(), "world_size": str(self.world_size), "engine": engine}
 
@@ -91,30 +93,35 @@ class Engine:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model to call in training. The optimizer holds what is trainable and nothing else."""
+    def prepare(self, model: VisionLanguageModel) -> nn.Module:
+        """Returns the model to call in training; the optimizer holds what is trainable alone."""
         self.bare = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.named, self.train), betas=self.train.betas
-        )
-        with (
-            warnings.catch_warnings()
-        ):  # torch 2.13 renames `broadcast_buffers`; older ones know no other name
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model = self.accelerator.prepare_model(model) if self.world_size > 1 else model
+        groups = parameter_groups(self.named, self.train)
+        self.optimizer = torch.optim.AdamW(groups, betas=self.train.betas, fused=self.fused)
+        self.model = self._wrapped()
         return self.model
 
+    def _wrapped(self) -> nn.Module:
+        """Returns the model as it is to be called."""
+        if self.world_size == 1:
+            return self.bare
+        # torch 2.13 renames `broadcast_buffers`; older ones know no other name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare_model(self.bare)
+
     def micro_step(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of one micro-batch: gradients are reduced over the ranks at
-        the last one only.
+        """Surrounds forward and backward of one micro-batch.
+
+        Gradients are reduced over the ranks at the last one only.
         """
-        return (
-            nullcontext() if last or self.world_size == 1 else self.accelerator.no_sync(self.model)
-        )
+        if last or self.world_size == 1:
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """`loss` is this rank's share of the global mean (sum / global weight).
+        """Adds the gradients of `loss`, this rank's share of the global mean (sum / global weight).
 
         DDP averages gradients over the ranks, so a share is scaled by their number.
         """
@@ -127,17 +134,24 @@ class Engine:
         `skip`: some rank's loss was not finite, whatever the gradients say. The norm is taken after
         the gradients were reduced, so that all ranks see the same and decide alike.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["share"]
+        self._set(learning_rate)
         self.scaler.unscale_(self.optimizer)
-        limit = self.train.clip_norm if self.train.clip_norm is not None else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
+        norm = self._clipped_norm()
         finite = math.isfinite(norm) and not skip
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.discard()
         return norm if finite else None
+
+    def _set(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["share"]
+
+    def _clipped_norm(self) -> float:
+        """Clips the gradients and returns what their norm was before."""
+        limit = math.inf if self.train.clip_norm is None else self.train.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
 
     def discard(self) -> None:
         """Leaves nothing of this step's gradients behind."""
@@ -152,15 +166,15 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def gathered_weights(self) -> AbstractContextManager:
-        """All weights are whole inside, on every rank: the main process alone may run the model."""
+        """Makes all weights whole inside, on every rank: one process alone may run the model."""
         return nullcontext()
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Trained weights by name, gathered; the same on every rank."""
+        """Returns the trained weights by name, gathered; the main process has them all."""
         return self.bare.trained_state()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """`exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of every parameter that has been moved."""
+        """Returns `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` of each parameter moved so far."""
         state = {}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -168,8 +182,9 @@ class Engine:
         return state
 
     def load_optimizer_state(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """`saved` is empty before the first step. Raises ConfigError naming the first moment
-        missing or left over.
+        """Takes over what `optimizer_state` gave; it is empty before the first step.
+
+        Raises ConfigError naming the first moment missing or left over.
         """
         check_moments(saved, self.named)
         for name, parameter in self.named.items() if saved else ():
@@ -209,18 +224,17 @@ def check_moments(saved: Mapping[str, torch.Tensor], named: Mapping[str, nn.Para
 
 
 def parameter_groups(named: Mapping[str, nn.Parameter], train: TrainConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer. `share`: of the scheduled learning rate. Biases and norms are not
-    decayed.
+    """Returns groups for the optimizer. Biases and norms are not decayed.
+
+    `share`: of the scheduled learning rate.
     """
     bridge_share = (train.bridge_learning_rate or train.learning_rate) / train.learning_rate
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        of_bridge, decayed = name.startswith("bridge."), parameter.ndim > 1
-        group = {
-            "params": [],
-            "lr": train.learning_rate,
-            "share": bridge_share if of_bridge else 1.0,
-        }
-        group["weight_decay"] = train.weight_decay if decayed else 0.0
-        groups.setdefault((of_bridge, decayed), group)["params"].append(parameter)
-    return list(groups.values())
+        share = bridge_share if name.startswith("bridge.") else 1.0
+        decay = train.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((share, decay), []).append(parameter)
+    return [
+        {"params": members, "lr": train.learning_rate, "share": share, "weight_decay": decay}
+        for (share, decay), members in groups.items()
+    ]

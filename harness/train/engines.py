@@ -10,20 +10,17 @@ from harness.train.engine import Engine
 
 
 def make_engine(train: TrainConfig) -> Engine:
-    """The engine that the launcher asks for: DeepSpeed where a launch file says so, else plain
-    Accelerate.
+    """Returns the launcher's choice: DeepSpeed where a launch file says so, else plain Accelerate.
+
+    Raises ConfigError where the launcher has started one process in place of several.
     """
-    of_accelerate = {
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "ACCELERATE_MIXED_PRECISION",
-    } <= os.environ.keys()
-    if of_accelerate and "RANK" not in os.environ:
+    set_by_accelerate = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"}
+    if set_by_accelerate <= os.environ.keys() and "RANK" not in os.environ:
         # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one
         raise ConfigError(
-            "accelerate launch was asked for several processes and has started one: take --config_file "
-            "launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own options; for a single process, "
-            "unset MASTER_ADDR and MASTER_PORT"
+            "accelerate launch was asked for several processes and has started one: take "
+            "--config_file launch/accelerate/cpu.yaml (on GPUs multi_gpu.yaml) in place of its own "
+            "options; for a single process, unset MASTER_ADDR and MASTER_PORT"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
         from harness.train.zero import ZeroEngine

@@ -17,15 +17,14 @@ from torch import nn
 
 from harness import checkpoint as checkpoints
 from harness.errors import GuardError
-from harness.train.state import Run
-from harness.train.step import StepResult
+from harness.train.state import Run, StepResult
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter that is not trained and every buffer, quantised weights and batch-norm
-    statistics included.
+    """Yields every parameter that is not trained and every buffer.
 
-    Of a parameter that ZeRO has partitioned: what this rank holds of it.
+    Quantised weights and batch-norm statistics are among them; of a parameter that ZeRO has
+    partitioned what this rank holds of it.
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -34,7 +33,7 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """sha256 over names and bytes of all that is frozen."""
+    """Returns the sha256 over names and bytes of all that is frozen."""
     digest = hashlib.sha256()
     for name, tensor in frozen_tensors(model):
         digest.update(name.encode())
@@ -43,46 +42,42 @@ def frozen_hash(model: nn.Module) -> str:
 
 
 class GradientGuard:
-    """Watches the first step that is taken: did every trainable parameter get a finite gradient?
+    """The watch over the first step that is taken: does each trained parameter get a gradient?
 
     Tensor hooks, since under ZeRO `p.grad` is None after the backward pass.
     """
 
     def __init__(self, model: nn.Module):
         self._finite: dict[str, bool] = {}
-        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
-        if not self._names:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
             raise GuardError(
                 "nothing is trainable: the bridge and the language model are both frozen"
             )
-        self._hooks = [
-            p.register_hook(lambda grad, name=name: self._see(name, grad))
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        ]
+        self._names = list(trained)
+        self._hooks = [p.register_hook(partial(self._see, name)) for name, p in trained.items()]
 
     def _see(self, name: str, grad: torch.Tensor) -> None:
         self._finite[name] = self._finite.get(name, True) and bool(grad.isfinite().all())
 
     def check(self) -> None:
-        """Raises GuardError and takes the hooks off; called after the first step that was not
-        skipped.
-        """
+        """Takes the hooks off after the first step that was not skipped. Raises GuardError."""
         for hook in self._hooks:
             hook.remove()
         silent = [name for name in self._names if name not in self._finite]
         if silent:
             raise GuardError(
-                f"{len(silent)} of {len(self._names)} trainable parameters got no gradient in the first step, "
-                f"the first of them {silent[0]}: that part would not learn"
+                f"{len(silent)} of {len(self._names)} trainable parameters got no gradient in the "
+                f"first step, the first of them {silent[0]}: that part would not learn"
             )
         if wrong := [name for name, finite in self._finite.items() if not finite]:
             raise GuardError(
-                f"the gradient of {wrong[0]} (and {len(wrong) - 1} more) is not finite in the first step"
+                f"the gradient of {wrong[0]} (and {len(wrong) - 1} more) is not finite in the "
+                "first step"
             )
 
     def forget(self) -> None:
-        """Starts over: the step was skipped as non-finite, as a loss scaler's first steps may be."""
+        """Starts over after a step skipped as non-finite, as a loss scaler's first ones may be."""
         self._finite.clear()
 
 
@@ -96,7 +91,7 @@ def check_frozen(model: nn.Module, before: str) -> None:
 
 
 class RunGuard:
-    """Ends a run whose steps are all skipped, whose parts get no signal or whose frozen ones move."""
+    """The end of a run of skipped steps, of parts without a signal or of frozen ones that move."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -130,7 +125,7 @@ class RunGuard:
         check_frozen(self.run.model, self.frozen)
 
     def _tell_scales(self, step: StepResult) -> None:
-        """Far apart, the language model would read noise."""
+        """Tells how large image tokens and words are: far apart, the model would read noise."""
         scales = self.run.model.scales(step.batches[0].to(self.run.engine.device))
         self.run.terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
         self.run.track("train", scales)
@@ -155,12 +150,11 @@ class RunGuard:
 
 
 def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | None:
-    """The first value of the batch's loss and of its gradients that is not finite, in words; None:
-    all are finite.
+    """Returns in words the first value of the batch's loss and gradients that is not finite.
 
-    `model(batch)` is a LossOutput. `scale`: the loss scale, under which gradients may overflow.
-    Changes nothing: no gradient is kept, so that engines which reduce gradients as they arrive see
-    none.
+    None: all are finite. `model(batch)` is a LossOutput. `scale`: the loss scale, under which
+    gradients may overflow. Changes nothing: no gradient is kept, so that engines which reduce
+    gradients as they arrive see none.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
@@ -189,9 +183,8 @@ def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | N
             hooks.append(module.register_forward_hook(partial(after, name)))
     try:
         result = model(batch)
-        loss = result.sum / result.weight.clamp(
-            min=1e-8
-        )  # as in training: the gradient of a sum overflows earlier
+        # As in training: the gradient of a sum overflows earlier.
+        loss = result.sum / result.weight.clamp(min=1e-8)
         watch(loss, "the loss")
         if not found:
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -205,7 +198,7 @@ def first_nonfinite(model: nn.Module, batch: Any, scale: float = 1.0) -> str | N
 
 
 def _floats(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors of floats in what a module was given or has returned."""
+    """Yields the tensors of floats in what a module was given or has returned."""
     if isinstance(values, torch.Tensor):
         if values.is_floating_point():
             yield values

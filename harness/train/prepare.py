@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the loader, the micro-batches, the bridge's start values."""
+"""What a run needs before its first step: loader, micro-batches, model, bridge's start values."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from shards.read import Sample
 
 
 def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
-    """This rank's share of a global batch, `size` images at a time; [] where there is nothing to
-    learn from.
+    """Returns this rank's share of a global batch, `size` images at a time.
+
+    [] where there is nothing to learn from.
     """
     parts = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
     return [part for part in parts if part is not None]
 
 
 def make_loader(config: Config, engine: Engine | None) -> Loader:
-    """Of this rank's samples; without an engine of all samples, in this process."""
+    """Returns the loader of this rank's samples; without an engine of all, in this process."""
     sets = config.data.train
+    weights = [s.weight for s in sets if s.weight is not None]  # all have one or none has
     return Loader(
         [s.path for s in sets],
-        [s.weight for s in sets] if any(s.weight for s in sets) else None,
+        weights or None,
         global_batch=config.train.global_batch,
         seed=config.seed,
         rank=engine.rank if engine else 0,
@@ -66,23 +68,23 @@ def build_model(
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
-    """The bridge's start values, from the first global batch: every rank reads all of it, so that
-    all start alike.
+    """Gives the bridge its start values, from the first global batch.
+
+    Every rank reads all of it, so that all start alike.
     """
-    collate, size = (
-        Collator(model.tokenizer, config.data, config.prompts, config.seed),
-        config.train.micro_batch,
-    )
+    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
     with closing(make_loader(config, None).iterate()) as steps:
         samples = next(steps)[1]
-    if batches := micro_batches(samples, collate, size):
+    if whole := collate(samples):
+        batches = micro_batches(samples, collate, config.train.micro_batch)
         patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
-        model.bridge.calibrate(*model.bridge_inputs(collate(samples).to(model.device), patches_IPD))
+        model.bridge.calibrate(*model.bridge_inputs(whole.to(model.device), patches_IPD))
 
 
-def encoder_of(loader: Loader, config: Config) -> dict | None:
-    """The encoder that made the features of these sets, None for sets of images. Raises ConfigError
-    for another's.
+def encoder_of(loader: Loader, config: Config) -> dict[str, Any] | None:
+    """Returns the encoder that made the features of these sets; None: they are images.
+
+    Raises ConfigError for features of another encoder than the config's.
     """
     features = [manifest for manifest in loader.manifests if manifest.kind == "features"]
     for manifest in features:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import checkpoint as checkpoints
+from harness.checkpoint import Checkpoint
 from harness.checks import changes, check_resume
 from harness.config.schema import Config
 from harness.machine.signals import stop_requests
@@ -14,21 +16,42 @@ from harness.tracking.tracker import NoTracker, Tracker, open_tracker, recorded_
 from harness.train.engines import make_engine
 from harness.train.loop import loop
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
-from harness.train.state import Run, TrainState
+from harness.train.state import Observer, Run, TrainState
 from shards.manifest import Manifest
 from shards.stream import StreamState
 
 
-def run(config: Config, resume: str | None = None) -> Path:
-    """Trains and returns the last checkpoint's folder. Raises ConfigError, ShardError, OSError or
-    GuardError.
+def run(config: Config, resume: str | None = None, observers: Sequence[Observer] = ()) -> Path:
+    """Trains and returns the last checkpoint's folder.
 
-    After SIGTERM or SIGINT: saves, and raises SystemExit with 128 + the signal's number.
+    `resume`: auto, a run's folder or a checkpoint's. `observers` are told of every step.
+    Raises ConfigError, ShardError, OSError or GuardError. After SIGTERM or SIGINT: saves, and
+    raises SystemExit with 128 + the signal's number.
     """
+    this = _set_up(config, resume, observers)
+    status = "FAILED"
+    try:
+        with stop_requests() as stop_asked:
+            number = loop(this, stop_asked)
+        status = "KILLED" if number else "FINISHED"
+    finally:
+        this.tracker.close(status)
+    # when the main process has reported everything: a launcher ends all as soon as one has failed
+    this.engine.close()
+    last = checkpoints.place(config.out_dir, this.state.step)
+    if number:
+        name = signal.Signals(number).name
+        this.terminal.say(f"stopped by {name} after step {this.state.step}, which is saved: {last}")
+        raise SystemExit(128 + number)
+    return last
+
+
+def _set_up(config: Config, resume: str | None, observers: Sequence[Observer]) -> Run:
+    """Returns the run as it stands before its next step."""
     check_resume(config, resume)
-    engine, out = make_engine(config.train), config.out_dir
+    engine = make_engine(config.train)
     terminal = Terminal(engine.is_main)
-    found = checkpoints.find(out, resume, terminal.say)
+    found = checkpoints.find(config.out_dir, resume, terminal.say)
     for sentence in changes(found, config) if found else ():
         terminal.say(sentence)
     loader = make_loader(config, engine)
@@ -38,8 +61,7 @@ def run(config: Config, resume: str | None = None) -> Path:
     state = TrainState(StreamState(0, 0, loader.digest))
     if found:  # before prepare: an engine may keep copies of the weights of its own
         model.load_trained(found.model)
-        saved = found.state["train"]
-        state = TrainState(**{**saved, "stream": StreamState.from_json(saved["stream"])})
+        state = TrainState.from_json(found.state["train"])
         terminal.say(f"going on after step {state.step} from {found.path}")
     elif not config.model.init_from:
         calibrate(model, config)
@@ -48,32 +70,26 @@ def run(config: Config, resume: str | None = None) -> Path:
         engine.load_optimizer_state(found.optimizer())
         engine.load_scaler_state(found.state["scaler"])
     terminal.parts(part_rows(model.parts))
-
     tracker: Tracker = NoTracker()
     if engine.is_main:
-        # From another folder's checkpoint a new run begins; a job killed before its first one goes
-        # on with its own.
-        own = found.path.resolve().is_relative_to(out.resolve()) if found else resume == "auto"
-        run_id = (found and found.state["run_id"]) or recorded_run_id(config) if own else None
-        sets = [*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)]
         tracker = open_tracker(
-            config, run_id=run_id, resume_step=state.step, facts=engine.facts(), datasets=sets
+            config,
+            run_id=_run_id(config, resume, found),
+            resume_step=state.step,
+            facts=engine.facts(),
+            datasets=[*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)],
         )
-    status = "FAILED"
-    try:
-        with stop_requests() as stop_asked:
-            number = loop(
-                Run(config, engine, model, wrapped, loader, state, terminal, tracker), stop_asked
-            )
-        status = "KILLED" if number else "FINISHED"
-    finally:
-        tracker.close(status)
-    # when the main process has reported everything: a launcher ends all as soon as one has failed
-    engine.close()
-    last = checkpoints.place(out, state.step)
-    if number:
-        terminal.say(
-            f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved: {last}"
-        )
-        raise SystemExit(128 + number)
-    return last
+    return Run(config, engine, model, wrapped, loader, state, terminal, tracker, observers)
+
+
+def _run_id(config: Config, resume: str | None, found: Checkpoint | None) -> str | None:
+    """Returns the tracker's run to go on with; None: a new one begins.
+
+    So it does from another folder's checkpoint. A job killed before its first checkpoint goes on
+    with its own.
+    """
+    if found is None:
+        return recorded_run_id(config) if resume == "auto" else None
+    if not found.path.resolve().is_relative_to(config.out_dir.resolve()):
+        return None
+    return found.state["run_id"] or recorded_run_id(config)

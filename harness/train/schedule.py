@@ -1,5 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, and nothing that can run
-ahead.
+"""The learning rate as a pure function of the step: nothing to save, nothing that can run ahead.
 
 A scheduler object prepared by Accelerate steps once per process, so that with two of them it is
 done in half the time.
@@ -11,8 +10,9 @@ from harness.config.schema import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Of step 0, 1, ...: linear warm-up, then a cosine to `final_learning_rate` of the peak. A pure
-    function.
+    """Returns the rate of step 0, 1, ...: linear warm-up, then a cosine from the peak.
+
+    The cosine ends at `final_learning_rate` times the peak.
     """
     warmup = math.ceil(config.warmup * total_steps)
     if step < warmup:
@@ -21,6 +21,5 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         return config.learning_rate
     progress = (step - warmup) / max(1, total_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (
-        config.final_learning_rate + (1 - config.final_learning_rate) * cosine
-    )
+    end = config.final_learning_rate
+    return config.learning_rate * (end + (1 - end) * cosine)

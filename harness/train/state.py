@@ -1,18 +1,21 @@
-"""What a run consists of, and where it stands."""
+"""What a run consists of, where it stands, what a step did, and who is told of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from harness.config.schema import Config
+from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal
 from harness.tracking.tracker import Tracker
 from harness.train.engine import Engine
 from shards.loader import Loader
+from shards.read import Sample
 from shards.stream import StreamState
 
 
@@ -25,10 +28,45 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> TrainState:
+        """Returns the state that a checkpoint's state.json holds under `train`."""
+        return cls(**{**saved, "stream": StreamState.from_json(saved["stream"])})
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. All but `batches` is the same on every rank."""
+
+    batches: Sequence[Batch]  # this rank's micro-batches, fillers included
+    loss: float  # nats a target token, over the whole global batch
+    gradient_norm: float | None  # None: the step was skipped, loss or gradient was not finite
+    learning_rate: float
+    images: float  # of the whole global batch, and its targets
+    targets: float
+    quarantined: float  # samples that could not be read, so far
+    truncated: float  # texts that were cut, so far
+    stops: bool  # some rank was asked to stop
+
+
+class Observer:
+    """A listener to a run, told of every step on its own rank; override what you want to hear.
+
+    harness.train.run.run(config, observers=[MyObserver()])
+
+    What it does takes time from training; under ZeRO it must not call the model on one rank alone.
+    """
+
+    def batches_made(self, run: Run, samples: Sequence[Sample], batches: Sequence[Batch]) -> None:
+        """Hears of this rank's share before step `run.state.step` (0, 1, ...) learns from it."""
+
+    def step_taken(self, run: Run, step: StepResult) -> None:
+        """Hears what was done, before it is checked, logged and saved; `run.state` is one older."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """What a run consists of, on every rank; `wrapped` is the model as the engine wants it called."""
+    """All that a run consists of, on every rank; `wrapped`: the model as the engine calls it."""
 
     config: Config
     engine: Engine
@@ -38,6 +76,7 @@ class Run:
     state: TrainState
     terminal: Terminal
     tracker: Tracker
+    observers: Sequence[Observer] = ()
 
     @property
     def epochs(self) -> float:
@@ -46,6 +85,7 @@ class Run:
 
     @property
     def is_end_of_epoch(self) -> bool:
+        """Whether the last batch of an epoch is behind."""
         return self.state.stream.position == self.loader.samples
 
     def track(self, group: str, figures: Mapping[str, float]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,25 +16,10 @@ from harness.model.vlm import VisionLanguageModel
 from harness.train.clock import Clock, memory_mb
 from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
-from harness.train.state import Run
+from harness.train.state import Run, StepResult
 from shards.loader import Loader
 from shards.read import Sample
 from shards.stream import StreamState
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did. All but `batches` is the same on every rank."""
-
-    batches: Sequence[Batch]  # this rank's micro-batches, fillers included
-    loss: float  # nats a target token, over the whole global batch
-    gradient_norm: float | None  # None: the step was skipped, loss or gradient was not finite
-    learning_rate: float
-    images: float  # of the whole global batch, and its targets
-    targets: float
-    quarantined: float  # samples that could not be read, so far
-    truncated: float  # texts that were cut, so far
-    stops: bool  # some rank was asked to stop
 
 
 class StepTaker:
@@ -67,6 +51,8 @@ class StepTaker:
         state = run.state
         real = micro_batches(samples, self.collate, run.config.train.micro_batch)
         batches = real + [self.filler] * (self.micro_steps - len(real))
+        for observer in run.observers:
+            observer.batches_made(run, samples, batches)
         weight, images, targets = engine.sum(_totals(real))
         # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
@@ -85,9 +71,12 @@ class StepTaker:
         norm = engine.step(rate, skip=not_finite > 0)
         state.step += 1
         state.stream = stream
-        return StepResult(
+        result = StepResult(
             batches, loss, norm, rate, images, targets, quarantined, truncated, stops > 0
         )
+        for observer in run.observers:
+            observer.step_taken(run, result)
+        return result
 
     def _gradients(self, batches: Sequence[Batch], weight: float) -> float:
         """Returns this rank's share of the loss; its gradients are where the engine keeps them."""

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import nn
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.launcher import deepspeed_file
-from harness.train.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments, parameter_groups
+from harness.train.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments
 
 # DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on
 # each rank.
@@ -43,51 +43,27 @@ class ZeroEngine(Engine):
     ranks.
     """
 
+    model: Any  # DeepSpeed's engine, whose package is optional
+    optimizer: Any  # DeepSpeed's, around AdamW; at stage 0 AdamW itself
+
     def __init__(self, train: TrainConfig):
         super().__init__(train)
         if self.precision.loss_scaler:
             raise ConfigError(
-                f"DeepSpeed and fp16 do not go together ({self.precision.reason}): its own scaler stalls a run in "
-                "silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with bf16"
+                f"DeepSpeed and fp16 do not go together ({self.precision.reason}): its own scaler "
+                "stalls a run in silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with "
+                "bf16"
             )
+        self.fused = True if self.offloads else None
 
     def _accelerator(self, train: TrainConfig) -> Accelerator:
-        import deepspeed
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        if Version(deepspeed.__version__) < Version(OLDEST):
-            raise ConfigError(
-                f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'"
-            )
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                "ACCELERATE_USE_CPU together with DeepSpeed gives plain DDP in silence: leave one of them out"
-            )
-        # It would compile a kernel for ranks that share a machine's memory, for a minute, where
-        # there is no GPU.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        settings = (
-            json.loads(deepspeed_file(named).read_text())
-            if named != "none"
-            else _in_accelerates_own_words()
-        )
-        for engine in ("fp16", "bf16", "torch_autocast"):
-            if settings.pop(engine, {}).get("enabled"):
-                raise ConfigError(
-                    f"{named}: {engine} casts the whole model, T5's `wo` with it: leave it out, train.precision says it"
-                )
-        settings |= {
-            "train_micro_batch_size_per_gpu": 1,  # never used: batches are ours
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": train.clip_norm or 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW needs no compiler
-        }
-        settings.pop("train_batch_size", None)
+        _check_installation()
+        _compile_nothing()
         # Models are loaded whole and partitioned afterwards: a 4-bit weight cannot be loaded in
         # parts.
-        self.plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+        self.plugin = DeepSpeedPlugin(hf_ds_config=_settings(train), zero3_init_flag=False)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         accelerator = Accelerator(
             mixed_precision="no",
@@ -102,14 +78,16 @@ class ZeroEngine(Engine):
         return accelerator
 
     @property
+    def _zero(self) -> dict[str, Any]:
+        return self.plugin.deepspeed_config["zero_optimization"]
+
+    @property
     def stage(self) -> int:
-        return self.plugin.deepspeed_config["zero_optimization"]["stage"]
+        return self._zero["stage"]
 
     @property
     def offloads(self) -> bool:
-        return (
-            self.plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
-        ).get("device") == "cpu"
+        return (self._zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
     def facts(self) -> dict[str, str]:
         return {
@@ -118,25 +96,15 @@ class ZeroEngine(Engine):
             "offload_optimizer": str(self.offloads),
         }
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        self.bare = model
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = parameter_groups(self.named, self.train)
-        optimizer = torch.optim.AdamW(
-            groups, betas=self.train.betas, fused=True if self.offloads else None
-        )
-        if self.stage == 0:
-            self.plugin.deepspeed_config["gradient_clipping"] = (
-                0.0  # clipped here, where the norm is looked at first
-            )
-        self.model, _ = self.accelerator.prepare(model, optimizer)
-        self.optimizer = self.model.optimizer  # DeepSpeed's, around AdamW; at stage 0 AdamW itself
-        if (
-            not hasattr(self.model, "zero_optimization_stage")
-            or self.model.zero_optimization_stage() != self.stage
-        ):
+    def _wrapped(self) -> nn.Module:
+        if self.stage == 0:  # clipped here, where the norm is looked at first
+            self.plugin.deepspeed_config["gradient_clipping"] = 0.0
+        wrapped: Any = self.accelerator.prepare(self.bare, self.optimizer)[0]
+        self.optimizer = wrapped.optimizer
+        stage_of = getattr(wrapped, "zero_optimization_stage", None)
+        if stage_of is None or stage_of() != self.stage:
             raise ConfigError(f"ZeRO stage {self.stage} was asked for, but another engine was made")
-        return self.model
+        return wrapped
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
@@ -147,7 +115,7 @@ class ZeroEngine(Engine):
 
         with (
             GatheredParameters(list(self.bare.parameters())),
-            _without_hooks(self.optimizer.parameter_offload),
+            _without_hooks(self.optimizer),
         ):
             yield
 
@@ -161,18 +129,14 @@ class ZeroEngine(Engine):
         self.model.backward(loss * self.world_size)
 
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["share"]
-        if not skip and self.stage == 0:
-            limit = self.train.clip_norm if self.train.clip_norm is not None else math.inf
-            norm = torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
-            skip = not math.isfinite(norm)
+        self._set(learning_rate)
         if self.stage == 0:
-            if skip:
+            norm = self._clipped_norm()
+            if skip or not math.isfinite(norm):
                 self.discard()
-            else:
-                self.model.step()
-            return None if skip else norm
+                return None
+            self.model.step()
+            return norm
         # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what
         # they hold.
         with _infinite_norm(self.optimizer) if skip else nullcontext():
@@ -187,9 +151,8 @@ class ZeroEngine(Engine):
         state = {}
         named = dict(self.bare.named_parameters())
         for name in self.bare.trained_state():
-            with GatheredParameters(
-                [named[name]]
-            ):  # one by one: together they may be larger than a GPU
+            # One by one: together they may be larger than a GPU.
+            with GatheredParameters([named[name]]):
                 if self.is_main:
                     state[name] = named[name].detach().cpu().clone()
         return state
@@ -205,7 +168,8 @@ class ZeroEngine(Engine):
         if self.sum([bool(states) and all(states)])[0] != self.world_size:
             return {}
         _link(self.optimizer)
-        step, saved = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu(), {}
+        saved = {}
+        step = torch.as_tensor(states[0]["step"], dtype=torch.float32)
         for name, parameter in self.named.items():
             for key in MOMENTS:
                 value = step if key == "step" else safe_get_full_optimizer_state(parameter, key)
@@ -221,9 +185,8 @@ class ZeroEngine(Engine):
 
         steps = max(float(saved[f"step/{name}"]) for name in self.named)
         for flat in _partitions(self.optimizer):
-            device = (
-                flat.device if self.offloads else "cpu"
-            )  # as AdamW makes it: a fused one keeps it by the weights
+            # As AdamW makes it: a fused one keeps it by the weights.
+            device = flat.device if self.offloads else "cpu"
             self.optimizer.state[flat] = {
                 "step": torch.tensor(steps, device=device),
                 "exp_avg": torch.zeros_like(flat),
@@ -235,54 +198,109 @@ class ZeroEngine(Engine):
                 value = saved[f"{key}/{name}"].float()
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
-                # its own way to do this fails on the last rank where the ranks do not divide the
-                # size
-                else:
-                    size = parameter.ds_tensor.numel()
-                    padded = nn.functional.pad(
-                        value.flatten(), (0, size * self.world_size - value.numel())
-                    )
-                    safe_set_local_optimizer_state(
-                        parameter, padded[self.rank * size :][:size], key
-                    )
+                else:  # its own way fails on the last rank where the ranks do not divide the size
+                    piece = self._piece(value, _held_size(parameter))
+                    safe_set_local_optimizer_state(parameter, piece, key)
+
+    def _piece(self, value: torch.Tensor, size: int) -> torch.Tensor:
+        """Returns the `size` numbers that this rank holds of a value; the last ones are padding."""
+        padding = size * self.world_size - value.numel()
+        padded = nn.functional.pad(value.flatten(), (0, padding))
+        return padded[self.rank * size :][:size]
 
 
-def _in_accelerates_own_words() -> dict[str, Any]:
-    """Settings of a launch file that names no DeepSpeed JSON: Accelerate's plugin puts its own keys
-    in these places.
+def _check_installation() -> None:
+    """Raises ConfigError where DeepSpeed is too old, or would not be what runs."""
+    import deepspeed
+
+    if Version(deepspeed.__version__) < Version(OLDEST):
+        raise ConfigError(
+            f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'"
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise ConfigError(
+            "ACCELERATE_USE_CPU together with DeepSpeed gives plain DDP in silence: leave one of "
+            "them out"
+        )
+
+
+def _settings(train: TrainConfig) -> dict[str, Any]:
+    """Returns DeepSpeed's settings: those of the launch file, and ours over them.
+
+    Raises ConfigError where they would cast the model.
     """
-    auto = {"device": "auto"}
-    return {
-        "zero_optimization": {
-            "stage": "auto",
-            "offload_optimizer": dict(auto),
-            "offload_param": dict(auto),
-        }
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        settings = _in_accelerates_own_words()
+    else:
+        settings = json.loads(deepspeed_file(file).read_text())
+    for engine in ("fp16", "bf16", "torch_autocast"):
+        if settings.pop(engine, {}).get("enabled"):
+            raise ConfigError(
+                f"{file}: {engine} casts the whole model, T5's `wo` with it: leave it out, "
+                "train.precision says it"
+            )
+    settings.pop("train_batch_size", None)
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,  # never used: batches are ours
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW needs no compiler
     }
 
 
-def _partitions(zero: Any) -> Iterator[torch.Tensor]:
-    """This rank's flat pieces of the trained weights, by which the optimizer knows its states."""
-    yield from (
-        zero.fp32_partitioned_groups_flat
-        if hasattr(zero, "fp32_partitioned_groups_flat")
-        else (zero.single_partition_of_fp32_groups)
-    )
+def _in_accelerates_own_words() -> dict[str, Any]:
+    """Returns the settings of a launch file that names no DeepSpeed JSON.
+
+    Accelerate's plugin puts its own keys in these places.
+    """
+    places = {f"offload_{what}": {"device": "auto"} for what in ("optimizer", "param")}
+    return {"zero_optimization": {"stage": "auto", **places}}
+
+
+# ---- DeepSpeed's private names, as they are in version OLDEST: here and nowhere else -------------
+
+
+def _compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling a kernel for ranks that share a machine's memory.
+
+    It takes a minute, where there is no GPU.
+    """
+    sys.modules["deepspeed.comm.torch"].__dict__["build_shm_op"] = lambda: None
+
+
+def _is_partitioned(zero: Any) -> bool:
+    """Tells stage 3's optimizer from that of stages 1 and 2."""
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+def _partitions(zero: Any) -> Sequence[torch.Tensor]:
+    """Returns this rank's flat pieces of the trained weights, by which AdamW knows its states."""
+    if _is_partitioned(zero):
+        return zero.fp32_partitioned_groups_flat
+    return zero.single_partition_of_fp32_groups
+
+
+def _held_size(parameter: Any) -> int:
+    """Returns how many numbers of a parameter each rank holds at stage 3, padding included."""
+    return parameter.ds_tensor.numel()
 
 
 def _link(zero: Any) -> None:
     """Has stages 1 and 2 know which piece of which state is which parameter's.
 
-    They do so themselves after the first step, but of the first parameter group alone.
+    They do so themselves after the first step, but for the first parameter group alone.
     """
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+    if not _is_partitioned(zero):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 @contextmanager
-def _without_hooks(offload: Any) -> Iterator[None]:
-    """Modules inside neither fetch their weights before a forward pass nor give them back after it."""
+def _without_hooks(zero: Any) -> Iterator[None]:
+    """Lets modules inside neither fetch their weights before a forward pass nor give them back."""
+    offload = zero.parameter_offload
     offload._remove_module_hooks()
     try:
         yield
@@ -294,19 +312,17 @@ def _without_hooks(offload: Any) -> Iterator[None]:
 
 @contextmanager
 def _infinite_norm(zero: Any) -> Iterator[None]:
-    """A step inside is skipped as one with an infinite gradient norm is.
+    """Skips a step inside as one with an infinite gradient norm is skipped.
 
     `zero_grad` alone leaves gradients of a discarded step in what is offloaded: they would be part
     of the next one's.
     """
-    name = (
-        "_get_norm_groups"
-        if hasattr(zero, "fp32_partitioned_groups_flat")
-        else "scaled_global_norm"
-    )
     infinite = torch.tensor(math.inf)
-    setattr(zero, name, lambda: [infinite] if name == "_get_norm_groups" else infinite)
+    if _is_partitioned(zero):
+        zero._get_norm_groups = lambda: [infinite]
+    else:
+        zero.scaled_global_norm = lambda: infinite
     try:
         yield
     finally:
-        delattr(zero, name)
+        del zero.__dict__["_get_norm_groups" if _is_partitioned(zero) else "scaled_global_norm"]

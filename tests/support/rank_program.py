@@ -14,70 +14,69 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness.model.vlm import VisionLanguageModel
-from harness.train import engine, prepare
-from harness.train import run as train
-from harness.train import step as one_step
+import pytest
+
+from harness.train import engine
 from harness.train.engine import Engine
+from harness.train.run import run
+from harness.train.state import Observer
 from toy_runs import make_config
 
 
-def at_step(number: int, act, monkeypatch=None) -> None:
-    """Has `act(engine)` called when optimizer step `number` (1, 2, ... of this process from now on)
-    was taken.
+class AtStep(Observer):
+    """Calls `act` when optimizer step `number` (1, 2, ... of the run) was taken."""
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        self.number = number
+        self.act = act
+
+    def step_taken(self, run, step) -> None:
+        if run.state.step == self.number:
+            self.act()
+
+
+class NotFinite(Observer):
+    """A fault: the loss of these steps (0, 1, ... of the run) is NaN on one rank.
+
+    In odd ones its gradient stays finite.
     """
-    original, taken = Engine.step, []
 
-    def step(self, *arguments, **keywords):
-        norm = original(self, *arguments, **keywords)
-        taken.append(norm)
-        if len(taken) == number:
-            act(self)
-        return norm
+    def __init__(self, steps: set[int], rank: int = 0) -> None:
+        self.steps = steps
+        self.rank = rank
+        self.step: int | None = None
 
-    monkeypatch.setattr(Engine, "step", step) if monkeypatch else setattr(Engine, "step", step)
+    def batches_made(self, run, samples, batches) -> None:
+        if self.step is None and run.engine.rank == self.rank:
+            run.model.register_forward_hook(self._spoil)
+        self.step = run.state.step
 
-
-def not_finite_in(steps: set[int], rank: int = 0, monkeypatch=None) -> None:
-    """Makes the loss NaN in these steps (0, 1, ... of the run) on one rank; in odd ones its
-    gradient stays finite.
-    """
-    original, drawn = VisionLanguageModel.forward, one_step.drawn
-    at = []
-
-    def forward(self, batch):
-        output = original(self, batch)
-        mine = os.environ.get("RANK", "0") == str(rank)
-        if not (mine and at[-1] in steps):
-            return output
+    def _spoil(self, model, given, output):
+        if self.step not in self.steps:
+            return None
         nan = float("nan")
-        return replace(output, sum=output.sum + nan if at[-1] % 2 else output.sum * nan)
-
-    def watched(seed, step, name):
-        at[:] = [step]
-        return drawn(seed, step, name)
-
-    for owner, name, value in (
-        (VisionLanguageModel, "forward", forward),
-        (one_step, "drawn", watched),
-    ):
-        monkeypatch.setattr(owner, name, value) if monkeypatch else setattr(owner, name, value)
+        return replace(output, sum=output.sum + nan if self.step % 2 else output.sum * nan)
 
 
-def watch(seen: list, patch=setattr) -> None:
-    """Writes down which samples each step of this process reads."""
-    micro_batches = one_step.micro_batches
+class SamplesRead(Observer):
+    """The keys of the samples that this rank read, one list a step."""
 
-    def watched(samples, *rest):
-        seen.append([s.record.key for s in samples])
-        return micro_batches(samples, *rest)
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
 
-    # The steps, and before them the batch that calibrates the bridge.
-    for module in (one_step, prepare):
-        patch(module, "micro_batches", watched)
+    def batches_made(self, run, samples, batches) -> None:
+        self.steps.append([sample.record.key for sample in samples])
+
+
+class LastModel(Observer):
+    """The model of the newest run."""
+
+    def batches_made(self, run, samples, batches) -> None:
+        self.model = run.model
 
 
 def with_scaler(patch=setattr) -> None:
@@ -86,73 +85,53 @@ def with_scaler(patch=setattr) -> None:
     patch(engine, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
 
 
-def restored(function, *arguments) -> None:
-    """Calls a function and takes back what it has patched."""
-    before = Engine.step, VisionLanguageModel.forward, one_step.drawn, engine.choose
-    try:
-        function(*arguments)
-    finally:
-        Engine.step, VisionLanguageModel.forward, one_step.drawn, engine.choose = before
-
-
 def main(root: Path, stage: str) -> None:
     rank = int(os.environ["RANK"])
     results: dict[str, object] = {}
-    models: list[VisionLanguageModel] = []
-    build = VisionLanguageModel.build
-    VisionLanguageModel.build = lambda *a, **k: models.append(build(*a, **k)) or models[-1]
+    last = LastModel()
     Engine.close = Engine.wait  # the group serves all runs of this process
 
-    def config(name: str, **settings):
-        return make_config(root, root / "clip", root / "t5", name, dev=name == "killed", **settings)
+    def train(name: str, *observers: Observer, resume: str | None = None, **settings) -> None:
+        config = make_config(
+            root, root / "clip", root / "t5", name, dev=name == "killed", **settings
+        )
+        run(config, resume, [last, *observers])
 
     def note(name: str, value: object = None) -> None:
         weights = hashlib.sha256(
-            b"".join(v.numpy().tobytes() for v in models[-1].trained_state().values())
+            b"".join(v.numpy().tobytes() for v in last.model.trained_state().values())
         )
         results[name] = [weights.hexdigest(), value]
         (root / f"{stage}-{rank}.json").write_text(json.dumps(results))
 
-    def killed() -> None:
-        at_step(5, lambda engine: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
-        train.run(config("killed"))
-
-    def stopped() -> None:
-        at_step(3, lambda engine: os.kill(os.getpid(), signal.SIGTERM) if rank == 1 else None)
-        try:
-            train.run(config("stopped"))
-        except SystemExit as left:
-            note("stopped", left.code)
-
-    def skipped() -> None:
-        not_finite_in({2, 5}, rank=1)
-        train.run(config("skipped"))
-        note("skipped")
-
-    def scaled() -> None:
-        with_scaler()
-        not_finite_in({2, 5}, rank=1)
-        train.run(config("scaled"))
-        note("scaled")
+    def signalled(number: signal.Signals) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), number)
 
     if stage == "three":
-        seen: list[list[str]] = []
-        watch(seen)
-        train.run(config("three"), "auto")
-        note("three", seen)
+        read = SamplesRead()
+        train("three", read, resume="auto")
+        note("three", read.steps)
     elif stage == "first":
-        train.run(config("two"))
+        train("two")
         note("two")
-        train.run(config("begun-by-two", max_steps=3))
-        train.run(config("begun-by-one"), "auto")
+        train("begun-by-two", max_steps=3)
+        train("begun-by-one", resume="auto")
         note("begun-by-one")
-        restored(skipped)
-        restored(scaled)
-        restored(killed)
+        train("skipped", NotFinite({2, 5}, rank=1))
+        note("skipped")
+        with pytest.MonkeyPatch.context() as patch:
+            with_scaler(patch.setattr)
+            train("scaled", NotFinite({2, 5}, rank=1))
+        note("scaled")
+        train("killed", AtStep(5, lambda: signalled(signal.SIGKILL)))
     else:
-        train.run(config("killed"), "auto")
+        train("killed", resume="auto")
         note("killed")
-        restored(stopped)
+        try:
+            train("stopped", AtStep(3, lambda: signalled(signal.SIGTERM)))
+        except SystemExit as left:
+            note("stopped", left.code)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,10 @@ from accelerate.state import AcceleratorState
 
 from harness.config.schema import Config
 from harness.data import collate as batch
-from harness.model.vlm import VisionLanguageModel
-from harness.train import prepare
-from harness.train import run as train
-from harness.train import step as one_step
 from harness.train.engine import Engine
-from harness.train.zero import ZeroEngine
-from rank_program import not_finite_in, watch
+from harness.train.run import run
+from harness.train.state import Observer
+from rank_program import NotFinite, SamplesRead
 from toy_runs import make_config
 
 
@@ -33,40 +30,43 @@ def tuned(config: Config, tuning: str) -> Config:
     return Config(**parts)
 
 
+class EngineSeen(Observer):
+    """What DeepSpeed made of the model, once a run."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, object] = {}
+
+    def batches_made(self, run, samples, batches) -> None:
+        if self.facts:
+            return
+        kept = ("wo.weight", "layer_norm.weight", "shared.weight", "lm_head.weight")
+        named = dict(run.model.named_parameters())
+        engine = [type(run.wrapped).__name__, run.engine.facts()["engine"], run.engine.world_size]
+        self.facts = {
+            "dtypes": sorted({str(p.dtype) for name, p in named.items() if name.endswith(kept)}),
+            "engine": engine,
+            "partitioned": any(p.numel() == 0 for p in named.values()),
+        }
+
+
 def main(root: Path) -> None:
-    rank, told = os.environ["RANK"], {}
-    # the ranks' decoders run unequally often, but for a partitioned model's
+    rank = os.environ["RANK"]
+    told = {}
+    # The ranks' decoders run unequally often, but for a partitioned model's.
     batch.MIN_PADDING_SAVED = 4
     Engine.close = Engine.wait  # the group serves all runs of this process
-    prepare_engine = ZeroEngine.prepare
-    micro_batches = one_step.micro_batches
-    forward, drawn = VisionLanguageModel.forward, one_step.drawn
-    for run in json.loads((root / "plan.json").read_text()):
-        settings = root / f"{run['name']}-{rank}-deepspeed.json"
-        settings.write_text(json.dumps({"zero_optimization": run["zero"]}))
+    for each in json.loads((root / "plan.json").read_text()):
+        name = each["name"]
+        settings = root / f"{name}-{rank}-deepspeed.json"
+        settings.write_text(json.dumps({"zero_optimization": each["zero"]}))
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
         AcceleratorState._reset_state()
-        VisionLanguageModel.forward = forward
-        one_step.drawn = drawn
-        one_step.micro_batches = prepare.micro_batches = micro_batches
-        told[run["name"]] = mine = {"samples": []}
-        watch(mine["samples"])
-
-        def told_of(self, model, mine=mine):
-            wrapped = prepare_engine(self, model)
-            kept = ("wo.weight", "layer_norm.weight", "shared.weight", "lm_head.weight")
-            mine["dtypes"] = sorted(
-                {str(p.dtype) for n, p in model.named_parameters() if n.endswith(kept)}
-            )
-            mine["engine"] = [type(wrapped).__name__, self.facts()["engine"], self.world_size]
-            mine["partitioned"] = any(p.numel() == 0 for p in model.parameters())
-            return wrapped
-
-        ZeroEngine.prepare = told_of
-        if run["not_finite"]:
-            not_finite_in(set(run["not_finite"]), rank=1)
-        config = make_config(root, root / "clip", root / "t5", run["name"], **run["settings"])
-        train.run(tuned(config, run["tuning"]), run["resume"])
+        config = make_config(root, root / "clip", root / "t5", name, **each["settings"])
+        seen = EngineSeen()
+        read = SamplesRead()
+        not_finite = NotFinite(set(each["not_finite"]), rank=1)
+        run(tuned(config, each["tuning"]), each["resume"], [seen, read, not_finite])
+        told[name] = {"samples": read.steps, **seen.facts}
         (root / f"{rank}.json").write_text(json.dumps(told))
     sys.stdout.flush()
     os._exit(0)

@@ -27,7 +27,8 @@ from harness.train import engine as engines
 from harness.train import run as train
 from harness.train.__main__ import main
 from harness.train.clock import Clock
-from rank_program import not_finite_in
+from harness.train.state import Observer
+from rank_program import NotFinite, with_scaler
 from shards.record import Record
 from shards.write import write_shards
 from toy_runs import losses, make_config, picture, texts
@@ -92,15 +93,12 @@ def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_
     assert lines(config.out_dir, "train/truncated_texts")[16] == 0
 
 
-def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(
-    config_of, monkeypatch, capfd
-):
+def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(config_of, capfd):
     config = config_of(max_skipped_in_a_row=3)
-    not_finite_in({1, 4, 5, 6}, monkeypatch=monkeypatch)
     with pytest.raises(
         GuardError, match=r"3 steps in a row .* last good checkpoint is .*step-000006"
     ):
-        train.run(config)
+        train.run(config, observers=[NotFinite({1, 4, 5, 6})])
     skipped = lines(config.out_dir, "train/skipped_steps")
     assert [skipped[step] for step in (1, 2, 3, 4, 5, 6)] == [0, 1, 1, 1, 2, 3]
     assert math.isnan(lines(config.out_dir, "train/grad_norm")[2])
@@ -113,20 +111,18 @@ def test_steps_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run(
 
 
 def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config_of, monkeypatch):
-    choose = engines.choose
-    monkeypatch.setattr(engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
+    with_scaler(monkeypatch.setattr)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, growth_interval=3))
-    not_finite_in(
-        {0, 4}, monkeypatch=monkeypatch
-    )  # the first step too: the gradient guard waits for one that counts
+    # The first step too: the gradient guard waits for one that counts.
+    bad = {0, 4}
     whole = config_of("whole")
-    train.run(whole)
+    train.run(whole, observers=[NotFinite(bad)])
     assert checkpoints.newest(whole.out_dir).state["scaler"]["scale"] == 2.0**16
     cut = config_of("cut", max_steps=5)
-    train.run(cut)
+    train.run(cut, observers=[NotFinite(bad)])
     assert checkpoints.newest(cut.out_dir).state["scaler"]["scale"] == 2.0**15
-    train.run(config_of("cut"), "auto")
+    train.run(config_of("cut"), "auto", [NotFinite(bad)])
     assert [str(loss) for loss in losses(cut.out_dir).values()] == [
         str(loss) for loss in losses(whole.out_dir).values()
     ]
@@ -136,7 +132,7 @@ def test_an_overflow_halves_the_loss_scale_which_a_resumed_run_takes_over(config
     )
 
 
-def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_steps(config_of):
     config = config_of(epochs=40, global_batch=14, micro_batch=14, save_every=1000, log_every=5)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"dev": ()})}
@@ -146,25 +142,22 @@ def test_memory_does_not_grow_with_the_number_of_steps(config_of, monkeypatch):
         tracemalloc.Filter(True, f"{folder}/*")
         for folder in (package, package.replace("harness", "shards"))
     ]
-    held, original = [], Clock.restart
+    held = {}
 
-    def restart(self):
-        original(self)
-        held.append(None)
-        if len(held) in (15, 39):
-            gc.collect()
-            found = tracemalloc.take_snapshot().filter_traces(ours)
-            held[-1] = sum(trace.size for trace in found.traces)
+    class Memory(Observer):
+        def step_taken(self, run, step):
+            if run.state.step in (15, 39):
+                gc.collect()
+                found = tracemalloc.take_snapshot().filter_traces(ours)
+                held[run.state.step] = sum(trace.size for trace in found.traces)
 
-    monkeypatch.setattr(Clock, "restart", restart)
     tracemalloc.start()
     try:
-        train.run(config)
+        train.run(config, observers=[Memory()])
     finally:
         tracemalloc.stop()
-    assert (
-        held[38] - held[14] < 24 * 400
-    )  # bytes; the figures of a step are some 800; 4,300 in all seen under load
+    # Bytes; the figures of a step are some 800; 4,300 in all seen under load.
+    assert held[39] - held[15] < 24 * 400
 
 
 def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_of, monkeypatch):

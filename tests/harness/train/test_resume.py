@@ -19,7 +19,7 @@ from harness.machine.launcher import launch
 from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
 from harness.train import run as train
-from rank_program import at_step, not_finite_in, watch, with_scaler
+from rank_program import AtStep, NotFinite, SamplesRead, with_scaler
 from toy_runs import losses, make_config
 
 
@@ -71,17 +71,14 @@ def forked(act):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(step, config, resume, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(step, lambda engine: os.kill(os.getpid(), signal.SIGKILL), patch)
-        assert forked(lambda: train.run(config, resume)) == -signal.SIGKILL
+def killed_at(step, config):
+    kill = AtStep(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert forked(lambda: train.run(config, observers=[kill])) == -signal.SIGKILL
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole, monkeypatch):
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole):
     config = config_of(root, "killed-alone")
-    killed_at(
-        7, config, None, monkeypatch
-    )  # mid second epoch; the newest checkpoint is that of step 6
+    killed_at(7, config)  # mid second epoch; the newest checkpoint is that of step 6
     assert checkpoints.newest(config.out_dir).step == 6
     train.run(config, "auto")
     same_run(config.out_dir, whole)
@@ -136,7 +133,7 @@ def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run
     config = config.model_copy(
         update={"tracking": config.tracking.model_copy(update={"kind": "mlflow"})}
     )
-    killed_at(2, config, None, monkeypatch)
+    killed_at(2, config)
     train.run(config, "auto")
     same_bits(final(config.out_dir), final(whole))
     client = MlflowClient(f"sqlite:///{config.out_dir}/mlflow.db")
@@ -154,12 +151,11 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
     closed = []
     config = config_of(root, "terminated")
     with monkeypatch.context() as patch:
-        at_step(
-            4, lambda engine: os.kill(os.getpid(), signal.SIGTERM), patch
-        )  # when the flags of step 4 are known
+        # When the flags of step 4 are known.
+        terminate = AtStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         patch.setattr(train.NoTracker, "close", lambda self, status: closed.append(status))
         with pytest.raises(SystemExit) as left:
-            train.run(config)
+            train.run(config, observers=[terminate])
     assert (left.value.code, closed) == (143, ["KILLED"])
     assert checkpoints.newest(config.out_dir).step == 5
     assert not (config.out_dir / "answers" / "step-000005.html").exists()
@@ -297,21 +293,17 @@ def test_a_run_goes_on_with_another_number_of_processes_also_where_one_has_nothi
         assert checkpoints.newest(root / name).state["world_size"] == processes
 
 
-def read_by(root, act):
-    """What each step of this process reads while it acts."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        watch(seen, patch.setattr)
-        act()
-    return seen
+def read_by(config, resume=None):
+    """Trains and returns what each step of this process has read."""
+    read = SamplesRead()
+    train.run(config, resume, [read])
+    return read.steps
 
 
 @pytest.mark.usefixtures("launched")
 def test_a_run_begun_by_one_or_by_two_goes_on_by_others_on_the_same_samples(root, whole):
-    uncut = read_by(root, lambda: train.run(config_of(root, "read", dev=False)))[
-        1:
-    ]  # the first: start values
-    alone = read_by(root, lambda: train.run(config_of(root, "begun-by-two", dev=False), "auto"))
+    uncut = read_by(config_of(root, "read", dev=False))
+    alone = read_by(config_of(root, "begun-by-two", dev=False), "auto")
     close_to(root / "begun-by-two", whole)
     assert alone == uncut[3:]
     ranks = [json.loads((root / f"three-{rank}.json").read_text())["three"][1] for rank in range(3)]
@@ -323,8 +315,7 @@ def test_a_run_begun_by_one_or_by_two_goes_on_by_others_on_the_same_samples(root
 def test_the_loss_scaler_sees_what_overflows_on_another_rank(root, monkeypatch):
     """As DDP with fp16 does it: both ranks skip, and halve their scale alike."""
     with_scaler(monkeypatch.setattr)
-    not_finite_in({2, 5}, monkeypatch=monkeypatch)
-    train.run(config_of(root, "scaled-alone", dev=False))
+    train.run(config_of(root, "scaled-alone", dev=False), observers=[NotFinite({2, 5})])
     close_to(root / "scaled", root / "scaled-alone")
     saved, expected = (checkpoints.newest(root / name).state for name in ("scaled", "scaled-alone"))
     assert saved["scaler"] == expected["scaler"]
@@ -333,14 +324,11 @@ def test_the_loss_scaler_sees_what_overflows_on_another_rank(root, monkeypatch):
 
 
 @pytest.mark.usefixtures("launched")
-def test_a_loss_not_finite_on_one_rank_is_skipped_on_all_and_leaves_nothing_behind(
-    root, monkeypatch
-):
+def test_a_loss_not_finite_on_one_rank_is_skipped_on_all_and_leaves_nothing_behind(root):
     first = results(root, "first")
     assert first[0]["skipped"] == first[1]["skipped"]
     assert checkpoints.newest(root / "skipped").state["train"]["skipped"] == 2
-    not_finite_in({2, 5}, monkeypatch=monkeypatch)
-    train.run(config_of(root, "skipped-alone", dev=False))
+    train.run(config_of(root, "skipped-alone", dev=False), observers=[NotFinite({2, 5})])
     close_to(root / "skipped", root / "skipped-alone")
     assert [step for step, loss in losses(root / "skipped").items() if loss != loss] == [3, 6]
 

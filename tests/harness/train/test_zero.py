@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rank_program import not_finite_in, watch
+from rank_program import NotFinite, SamplesRead
 from toy_runs import losses, make_config
 from zero_rank_program import tuned
 
@@ -80,13 +80,9 @@ def config_of(root, name, tuning="qlora", **settings):
 @pytest.fixture(scope="module")
 def alone(root):
     """One process: the run of 20 steps that all others must equal, with what it read."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        watch(seen, patch.setattr)
-        train.run(config_of(root, "alone", **LONG))
-    return SimpleNamespace(
-        losses=losses(root / "alone"), samples=seen[1:]
-    )  # the first is read for the bridge's start values
+    read = SamplesRead()
+    train.run(config_of(root, "alone", **LONG), observers=[read])
+    return SimpleNamespace(losses=losses(root / "alone"), samples=read.steps)
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +126,15 @@ def test_the_engine_is_the_one_that_was_asked_for_and_casts_nothing(ranks, name)
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_sample_is_read_once_an_epoch_by_one_rank(ranks, alone, name):
-    parts = zip(*(told[name]["samples"][1:] for told in ranks), strict=True)
+    parts = zip(*(told[name]["samples"] for told in ranks), strict=True)
     assert [sorted(one + other) for one, other in parts] == [sorted(step) for step in alone.samples]
     assert sorted(itertools.chain(*alone.samples[:4])) == [f"{n:04d}" for n in range(14)]
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind(
-    root, ranks, name, monkeypatch
-):
+def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind(root, ranks, name):
     if not (root / "skipped-alone").exists():
-        not_finite_in(set(BAD), monkeypatch=monkeypatch)
-        train.run(config_of(root, "skipped-alone", **SKIPPED))
+        train.run(config_of(root, "skipped-alone", **SKIPPED), observers=[NotFinite(set(BAD))])
     equal(losses(root / f"skipped-{name}"), losses(root / "skipped-alone"), 1e-5)
     assert checkpoints.newest(root / f"skipped-{name}").state["train"]["skipped"] == 2
 
@@ -195,12 +188,10 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_of_the_base(root, ranks,
 def test_a_run_begun_by_zero_3_on_two_processes_goes_on_by_one_without_deepspeed(
     root, alone, ranks
 ):
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        watch(seen, patch.setattr)
-        train.run(config_of(root, "from-zero-3", **LONG), "auto")
+    read = SamplesRead()
+    train.run(config_of(root, "from-zero-3", **LONG), "auto", [read])
     equal(losses(root / "from-zero-3"), alone.losses, 1e-5)
-    assert seen == alone.samples[10:]
+    assert read.steps == alone.samples[10:]
 
 
 @pytest.mark.parametrize("name", ["from-ddp", "from-zero-2"])
