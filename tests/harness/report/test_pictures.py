@@ -7,13 +7,13 @@ import re
 import pytest
 from PIL import Image
 
+from harness.report.pages import predictions_html
 from harness.report.pictures import (
     RIGHT,
     WRONG,
     Shown,
     loss_curves,
     markdown_table,
-    predictions_html,
     predictions_picture,
     thumbnail,
 )
