@@ -6,29 +6,28 @@ says goes to log.txt, where its last words tell why it failed.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from harness.ablate.experiment import CONFIG
 from harness.errors import explain
-from harness.evaluate.run_on_disk import evaluate_run
 from harness.machine.launcher import launch
 
 
-def train_and_score(out: Path) -> None:
-    """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
-    if code := launch([str(out / CONFIG), "--resume", "auto"]):
-        sys.exit(code)
-    evaluate_run(out)
-
-
 def main() -> None:
+    """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
+    out = sys.argv[1]
     try:
-        train_and_score(Path(sys.argv[1]))
+        code = launch([str(Path(out, CONFIG)), "--resume", "auto"])
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
         sys.exit(f"harness: {sentence}")
+    if code:
+        sys.exit(code)
+    # In this one's place, so that a signal reaches it; and torch is imported where it is used.
+    os.execv(sys.executable, [sys.executable, "-m", "harness", "evaluate", out])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 expectation held.
 
 scores.json and the predictions of each child -> one Observed for each variant and task -> rows of
-the report. Legend: S seeds, I test images.
+the report. Legend: S seeds, I test images that were scored.
 """
 
 from __future__ import annotations
@@ -28,49 +28,24 @@ from shards.record import Text
 
 SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
 DIGITS = {"vqa": 2, "caption": 3}
-POINT = {"vqa": 1.0, "caption": 0.01}  # how much of that score a point is, the gate's unit
+SCALE = {"vqa": 100.0, "caption": 1.0}  # from the measure to that score
 CURVE_POINTS = 60
-# dataset, split, and the id of a text (vqa) or of an image (captions), or the key of a record
-Id = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """What data.test holds, by task: who is asked what, about which image, and the truth."""
-
-    paths: tuple[str, ...]
-    texts: dict[str, dict[Id, tuple[str, Text]]]  # task -> id -> (key of the image's record, text)
-
-    @classmethod
-    def read(cls, paths: Sequence[str], cache: Cache | None) -> TestSet:
-        texts: dict[str, dict[Id, tuple[str, Text]]] = defaultdict(dict)
-        for record in records(paths, cache):
-            for text in record.texts:
-                name = text.id if text.task == "vqa" else record.image_id
-                texts[text.task][record.dataset, record.split, name] = (record.key, text)
-        return cls(tuple(paths), dict(texts))
+# DATASET_SPLIT/ID, as result files name a text -> DATASET_SPLIT/KEY of its image, and the text
+Texts = dict[str, tuple[str, Text]]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One task of one variant. Scores are sums over the texts of an image."""
+    """One task of one variant, scored on the texts that all children on these images answered."""
 
     variant: str
     task: str
-    test: TestSet
-    seeds: tuple[int, ...]
-    scores_SI: np.ndarray
-    texts_I: np.ndarray
-    loss_nats: float  # per target token, mean over seeds
-    lost: float | None  # of the score, where the gate exchanges the images; mean over seeds
-    verdicts: Counter[str]
-    said: dict[Id, str]  # by the first seed
-    left_out: int  # texts that not all children answered: their image could not be read
-
-    @property
-    def means(self) -> np.ndarray:
-        """The mean score of each seed over all texts."""
-        return self.scores_SI.sum(axis=1) / self.texts_I.sum()
+    paths: tuple[str, ...]  # of the test sets
+    asked: Texts
+    texts_I: np.ndarray  # how many of an image are scored
+    scores_I: dict[int, np.ndarray]  # by seed; the sum over the texts of an image
+    evaluations: list[Mapping[str, Any]]  # by seed; what scores.json holds of the task
+    said: Mapping[str, str]  # by the first seed
 
 
 def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Observed]:
@@ -85,62 +60,46 @@ def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Obser
         by_test[tuple(evaluation["data"])][child] = evaluation["tasks"]
     found = []
     for paths, evaluations in by_test.items():
-        test = TestSet.read(paths, cache)
-        for task in test.texts:
-            found += observe_task(task, test, evaluations)
+        for task, asked in read_texts(paths, cache).items():
+            found += observe_task(task, paths, asked, evaluations)
     variants = list(dict.fromkeys(child.variant for child in finished))
     return sorted(found, key=lambda one: (variants.index(one.variant), one.task))
 
 
-def observe_task(
-    task: str, test: TestSet, evaluations: Mapping[Child, Mapping[str, Any]]
-) -> list[Observed]:
-    """Returns what each variant scored on the texts that all children on this test set answered."""
-    asked = test.texts[task]
-    answers = {child: predictions(child, task, asked) for child in evaluations}
-    texts = {i: text for i, text in asked.items() if all(i in each for each in answers.values())}
-    images = [f"{i[0]}/{i[1]}/{key}" for i, (key, _) in texts.items()]
-    image_of_text = np.unique(images, return_inverse=True)[1]
-    gap = f"{MEASURES[task][0]}_gap"
-    found = []
-    for variant in dict.fromkeys(child.variant for child in evaluations):
-        children = [child for child in evaluations if child.variant == variant]
-        known = [evaluations[child][task] for child in children]
-        gaps = [one[gap] * POINT[task] for one in known if one.get(gap) is not None]
-        points_S = [points(task, texts, answers[child]) for child in children]
-        found.append(
-            Observed(
-                variant=variant,
-                task=task,
-                test=test,
-                seeds=tuple(child.seed for child in children),
-                scores_SI=np.array([np.bincount(image_of_text, points) for points in points_S]),
-                texts_I=np.bincount(image_of_text).astype(float),
-                loss_nats=float(np.mean([one["loss_nats"] for one in known])),
-                lost=float(np.mean(gaps)) if gaps else None,
-                verdicts=Counter(one.get("verdict") or "no verdict" for one in known),
-                said=answers[children[0]],
-                left_out=len(asked) - len(texts),
-            )
-        )
+def read_texts(paths: Sequence[str], cache: Cache | None) -> dict[str, Texts]:
+    """Returns by task what the test sets ask about which image, with the truth."""
+    found: dict[str, Texts] = defaultdict(dict)
+    for record in records(paths, cache):
+        place = f"{record.dataset}_{record.split}"
+        for text in record.texts:
+            name = text.id if text.task == "vqa" else record.image_id
+            found[text.task][f"{place}/{name}"] = (f"{place}/{record.key}", text)
     return found
 
 
-def predictions(child: Child, task: str, texts: Mapping[Id, Any]) -> dict[Id, str]:
-    """Returns what the child's result files hold of those texts."""
-    found = said((child.out / SCORES).parent, task)
-    return {i: found[name] for i in texts if (name := f"{i[0]}_{i[1]}/{i[2]}") in found}
-
-
-def points(
-    task: str, texts: Mapping[Id, tuple[str, Text]], answers: Mapping[Id, str]
-) -> list[float]:
-    """Returns the score of each text: VQA accuracy in percent, or CIDEr-D with the document
-    frequencies of this test set.
+def observe_task(
+    task: str,
+    paths: tuple[str, ...],
+    asked: Texts,
+    evaluations: Mapping[Child, Mapping[str, Any]],
+) -> list[Observed]:
+    """Returns what each variant scored: VQA accuracy in percent, or CIDEr-D with the document
+    frequencies of these texts.
     """
+    answers = {child: said((child.out / SCORES).parent, task) for child in evaluations}
+    texts = {i: text for i, text in asked.items() if all(i in each for each in answers.values())}
+    truths = [text.targets for _, text in texts.values()]
+    image_of_text = np.unique([image for image, _ in texts.values()], return_inverse=True)[1]
+    texts_I = np.bincount(image_of_text).astype(float)
     score = MEASURES[task][1]
-    each = score([answers[i] for i in texts], [text.targets for _, text in texts.values()])
-    return [100 * POINT[task] * one for one in each]
+    found: dict[str, Observed] = {}
+    for child, given in answers.items():
+        new = Observed(child.variant, task, paths, asked, texts_I, {}, [], given)
+        one = found.setdefault(child.variant, new)
+        points = SCALE[task] * np.array(score([given[i] for i in texts], truths))
+        one.scores_I[child.seed] = np.bincount(image_of_text, points)
+        one.evaluations.append(evaluations[child][task])
+    return list(found.values())
 
 
 def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: EvaluationConfig) -> Interval:
@@ -169,21 +128,26 @@ def row_of(
     one: Observed, variant: Variant, observed: Sequence[Observed], settings: EvaluationConfig
 ) -> dict[str, Any]:
     """Returns what report.json and the tables say of one variant and task."""
+    scores_SI = np.array(list(one.scores_I.values()))
     claim, difference = held(one, variant, observed, settings)
+    gap = f"{MEASURES[one.task][0]}_gap"  # in points, hundredths of the measure
+    gaps = [known[gap] for known in one.evaluations if known.get(gap) is not None]
+    verdicts = Counter(known.get("verdict") or "no verdict" for known in one.evaluations)
+    texts = one.texts_I.sum()
     return {
         "variant": one.variant,
         "task": one.task,
         "measure": SCORE_OF[one.task],
         "expected": variant.expected,
-        **interval(one.scores_SI, one.texts_I, settings).flat("score"),
-        "per_seed": {str(seed): float(m) for seed, m in zip(one.seeds, one.means, strict=True)},
+        **interval(scores_SI, one.texts_I, settings).flat("score"),
+        "per_seed": {str(seed): sums_I.sum() / texts for seed, sums_I in one.scores_I.items()},
         "difference": difference and difference.to_dict(),
         "observed": claim,
-        "loss_nats": one.loss_nats,
-        "lost": one.lost,
-        "verdicts": dict(one.verdicts),
+        "loss_nats": float(np.mean([known["loss_nats"] for known in one.evaluations])),
+        "lost": SCALE[one.task] * float(np.mean(gaps)) / 100 if gaps else None,
+        "verdicts": dict(verdicts),
         "images": len(one.texts_I),
-        "left_out": one.left_out,
+        "left_out": len(one.asked) - int(texts),
     }
 
 
@@ -196,17 +160,16 @@ def held(
     other = variant.below or variant.above or variant.like
     if other is None:
         return "nothing to compare with", None
-    wanted = (other, one.task, one.test.paths)
-    seeds: list[int] = []
-    for against in observed:
-        if (against.variant, against.task, against.test.paths) == wanted:
-            seeds = [seed for seed in one.seeds if seed in against.seeds]
-            break
-    if not seeds:
+    differences = [
+        one.scores_I[seed] - against.scores_I[seed]
+        for against in observed
+        if (against.variant, against.task, against.paths) == (other, one.task, one.paths)
+        for seed in one.scores_I
+        if seed in against.scores_I
+    ]
+    if not differences:
         return f"{other} has no seed in common with it on these images", None
-    own_SI = one.scores_SI[[one.seeds.index(seed) for seed in seeds]]
-    other_SI = against.scores_SI[[against.seeds.index(seed) for seed in seeds]]
-    found = interval(own_SI - other_SI, one.texts_I, settings)
+    found = interval(np.array(differences), one.texts_I, settings)
     if not (found.high < 0 or found.low > 0):
         verdict = "as expected, no difference seen" if variant.like else "cannot be told"
     elif variant.like:
@@ -221,8 +184,8 @@ def held(
 
 
 def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]]]:
-    """Returns each variant's loss on the training images by step, the mean over the seeds that got
-    there; at most CURVE_POINTS points.
+    """Returns for each variant the loss on the training images by step, the mean over the seeds
+    that got there; at most CURVE_POINTS points.
     """
     logged: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for child in children:

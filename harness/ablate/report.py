@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.ablate.experiment import Ablation, Child
-from harness.ablate.observe import DIGITS, Id, Observed, mean_curves, observe, row_of
+from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config, EvaluationConfig
 from harness.evaluate import vqa
 from harness.machine.launcher import gpus
@@ -53,7 +53,7 @@ def write(
     report = facts(ablation, children, errors, observed, config.evaluation)
     write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
     write_whole(out / "report.md", markdown(report).encode())
-    sets = [*ablation.pictures, *(path for one in observed for path in one.test.paths)]
+    sets = [*ablation.pictures, *(path for one in observed for path in one.paths)]
     write_page(
         out / "report.html",
         "ablation.html",
@@ -182,21 +182,22 @@ def grids(
     """
     groups: dict[tuple[Any, str], list[Observed]] = defaultdict(list)
     for one in observed:
-        groups[one.test.paths, one.task].append(one)
+        groups[one.paths, one.task].append(one)
     found = []
     for (_, task), group in groups.items():
-        texts = group[0].test.texts[task]
-        asked: dict[Id, list[Id]] = defaultdict(list)
-        for name, (key, _) in texts.items():
-            asked[name[0], name[1], key].append(name)
-        images = sorted(asked)
+        asked = group[0].asked
+        texts_of: dict[str, list[str]] = defaultdict(list)
+        for name, (image, _) in asked.items():
+            texts_of[image].append(name)
+        images = sorted(texts_of)
+        count = min(PICTURES, len(images))
         rows = []
-        for number in range(min(PICTURES, len(images))):
-            image = images[number * len(images) // min(PICTURES, len(images))]
-            name = asked[image][number % len(asked[image])]
+        for number in range(count):
+            image = images[number * len(images) // count]
+            name = texts_of[image][number % len(texts_of[image])]
             answers = [one.said.get(name, "(unreadable)") for one in group]
-            payload = pictures.read(image)
-            rows.append([shown(payload, texts[name][1], answer) for answer in answers])
+            picture = pictures.read(image)
+            rows.append([shown(picture, asked[name][1], answer) for answer in answers])
         found.append((task, [one.variant for one in group], rows))
     return found
 
@@ -208,20 +209,20 @@ def shown(image: bytes | None, text: Text, answer: str) -> Shown:
 
 
 class Pictures:
-    """The images of those sets that hold images and are there, by dataset, split and key."""
+    """The images of those sets that hold images and are there, by DATASET_SPLIT/KEY."""
 
     def __init__(self, paths: Sequence[str], cache: Cache | None) -> None:
-        self._places: dict[Id, tuple[Reader, int]] = {}
+        self._places: dict[str, tuple[Reader, int]] = {}
         for path in dict.fromkeys(paths):
             with suppress(ShardError, OSError):  # moved or never made
                 manifest = Manifest.open(path, cache)
                 if manifest.kind == "images":
                     reader = Reader(manifest)
                     for n in range(manifest.samples):
-                        name = (manifest.dataset, manifest.split, manifest.key(n))
+                        name = f"{manifest.dataset}_{manifest.split}/{manifest.key(n)}"
                         self._places[name] = (reader, n)
 
-    def read(self, image: Id) -> bytes | None:
+    def read(self, image: str) -> bytes | None:
         """Returns an encoded picture, or None, a grey square on the page, where no set has it."""
         with suppress(KeyError, ShardError):
             reader, number = self._places[image]

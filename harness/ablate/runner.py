@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -234,11 +235,10 @@ def launched(child: Child, environment: Mapping[str, str]) -> Process:
 
 def last_words(log: Path) -> str:
     """Says why a child failed: the sentence after the last traceback, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    lines = [line for line in lines if line] or ["no output"]
-    begun = max((n for n, line in enumerate(lines) if line.startswith("Traceback")), default=0)
-    sentences = [line for line in lines[begun:] if line.startswith("harness: ")]
-    return (sentences or lines)[-1].removeprefix("harness: ")[:500]
+    text = log.read_text(errors="replace").strip() or "no output"
+    end = re.split(r"^Traceback", text, flags=re.MULTILINE)[-1]
+    sentences = re.findall(r"^harness: (.*)", end, re.MULTILINE)
+    return (sentences or text.splitlines())[-1].strip()[:500]
 
 
 def summary(child: Child) -> str:
