@@ -314,10 +314,12 @@ def test_a_child_failed_for_what_it_said_last(tmp_path):
     log = tmp_path / "log.txt"
     said = {
         "harness: configs.yaml: lr is no key\n": "configs.yaml: lr is no key",
-        "harness: saving, then stopping\nTraceback (most recent call last):\n  File\nOutOfMemoryError: 8 GB\n": (
-            "OutOfMemoryError: 8 GB"
+        "harness: saving\nTraceback (most recent call last):\n  File\nMemoryError: 8 GB\n": (
+            "MemoryError: 8 GB"
         ),
-        "Traceback (most recent call last):\nKeyError: 1\nharness: it was the shard\n\n": "it was the shard",
+        "Traceback (most recent call last):\nKeyError: 1\nharness: it was the shard\n\n": (
+            "it was the shard"
+        ),
         "": "no output",
     }
     for text, expected in said.items():
