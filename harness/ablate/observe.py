@@ -2,7 +2,7 @@
 expectation held.
 
 scores.json and the predictions of each child -> one Observed for each variant and task -> rows of
-the report. Legend: S seeds, I test images.
+the report. Legend: S seeds, I test images that were scored.
 """
 
 from __future__ import annotations
@@ -11,143 +11,100 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
+from harness.ablate.experiment import SCORES, Child, Variant
 from harness.config.schema import EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
-from harness.evaluate.measures import SCORES
+from harness.evaluate.measures import SCORES as MEASURES
 from harness.tracking.journal import METRICS
 from shards.cache import Cache
 from shards.read import records
 from shards.record import Text
 
-if TYPE_CHECKING:
-    from harness.ablate.experiment import Child, Variant
-
 SCORE_OF = {"vqa": "accuracy %", "caption": "CIDEr"}
 DIGITS = {"vqa": 2, "caption": 3}
-POINT = {"vqa": 1.0, "caption": 0.01}  # how much of that score a point is, the gate's unit
+SCALE = {"vqa": 100.0, "caption": 1.0}  # from the measure to that score
 CURVE_POINTS = 60
-Id = tuple[str, str, str]  # dataset, split, id of the text (vqa) or of the image (captions)
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """What data.test holds, by task: who is asked what, about which image, and the truth."""
-
-    paths: tuple[str, ...]
-    texts: dict[str, dict[Id, tuple[str, Text]]]  # task -> id -> (key of the image's record, text)
-
-    @classmethod
-    def of(cls, paths: Sequence[str], cache: Cache | None) -> TestSet:
-        texts: dict[str, dict[Id, tuple[str, Text]]] = defaultdict(dict)
-        for record in records(paths, cache):
-            for text in record.texts:
-                name = text.id if text.task == "vqa" else record.image_id
-                texts[text.task][record.dataset, record.split, name] = (record.key, text)
-        return cls(tuple(paths), dict(texts))
+# DATASET_SPLIT/ID, as result files name a text -> DATASET_SPLIT/KEY of its image, and the text
+Texts = dict[str, tuple[str, Text]]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One task of one variant. Scores are sums over the texts of an image: a mean is sum / texts."""
+    """One task of one variant, scored on the texts that all children on these images answered."""
 
     variant: str
     task: str
-    test: TestSet
-    seeds: tuple[int, ...]
-    scores_SI: np.ndarray
-    texts_I: np.ndarray
-    loss_nats: float  # per target token, mean over seeds
-    lost: float | None  # of the score, where the gate exchanges the images; mean over seeds
-    verdicts: Counter[str]
-    said: dict[Id, str]  # of the first seed
-    left_out: (
-        int  # texts that not all children on these images answered: their image could not be read
-    )
+    paths: tuple[str, ...]  # of the test sets
+    asked: Texts
+    texts_I: np.ndarray  # how many of an image are scored
+    scores_I: dict[int, np.ndarray]  # by seed; the sum over the texts of an image
+    evaluations: list[Mapping[str, Any]]  # by seed; what scores.json holds of the task
+    said: Mapping[str, str]  # by the first seed
 
 
 def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Observed]:
-    """In the order of the variants; each child's predictions are read from its result files and
-    scored again, by image.
+    """Returns the tasks of each variant, in the order in which the children come; predictions are
+    read from the children's result files and scored again, by image.
 
-    Only texts count that all children on the same test set answered. `cache`: for remote test sets.
-    Raises ShardError for a test set that is gone.
+    `cache`: for remote test sets. Raises ShardError for a test set that is gone.
     """
-    tests: dict[tuple[str, ...], TestSet] = {}
-    answers: dict[tuple[tuple[str, ...], str], dict[Child, dict[Id, str]]] = defaultdict(dict)
-    by_variant: dict[str, list[Child]] = defaultdict(list)
-    scores = {
-        child: json.loads((child.out / "evaluation" / "scores.json").read_text())
-        for child in finished
-    }
+    by_test: dict[tuple[str, ...], dict[Child, Any]] = defaultdict(dict)
     for child in finished:
-        by_variant[child.variant].append(child)
-        paths = tuple(scores[child]["data"])
-        test = tests.get(paths) or tests.setdefault(paths, TestSet.of(paths, cache))
-        for task, texts in test.texts.items():
-            answers[paths, task][child] = predictions(child.out / "evaluation", task, texts)
-    made = []
-    for variant, children in by_variant.items():
-        paths = tuple(scores[children[0]]["data"])
-        for task, asked in sorted(tests[paths].texts.items()):
-            answered = answers[paths, task]
-            texts = {
-                i: text for i, text in asked.items() if all(i in each for each in answered.values())
-            }
-            images, image_of_text = np.unique(
-                [f"{i[0]}/{i[1]}/{key}" for i, (key, _) in texts.items()], return_inverse=True
-            )
-            points_S = [points(task, texts, answered[child]) for child in children]
-            sums = [np.bincount(image_of_text, points, len(images)) for points in points_S]
-            known = [scores[child]["tasks"][task] for child in children]
-            gap = f"{SCORES[task][0]}_gap"
-            gaps = [one[gap] * POINT[task] for one in known if one.get(gap) is not None]
-            made.append(
-                Observed(
-                    variant=variant,
-                    task=task,
-                    test=tests[paths],
-                    seeds=tuple(child.seed for child in children),
-                    scores_SI=np.array(sums),
-                    texts_I=np.bincount(image_of_text, minlength=len(images)).astype(float),
-                    loss_nats=float(np.mean([one["loss_nats"] for one in known])),
-                    lost=float(np.mean(gaps)) if gaps else None,
-                    verdicts=Counter(one.get("verdict") or "no verdict" for one in known),
-                    said=answered[children[0]],
-                    left_out=len(asked) - len(texts),
-                )
-            )
-    return made
+        evaluation = json.loads((child.out / SCORES).read_text())
+        by_test[tuple(evaluation["data"])][child] = evaluation["tasks"]
+    found = []
+    for paths, evaluations in by_test.items():
+        for task, asked in read_texts(paths, cache).items():
+            found += observe_task(task, paths, asked, evaluations)
+    variants = list(dict.fromkeys(child.variant for child in finished))
+    return sorted(found, key=lambda one: (variants.index(one.variant), one.task))
 
 
-def predictions(folder: Path, task: str, texts: Mapping[Id, Any]) -> dict[Id, str]:
-    """Of those texts, what the result files in `folder` hold."""
-    found = said(folder, task)
-    return {i: found[name] for i in texts if (name := f"{i[0]}_{i[1]}/{i[2]}") in found}
+def read_texts(paths: Sequence[str], cache: Cache | None) -> dict[str, Texts]:
+    """Returns by task what the test sets ask about which image, with the truth."""
+    found: dict[str, Texts] = defaultdict(dict)
+    for record in records(paths, cache):
+        place = f"{record.dataset}_{record.split}"
+        for text in record.texts:
+            name = text.id if text.task == "vqa" else record.image_id
+            found[text.task][f"{place}/{name}"] = (f"{place}/{record.key}", text)
+    return found
 
 
-def points(
-    task: str, texts: Mapping[Id, tuple[str, Text]], answers: Mapping[Id, str]
-) -> list[float]:
-    """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of
-    this test set.
+def observe_task(
+    task: str,
+    paths: tuple[str, ...],
+    asked: Texts,
+    evaluations: Mapping[Child, Mapping[str, Any]],
+) -> list[Observed]:
+    """Returns what each variant scored: VQA accuracy in percent, or CIDEr-D with the document
+    frequencies of these texts.
     """
-    each = SCORES[task][1](
-        [answers[i] for i in texts], [text.targets for _, text in texts.values()]
-    )
-    unit = 100 * POINT[task]
-    return [unit * one for one in each]
+    answers = {child: said((child.out / SCORES).parent, task) for child in evaluations}
+    texts = {i: text for i, text in asked.items() if all(i in each for each in answers.values())}
+    truths = [text.targets for _, text in texts.values()]
+    image_of_text = np.unique([image for image, _ in texts.values()], return_inverse=True)[1]
+    texts_I = np.bincount(image_of_text).astype(float)
+    score = MEASURES[task][1]
+    found: dict[str, Observed] = {}
+    for child, given in answers.items():
+        new = Observed(child.variant, task, paths, asked, texts_I, {}, [], given)
+        one = found.setdefault(child.variant, new)
+        points = SCALE[task] * np.array(score([given[i] for i in texts], truths))
+        one.scores_I[child.seed] = np.bincount(image_of_text, points)
+        one.evaluations.append(evaluations[child][task])
+    return list(found.values())
 
 
 def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: EvaluationConfig) -> Interval:
-    """Of the mean score over seeds and texts: how far it would move with other seeds and with other
-    images.
+    """Returns the mean score over seeds and texts, and how far it would move with other seeds and
+    with other images.
 
     Images by the bootstrap of the seeds' mean. Seeds by Student's t: there are three or so, and
     resamples of three never leave them (a percentile interval of 95% would hold the truth in 75% of
@@ -157,99 +114,86 @@ def interval(scores_SI: np.ndarray, texts_I: np.ndarray, settings: EvaluationCon
     """
     seeds = len(scores_SI)
     images = ratio(scores_SI.mean(axis=0), texts_I, settings.bootstrap, settings.confidence)
-    of_seeds = 0.0
+    seeds_half = 0.0
     if seeds > 1:
-        deviation = (scores_SI.sum(axis=1) / texts_I.sum()).std(ddof=1)
-        of_seeds = student_t(seeds - 1, settings.confidence) * deviation / seeds**0.5
-    low, high = (
-        float(np.hypot(of_seeds, bound - images.value)) for bound in (images.low, images.high)
-    )
-    return Interval(images.value, images.value - low, images.value + high)
-
-
-@cache
-def student_t(degrees: int, confidence: float) -> float:
-    """The two-sided quantile of Student's t: 4.30 for 2 degrees of freedom and 95%. From draws, to
-    half a percent.
-    """
-    draws = np.random.default_rng(0).standard_t(degrees, size=1_000_000)
-    return float(np.quantile(np.abs(draws), confidence))
+        means_S = scores_SI.sum(axis=1) / texts_I.sum()
+        quantile = student_t.ppf((1 + settings.confidence) / 2, seeds - 1)
+        seeds_half = quantile * means_S.std(ddof=1) / seeds**0.5
+    below = float(np.hypot(seeds_half, images.low - images.value))
+    above = float(np.hypot(seeds_half, images.high - images.value))
+    return Interval(images.value, images.value - below, images.value + above)
 
 
 def row_of(
     one: Observed, variant: Variant, observed: Sequence[Observed], settings: EvaluationConfig
 ) -> dict[str, Any]:
-    """What report.json and the tables say of one variant and task."""
-    score = interval(one.scores_SI, one.texts_I, settings)
+    """Returns what report.json and the tables say of one variant and task."""
+    scores_SI = np.array(list(one.scores_I.values()))
     claim, difference = held(one, variant, observed, settings)
+    gap = f"{MEASURES[one.task][0]}_gap"  # in points, hundredths of the measure
+    gaps = [known[gap] for known in one.evaluations if known.get(gap) is not None]
+    verdicts = Counter(known.get("verdict") or "no verdict" for known in one.evaluations)
+    texts = one.texts_I.sum()
     return {
         "variant": one.variant,
         "task": one.task,
         "measure": SCORE_OF[one.task],
         "expected": variant.expected,
-        **score.flat("score"),
-        "per_seed": dict(
-            zip(
-                map(str, one.seeds),
-                (one.scores_SI.sum(1) / one.texts_I.sum()).tolist(),
-                strict=True,
-            )
-        ),
+        **interval(scores_SI, one.texts_I, settings).flat("score"),
+        "per_seed": {str(seed): sums_I.sum() / texts for seed, sums_I in one.scores_I.items()},
         "difference": difference and difference.to_dict(),
         "observed": claim,
-        "loss_nats": one.loss_nats,
-        "lost": one.lost,
-        "verdicts": dict(one.verdicts),
+        "loss_nats": float(np.mean([known["loss_nats"] for known in one.evaluations])),
+        "lost": SCALE[one.task] * float(np.mean(gaps)) / 100 if gaps else None,
+        "verdicts": dict(verdicts),
         "images": len(one.texts_I),
-        "left_out": one.left_out,
+        "left_out": len(one.asked) - int(texts),
     }
 
 
 def held(
     one: Observed, variant: Variant, observed: Sequence[Observed], settings: EvaluationConfig
 ) -> tuple[str, Interval | None]:
-    """Did what was expected come true? In words, with the paired difference to the variant it was
+    """Says whether what was expected came true, with the paired difference to the variant it was
     compared with.
     """
     other = variant.below or variant.above or variant.like
     if other is None:
         return "nothing to compare with", None
-    same = (
-        o
-        for o in observed
-        if (o.variant, o.task, o.test.paths) == (other, one.task, one.test.paths)
-    )
-    against = next(same, None)
-    seeds = [seed for seed in one.seeds if against and seed in against.seeds]
-    if not seeds:
+    differences = [
+        one.scores_I[seed] - against.scores_I[seed]
+        for against in observed
+        if (against.variant, against.task, against.paths) == (other, one.task, one.paths)
+        for seed in one.scores_I
+        if seed in against.scores_I
+    ]
+    if not differences:
         return f"{other} has no seed in common with it on these images", None
-    rows, others = ([o.seeds.index(seed) for seed in seeds] for o in (one, against))
-    found = interval(one.scores_SI[rows] - against.scores_SI[others], one.texts_I, settings)
-    lower, higher = found.high < 0, found.low > 0
-    if not (lower or higher):
+    found = interval(np.array(differences), one.texts_I, settings)
+    if not (found.high < 0 or found.low > 0):
         verdict = "as expected, no difference seen" if variant.like else "cannot be told"
     elif variant.like:
         verdict = "AGAINST EXPECTATION, they differ"
+    elif (found.high < 0) == bool(variant.below):
+        verdict = "as expected"
     else:
-        verdict = "as expected" if lower == bool(variant.below) else "THE OTHER WAY ROUND"
+        verdict = "THE OTHER WAY ROUND"
     digits = DIGITS[one.task]
     bounds = f"[{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     return f"{verdict}: {found.value:+.{digits}f} {bounds} against {other}", found
 
 
 def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]]]:
-    """Loss on the training images by step, the mean over the seeds that got there; at most
-    CURVE_POINTS points.
+    """Returns for each variant the loss on the training images by step, the mean over the seeds
+    that got there; at most CURVE_POINTS points.
     """
-    logged: dict[str, dict[int, list[float]]] = {}
+    logged: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for child in children:
         file = child.out / METRICS
         for line in file.read_text().splitlines() if file.exists() else ():
             row = json.loads(line)
-            if "train/loss" in row["values"]:
-                logged.setdefault(child.variant, {}).setdefault(row["step"], []).append(
-                    float(row["values"]["train/loss"])
-                )
+            if (loss := row["values"].get("train/loss")) is not None:
+                logged[child.variant][row["step"]].append(float(loss))
     curves = {}
     for name, by_step in logged.items():
         steps = sorted(by_step)

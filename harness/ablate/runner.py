@@ -7,37 +7,54 @@ not run again, any other goes on from its newest checkpoint; one that fails leav
 report and the rest run on.
 
 Nothing is chosen here: whatever a variant was tuned on was the dev set, and data.test is scored
-once per child.
+once per child. Imports no torch: it is the children that compute.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from harness.ablate.experiment import CONFIG, LOG, MODEL, SCORES, Child, children_of, load
+from harness.ablate.report import write
+from harness.checks import check_before_launch
 from harness.config.keys import flatten
 from harness.config.load import dump
 from harness.config.load import load as load_config
 from harness.config.schema import Config
-from harness.errors import ConfigError
+from harness.errors import ConfigError, explain
+from harness.machine.launcher import gpus
+from harness.machine.signals import stop_requests
+from harness.tracking.tracker import open_tracker, recorded_run_id, store_uri
+
+POLL_SECONDS = 0.2
 
 
 class Process(Protocol):
     """A child that was started, as subprocess.Popen."""
 
     def poll(self) -> int | None: ...
-    def send_signal(self, number: int) -> None: ...
+    def send_signal(self, number: int, /) -> None: ...
 
 
 Start = Callable[[Child, Mapping[str, str]], Process]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A child's process, the slot it takes among those that run at a time, and when it began."""
+
+    process: Process
+    slot: int
+    began: float
 
 
 def run(
@@ -57,38 +74,32 @@ def run(
     be used and where no variant can be started. After SIGTERM or SIGINT every child saves, the
     report is written, and SystemExit is raised.
     """
-    from harness.ablate.report import write
-    from harness.machine.signals import stop_requests
-    from harness.tracking.tracker import open_tracker, recorded_run_id, store_uri
-
-    ablation = load(file).in_form(offline)
+    ablation = load(file, offline)
     out = out or Path("runs/ablations") / ablation.name
     seeds = list(dict.fromkeys(seeds or ablation.seeds))
-    own = [f"out={out}", f"name={ablation.name}", f"seed={seeds[0]}"]
+    own = (f"out={out}", f"name={ablation.name}", f"seed={seeds[0]}")
     parent = load_config(ablation.base, [*ablation.overrides, *overrides, *own])
     children = children_of(ablation, out, overrides, seeds)
     errors = refused(children)
+    todo = [child for child in children if not child.finished and child not in errors]
     finished = sum(child.finished for child in children)
-    say(
-        f"{len(ablation.variants)} variants x seeds {', '.join(map(str, seeds))} in {out}, {finished} finished already"
-    )
+    named = ", ".join(map(str, seeds))
+    say(f"{len(ablation.variants)} variants x seeds {named} in {out}, {finished} finished already")
     tracker = open_tracker(parent, run_id=recorded_run_id(parent), resume_step=0)
-    tracking = [
+    tracking = (
         f"tracking.parent_run_id={tracker.run_id or 'null'}",
         f"tracking.uri={store_uri(parent)}",
-    ]
-    status, number = "FAILED", 0
+    )
+    status = "FAILED"
     try:
         with stop_requests() as stop_asked:
-            todo = [child for child in children if not child.finished and child not in errors]
-            errors |= run_all(todo, tracking, jobs, start or Launched, say, stop_asked)
+            errors |= run_all(todo, tracking, jobs, start or launched, say, stop_asked)
             number = stop_asked()
         status = "KILLED" if number else "FINISHED"
-        told = {(child.variant, child.seed): error for child, error in errors.items()}
-        report = write(ablation, children, told, out, parent)
-        done = sum(child.finished for child in children)
+        report = write(ablation, children, errors, out, parent)
+        finished = sum(child.finished for child in children)
         say(f"\n{(out / 'report.md').read_text()}\n{out / 'report.html'}")
-        tracker.metrics(report["metrics"] | {"children_finished": done}, done)
+        tracker.metrics(report["metrics"] | {"children_finished": finished}, finished)
         for name in ("report.html", "report.md", "report.json"):
             tracker.artifact(out / name)
     finally:
@@ -99,14 +110,11 @@ def run(
 
 
 def refused(children: Sequence[Child]) -> dict[Child, str]:
-    """What can be told before anything is started. Raises ConfigError where it is everything, or a
-    mixture of runs.
+    """Returns what can be told before anything is started. Raises ConfigError where no child could
+    be, or where a folder holds another experiment.
     """
-    from harness.checks import check_before_launch
-    from harness.errors import explain
-
     errors: dict[Child, str] = {}
-    first: Exception | None = None
+    raised: list[Exception] = []
     for child in children:
         config = child.config()  # a wrong key of a variant is a wrong file
         check_same(child, config)
@@ -114,9 +122,10 @@ def refused(children: Sequence[Child]) -> dict[Child, str]:
             try:
                 check_before_launch(config, ("train", "test"))
             except Exception as error:
-                first, errors[child] = first or error, explain(error) or repr(error)
-    if first and len(errors) + sum(child.after is not None for child in children) == len(children):
-        raise first
+                raised.append(error)
+                errors[child] = explain(error) or repr(error)
+    if raised and len(raised) == sum(child.after is None for child in children):
+        raise raised[0]
     return errors
 
 
@@ -128,12 +137,12 @@ def check_same(child: Child, config: Config) -> None:
     """
     if not (child.out / CONFIG).exists():
         return
-    before, now = (flatten(c) for c in (load_config(child.out / CONFIG), config))
-    for key in now:
+    before = flatten(load_config(child.out / CONFIG))
+    for key, now in flatten(config).items():
         free = key in ("out", "model.init_from") or key.startswith("tracking.")
-        if not free and before.get(key) != now[key]:
+        if not free and before.get(key) != now:
             raise ConfigError(
-                f"{child.out} was begun with {key}={before.get(key)}, now it is {now[key]}: "
+                f"{child.out} was begun with {key}={before.get(key)}, now it is {now}: "
                 "choose another folder with --out, or remove this one"
             )
 
@@ -149,132 +158,97 @@ def run_all(
     """Starts each child as soon as there is room and what it starts from is finished; returns the
     errors.
     """
-    queue, slots = deque(waiting), deque(range(jobs))
-    running: dict[Child, tuple[Process, int, float]] = {}
+    queue = list(waiting)
+    slots = list(range(jobs))
+    running: dict[Child, Running] = {}
     errors: dict[Child, str] = {}
     stopping = False
     while queue or running:
         if stop_asked() and not stopping:
             stopping = True
             queue.clear()
-            for process, _, _ in running.values():
-                process.send_signal(stop_asked())
-        for child, (process, slot, began) in list(running.items()):
-            if process.poll() is not None:
-                del running[child]
-                slots.append(slot)
-                if not child.finished and not stopping:
-                    errors[child] = last_words(child.out / LOG)
-                result = errors.get(child, "stopped" if not child.finished else summary(child))
-                say(
-                    f"{child.variant}, seed {child.seed}: {result} ({time.monotonic() - began:.0f} s)"
-                )
+            for one in running.values():
+                one.process.send_signal(stop_asked())
+        for child in [c for c, one in running.items() if one.process.poll() is not None]:
+            ended = running.pop(child)
+            slots.append(ended.slot)
+            if not child.finished and not stopping:
+                errors[child] = last_words(child.out / LOG)
+            result = summary(child) if child.finished else errors.get(child, "stopped")
+            seconds = time.monotonic() - ended.began
+            say(f"{child.variant}, seed {child.seed}: {result} ({seconds:.0f} s)")
         busy = {child.out for child in (*queue, *running)}
         ready = next((child for child in queue if child.after not in busy), None)
         if ready is None or not slots:
-            time.sleep(0.2 if running else 0)
+            time.sleep(POLL_SECONDS if running else 0)
             continue
         queue.remove(ready)
         try:
-            overrides = with_model(ready)
-            config = load_config(
-                ready.base,
-                [*overrides, *tracking, f"tracking.run_name={ready.variant}-{ready.seed}"],
-            )
+            write_config(ready, tracking)
         except ConfigError as error:
             errors[ready] = str(error)
             continue
-        ready.out.mkdir(parents=True, exist_ok=True)
-        (ready.out / CONFIG).write_text(dump(config), encoding="utf-8")
-        slot = slots.popleft()
-        running[ready] = (start(ready, environment(jobs, slot)), slot, time.monotonic())
+        slot = slots.pop(0)
+        process = start(ready, environment(jobs, slot))
+        running[ready] = Running(process, slot, time.monotonic())
     return errors
 
 
-def with_model(child: Child) -> list[str]:
-    """Its overrides with the folder of the model that it starts from. Raises ConfigError where that
-    was not made.
+def write_config(child: Child, tracking: Sequence[str]) -> None:
+    """Puts the config into the child's folder. Raises ConfigError where the run whose model it
+    starts from is not finished.
     """
-    if child.after is None:
-        return list(child.overrides)
-    from harness import checkpoint
-
-    found = checkpoint.newest(child.after) if (child.after / SCORES).is_file() else None
-    if found is None:
-        raise ConfigError(f"not run: {child.after}, whose model it starts from, is not finished")
-    return [override.replace(MODEL, str(found.model)) for override in child.overrides]
+    overrides = [*child.overrides, *tracking, f"tracking.run_name={child.variant}-{child.seed}"]
+    if child.after:
+        if not (child.after / SCORES).is_file():
+            raise ConfigError(
+                f"not run: {child.after}, whose model it starts from, is not finished"
+            )
+        overrides = [override.replace(MODEL, str(child.after)) for override in overrides]
+    config = load_config(child.base, overrides)
+    child.out.mkdir(parents=True, exist_ok=True)
+    (child.out / CONFIG).write_text(dump(config), encoding="utf-8")
 
 
 def environment(jobs: int, slot: int) -> dict[str, str]:
-    """Of a child among `jobs` at a time: its share of the cores, and one GPU where there are
-    several children.
+    """Returns the environment of a child among `jobs` at a time: its share of the cores, and one
+    GPU where there are several children.
     """
-    from harness.machine.launcher import gpus
-
     changed = dict(os.environ)
     if jobs > 1:
         changed.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
-        if (found := gpus()) and "CUDA_VISIBLE_DEVICES" not in changed:
-            changed["CUDA_VISIBLE_DEVICES"] = str(slot % found)
+        if count := gpus():
+            changed.setdefault("CUDA_VISIBLE_DEVICES", str(slot % count))
     return changed
 
 
-class Launched(subprocess.Popen):
-    """A child as a process of its own (`main` below), which writes into OUT/VARIANT/seed-N/log.txt."""
-
-    def __init__(self, child: Child, environment: Mapping[str, str]) -> None:
-        with (child.out / LOG).open(
-            "wb"
-        ) as log:  # of this attempt: its last words are to be its own
-            line = [sys.executable, "-m", "harness.ablate.runner", str(child.out)]
-            # A session of its own: a Ctrl-C reaches it once, through `run_all`.
-            super().__init__(line, env=environment, stdout=log, stderr=log, start_new_session=True)
+def launched(child: Child, environment: Mapping[str, str]) -> Process:
+    """Starts a child as a process of its own, whose output is OUT/VARIANT/seed-N/log.txt."""
+    line = [sys.executable, "-m", "harness.ablate.child", str(child.out)]
+    # Only of this attempt: its last words are to be its own.
+    with (child.out / LOG).open("wb") as log:
+        # A session of its own: a Ctrl-C reaches it once, through `run_all`.
+        return subprocess.Popen(
+            line, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def last_words(log: Path) -> str:
-    """Why a child failed: the sentence for users after the last traceback, else its last line."""
-    lines = [
-        line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
-    ] or ["no output"]
-    begun = max((n for n, line in enumerate(lines) if line.startswith("Traceback")), default=0)
-    told = [
-        line.removeprefix("harness: ") for line in lines[begun:] if line.startswith("harness: ")
-    ]
-    return (told or lines)[-1][:500]
+    """Says why a child failed: the sentence after the last traceback, else its last line."""
+    text = log.read_text(errors="replace").strip() or "no output"
+    end = re.split(r"^Traceback", text, flags=re.MULTILINE)[-1]
+    sentences = re.findall(r"^harness: (.*)", end, re.MULTILINE)
+    return (sentences or text.splitlines())[-1].strip()[:500]
 
 
 def summary(child: Child) -> str:
-    """Scores and verdict of a finished child in one line."""
+    """Returns scores and verdict of a finished child in one line."""
     parts = []
     for task, known in json.loads((child.out / SCORES).read_text())["tasks"].items():
-        keys = [
-            key for key in ("accuracy", "CIDEr", "loss_nats") if isinstance(known.get(key), float)
+        figures = [
+            f"{key} {known[key]:.4g}"
+            for key in ("accuracy", "CIDEr", "loss_nats")
+            if isinstance(known.get(key), float)
         ]
-        figures = [f"{key} {known[key]:.4g}" for key in keys]
         parts.append(f"{task}: {', '.join([*figures, known.get('verdict') or 'no verdict'])}")
     return "; ".join(parts)
-
-
-def train_and_score(out: Path) -> None:
-    """A child's whole life in this process: trains through the launcher, then scores data.test."""
-    from harness.evaluate.run_on_disk import evaluate_run
-    from harness.machine.launcher import launch
-
-    if code := launch([str(out / CONFIG), "--resume", "auto"]):
-        sys.exit(code)
-    evaluate_run(out)
-
-
-def main() -> None:
-    from harness.errors import explain
-
-    try:
-        train_and_score(Path(sys.argv[1]))
-    except Exception as error:
-        if (sentence := explain(error)) is None:
-            raise
-        sys.exit(f"harness: {sentence}")
-
-
-if __name__ == "__main__":
-    main()

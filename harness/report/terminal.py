@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,8 +23,8 @@ from harness.report.pictures import Shown
 LINE_SECONDS = 10.0  # between two lines of a log
 
 
-def part_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, object]]:
-    """Per part: parameters, trained ones, bits of its weights, 4-bit layers, bytes."""
+def part_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+    """Returns for each part its parameters, trained ones, bits of weights, 4-bit layers, bytes."""
     rows = []
     for name, part in parts.items():
         packed = {id(layer.weight) for layer in quantised_layers(part)}
@@ -36,15 +37,23 @@ def part_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, object]]:
             parameters += count
             trained += count if parameter.requires_grad else 0
             size += parameter.numel() * parameter.element_size()
-        rows.append({"part": name, "parameters": parameters, "trained": trained, "bytes": size})
-        rows[-1] |= {"bits": " + ".join(map(str, sorted(bits))), "4-bit layers": len(packed)}
+        rows.append(
+            {
+                "part": name,
+                "parameters": parameters,
+                "trained": trained,
+                "bytes": size,
+                "bits": " + ".join(map(str, sorted(bits))),
+                "4-bit layers": len(packed),
+            }
+        )
     return rows
 
 
 class Terminal:
     """All output of one run."""
 
-    def __init__(self, enabled: bool):
+    def __init__(self, enabled: bool) -> None:
         self.console = Console(stderr=True, quiet=not enabled, emoji=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -72,19 +81,19 @@ class Terminal:
             f"{numbers['memory_mb']:.0f} MB"
         )
         self._bar.update(self._task, completed=step, numbers=shown)
-        total, now = self._bar.tasks[self._task].total, time.monotonic()
+        total = self._bar.tasks[self._task].total
+        now = time.monotonic()
         if self._bar.disable and (now - self._said >= LINE_SECONDS or step == total):
             self._said = now
             self.say(f"step {step}/{total}  {shown}")
 
     def say(self, message: str) -> None:
-        if (
-            self.console.is_terminal
-        ):  # a notebook erases nothing: what is short would end in the bar it is written over
+        if self.console.is_terminal:
+            # A notebook erases nothing: a short line would end in the bar it is written over.
             message = message.ljust(self.console.width)
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def parts(self, rows: Sequence[Mapping[str, object]]) -> None:
+    def parts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         table = Table(
             "part", "parameters", "trained", "bits", "MB", title="parts", title_justify="left"
         )

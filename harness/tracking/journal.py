@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.report.pictures import Shown, predictions_html
+from harness.report.pages import predictions_html
+from harness.report.pictures import Shown
 from shards.files import write_whole
 
 log = logging.getLogger(__name__)

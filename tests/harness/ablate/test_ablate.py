@@ -29,13 +29,8 @@ from harness.train import run as train
 from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
-SMALL = {
-    "name": "toy",
-    "question": "Which?",
-    "base": "demo",
-    "seeds": [0],
-    "offline": {"base": "demo"},
-}
+OFFLINE = [file for file in FILES if file.stem.endswith("_offline")]
+SMALL = {"name": "toy", "question": "Which?", "base": "demo", "seeds": [0]}
 PLAIN = {"a": {"expected": "as good as any"}, "b": {"expected": "worse", "below": "a"}}
 
 
@@ -224,10 +219,7 @@ def test_what_no_variant_can_do_is_one_sentence_before_anything_is_started(tmp_p
         ),
         ({"variants": {"a": {}}}, "variants.a.expected is missing"),
         ({"variants": {}}, "expected at least one variant"),
-        (
-            {"offline": {"base": "demo", "variants": {"z": {}}}},
-            "offline.variants.z: there is no variant",
-        ),
+        ({"offline": {"base": "demo"}}, "toy_offline.yaml, where --offline finds it"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_sentence(tmp_path, changes, sentence):
@@ -322,10 +314,12 @@ def test_a_child_failed_for_what_it_said_last(tmp_path):
     log = tmp_path / "log.txt"
     said = {
         "harness: configs.yaml: lr is no key\n": "configs.yaml: lr is no key",
-        "harness: saving, then stopping\nTraceback (most recent call last):\n  File\nOutOfMemoryError: 8 GB\n": (
-            "OutOfMemoryError: 8 GB"
+        "harness: saving\nTraceback (most recent call last):\n  File\nMemoryError: 8 GB\n": (
+            "MemoryError: 8 GB"
         ),
-        "Traceback (most recent call last):\nKeyError: 1\nharness: it was the shard\n\n": "it was the shard",
+        "Traceback (most recent call last):\nKeyError: 1\nharness: it was the shard\n\n": (
+            "it was the shard"
+        ),
         "": "no output",
     }
     for text, expected in said.items():
@@ -340,7 +334,7 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     images = [
         Image.open(io.BytesIO(base64.b64decode(data)))
-        for data in re.findall(r"base64,([^']+)", page)
+        for data in re.findall(r'base64,([^"]+)', page)
     ]
     assert [image.format for image in images] == ["PNG"] + ["JPEG"] * 10, (
         "curves; five images for each task"
@@ -396,10 +390,10 @@ def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflo
 
 
 def toy_copy(file: Path, folder: Path, sets: Path, models: dict[str, Path]) -> Path:
-    """The offline form with every set and every id of a model replaced by a tiny one of its kind."""
-    offline = load(file).in_form(offline=True)
-    form = offline.model_dump(mode="json")
-    for child in children_of(offline, folder, (), [0]):
+    """A file with every set and every id of a model replaced by a tiny one of its kind."""
+    shipped_one = load(file)
+    form = shipped_one.model_dump(mode="json")
+    for child in children_of(shipped_one, folder, (), [0]):
         variant = form["variants"][child.variant]
         kind = "captions" if "flickr" in child.config().data.train[0].path else "questions"
         variant["overrides"] += data(sets / kind)
@@ -452,7 +446,7 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     return {"bert": root / "bert", "blip2": root / "blip2"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", OFFLINE, ids=lambda f: f.stem)
 def test_every_shipped_ablation_runs_in_its_offline_form(
     file, tmp_path, tiny, tiny_t5_folder, tiny_gpt2_folder, pretrained, toy_sets
 ):
@@ -465,16 +459,30 @@ def test_every_shipped_ablation_runs_in_its_offline_form(
     assert {row["variant"] for row in report["rows"]} == set(load(file).variants)
 
 
+def test_an_offline_form_is_the_same_question_in_a_file_beside_and_is_found_by_its_name():
+    for file in OFFLINE:
+        name = file.stem.removesuffix("_offline")
+        form = load(name, offline=True)
+        assert form == load(file)
+        assert form.name == file.stem
+        assert form.question == load(name).question
+        assert list(form.variants) == list(load(name).variants)
+    assert len(OFFLINE) == 8
+
+
+def test_a_file_without_an_offline_form_is_told_where_it_would_be(tmp_path):
+    file = file_of(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{file}: --offline runs {tmp_path}/toy_offline.yaml"):
+        load(file, offline=True)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_variant_of_both_forms_is_a_valid_config_and_differs_from_every_other(file):
     comment = file.read_text().partition("\nname:")[0]
     assert "Verified" in comment or "ever run with real weights" in comment
-    for offline in (False, True):
-        form = load(file).in_form(offline)
-        configs = [child.config() for child in children_of(form, Path("out"), (), [0])]
-        plain = [
-            config.model_copy(update={"name": "", "out": ""}).model_dump_json()
-            for config in configs
-        ]
-        assert len(set(plain)) == len(plain)
-        assert all(config.data.test for config in configs)
+    configs = [child.config() for child in children_of(load(file), Path("out"), (), [0])]
+    plain = [
+        config.model_copy(update={"name": "", "out": ""}).model_dump_json() for config in configs
+    ]
+    assert len(set(plain)) == len(plain)
+    assert all(config.data.test for config in configs)

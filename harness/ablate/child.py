@@ -1,0 +1,34 @@
+"""A child in a process of its own: `python -m harness.ablate.child OUT/VARIANT/seed-N`.
+
+The config that the runner has put into that folder -> a run, and its scores on data.test. What it
+says goes to log.txt, where its last words tell why it failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from harness.ablate.experiment import CONFIG
+from harness.errors import explain
+from harness.machine.launcher import launch
+
+
+def main() -> None:
+    """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
+    out = sys.argv[1]
+    try:
+        code = launch([str(Path(out, CONFIG)), "--resume", "auto"])
+    except Exception as error:
+        if (sentence := explain(error)) is None:
+            raise
+        sys.exit(f"harness: {sentence}")
+    if code:
+        sys.exit(code)
+    # In this one's place, so that a signal reaches it; and torch is imported where it is used.
+    os.execv(sys.executable, [sys.executable, "-m", "harness", "evaluate", out])
+
+
+if __name__ == "__main__":
+    main()
