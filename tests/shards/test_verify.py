@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from pictures import make_tar
 from shards.cache import Cache
 from shards.files import ShardError
 from shards.index import index_shards
@@ -188,16 +189,6 @@ def test_real_flickr8k_is_written_read_and_verified(shared_data, tmp_path):
 
 
 # Shards made elsewhere
-
-
-def make_tar(path, files, tar_format=tarfile.USTAR_FORMAT):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path.parent
 
 
 def test_the_index_of_our_own_shards_is_made_anew_the_same(folder):
