@@ -16,7 +16,7 @@ import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shards.files import ShardError, write_whole
+from shards.images import on_white, upright
 from shards.manifest import SKIPPED
 from shards.record import Record
 from shards.sources import SOURCES, Item, Source
@@ -42,12 +43,9 @@ from shards.write import folder_beside, write_shards
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
 
-# What shards hold byte by byte; the other formats (and what `_as_seen` has to change) become JPEG
-# or PNG.
+# What shards hold byte by byte; the other formats (and what plain decoding would not show) become
+# JPEG or PNG.
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_ORIENTATION = 0x0112
 _ANEW = "images encoded anew: "
 
 Progress = Callable[[str, int, int], None]  # split, images done, images of the split
@@ -107,11 +105,10 @@ def build(
                 show = partial(progress, split) if progress else lambda done, images: None
                 samples = _samples(found, split, items, pool, (short_side, max_pixels), show)
                 made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
-                targets = int(made.sidecar["targets"].sum())
                 splits[split] = {
                     "records": made.samples,
                     "texts": made.texts,
-                    "targets": targets,
+                    "targets": int(made.sidecar["targets"].sum()),
                     "bytes": made.bytes,
                 }
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
@@ -121,7 +118,8 @@ def build(
                 os.replace(beside / name, out / name)
         else:
             os.rename(beside, out)
-    things, texts = Counter[str](), Counter[str]()
+    things: Counter[str] = Counter()
+    texts: Counter[str] = Counter()
     for skipped in found.skipped:
         things[skipped.kind] += 1
         texts[skipped.kind] += skipped.texts
@@ -152,62 +150,48 @@ def prepare_image(
     animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is brought
     down to it (Lanczos, JPEG).
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
-        form = image.format
-        seen, changed = _as_seen(image)
+
+    def check_size(width: int, height: int) -> None:
+        if width * height > max_pixels:
+            raise ValueError(f"{width}x{height} pixels, more than {max_pixels}")
+
+    image, form, changed = upright(data, check_size)
+    image = _eight_bits(image, changed)
     if form not in _EXTENSIONS:
         changed.append(form)
-    shrink = short_side is not None and min(seen.size) > short_side
+    shrink = short_side is not None and min(image.size) > short_side
     if not shrink and not changed:
         return data, _EXTENSIONS[form], ""
-    seen = seen.convert("RGB")
-    if shrink:
-        scale = short_side / min(seen.size)
-        size = tuple(max(short_side, round(side * scale)) for side in seen.size)
-        seen, changed = seen.resize(size, Image.Resampling.LANCZOS), [*changed, "shrunk"]
-    seen.info.clear()  # a CMYK profile or a transparent colour must not travel on
+    image = on_white(image)
+    if short_side is not None and shrink:
+        scale = short_side / min(image.size)
+        width, height = (max(short_side, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        changed.append("shrunk")
+    image.info.clear()  # a CMYK profile or a transparent colour must not travel on
     encoded = io.BytesIO()
     if shrink or form in ("JPEG", "MPO"):
-        seen.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        image.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return encoded.getvalue(), "jpg", ", ".join(changed)
-    seen.save(encoded, "PNG")
+    image.save(encoded, "PNG")
     return encoded.getvalue(), "png", ", ".join(changed)
 
 
-def _as_seen(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The picture as a viewer shows it, in a mode that converts to RGB without loss of sense, and
-    what that took.
+def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
+    """The picture in a mode that converts to RGB without loss of sense; adds to `changed` why its
+    bytes alone would not show it.
     """
-    changed = []
-    # The further pictures of an MPO file (phones) are no animation.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        changed.append("animated")
-    image.load()  # the whole file: a truncated one is found here
-    if _orientation(image) > 1:
-        image, changed = ImageOps.exif_transpose(image), [*changed, "EXIF rotation"]
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         changed.append("16-bit")
-    elif image.mode in ("I", "F"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range")
-    elif image.mode == "CMYK":
-        image, changed = image.convert("RGB"), [*changed, "CMYK"]
+    if image.mode == "CMYK":
+        changed.append("CMYK")
     elif image.has_transparency_data:
-        layer = image.convert("RGBA")
-        if layer.getchannel("A").getextrema()[0] < 255:
-            white = Image.new("RGBA", layer.size, "white")
-            image, changed = Image.alpha_composite(white, layer), [*changed, "transparency"]
-    return image, changed
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError):
-        return 1  # broken EXIF in a good picture: every viewer shows it unrotated
-    return value if value in range(1, 9) else 1
+        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            changed.append("transparency")
+    return image
 
 
 def _load(name: str, options: dict[str, Any]) -> Source:
@@ -264,14 +248,14 @@ def _samples(
     def prepare(path: str) -> tuple[bytes, str, str] | str:
         try:
             return prepare_image(source.images.read(path), *image_options)
-        except (
-            Exception
-        ) as error:  # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-            return f"{type(error).__name__}: {error}".split(" <_io")[
-                0
-            ]  # an address in memory, another in every build
+        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            return reason.split(" <_io")[0]  # an address in memory, another in every build
 
-    usable, waiting, rest = 0, deque(), iter(items)
+    waiting: deque[tuple[Item, Future[tuple[bytes, str, str] | str]]] = deque()
+    rest = iter(items)
+    usable = 0
     for done in range(1, len(items) + 1):
         while len(waiting) < 64 and (item := next(rest, None)):
             waiting.append((item, pool.submit(prepare, item.image)))

@@ -28,11 +28,15 @@ def join(folder: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of the set: its sidecar, or the controls of a feature set."""
+    """One file of a set: its sidecar, or the controls of a feature set."""
 
     name: str
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> FileInfo:
+        return cls(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_whole(path: Path, data: bytes) -> FileInfo:
@@ -48,7 +52,7 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    return FileInfo(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return FileInfo.of(path.name, data)
 
 
 def sync(path: Path) -> None:

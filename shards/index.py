@@ -1,4 +1,5 @@
-"""An index of ours for WebDataset shards made elsewhere; the tars stay as and where they are.
+"""An index of ours for WebDataset shards made elsewhere, and a newer one for a set of format 1; the
+tars stay as and where they are.
 
 A folder, an fsspec URL or a pattern of tars -> `index.json` and its sidecar, in one pass over each
 tar.
@@ -6,85 +7,16 @@ tar.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import fsspec
 from braceexpand import braceexpand
 
 from shards.files import ShardError, is_remote, join, write_whole
-from shards.manifest import INDEX, SKIPPED, Manifest, ShardInfo, SidecarWriter, write_index
-from shards.read import parse_sample
-from shards.record import RecordError
-from shards.tar import members
-
-Progress = Callable[[int], None]  # called with the number of samples done since the last call
-
-
-@dataclass(frozen=True)
-class Group:
-    """The adjacent files of one key: one sample, from its first header at `start` to its last byte
-    at `end`.
-    """
-
-    key: str
-    start: int
-    end: int
-    crc: int
-    contents: dict[str, bytes]
-
-
-class OnePass:
-    """`read(offset, n)` with growing offsets over a stream, hashing every byte that goes by."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._position, self._sha256 = file, 0, hashlib.sha256()
-
-    def __call__(self, offset: int, n: int) -> bytes:
-        while (gap := offset - self._position) > 0 and self._read(min(gap, 1 << 20)):
-            pass
-        return self._read(n)
-
-    def _read(self, n: int) -> bytes:
-        data = self._file.read(n)
-        self._position += len(data)
-        self._sha256.update(data)
-        return data
-
-    def finish(self) -> tuple[int, str]:
-        """(bytes, sha256) of the whole stream, the rest included."""
-        while self._read(1 << 20):
-            pass
-        return self._position, self._sha256.hexdigest()
-
-
-def groups(read: OnePass, size: int) -> Iterator[Group]:
-    key, start, end, crc, contents = "", 0, 0, 0, {}
-    for member in members(read, size, whole=True):
-        if contents and member.key != key:
-            yield Group(key, start, end, crc, contents)
-            crc, contents = 0, {}
-        if not contents:
-            key, start = member.key, member.start
-        if member.extension in contents:
-            raise ShardError(
-                f"{member.key}.{member.extension} occurs twice, again at offset {member.start}"
-            )
-        data = read(member.offset, member.size)
-        contents[member.extension], crc, end = (
-            data,
-            zlib.crc32(data, crc),
-            member.offset + member.size,
-        )
-    if contents:
-        yield Group(key, start, end, crc, contents)
+from shards.manifest import FORMAT, INDEX, SIDECAR, SIDECAR_1, SKIPPED, Manifest
+from shards.sidecar import Indexing, Progress, write_index
 
 
 def index_shards(
@@ -114,37 +46,52 @@ def index_shards(
         raise ShardError(
             f"{folder / INDEX} is there already: index the shards again with --overwrite"
         )
-    sidecar, shards, keys, skipped = SidecarWriter(), [], set(), []
+    indexing = Indexing("images", dataset, split, on_progress)
     for name in names:
-        shards.append(
-            _index_tar(join(base, name), dataset, split, sidecar, keys, skipped, on_progress)
-        )
-    if not sum(shard.samples for shard in shards):
-        why = (
-            f": {skipped[0]['shard']}, {skipped[0]['key']}: {skipped[0]['reason']}"
-            if skipped
-            else ""
-        )
+        indexing.add(join(base, name))
+    skipped = indexing.skipped
+    if not any(shard.samples for shard in indexing.shards):
+        why = ": {shard}, {key}: {reason}".format(**skipped[0]) if skipped else ""
         raise ShardError(f"{base} holds no sample with image and text{why}")
     (folder / INDEX).unlink(missing_ok=True)
-    files = sidecar.finish(folder)
     if skipped:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
         write_whole(folder / SKIPPED, lines.encode())
     place = base if is_remote(base) else str(Path(base).resolve())
-    place = None if place == str(folder.resolve()) else place
-    manifest = Manifest(
-        str(folder),
-        "images",
-        dataset,
-        split,
-        tuple(shards),
-        *files,
-        base=place,
-        skipped=len(skipped),
-    )
+    beside = place == str(folder.resolve())
+    manifest = indexing.finish(folder, base=None if beside else place)
     write_index(manifest, folder)
     return manifest
+
+
+def upgrade_index(
+    folder: str | os.PathLike, on_progress: Progress = lambda samples: None
+) -> Manifest:
+    """Rewrites the index of a set of format 1 in format 2, whole or not at all; what is in format 2
+    already stays.
+
+    The set keeps its identity: runs that were begun over it are resumed as before. Raises
+    ShardError, and leaves the set as it was, where the tars are not as their index says.
+    """
+    old = Manifest.open(folder)
+    if is_remote(old.folder):
+        raise ShardError(f"{folder} is remote: only an index on this machine can be rewritten")
+    place = Path(old.folder)
+    if old.format == FORMAT:
+        (place / SIDECAR_1).unlink(missing_ok=True)  # left by an upgrade that was killed
+        return old
+    indexing = Indexing(old.kind, old.dataset, old.split, on_progress)
+    for shard in range(len(old.shards)):
+        indexing.add(old.location(shard))
+    new = indexing.finish(place, encoder=old.encoder, files=old.files, base=old.base)
+    if new.format_1_digest != old.format_1_digest or new.skipped != old.skipped:
+        (place / SIDECAR).unlink()
+        raise ShardError(
+            f"{folder}: the shards are not as their index says, so it was not upgraded: "
+            f"`harness shards verify {folder}` names what is wrong"
+        )
+    write_index(new, place)
+    return new
 
 
 def _find_tars(source: str) -> tuple[str, list[str]]:
@@ -166,63 +113,3 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
     if not names:
         raise ShardError(f"{source} holds no .tar files")
     return source.rstrip("/"), names
-
-
-def _index_tar(
-    location: str,
-    dataset: str,
-    split: str,
-    sidecar: SidecarWriter,
-    keys: set[str],
-    skipped: list[dict[str, Any]],
-    on_progress: Progress,
-) -> ShardInfo:
-    samples = texts = 0
-    with open_shard(location) as (read, size):
-        try:
-            for group in groups(read, size):
-                _must_be_new(group.key, keys, group.start)
-                try:
-                    record, _ = parse_sample(group.key, group.contents, "images", dataset, split)
-                except (ShardError, RecordError) as error:
-                    name = location.rpartition("/")[2]
-                    skipped.append(
-                        {
-                            "shard": name,
-                            "offset": group.start,
-                            "key": group.key,
-                            "reason": str(error),
-                        }
-                    )
-                    continue
-                if record.key != group.key:
-                    _must_be_new(record.key, keys, group.start)
-                sidecar.append(record, group.key, group.start, group.end - group.start, group.crc)
-                samples, texts = samples + 1, texts + len(record.texts)
-                on_progress(1)
-        except ShardError as error:
-            raise ShardError(f"{location}: {error}") from error
-        return ShardInfo(location.rpartition("/")[2], *read.finish(), samples, texts)
-
-
-def _must_be_new(key: str, keys: set[str], offset: int) -> None:
-    if key in keys:
-        raise ShardError(
-            f"the key {key!r} occurs again at offset {offset}: keys must be unique, the files of a sample adjacent"
-        )
-    keys.add(key)
-
-
-@contextmanager
-def open_shard(location: str) -> Iterator[tuple[OnePass, int]]:
-    """A shard as (one-pass reader, its size in bytes)."""
-    try:
-        system, path = fsspec.core.url_to_fs(location)
-        size = system.size(path)
-        file = system.open(path, "rb", block_size=4 << 20)
-    except (OSError, ImportError) as error:
-        raise ShardError(f"{location} cannot be opened: {error}") from error
-    with file:
-        if size is None:
-            raise ShardError(f"{location}: the server does not say how large it is")
-        yield OnePass(file), size

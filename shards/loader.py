@@ -78,12 +78,10 @@ class Loader:
         cache = Cache.at(cache_dir, cache_bytes)
         self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
         self.global_batch, self.last_batch = global_batch, last_batch
-        self.rank, self.world_size, self.workers, self.prefetch = (
-            rank,
-            world_size,
-            workers,
-            prefetch,
-        )
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = workers
+        self.prefetch = prefetch
         self._check_sets()
         orders = [
             Order(
@@ -113,15 +111,11 @@ class Loader:
                 rest,
                 self.samples,
             )
-        order_depends_on = [
-            [m.digest for m in self.manifests],
-            weights,
-            seed,
-            window_shards,
-            shuffle,
-        ]
-        order_depends_on += [] if images is None else [images]  # so that older states still fit
-        self.digest = hashlib.sha256(json.dumps(order_depends_on).encode()).hexdigest()
+        parts = [weights, seed, window_shards, shuffle]
+        parts += [] if images is None else [images]  # so that older states still fit
+        self.digest = _order_digest([m.digest for m in self.manifests], parts)
+        # what a state of a run calls this order that was begun when indexes had format 1
+        self._earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
         readers = [
             Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)
         ]
@@ -147,10 +141,10 @@ class Loader:
         generator (`contextlib.closing`) ends the workers. Raises ShardError for a state of another
         order, and when nothing of a set can be read any more.
         """
-        if state is not None and state.digest != self.digest:
+        if state is not None and state.digest not in (self.digest, self._earlier):
             raise ShardError(
-                f"the stream state belongs to order {state.digest}, this is {self.digest} ({self._names()}): resume "
-                "with the same sets, weights, seed, window_shards and shuffle, or begin anew"
+                f"the stream state belongs to order {state.digest}, this is {self.digest} "
+                f"({self._names()}): resume with the same sets, weights, seed, window_shards and shuffle, or begin anew"
             )
         if state is not None and state.position > self.samples:
             raise ShardError(
@@ -328,6 +322,10 @@ class _Reading(Dataset):
                 key = reader.manifest.key(index)
                 text = f"{reader.manifest.folder}, sample {index}, key {key}: {type(error).__name__}: {text}"
             return Sample(None, None, "", set_index=set_index, index=index, weight=0.0, error=text)
+
+
+def _order_digest(sets: Sequence[str | None], parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps([sets, *parts]).encode()).hexdigest()
 
 
 def _as_it_is(item: Any) -> Any:

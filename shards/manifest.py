@@ -1,10 +1,12 @@
 """What a set of shards holds: `index.json` (the shards, their sizes and hashes) and its sidecar
-`index.bin`.
+`samples.bin`.
 
 A folder or fsspec URL -> Manifest. The sidecar is memory-mapped, one row a sample in shard order,
-so that a set of any size is opened in little memory: offset and size (bytes of the sample in its
-tar, first header to last byte), texts, targets, characters, crc (zlib.crc32 over the contents of
-its members in tar order) and key.
+so that a set of any size is opened in little memory. Its columns: offset and size (bytes of the
+sample in its tar, first header to last byte), texts, targets, characters, crc (zlib.crc32 over the
+contents of its members in tar order); of payload and text (record or caption) offset and size of
+the content, their extensions, and members_crc (payload, then text); key. Format 1 (`index.bin`)
+has no columns of members: there a sample's headers are walked.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,25 +23,35 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import numpy as np
 
-from shards.files import FileInfo, ShardError, is_remote, join, write_whole
+from shards.files import FileInfo, ShardError, is_remote, join
 
 if TYPE_CHECKING:
     from shards.cache import Cache
-    from shards.record import Record
 
 Kind = Literal["images", "features"]
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
-SIDECAR = "index.bin"
+SIDECAR = "samples.bin"
+SIDECAR_1 = (
+    "index.bin"  # of format 1: another name, so that a set is whole at any moment of an upgrade
+)
 SKIPPED = "skipped.jsonl"
 MAX_KEY_BYTES = 255
-_FIELDS = [("offset", "<u8"), ("size", "<u8")] + [
-    (name, "<u4") for name in ("texts", "targets", "characters", "crc")
+_FIGURES = [
+    *((name, "<u8") for name in ("offset", "size")),
+    *((name, "<u4") for name in ("texts", "targets", "characters", "crc")),
+]
+_MEMBERS = [
+    *((name, "<u8") for name in ("payload_offset", "payload_size", "text_offset", "text_size")),
+    ("members_crc", "<u4"),
+    ("payload_extension", "S11"),
+    ("text_extension", "S4"),
 ]
 
 
-def sidecar_dtype(key_bytes: int) -> np.dtype:
-    return np.dtype([*_FIELDS, ("key", f"S{key_bytes}")])
+def sidecar_dtype(key_bytes: int, form: int = FORMAT) -> np.dtype:
+    members = [] if form == 1 else _MEMBERS
+    return np.dtype([*_FIGURES, *members, ("key", f"S{key_bytes}")])
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class Manifest:
     files: tuple[FileInfo, ...] = ()
     base: str | None = None  # where the shards lie if not beside the index
     skipped: int = 0  # samples in the tars that are left out, each named in skipped.jsonl
+    format: int = FORMAT
+    format_1_digest: str | None = None  # what states of runs before format 2 call this set
     cache: Cache | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -96,9 +110,9 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise ShardError(f"{where} cannot be read as JSON: {error}") from error
         found = document.get("format") if isinstance(document, dict) else None
-        if found != FORMAT:
+        if found not in (1, FORMAT):
             raise ShardError(
-                f"{where} has format {found!r}, expected {FORMAT}: build the set again"
+                f"{where} has format {found!r}, expected 1 or {FORMAT}: build the set again"
             )
         try:
             manifest = cls(
@@ -107,6 +121,7 @@ class Manifest:
                 sidecar_file=_info(FileInfo, document["sidecar"]),
                 files=tuple(_info(FileInfo, file) for file in document["files"]),
                 cache=cache,
+                format_1_digest=document.get("format_1_digest"),
                 **{name: document[name] for name in _PLAIN},
             )
             digest = document["digest"]
@@ -114,9 +129,14 @@ class Manifest:
             raise ShardError(
                 f"{where} is not a complete index: {error!r}; build or index the set again"
             ) from error
-        if digest != manifest.digest:
+        expected = manifest.digest
+        if found == 1:
+            manifest = manifest.with_format_1_digest(manifest.sidecar_file)
+            expected = manifest.format_1_digest or ""
+        if digest != expected:
             raise ShardError(
-                f"{where} says digest {digest}, its content gives {manifest.digest}: it was changed by hand"
+                f"{where} says digest {digest}, its content gives {expected}: "
+                "it was changed by hand"
             )
         return manifest
 
@@ -141,29 +161,32 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
             **{name: getattr(self, name) for name in ("kind", "dataset", "split", "encoder")},
             "shards": [asdict(shard) for shard in self.shards],
             "files": [asdict(file) for file in self.files],
-            "sidecar": asdict(self.sidecar_file),
         }
 
     def document(self) -> dict[str, Any]:
         """The content of `index.json`."""
         return {
             **self._content(),
+            "sidecar": asdict(self.sidecar_file),
             **{name: getattr(self, name) for name in _PLAIN},
             "digest": self.digest,
+            "format_1_digest": self.format_1_digest,
         }
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over everything the set holds, wherever it lies: equal digests mean equal samples
-        in equal order.
+        """sha256 over what the tars hold and their order, wherever they lie and whatever the
+        format of their index: equal digests mean equal samples in equal order.
         """
-        return hashlib.sha256(
-            json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()
+        return _digest(self._content())
+
+    def with_format_1_digest(self, sidecar: FileInfo) -> Manifest:
+        """Completes it by the digest that format 1 gave this set, over its `sidecar` too."""
+        content = {"format": 1, **self._content(), "sidecar": asdict(sidecar)}
+        return replace(self, format_1_digest=_digest(content))
 
     @property
     def samples(self) -> int:
@@ -191,7 +214,7 @@ class Manifest:
         """Structured array with a row for each sample (see the module). Raises ShardError if it is
         another one's.
         """
-        info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes)
+        info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes, self.format)
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
             raise ShardError(
@@ -235,7 +258,12 @@ class Manifest:
         }
 
 
-_PLAIN = ("kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
+_PLAIN = ("format", "kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fetch(location: str) -> bytes:
@@ -276,37 +304,3 @@ def _no_index(folder: str) -> str:
     if any(path.glob("*.tar")):
         return f"{folder} holds tars and no {INDEX}: make one with `harness shards index {folder}`"
     return f"{folder} holds no shards (no {INDEX}): build them with `harness shards build`"
-
-
-class SidecarWriter:
-    """Rows -> `index.bin`. They wait in memory, some 100 bytes a sample, as the keys must: each may
-    occur but once.
-    """
-
-    def __init__(self):
-        self._figures, self._keys = bytearray(), []
-
-    def append(self, record: Record, key: str, offset: int, size: int, crc: int) -> None:
-        name = key.encode()
-        if len(name) > MAX_KEY_BYTES:
-            raise ShardError(
-                f"the key {key!r} has {len(name)} bytes, at most {MAX_KEY_BYTES} are possible"
-            )
-        self._keys.append(name)
-        figures = (offset, size, len(record.texts), record.targets, record.characters, crc)
-        self._figures += np.array(figures, _FIELDS).tobytes()
-
-    def finish(self, folder: Path) -> tuple[FileInfo, int]:
-        """Writes the sidecar whole; gives its entry for the index and the width of its key field."""
-        width = max(map(len, self._keys))
-        rows = np.empty(len(self._keys), sidecar_dtype(width))
-        rows[[name for name, _ in _FIELDS]] = np.frombuffer(self._figures, _FIELDS)
-        rows["key"] = self._keys
-        return write_whole(folder / SIDECAR, rows.tobytes()), width
-
-
-def write_index(manifest: Manifest, folder: Path) -> None:
-    write_whole(
-        folder / INDEX,
-        (json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n").encode(),
-    )

@@ -1,9 +1,8 @@
-"""One sample of one shard by its offset: local tars, and remote ones through a bounded cache. No
+"""One sample of one shard by its offsets; local tars, and remote ones through a bounded cache. No
 tar is extracted.
 
-A Manifest and an index -> Sample, by one `pread`. Tar headers, names and the crc of the contents
-are checked on every read, because a plain tar reader ends silently at a damaged header and never
-notices damaged bytes.
+A Manifest and an index -> Sample, by two `pread`s and a crc (of an index of format 1, by walking
+the sample's headers): damaged bytes are noticed on every read.
 """
 
 from __future__ import annotations
@@ -12,16 +11,18 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from shards.cache import Cache
 from shards.files import ShardError, is_remote
 from shards.manifest import Manifest
 from shards.record import Record, RecordError, Text
-from shards.tar import members
+from shards.tar import groups
 
 PAYLOADS = {
     "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
@@ -68,36 +69,29 @@ class Reader:
 
     def read(self, index: int) -> Sample:
         """Raises ShardError, naming shard, offset and key, for a sample that is damaged in any way."""
+        return self._sample(index, _walked if self.manifest.format == 1 else _by_members)
+
+    def walk(self, index: int) -> Sample:
+        """Reads as `read` does, and checks the tar's headers and all other files of the sample."""
+        return self._sample(index, _walked)
+
+    def _sample(
+        self, index: int, contents_of: Callable[[int, np.void], dict[str, bytes]]
+    ) -> Sample:
         manifest = self.manifest
         if not 0 <= index < manifest.samples:
             raise IndexError(f"sample {index} of {manifest.folder}, which has {manifest.samples}")
         row = manifest.sidecar[index]
         shard = int(manifest.starts.searchsorted(index, side="right")) - 1
-        offset, size, key = int(row["offset"]), int(row["size"]), row["key"].decode()
-        place = f"{manifest.location(shard)}, offset {offset}, key {key}"
-        data = os.pread(self._descriptor(shard).number, size, offset)
-        if len(data) < size:
-            raise ShardError(
-                f"{place}: the file ends after {len(data)} of {size} bytes: it is truncated"
-            )
-        crc, contents = 0, {}
+        key = row["key"].decode()
+        descriptor = self._descriptor(shard)  # held, so that it stays open while it is read
         try:
-            for member in members(
-                lambda at, n: data[at - offset : at - offset + n], offset + size, offset
-            ):
-                if member.key != key:
-                    raise ShardError(f"found a member of {member.key}")
-                begin = member.offset - offset
-                contents[member.extension] = data[begin : begin + member.size]
-                crc = zlib.crc32(contents[member.extension], crc)
-            if crc != row["crc"]:
-                raise ShardError(
-                    f"the bytes have crc {crc:08x}, expected {int(row['crc']):08x}: they are damaged"
-                )
-            record, extension = parse_sample(
+            contents = contents_of(descriptor.number, row)
+            record, extension, _ = parse_sample(
                 key, contents, manifest.kind, manifest.dataset, manifest.split
             )
         except (ShardError, RecordError) as error:
+            place = f"{manifest.location(shard)}, offset {row['offset']}, key {key}"
             raise ShardError(f"{place}: {error}") from error
         return Sample(record, contents[extension], extension, self.set_index, index)
 
@@ -112,9 +106,11 @@ class Reader:
             info, location = self.manifest.shards[shard], self.manifest.location(shard)
             try:
                 if is_remote(location):
-                    found = _Descriptor(self._cache.open(location, info.bytes, info.sha256))
+                    assert self._cache is not None  # checked when the reader was made
+                    number = self._cache.open(location, info.bytes, info.sha256)
                 else:
-                    found = _Descriptor(os.open(location, os.O_RDONLY))
+                    number = os.open(location, os.O_RDONLY)
+                found = _Descriptor(number)
             except OSError as error:
                 raise ShardError(f"{location} cannot be opened: {error}") from error
         self._open[shard] = found
@@ -124,9 +120,48 @@ class Reader:
         return {**self.__dict__, "_open": {}}
 
 
+def _by_members(descriptor: int, row: np.void) -> dict[str, bytes]:
+    """Reads payload and text alone, from where format 2 says they are."""
+    payload = _pread(descriptor, int(row["payload_size"]), int(row["payload_offset"]))
+    text = _pread(descriptor, int(row["text_size"]), int(row["text_offset"]))
+    _check_crc(zlib.crc32(text, zlib.crc32(payload)), int(row["members_crc"]))
+    return {row["payload_extension"].decode(): payload, row["text_extension"].decode(): text}
+
+
+def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
+    """Reads a whole sample, header by header."""
+    begin, size, key = int(row["offset"]), int(row["size"]), row["key"].decode()
+    data = _pread(descriptor, size, begin)
+    contents: dict[str, bytes] = {}
+    crc = 0
+    for group in groups(
+        lambda at, n: data[at - begin : at - begin + n], begin + size, begin, whole=False
+    ):
+        if group.key != key:
+            raise ShardError(f"found a member of {group.key}")
+        contents = group.contents
+        crc = group.crc
+    _check_crc(crc, int(row["crc"]))
+    return contents
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) < size:
+        raise ShardError(f"the file ends after {len(data)} of {size} bytes: it is truncated")
+    return data
+
+
+def _check_crc(found: int, expected: int) -> None:
+    if found != expected:
+        raise ShardError(
+            f"the bytes have crc {found:08x}, expected {expected:08x}: they are damaged"
+        )
+
+
 def records(paths: Iterable[str], cache: Cache | None = None) -> Iterator[Record]:
-    """Of all samples of these sets, in order, less those that cannot be read: whoever scores them
-    has named them.
+    """Yields those of all samples of these sets, in order, less those that cannot be read: whoever
+    scores them has named them.
     """
     for reader in [Reader(Manifest.open(path, cache)) for path in paths]:
         for index in range(reader.manifest.samples):
@@ -146,8 +181,9 @@ class _Descriptor:
 
 def parse_sample(
     key: str, contents: Mapping[str, bytes], kind: str, dataset: str, split: str
-) -> tuple[Record, str]:
-    """The record of a sample's files, by extension, and the extension of its payload.
+) -> tuple[Record, str, str]:
+    """Returns the record of a sample's files (by extension), and the extensions of its payload and
+    of the file that gave the record.
 
     `.json` is our record, or anything with a "caption" (a text or a list of texts); without either,
     `.txt` is the caption. Raises ShardError for a sample without payload or text, RecordError for a
@@ -162,30 +198,33 @@ def parse_sample(
         record = Record.from_json(contents["json"])
         if record.key != key:
             raise ShardError(f"the record is that of {record.key}")
-        return record, extension
+        return record, extension, "json"
     captions = _captions(contents)
-    if not captions:
+    source = "json" if captions else "txt"
+    try:
+        captions = captions or [contents.get("txt", b"").decode()]
+    except ValueError as error:
+        raise ShardError(f"its text cannot be read: {error}") from error
+    strings = [text.strip() for text in captions if isinstance(text, str)]
+    targets = tuple(filter(None, strings))
+    if not targets:
         raise ShardError(
             'no text: neither a record nor a "caption" in .json, nor a caption in .txt'
         )
-    text = Text(id=key, task="caption", targets=captions)
-    record = Record(
-        re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./")), dataset, split, key, (text,)
-    )
+    text = Text(id=key, task="caption", targets=targets)
+    name = re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./"))
+    record = Record(name, dataset, split, key, (text,))
     record.check()
-    return record, extension
+    return record, extension, source
 
 
-def _captions(contents: Mapping[str, bytes]) -> tuple[str, ...]:
+def _captions(contents: Mapping[str, bytes]) -> list[Any]:
+    """The "caption" of .json as a list; none is not an error yet."""
     try:
         document = json.loads(contents.get("json", b"null"))
-        found = document.get("caption") if isinstance(document, dict) else None
-        if not found:
-            found = contents.get("txt", b"").decode()
     except ValueError as error:
         raise ShardError(f"its text cannot be read: {error}") from error
-    return tuple(
-        text.strip()
-        for text in ([found] if isinstance(found, str) else found)
-        if text and text.strip()
-    )
+    found = document.get("caption") if isinstance(document, dict) else None
+    if isinstance(found, list):
+        return found
+    return [found] if found else []

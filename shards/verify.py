@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from shards.files import ShardError, is_remote, join
-from shards.index import Group, Progress, groups, open_shard
+from shards.images import upright
 from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
 from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
+from shards.sidecar import Progress, row_of
+from shards.tar import Group, groups, open_shard
 
 
 def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: None) -> list[str]:
@@ -38,10 +41,11 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
     problems = manifest.file_problems() + _strangers(manifest)
     for file in manifest.files:
         if not any(join(manifest.folder, file.name) in problem for problem in problems):
-            problems += _problem(lambda file=file: manifest.read_file(file.name))
+            problems += _problem(partial(manifest.read_file, file.name))
     broken = _problem(lambda: manifest.sidecar)
     if broken:
-        return problems + ([] if any(SIDECAR in problem for problem in problems) else broken)
+        name = manifest.sidecar_file.name
+        return problems + ([] if any(name in problem for problem in problems) else broken)
     keys, counts = np.unique(manifest.sidecar["key"], return_counts=True)
     problems += [
         f"{folder}: key {key.decode()!r} occurs {n} times"
@@ -58,14 +62,13 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
 def _verify_shard(
     manifest: Manifest, shard: int, left_out: set[int], on_progress: Progress
 ) -> list[str]:
-    info, location, first = (
-        manifest.shards[shard],
-        manifest.location(shard),
-        int(manifest.starts[shard]),
-    )
+    info = manifest.shards[shard]
+    location = manifest.location(shard)
+    first = int(manifest.starts[shard])
     rows = manifest.sidecar[first : manifest.starts[shard + 1]]
     waiting = {int(row["offset"]): first + i for i, row in enumerate(rows)}
-    problems, stopped, hashed = [], None, None
+    problems: list[str] = []
+    stopped = hashed = None
     if int(rows["texts"].sum()) != info.texts:
         problems.append(
             f"{location}: the sidecar counts {rows['texts'].sum()} texts, the index {info.texts}"
@@ -88,12 +91,11 @@ def _verify_shard(
     except ShardError as error:
         return [str(error)]
     precise = len(problems)
-    if stopped and not is_remote(
-        location
-    ):  # behind a damaged place the samples are still found by their offsets
+    if stopped and not is_remote(location):
+        # behind a damaged place the samples are still found by their offsets
         reader = Reader(manifest)
         for index in waiting.values():
-            problems += _problem(lambda index=index: _decode(manifest, reader.read(index)))
+            problems += _problem(partial(_read_and_decode, reader, index))
             on_progress(1)
     if stopped and len(problems) == precise:
         problems.append(stopped)
@@ -107,6 +109,10 @@ def _verify_shard(
     return problems
 
 
+def _read_and_decode(reader: Reader, index: int) -> None:
+    _decode(reader.manifest, reader.walk(index))
+
+
 def _check_group(manifest: Manifest, index: int, group: Group, location: str) -> list[str]:
     """What is wrong with one sample found in its place."""
     row, place = manifest.sidecar[index], f"{location}, offset {group.start}, key {group.key}"
@@ -117,15 +123,15 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
             f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they are damaged"
         ]
     try:
-        record, extension = parse_sample(
+        record, extension, text = parse_sample(
             group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
         )
     except (ShardError, RecordError) as error:
         return [f"{place}: {error}"]
-    found = {"texts": len(record.texts), "targets": record.targets, "characters": record.characters}
-    for name, count in found.items():
-        if count != row[name]:
-            return [f"{place}: the record has {count} {name}, the index says {row[name]}"]
+    found = row_of(group, record, extension, text)
+    for name, value in zip(row.dtype.names[:-1], found, strict=False):  # format 1 has fewer
+        if value != row[name]:
+            return [f"{place}: the record has {value} {name}, the index says {row[name]}"]
     sample = Sample(record, group.contents[extension], extension, 0, index)
     return [f"{place}: {problem}" for problem in _problem(lambda: _decode(manifest, sample))]
 
@@ -134,8 +140,7 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
     """Raises ShardError unless the payload is what the set promises."""
     if manifest.kind == "images":
         try:
-            with Image.open(io.BytesIO(sample.payload)) as image:
-                image.load()
+            upright(sample.payload)
         except Exception as error:  # Pillow's decoders raise what they like
             raise ShardError(
                 f"the image cannot be decoded: {str(error).split(' <_io')[0]}"
@@ -165,7 +170,9 @@ def _strangers(manifest: Manifest) -> list[str]:
     """Files in the set's own folder that its index does not name: the loader would never read them."""
     if is_remote(manifest.folder):
         return []
-    known = {INDEX, SIDECAR, SKIPPED} | {info.name for info in (*manifest.shards, *manifest.files)}
+    known = {INDEX, SIDECAR, SKIPPED, manifest.sidecar_file.name} | {
+        info.name for info in (*manifest.shards, *manifest.files)
+    }
     found = sorted(path.name for path in Path(manifest.folder).iterdir() if path.name not in known)
     return [f"{join(manifest.folder, name)} is not named in {INDEX}" for name in found]
 
@@ -194,6 +201,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for index in sorted(measured.union(read)):
         sample = reader.read(index)
+        assert sample.record is not None  # a read gives one, or raises
         for text in sample.record.texts:
             task = tasks.setdefault(text.task, {"texts": 0, "prompt": [], "target": []})
             task["texts"] += 1

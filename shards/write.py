@@ -7,12 +7,11 @@ Equal input gives equal bytes (fixed time and owner), so a set that is built twi
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,14 +21,14 @@ import psutil
 from webdataset import TarWriter
 
 from shards.files import ShardError, sync, write_whole
-from shards.manifest import INDEX, Kind, Manifest, ShardInfo, SidecarWriter, write_index
+from shards.manifest import INDEX, Kind, Manifest
 from shards.read import PAYLOADS
 from shards.record import Record
+from shards.sidecar import Indexing, write_index
+from shards.tar import BLOCK
 
-BLOCK = 512
-MAX_NAME = (
-    100  # characters of a member's name that every tar reader takes without an extended header
-)
+# characters of a member's name that every tar reader takes without an extended header
+MAX_NAME = 100
 
 
 def write_shards(
@@ -48,10 +47,10 @@ def write_shards(
     """Writes (record, payload, extension) triples to OUT/SPLIT-000000.tar ... with `index.json` and
     its sidecar.
 
-    OUT is the folder of the split itself. A shard is closed before it would pass either bound. Raises ShardError for
-    an OUT that already holds something (unless `overwrite`), a key that occurs twice, an extension
-    that is not of the set's kind, no sample at all; RecordError for a bad record. On any error OUT
-    is as it was before.
+    OUT is the folder of the split itself. A shard is closed before it would pass either bound.
+    Raises ShardError for an OUT that already holds something (unless `overwrite`), a key that
+    occurs twice, an extension that is not of the set's kind, no sample at all; RecordError for a
+    bad record. On any error OUT is as it was before.
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -62,27 +61,19 @@ def write_shards(
         if not out.is_dir() or any(out.iterdir()):
             raise ShardError(f"{out} is there and is not empty: choose another folder")
     with folder_beside(out) as beside:
-        sidecar, shards = SidecarWriter(), []
+        indexing = Indexing(kind, dataset, split)
         numbered = _numbered(samples, split, kind, max_shard_bytes, max_shard_samples)
         for number, members in groupby(numbered, key=itemgetter(0)):
-            shards.append(_write_tar(beside / f"{split}-{number:06d}.tar", members, sidecar))
-        if not shards:
+            path = beside / f"{split}-{number:06d}.tar"
+            _write_tar(path, members)
+            indexing.add(str(path))
+        if not indexing.shards:
             raise ShardError(f"there is no sample to write for {split}")
-        files = tuple(
-            write_whole(beside / name, data) for name, data in sorted((extra_files or {}).items())
-        )
-        info, key_bytes = sidecar.finish(beside)
-        manifest = Manifest(
-            str(out),
-            kind,
-            dataset,
-            split,
-            tuple(shards),
-            info,
-            key_bytes,
-            encoder=encoder,
-            files=files,
-        )
+        assert not indexing.skipped, indexing.skipped[0]  # each was checked before it was written
+        extra = sorted((extra_files or {}).items())
+        files = tuple(write_whole(beside / name, data) for name, data in extra)
+        made = indexing.finish(beside, encoder=encoder, files=files)
+        manifest = replace(made, folder=str(out))
         write_index(manifest, beside)
         sync(beside)
         if out.exists():  # what was there goes only when the new one stands
@@ -108,9 +99,8 @@ def folder_beside(out: Path) -> Iterator[Path]:
     prefix = f".{out.name}.{os.uname().nodename}."
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix).partition(".")[0]
-        if process.isdecimal() and not psutil.pid_exists(
-            int(process)
-        ):  # else of a machine whose name goes on
+        # not decimal: that of a machine whose name goes on
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left)
     beside = out.with_name(f"{prefix}{os.getpid()}")
     beside.mkdir()
@@ -130,9 +120,8 @@ def _numbered(
     """Checked samples as (number of the shard, record, its files by extension in the order of
     TarWriter).
     """
-    keys: set[str] = (
-        set()
-    )  # grows by some 100 bytes a sample: the price of naming a duplicate at once
+    # grows by some 100 bytes a sample: the price of naming a duplicate at once
+    keys: set[str] = set()
     number = held = count = 0
     for record, payload, extension in samples:
         record.check()
@@ -152,35 +141,22 @@ def _numbered(
         members = dict(sorted({extension: payload, "json": record.to_json()}.items()))
         size = sum(map(_size_in_tar, members.values()))
         if count and (count == max_samples or held + size > max_bytes):
-            number, held, count = number + 1, 0, 0
-        held, count = held + size, count + 1
+            number += 1
+            held = count = 0
+        held += size
+        count += 1
         yield number, record, members
 
 
-def _write_tar(
-    path: Path, samples: Iterable[tuple[int, Record, dict[str, bytes]]], sidecar: SidecarWriter
-) -> ShardInfo:
-    count = texts = offset = 0
-    with open(path, "w+b") as file:
+def _write_tar(path: Path, samples: Iterable[tuple[int, Record, dict[str, bytes]]]) -> None:
+    with open(path, "wb") as file:
         with TarWriter(
             file, user="harness", group="harness", mtime=0, encoder=False, compress=False
         ) as tar:
             for _, record, members in samples:
                 tar.write({"__key__": record.key, **members})
-                *before, last = members.values()
-                size = (
-                    sum(map(_size_in_tar, before)) + BLOCK + len(last)
-                )  # from the first header to the last byte
-                sidecar.append(
-                    record, record.key, offset, size, zlib.crc32(b"".join(members.values()))
-                )
-                offset += sum(map(_size_in_tar, members.values()))
-                count, texts = count + 1, texts + len(record.texts)
         file.flush()
         os.fsync(file.fileno())
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return ShardInfo(path.name, file.tell(), sha256, count, texts)
 
 
 def _size_in_tar(content: bytes) -> int:

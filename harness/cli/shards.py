@@ -100,11 +100,24 @@ def index(
         Path | None, typer.Option(help="Where the index goes. None: beside the tars.")
     ] = None,
     overwrite: Overwrite = False,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Rewrite the index of these sets in today's format.")
+    ] = False,
 ) -> None:
     """Indexes WebDataset shards that were made elsewhere."""
     from shards.files import ShardError
-    from shards.index import index_shards
+    from shards.index import index_shards, upgrade_index
 
+    if upgrade:
+        if dataset or split or out or overwrite:
+            raise ShardError(
+                "--upgrade takes folders of sets alone: it keeps what their index says"
+            )
+        for place in places:
+            with _counted(f"indexing {place}") as count:
+                made = upgrade_index(place, on_progress=count)
+            print(f"{made.folder}: its index has format {made.format}")
+        return
     if out and len(places) > 1:
         raise ShardError(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"

@@ -7,27 +7,19 @@ reading processes. Legend: H W pixels, 3 colours, P patch tokens, D width of the
 
 from __future__ import annotations
 
-import io
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import safetensors.numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from harness.config.schema import Config, VisionConfig
+from shards.images import FORMATS, on_white, upright
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-)  # Pillow's other decoders are not needed, and an open door
 
 
 class ImageError(ValueError):
@@ -39,31 +31,32 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
 
     crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
     CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:
-    as it is, for another's processor. Transparency is laid on white and the EXIF orientation is
+    as it is, for the processor of another model. Transparency is laid on white and the EXIF orientation is
     honoured, both as transformers does when it loads a file. Raises ImageError for what cannot be
     decoded, or has more than `max_pixels` before or after resizing.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's own limit of pixels: ours is checked below, before decoding
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
+
+    def check_size(width: int, height: int) -> None:
         scale = image_size / min(width, height) if mode == "crop" else 1.0
         if max(1.0, scale) ** 2 * width * height > max_pixels:
             raise ImageError(
-                f"the image has {width} x {height} pixels, too many to resize within the limit of {max_pixels} "
-                f"(data.max_image_pixels)"
+                f"the image has {width} x {height} pixels, too many to resize within the limit of "
+                f"{max_pixels} (data.max_image_pixels)"
             )
-        image = ImageOps.exif_transpose(_on_white(image))
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit of pixels: ours is checked before decoding
+            warnings.simplefilter("ignore")
+            image = on_white(upright(data, check_size)[0])
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image is above the limit of {max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:  # whose own text holds an address in memory
         raise ImageError(
-            f"{len(data)} bytes cannot be decoded as an image: they begin {data[:8]!r}, expected {', '.join(FORMATS)}"
+            f"{len(data)} bytes cannot be decoded as an image: they begin {data[:8]!r}, "
+            f"expected {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # Pillow raises at least six types for damaged files
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
@@ -72,36 +65,22 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
     if mode == "squash":
         return np.array(_resized(image, image_size, image_size))
     width, height = image.size
-    short, long = image_size, int(image_size * max(width, height) / min(width, height))
-    width, height = (short, long) if width <= height else (long, short)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
+    long = int(image_size * max(width, height) / min(width, height))
+    width, height = (image_size, long) if width <= height else (long, image_size)
+    left = (width - image_size) // 2
+    top = (height - image_size) // 2
     pixels_HW3 = np.asarray(_resized(image, width, height))
     return pixels_HW3[top : top + image_size, left : left + image_size].copy()
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white. The EXIF data stays with the image."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    exif = image.getexif()
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), image).convert("RGB")
-    image.info["exif"] = exif.tobytes()
-    return image
-
-
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    return (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class Encoded(Protocol):
-    """What a reader of shards hands over: the bytes of one member, and what the end of its name
-    says they are.
-    """
+    """Bytes that a reader of shards hands over, and what the end of their name says they are."""
 
     payload: bytes
     extension: str
@@ -109,7 +88,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """A Loader's `decode`: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD.
+    """The `decode` of a Loader: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD.
     Picklable.
     """
 
@@ -136,8 +115,8 @@ class ImageDecoder:
 
 
 def reading(config: Config) -> dict[str, Any]:
-    """What a config says of reading any of its sets, to train on or to score: keyword arguments of
-    a Loader.
+    """Returns the keyword arguments of a Loader that a config gives for any of its sets, to train
+    on or to score.
     """
     return {
         "workers": config.data.workers,

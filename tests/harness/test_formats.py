@@ -68,6 +68,25 @@ def test_a_run_that_was_killed_goes_on_as_one_that_was_not(expected, capfd, run)
 
 
 @pytest.mark.parametrize("run", ["t5_run", "gpt2_run"])
+def test_a_run_goes_on_as_before_over_sets_whose_index_was_upgraded(expected, harness, run):
+    shutil.copytree(run, "before")
+    assert main([f"{run}/config.yaml", "out=before", "--resume", "auto"]) == 0
+    sets = list(expected["sets"])
+    code, said, _ = harness("shards", "index", *sets, "--upgrade")
+    assert (code, said.count("its index has format 2")) == (0, 4)
+    assert main([f"{run}/config.yaml", "--resume", "auto"]) == 0
+    assert losses(Path(run)) == losses(Path("before")), "the same bits"
+    uncut = {int(step): loss for step, loss in expected["runs"][run]["losses"].items()}
+    assert losses(Path(run)) == pytest.approx(uncut, rel=1e-5)
+
+
+def test_an_upgrade_takes_nothing_that_the_index_says_already(expected, harness):
+    code, _, errors = harness("shards", "index", "shards/dev", "--upgrade", "--split", "test")
+    assert code == 2
+    assert "--upgrade takes folders of sets alone" in errors
+
+
+@pytest.mark.parametrize("run", ["t5_run", "gpt2_run"])
 def test_a_model_says_what_it_said(expected, harness, run):
     known, ask = expected["runs"][run], ("ask", run, "--image", "picture.jpg")
     assert harness(*ask)[1] == known["caption"]

@@ -83,17 +83,17 @@ def test_a_shard_of_another_size_is_named_with_found_and_expected(folder):
 
 
 def test_a_sidecar_of_another_set_is_refused(folder):
-    sidecar = folder / "index.bin"
+    sidecar = folder / "samples.bin"
     data = bytearray(sidecar.read_bytes())
     data[3] ^= 1
     sidecar.write_bytes(data)
-    with pytest.raises(ShardError, match=r"index\.bin has sha256 \w+, expected \w+"):
+    with pytest.raises(ShardError, match=r"samples\.bin has sha256 \w+, expected \w+"):
         Manifest.open(folder)
 
 
 def test_a_sidecar_with_another_number_of_rows_is_refused(folder):
     manifest = Manifest.open(folder)
-    with pytest.raises(ShardError, match=r"index\.bin has \d+ bytes, expected 8 rows of \d+"):
+    with pytest.raises(ShardError, match=r"samples\.bin has \d+ bytes, expected 8 rows of \d+"):
         _ = replace(manifest, shards=manifest.shards[:2]).sidecar
 
 

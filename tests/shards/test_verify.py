@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from pictures import make_tar
 from shards.cache import Cache
 from shards.files import ShardError
 from shards.index import index_shards
@@ -118,8 +119,8 @@ def test_missing_and_unknown_files_are_named(folder):
 
 
 def test_a_damaged_sidecar_and_a_missing_index_are_named(folder):
-    change(folder / "index.bin", 0)
-    assert "index.bin has sha256" in verify(folder)[0]
+    change(folder / "samples.bin", 0)
+    assert "samples.bin has sha256" in verify(folder)[0]
     (folder / "index.json").unlink()
     assert "holds tars and no index.json" in verify(folder)[0]
 
@@ -190,23 +191,13 @@ def test_real_flickr8k_is_written_read_and_verified(shared_data, tmp_path):
 # Shards made elsewhere
 
 
-def make_tar(path, files, tar_format=tarfile.USTAR_FORMAT):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path.parent
-
-
 def test_the_index_of_our_own_shards_is_made_anew_the_same(folder):
     digest = Manifest.open(folder).digest
     with pytest.raises(ShardError, match="is there already"):
         index_shards(folder, "toy", "train")
     assert index_shards(folder, "toy", "train", overwrite=True).digest == digest
     (folder / "index.json").unlink()
-    (folder / "index.bin").unlink()
+    (folder / "samples.bin").unlink()
     assert index_shards(folder, "toy", "train").digest == digest
     assert verify(folder) == []
 
@@ -290,7 +281,7 @@ def test_a_link_in_a_tar_is_refused(tmp_path):
 
 def test_indexing_a_damaged_tar_names_shard_and_offset_and_leaves_nothing(folder):
     offset = offset_of(folder, 6)
-    for name in ("index.json", "index.bin"):
+    for name in ("index.json", "samples.bin"):
         (folder / name).unlink()
     shard = folder / "train-000001.tar"
     whole = shard.read_bytes()

@@ -4,6 +4,7 @@ out.
 
 import hashlib
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,13 @@ def fill(folder: Path, names) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(name))
     return folder
+
+
+def make_tar(path, files, tar_format=tarfile.USTAR_FORMAT):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.parent

@@ -1,0 +1,134 @@
+"""Tars -> the sidecar and the index of a set, in one pass over each tar: those just written, and
+those made elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.files import FileInfo, ShardError, write_whole
+from shards.manifest import (
+    INDEX,
+    MAX_KEY_BYTES,
+    SIDECAR,
+    SIDECAR_1,
+    Kind,
+    Manifest,
+    ShardInfo,
+    sidecar_dtype,
+)
+from shards.read import parse_sample
+from shards.record import Record, RecordError
+from shards.tar import Group, groups, open_shard
+
+Progress = Callable[[int], None]  # called with the number of samples done since the last call
+
+
+class Indexing:
+    """The rows and entries of the tars that were added so far, some 200 bytes a sample: a key may
+    occur but once, so all are kept.
+    """
+
+    def __init__(
+        self, kind: Kind, dataset: str, split: str, on_progress: Progress = lambda samples: None
+    ):
+        self._described: dict[str, Any] = {"kind": kind, "dataset": dataset, "split": split}
+        self._on_progress = on_progress
+        self.shards: list[ShardInfo] = []
+        self.skipped: list[dict[str, Any]] = []  # what is no sample, with its place and the reason
+        self._seen: set[str] = set()
+        self._keys: list[bytes] = []
+        self._rows = bytearray()
+
+    def add(self, location: str) -> None:
+        """Adds a tar. Raises ShardError for a damaged one and for a key that occurs again."""
+        name = location.rpartition("/")[2]
+        before = len(self._keys)
+        texts = 0
+        with open_shard(location) as (read, size):
+            try:
+                for group in groups(read, size):
+                    texts += self._add_sample(group, name)
+            except ShardError as error:
+                raise ShardError(f"{location}: {error}") from error
+            samples = len(self._keys) - before
+            self.shards.append(ShardInfo(name, *read.finish(), samples, texts))
+
+    def _add_sample(self, group: Group, shard: str) -> int:
+        """Returns how many texts it has; 0 if it is left out."""
+        self._must_be_new(group.key, group.start)
+        try:
+            record, *extensions = parse_sample(group.key, group.contents, **self._described)
+        except (ShardError, RecordError) as error:
+            where = {"shard": shard, "offset": group.start, "key": group.key}
+            self.skipped.append({**where, "reason": str(error)})
+            return 0
+        if record.key != group.key:
+            self._must_be_new(record.key, group.start)
+        key = group.key.encode()
+        if len(key) > MAX_KEY_BYTES:
+            raise ShardError(
+                f"the key {group.key!r} has {len(key)} bytes, at most {MAX_KEY_BYTES} are possible"
+            )
+        self._keys.append(key)
+        self._rows += np.array((*row_of(group, record, *extensions), b""), _ONE).tobytes()
+        self._on_progress(1)
+        return len(record.texts)
+
+    def _must_be_new(self, key: str, offset: int) -> None:
+        if key in self._seen:
+            raise ShardError(
+                f"the key {key!r} occurs again at offset {offset}: keys must be unique, "
+                "the files of a sample adjacent"
+            )
+        self._seen.add(key)
+
+    def finish(self, folder: Path, **further: Any) -> Manifest:
+        """Writes the sidecar; the set is complete with `write_index`."""
+        width = max(map(len, self._keys))
+        rows = np.empty(len(self._keys), sidecar_dtype(width))
+        rows[:] = np.frombuffer(self._rows, _ONE).astype(rows.dtype)
+        rows["key"] = self._keys
+        rows_1 = np.empty(len(rows), sidecar_dtype(width, 1))
+        for name in rows_1.dtype.names or ():
+            rows_1[name] = rows[name]
+        manifest = Manifest(
+            str(folder),
+            shards=tuple(self.shards),
+            sidecar_file=write_whole(folder / SIDECAR, rows.tobytes()),
+            key_bytes=width,
+            skipped=len(self.skipped),
+            **self._described,
+            **further,
+        )
+        info_1 = FileInfo.of(SIDECAR_1, rows_1.tobytes())
+        return manifest.with_format_1_digest(info_1)
+
+
+_ONE = sidecar_dtype(1)  # keys are filled in when the longest is known
+
+
+def row_of(group: Group, record: Record, payload: str, text: str) -> tuple[int | bytes, ...]:
+    """The sidecar's columns of one sample, but for its key (see `manifest`)."""
+    places = [
+        figure
+        for member in (group.members[payload], group.members[text])
+        for figure in (member.offset, member.size)
+    ]
+    crc = zlib.crc32(group.contents[text], zlib.crc32(group.contents[payload]))
+    figures = (len(record.texts), record.targets, record.characters, group.crc)
+    names = (payload.encode(), text.encode())
+    return (group.start, group.end - group.start, *figures, *places, crc, *names)
+
+
+def write_index(manifest: Manifest, folder: Path) -> None:
+    """Writes `index.json`: from then on the folder is a set. What format 1 left there goes."""
+    text = json.dumps(manifest.document(), indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / INDEX, text.encode())
+    (folder / SIDECAR_1).unlink(missing_ok=True)
