@@ -36,7 +36,7 @@ def main() -> None:
     prepare.calibrate(model, config)
     wrapped, collate = (
         engine.prepare(model),
-        Collator(model.tokenizer, config.data, config.prompts, config.seed),
+        Collator.of(config, model.tokenizer),
     )
     model.train()
     step_seconds, look_seconds = [], []

@@ -242,12 +242,8 @@ def _train(
     peak: float,
     progress,
 ) -> None:
-    # A sound base, as published ones are, also for a config that shows the mistake.
-    collate = Collator(
-        language.tokenizer,
-        config.data.model_copy(update={"loss_on_padding": False}),
-        config.prompts,
-    )
+    # A sound base, as published ones are: also a config with known mistakes makes none here.
+    collate = Collator(language.tokenizer, config.data, config.prompts)
     # A prompt with very many targets (all captions have the same) is cut into units that fit into a
     # step.
     units = [

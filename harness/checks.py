@@ -89,14 +89,15 @@ def changes(found: Checkpoint, config: Config) -> list[str]:
     """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another
     model.
     """
-    before, now = flatten(Config(**found.state["config"])), flatten(config)
+    before = flatten(Config(**found.state["config"]))
+    now = flatten(config)
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
         if key != "out" and before.get(key) != now.get(key)
     ]
     for key in changed:
-        if key.startswith("model.") and key not in BY_HASH:
+        if key.startswith(("model.", "known_mistakes.bos")) and key not in BY_HASH:
             raise ConfigError(
                 f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now"
             )

@@ -1,17 +1,18 @@
-"""The whole experiment as frozen, validated dataclasses: load a YAML file, override by `key=value`,
-dump it again.
+"""Every key a config may have: a field below, with its default, its unit and what it means.
 
-Every key a config may have is a field below, with its unit and its default. Nothing else is
-accepted: a wrong key is answered with the closest right one. Imports no torch, so that `harness
---help` and every check before a launch is fast.
+The comment beside or above a field is what `harness config` and docs/configuration.md show for it.
+Nothing else is accepted. How a file is read: load.py; what a wrong key is told: mistakes.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from harness.config.known_mistakes import KnownMistakesConfig, at_their_new_place
 
 
 def _number(value: Any) -> Any:
@@ -24,77 +25,76 @@ Positive = Annotated[int, BeforeValidator(_number), Field(gt=0)]
 NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_number)]
 Above0 = Annotated[Number, Field(gt=0)]
+From0 = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Between0And1 = Annotated[Number, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
+    """A part of a config: frozen, and no key beside its fields."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False
     )
 
 
 class DataSetConfig(Section):
-    """One set of shards. `weight` is its share of a mixture; without weights every record comes
-    once an epoch.
-    """
+    """One set of shards."""
 
-    path: str
+    path: str  # a folder of shards, or its fsspec URL
+    # Its share of a mixture; without weights every record comes once an epoch.
     weight: Above0 | None = None
 
 
 class DataConfig(Section):
-    train: tuple[DataSetConfig, ...] = ()
+    """What is read, and how it is drawn."""
+
+    train: tuple[DataSetConfig, ...] = ()  # sets to learn from
     dev: tuple[DataSetConfig, ...] = ()  # scored during training; everything is chosen on it
     test: tuple[DataSetConfig, ...] = ()  # scored by `harness evaluate`, at the end
-    texts_per_image: Positive | None = (
-        None  # texts drawn of each image per epoch; none: all of them
-    )
-    answer: Literal["most_common", "drawn"] = (
-        "most_common"  # vqa training target; drawn: by annotator frequency
-    )
-    max_prompt_tokens: Positive = 64
-    max_target_tokens: Positive = 48
-    loss_on_padding: bool = (
-        False  # targets padded to max_target_tokens and trained on: docs/why-is-my-caption-empty.md
-    )
-    train_images: Positive | None = (
-        None  # the first so many of epoch 0, in every epoch; none: all of them
-    )
+    texts_per_image: Positive | None = None  # drawn of each image per epoch; null: all of them
+    # The answer that is learnt; drawn: by annotator frequency.
+    answer: Literal["most_common", "drawn"] = "most_common"
+    max_prompt_tokens: Positive = 64  # a longer prompt is cut, and counted
+    max_target_tokens: Positive = 48  # a longer target is cut, and counted
+    # The first so many images of epoch 0, in every epoch; null: all of them.
+    train_images: Positive | None = None
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
+    # An epoch's last global batch: short as it is, filled with the epoch's first images, or dropped.
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
     prefetch: Positive = 2  # batches read ahead per worker
-    cache_dir: str | None = None  # remote shards only
-    cache_gb: Above0 = 20.0
+    cache_dir: str | None = None  # a local folder for remote shards, which need one
+    cache_gb: Above0 = 20.0  # 10^9 bytes that it may hold; at least two windows
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
 
 
 class VisionConfig(Section):
-    kind: Literal["clip", "efficientnet_lite0"] = "clip"
-    id: str = (
-        "openai/clip-vit-base-patch32"  # hub id or local folder (unused by efficientnet_lite0)
-    )
-    revision: str | None = None
+    """The frozen image encoder."""
+
+    kind: Literal["clip", "efficientnet_lite0"] = "clip"  # efficientnet_lite0 comes as a package
+    id: str = "openai/clip-vit-base-patch32"  # hub id or local folder; clip alone
+    revision: str | None = None  # of the hub's repository
     layer: int = -2  # which hidden state of CLIP; -1 is the last
     image_size: Positive = 224  # pixels, both sides
 
 
 class BridgeConfig(Section):
-    kind: Literal["qformer", "mean_pool", "linear"] = "qformer"
-    query_tokens: Positive = 32
-    layers: Positive = 2
-    width: Positive = 768
-    heads: Positive = 12
+    """What turns patch tokens into image tokens for the language model."""
+
+    kind: Literal["qformer", "mean_pool", "linear"] = "qformer"  # the others are for comparison
+    query_tokens: Positive = 32  # image tokens that the language model reads
+    layers: Positive = 2  # of the Q-Former
+    width: Positive = 768  # of its tokens; divisible by heads
+    heads: Positive = 12  # of its attention
     cross_attention_frequency: Positive = 1  # every how many layers the queries look at the image
-    dropout: Fraction = 0.0
-    # false: frozen whole at its random start, the control experiment; projection: all of it but the
-    # projection
+    dropout: Fraction = 0.0  # in the Q-Former
+    # false: frozen whole at its random start, the control; projection: all but the projection.
     trainable: bool | Literal["projection"] = True
     question_aware: bool = False  # the queries read the prompt too (InstructBLIP)
-    init_from: str | None = (
-        None  # hub id or folder of BERT, or of a BLIP-2, whose weights the Q-Former starts from
-    )
+    # Hub id or folder of BERT, or of a BLIP-2, whose weights the Q-Former starts from.
+    init_from: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> BridgeConfig:
@@ -108,122 +108,130 @@ class BridgeConfig(Section):
 
 
 class LoraConfig(Section):
-    r: Positive = 16
-    alpha: Above0 = 32.0
-    dropout: Fraction = 0.0
-    targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"
+    """The low-rank adapters; tuning qlora and lora alone."""
+
+    r: Positive = 16  # rank
+    alpha: Above0 = 32.0  # the product is scaled by alpha / r
+    dropout: Fraction = 0.0  # before the adapters
+    targets: Literal["all_linear"] | tuple[str, ...] = "all_linear"  # names of layers
 
 
 class LanguageModelConfig(Section):
-    kind: Literal["t5", "gpt2"] = "t5"
+    """The language model."""
+
+    kind: Literal["t5", "gpt2"] = "t5"  # encoder-decoder, or decoder alone
     id: str = "google/flan-t5-base"  # hub id or local folder
-    revision: str | None = None
+    revision: str | None = None  # of the hub's repository
+    # qlora: frozen in 4 bits (NF4) with LoRA; lora: frozen with LoRA; full: trained whole.
     tuning: Literal["qlora", "lora", "frozen", "full"] = "qlora"
     lora: LoraConfig = LoraConfig()
     dropout: Fraction = 0.0  # in the base itself, for one that is trained whole on few texts
-    cross_attention: bool = (
-        False  # gpt2: new layers look at the image tokens, which else stand before the prompt
-    )
-    bos: Literal["always", "generation_only"] = (
-        "always"  # gpt2: generation_only is a known mistake, as loss_on_padding
-    )
+    # gpt2: new layers look at the image tokens, which else stand before the prompt.
+    cross_attention: bool = False
 
     @model_validator(mode="after")
     def _only_gpt2_has_it(self) -> LanguageModelConfig:
-        if self.kind != "gpt2" and (self.cross_attention or self.bos != "always"):
-            raise ValueError(f"cross_attention and bos are keys of kind gpt2, this is {self.kind}")
+        if self.kind != "gpt2" and self.cross_attention:
+            raise ValueError(f"cross_attention is a key of kind gpt2, this is {self.kind}")
         return self
 
 
 class ModelConfig(Section):
+    """The three parts."""
+
     vision: VisionConfig = VisionConfig()
     bridge: BridgeConfig = BridgeConfig()
     lm: LanguageModelConfig = LanguageModelConfig()
-    init_from: str | None = (
-        None  # an earlier run, a checkpoint or its model/: whose trained weights are the start
-    )
+    # An earlier run, a checkpoint or its model/, whose trained weights are the start.
+    init_from: str | None = None
 
 
 class PromptsConfig(Section):
-    """Names of templates in prompts.py, or a template of one's own; "none" leaves the prompt out (a
-    question stays).
-    """
+    """Names of templates in data/prompts.py, or templates; none: no prompt (a question stays)."""
 
-    caption: str = "describe"
-    vqa: str = "question"
+    caption: str = "describe"  # before a caption
+    vqa: str = "question"  # around a question
 
 
 class DecodingConfig(Section):
-    max_new_tokens: Positive = 40
-    min_new_tokens: NonNegative = 0
-    beams: Positive = 1
-    length_penalty: Number = 1.0
+    """How an answer is written."""
+
+    max_new_tokens: Positive = 40  # where it is cut
+    min_new_tokens: NonNegative = 0  # no end before
+    beams: Positive = 1  # 1: greedy
+    length_penalty: Number = 1.0  # beams: above 0 favours longer ones
 
 
 class GenerateConfig(Section):
+    """How answers are written, by task."""
+
     caption: DecodingConfig = DecodingConfig(max_new_tokens=40)
     vqa: DecodingConfig = DecodingConfig(max_new_tokens=10)
 
 
 class TrainConfig(Section):
-    epochs: Positive = 5
+    """The training loop."""
+
+    epochs: Positive = 5  # passes over data.train
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
     micro_batch: Positive = 32  # images at a time on one rank
     learning_rate: Above0 = 1e-4  # its peak
-    bridge_learning_rate: Above0 | None = None  # none: as learning_rate, which LoRA wants higher
-    schedule: Literal["cosine", "constant"] = "cosine"
+    bridge_learning_rate: Above0 | None = None  # null: as learning_rate, which LoRA wants higher
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     warmup: Fraction = 0.03  # share of all steps
     final_learning_rate: Fraction = 0.0  # share of the peak where the cosine ends
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
-    betas: tuple[Below1, Below1] = (0.9, 0.98)
-    clip_norm: Above0 | None = 1.0
-    label_smoothing: Fraction = 0.0
-    eos_loss_weight: Annotated[Number, Field(ge=0)] = 1.0
+    weight_decay: From0 = 0.05  # AdamW's; biases and norms are not decayed
+    betas: tuple[Below1, Below1] = (0.9, 0.98)  # AdamW's
+    clip_norm: Above0 | None = 1.0  # of the gradient; null: not clipped
+    label_smoothing: Fraction = 0.0  # share of the target's weight spread over all words
+    eos_loss_weight: From0 = 1.0  # of the end of an answer against a word
+    # auto: bf16 where the GPU has it, fp16 by parts on a T4, fp32 on a CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    activation_checkpointing: bool = False
-    evaluate_every: Positive | None = None  # steps; none: at the end of each epoch
-    save_every: Positive | None = None  # steps; none: at the end of each epoch
-    keep_checkpoints: Positive = 2
+    activation_checkpointing: bool = False  # less memory: activations are computed twice
+    evaluate_every: Positive | None = None  # steps; null: at the end of each epoch
+    save_every: Positive | None = None  # steps; null: at the end of each epoch
+    keep_checkpoints: Positive = 2  # the newest so many
     log_every: Positive = 10  # steps
-    max_skipped_in_a_row: Positive = 10  # non-finite steps before the run stops
-    image_use_every: Positive | None = (
-        200  # steps between looks of the gate at few images; none: at evaluations alone
-    )
-    stop_if_image_ignored: bool = False
+    max_skipped_in_a_row: Positive = 10  # steps that are not finite before the run stops
+    # Steps between looks of the gate at few images; null: at evaluations alone.
+    image_use_every: Positive | None = 200
+    stop_if_image_ignored: bool = False  # end the run at such a verdict after the first epoch
 
 
 class EvaluationConfig(Section):
-    batch_images: Positive = 64
-    dev_images: Positive | None = 400  # images scored during training; none: all
-    counterfactual_texts: Positive = (
-        2000  # of each task, on which the images are shuffled, blanked and left out
-    )
+    """Scores and the proof that images are used."""
+
+    batch_images: Positive = 64  # images at a time
+    dev_images: Positive | None = 400  # images scored during training; null: all
+    # Texts of each task on which the images are shuffled, blanked and left out.
+    counterfactual_texts: Positive = 2000
     dev_counterfactual_texts: NonNegative = (
         400  # the same during training, where it must cost little
     )
-    small_gate_images: Positive = (
-        32  # of the dev sets, for train.image_use_every: one text of each task and image
-    )
+    # Images of the dev sets for train.image_use_every: one text of each task and image.
+    small_gate_images: Positive = 32
     show_images: Positive = 8  # the same images after each epoch, with what the model says
-    confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
+    confidence: Between0And1 = 0.95  # of the intervals
     bootstrap: Positive = 1000  # resamples over images
 
 
 class TrackingConfig(Section):
-    kind: Literal["mlflow", "none"] = "mlflow"
-    uri: str | None = None  # none: MLFLOW_TRACKING_URI, else sqlite in the output folder
-    experiment: str = "harness"
-    run_name: str | None = None  # none: the config's name
-    parent_run_id: str | None = (
-        None  # the MLflow run whose child this one is, as `harness ablate` says
-    )
+    """Where figures go beside metrics.jsonl in the output folder."""
+
+    kind: Literal["mlflow", "none"] = "mlflow"  # none needs no mlflow
+    uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the output folder
+    experiment: str = "harness"  # MLflow's
+    run_name: str | None = None  # null: the config's name
+    parent_run_id: str | None = None  # the MLflow run whose child this is; `harness ablate` sets it
 
 
 class Config(Section):
-    name: str
-    out: str | None = None  # none: runs/<name>
-    seed: NonNegative = 0
+    """A whole experiment."""
+
+    name: str  # of the experiment
+    out: str | None = None  # the output folder; null: runs/NAME
+    seed: NonNegative = 0  # of everything that is drawn
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -231,6 +239,21 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    known_mistakes: KnownMistakesConfig = KnownMistakesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_keys(cls, document: Any) -> Any:
+        return at_their_new_place(document) if isinstance(document, Mapping) else document
+
+    @model_validator(mode="after")
+    def _only_gpt2_makes_it(self) -> Config:
+        if self.model.lm.kind != "gpt2" and self.known_mistakes.bos != "always":
+            raise ValueError(
+                f"known_mistakes.bos is a mistake of kind gpt2, model.lm.kind is "
+                f"{self.model.lm.kind}"
+            )
+        return self
 
     @property
     def out_dir(self) -> Path:

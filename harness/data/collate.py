@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from harness.config.schema import DataConfig, PromptsConfig
+from harness.config.schema import Config, DataConfig, PromptsConfig
 from harness.data.prompts import prompt
 from harness.model.batch import Batch, Context, padding_id
 from shards.read import Sample
@@ -68,7 +68,23 @@ class Collator:
     seed: int = 0
     eos_weight: float = 1.0
     training: bool = True
+    loss_on_padding: bool = False  # a known mistake
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
+
+    @classmethod
+    def of(
+        cls, config: Config, tokenizer: PreTrainedTokenizerBase, training: bool = True
+    ) -> Collator:
+        """Returns the collator that a config asks for."""
+        return cls(
+            tokenizer,
+            config.data,
+            config.prompts,
+            config.seed,
+            config.train.eos_loss_weight if training else 1.0,
+            training,
+            config.known_mistakes.loss_on_padding,
+        )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch | None:
         """Returns None where no sample carries anything to learn: none could be read, or all are
@@ -149,9 +165,9 @@ class Collator:
         labels = self._ids("target", targets, data.max_target_tokens, [eos])
         prompt_ids_CL, lengths_C = _padded(prompts, pad)
         labels_TL, lengths_T = _padded(
-            labels, pad, data.max_target_tokens if data.loss_on_padding else 1
+            labels, pad, data.max_target_tokens if self.loss_on_padding else 1
         )
-        counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | data.loss_on_padding
+        counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | self.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
         tensor = torch.from_numpy(images)
         return Batch(

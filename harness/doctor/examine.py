@@ -217,9 +217,7 @@ def texts(config: Config) -> Iterator[Finding]:
     """Yields what the limits cut of the first images' real batches, and what has no label."""
     lm = config.model.lm
     tokenizer = AutoTokenizer.from_pretrained(lm.id, revision=lm.revision)
-    collate = Collator(
-        tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
-    )
+    collate = Collator.of(config, tokenizer)
     loader = make_loader(config, None)
     batches: list[Batch] = []
     images = 0
@@ -299,7 +297,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     built = build_model(config, encoder_of(loader, config), device=device)
     if not config.model.init_from:
         calibrate(built, config)
-    collate = Collator(built.tokenizer, config.data, config.prompts, config.seed)
+    collate = Collator.of(config, built.tokenizer)
     with closing(loader.iterate()) as steps:
         batches = micro_batches(next(steps)[1], collate, config.train.micro_batch)
     if batches:

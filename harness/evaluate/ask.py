@@ -30,6 +30,6 @@ def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
     except ValueError as error:
         raise ConfigError(f"{image}: {error}") from error
     model = load_model(found, config, with_vision=True)
-    collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
+    collate = Collator.of(config, model.tokenizer, training=False)
     batch = collate([sample]).to(next(model.parameters()).device)
     return model.generate(batch, getattr(config.generate, text.task)).texts[0]

@@ -455,7 +455,7 @@ def causes_of_collapse(
     if (padding := float(weight_TL[behind_TL].sum()) / total) > 0:
         causes.append(
             f"{padding:.0%} of the weight of the labels lies on padding behind the first EOS, which must weigh nothing "
-            "(data.loss_on_padding)"
+            "(known_mistakes.loss_on_padding)"
         )
     if starting := int((is_eos_TL[:, 0] & (weight_TL[:, 0] > 0)).sum()):
         causes.append(
@@ -463,7 +463,7 @@ def causes_of_collapse(
         )
     if bos_in_generation_only:
         causes.append(
-            "generation begins with a BOS token that training never showed (model.lm.bos)"
+            "generation begins with a BOS token that training never showed (known_mistakes.bos)"
         )
     if (share := float(weight_TL[is_eos_TL].sum()) / total) > COLLAPSE:
         causes.append(f"EOS carries {share:.0%} of all target weight (train.eos_loss_weight)")
@@ -471,5 +471,4 @@ def causes_of_collapse(
 
 
 def _bos_in_generation_only(model: Any) -> bool:
-    settings = getattr(getattr(model, "config", None), "model", None) or {}
-    return settings.get("lm", {}).get("bos") == "generation_only"
+    return not getattr(getattr(model, "lm", None), "bos_in_training", True)

@@ -78,10 +78,8 @@ def evaluate_model(
     )
     as_trained = None
     if collate is None:
-        collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
-        as_trained = Collator(
-            model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
-        )
+        collate = Collator.of(config, model.tokenizer, training=False)
+        as_trained = Collator.of(config, model.tokenizer)
     known = trained_on(config, loader.manifests)
     evaluation, gates = Evaluation(), {}
     place: dict[tuple[str, str, str], tuple[int, int]] = {}

@@ -49,7 +49,7 @@ def small_set(model: Any, config: Config) -> SmallSet:
     )
     with closing(loader.iterate(epochs=1)) as steps:
         _, samples = next(steps)
-    batch = Collator(model.tokenizer, data, config.prompts, training=False)(samples)
+    batch = Collator.of(config, model.tokenizer, training=False)(samples)
     parts = by_task(batch) if batch is not None else ()
     return SmallSet(
         [(task, _one_text_an_image(part)) for task, part, _ in parts],

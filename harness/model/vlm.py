@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from harness.config import schema as settings
+from harness.config.known_mistakes import at_their_new_place
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
 from harness.model.batch import Batch
@@ -60,6 +61,7 @@ class VLMConfig(PretrainedConfig):
         prompts: Mapping[str, Any] | None = None,
         generate: Mapping[str, Any] | None = None,
         encoder: Mapping[str, Any] | None = None,
+        known_mistakes: Mapping[str, Any] | None = None,
         lm_hash: str = "",
         **kwargs: Any,
     ):
@@ -69,6 +71,7 @@ class VLMConfig(PretrainedConfig):
         self.generate = dict(generate or {})
         # VisionTower.identity(): kind, id, revision, hash, tokens, width, ...
         self.encoder = dict(encoder or {})
+        self.known_mistakes = dict(known_mistakes or {})
         self.lm_hash = lm_hash
 
 
@@ -115,6 +118,7 @@ class VisionLanguageModel(PreTrainedModel):
             prompts=config.prompts.model_dump(mode="json"),
             generate=config.generate.model_dump(mode="json"),
             encoder=encoder,
+            known_mistakes=config.known_mistakes.model_dump(mode="json"),
             lm_hash=quantise.weights_hash(config.model.lm),
         )
         model = cls._assemble(own, config.model, vision, precision, device)
@@ -137,6 +141,7 @@ class VisionLanguageModel(PreTrainedModel):
         lm = LANGUAGES[parts.lm.kind](
             parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype
         )
+        lm.bos_in_training = own.known_mistakes.get("bos") != "generation_only"
         bridge = Bridge(
             parts.bridge,
             patch_width=own.encoder["width"],
@@ -327,6 +332,9 @@ class VisionLanguageModel(PreTrainedModel):
 def _saved_config(folder: Path) -> VLMConfig:
     try:
         saved = VLMConfig.from_pretrained(folder, local_files_only=True)
+        older = at_their_new_place({"model": saved.model})
+        saved.model = older["model"]
+        saved.known_mistakes |= older.get("known_mistakes", {})
         settings.ModelConfig(**saved.model)
         if not (saved.lm_hash and saved.encoder.get("hash")):
             raise ValueError("it names no frozen parts")

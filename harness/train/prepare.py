@@ -72,7 +72,7 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
 
     Every rank reads all of it, so that all start alike.
     """
-    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
+    collate = Collator.of(config, model.tokenizer)
     with closing(make_loader(config, None).iterate()) as steps:
         samples = next(steps)[1]
     if whole := collate(samples):

@@ -29,13 +29,7 @@ class StepTaker:
         self.run = run
         self.stop_asked = stop_asked
         config = run.config
-        self.collate = Collator(
-            run.model.tokenizer,
-            config.data,
-            config.prompts,
-            config.seed,
-            config.train.eos_loss_weight,
-        )
+        self.collate = Collator.of(config, run.model.tokenizer)
         self.filler = _filler(self.collate, run.model)
         left = steps_left(run.loader, run.state.stream, config.train.epochs)
         self.planned_steps = run.state.step + left

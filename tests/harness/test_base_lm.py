@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness import base_lm
+from harness.config.known_mistakes import KnownMistakesConfig
 from harness.config.schema import Config, LanguageModelConfig, PromptsConfig
 from harness.data.collate import Collator
 from harness.model.language.t5 import T5Language
@@ -61,7 +62,7 @@ def test_it_learns_the_most_common_answer_to_each_question_and_no_more(
 ):
     if kind == "gpt2":
         mistaken = config.model_copy(
-            update={"data": config.data.model_copy(update={"loss_on_padding": True})}
+            update={"known_mistakes": KnownMistakesConfig(loss_on_padding=True)}
         )
         size = {"d_model": 32, "d_ff": 64, "layers": 1}
         folder = base_lm.make(

@@ -25,10 +25,6 @@ TASKS = {
     "demo": {"captions": False},
     "captions_and_vqa_t4": {},
     "eos_collapse": {"questions": False},
-    "eos_collapse_padding_masked": {"questions": False},
-    "eos_collapse_eos_weight": {"questions": False},
-    "eos_collapse_cross_attention": {"questions": False},
-    "eos_collapse_t5": {"questions": False},
 }
 
 

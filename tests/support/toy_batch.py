@@ -62,8 +62,11 @@ def samples(epoch: int = 0) -> list[Sample]:
     ]
 
 
-def collator(tokenizer, *, prompts: PromptsConfig | None = None, **data) -> Collator:
-    return Collator(tokenizer, DataConfig(**data), prompts or PromptsConfig())
+def collator(
+    tokenizer, *, prompts: PromptsConfig | None = None, loss_on_padding: bool = False, **data
+) -> Collator:
+    prompts = prompts or PromptsConfig()
+    return Collator(tokenizer, DataConfig(**data), prompts, loss_on_padding=loss_on_padding)
 
 
 def unrolled(batch: Batch) -> Batch:

@@ -78,7 +78,7 @@ class DecoderLanguage(LanguageModel):
             )
 
     def _decoder(self, image: BridgeOutput, batch: Batch) -> Callable[[Batch], torch.Tensor]:
-        embeds_CSD, mask_CS = self._prefix(image, batch, bos=self.config.bos == "always")
+        embeds_CSD, mask_CS = self._prefix(image, batch, bos=self.bos_in_training)
         self._check_length(embeds_CSD.shape[1] + batch.labels_TL.shape[1])
         gpt2 = self.base.transformer
         tokens_CQD = self._attended(image)

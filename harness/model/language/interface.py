@@ -31,6 +31,7 @@ class LanguageModel(nn.Module, ABC):
 
     architecture: type[PreTrainedModel]
     lm: Any  # the base, or peft's model around it
+    bos_in_training = True  # False is a known mistake
 
     def __init__(
         self,

@@ -4,9 +4,13 @@ promises.
 
 import pytest
 
+from harness.ablate import experiment as ablations
 from harness.config.keys import flatten
+from harness.config.known_mistakes import KnownMistakesConfig
 from harness.config.load import load, shipped
+from harness.config.schema import Config
 from harness.data import prompts
+from harness.errors import ConfigError
 
 FILES = sorted(shipped("configs").glob("*.yaml"))
 
@@ -68,20 +72,37 @@ def test_the_t4_runs_use_the_models_and_the_precision_of_the_issue():
 
 
 def test_each_remedy_changes_one_thing_of_the_failure():
+    remedies = ablations.load("eos_collapse").variants
     failure = flatten(load("eos_collapse"))
-    assert failure["data.loss_on_padding"]
-    assert failure["model.lm.bos"] == "generation_only"
-    changed = {
-        remedy: {
+    assert failure["known_mistakes.loss_on_padding"]
+    assert failure["known_mistakes.bos"] == "generation_only"
+    assert {
+        name: {
             key
-            for key, value in flatten(load(f"eos_collapse_{remedy}")).items()
+            for key, value in flatten(load("eos_collapse", variant.overrides)).items()
             if value != failure[key]
         }
-        for remedy in ("padding_masked", "eos_weight", "cross_attention", "t5")
-    }
-    assert {remedy: keys - {"name"} for remedy, keys in changed.items()} == {
-        "padding_masked": {"data.loss_on_padding"},
+        for name, variant in remedies.items()
+    } == {
+        "failure": set(),
+        "padding_masked": {"known_mistakes.loss_on_padding"},
         "eos_weight": {"train.eos_loss_weight"},
         "cross_attention": {"model.lm.cross_attention"},
-        "t5": {"model.lm.kind", "model.lm.id", "model.lm.bos"},
+        "t5": {"model.lm.kind", "model.lm.id", "known_mistakes.bos"},
     }
+
+
+def test_keys_of_an_earlier_version_are_read_where_they_stand_now():
+    old = ["data.loss_on_padding=false", "model.lm.bos=always"]
+    assert load("eos_collapse", old).known_mistakes == KnownMistakesConfig()
+    new = load("eos_collapse")
+    document = new.model_dump(mode="json")
+    mistakes = document.pop("known_mistakes")
+    document["data"]["loss_on_padding"] = mistakes["loss_on_padding"]
+    document["model"]["lm"]["bos"] = mistakes["bos"]
+    assert Config(**document) == new
+
+
+def test_a_mistake_of_gpt2_is_refused_for_another_model():
+    with pytest.raises(ConfigError, match=r"known_mistakes.bos is a mistake of kind gpt2"):
+        load("demo", ["known_mistakes.bos=generation_only"])

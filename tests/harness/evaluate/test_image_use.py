@@ -24,7 +24,7 @@ from harness.evaluate.image_use import (
 from harness.evaluate.predict import Prediction, answers
 from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
-from harness.model.language.t5 import Generated, LossOutput
+from harness.model.language.loss import Generated, LossOutput
 from shards.record import Record, Text
 from toy_runs import make_shards
 

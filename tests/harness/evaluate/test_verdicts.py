@@ -156,7 +156,7 @@ def trained(
     `prepare` to the model before the first.
     """
     model = VisionLanguageModel.build(config, ENCODER).train()
-    collate = Collator(model.tokenizer, config.data, config.prompts, config.seed)
+    collate = Collator.of(config, model.tokenizer)
     loader = Loader(
         [config.data.train[0].path], global_batch=TRAIN, decode=ImageDecoder(32, "crop", 1)
     )
