@@ -202,7 +202,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     kept = {key: value for key, value in state.items() if value is not None}
     (folder / "state.json").write_text(json.dumps(kept))
     files = json.loads((folder / "files.json").read_text())
-    files["state.json"] = checkpoints._fact(folder / "state.json")
+    files["state.json"] = checkpoints.fact(folder / "state.json")
     (folder / "files.json").write_text(json.dumps(files))
 
 
