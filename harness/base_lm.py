@@ -137,7 +137,7 @@ def no_image(sample: Sample) -> np.ndarray:
 
 _NOTHING = np.zeros((1, 1, 3), np.uint8)
 _POSITIONS = 512
-_TARGETS_OF_A_UNIT = 8
+Unit = tuple[Context, Sequence[tuple[str, int]]]  # a prompt, targets with their counts
 
 
 def without_images(batch: Batch, width: int) -> BridgeOutput:
@@ -241,13 +241,7 @@ def _train(
         config.data.model_copy(update={"loss_on_padding": False}),
         config.prompts,
     )
-    # A prompt with very many targets (all captions have the same) is cut into units that fit into a
-    # step.
-    units: list[tuple[Context, Sequence[tuple[str, int]]]] = []
-    for context, counts in pairs.items():
-        targets = sorted(counts.items())
-        parts = range(0, len(targets), _TARGETS_OF_A_UNIT)
-        units += [(context, targets[start:][:_TARGETS_OF_A_UNIT]) for start in parts]
+    units = _units(pairs)
     schedule = config.train.model_copy(
         update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1}
     )
@@ -276,7 +270,19 @@ def _train(
         language.lm.save_pretrained(folder)
 
 
-def _batch(collate: Collator, units: Sequence[tuple[Context, Sequence[tuple[str, int]]]]) -> Batch:
+def _units(pairs: Mapping[Context, Counter[str]], size: int = 8) -> list[Unit]:
+    """Returns prompts with at most `size` targets, so that they fit into a step.
+
+    All captions have the same prompt.
+    """
+    units: list[Unit] = []
+    for context, counts in pairs.items():
+        targets = sorted(counts.items())
+        units += [(context, targets[at : at + size]) for at in range(0, len(targets), size)]
+    return units
+
+
+def _batch(collate: Collator, units: Sequence[Unit]) -> Batch:
     """Returns prompts with their targets, each weighted by how often it follows its prompt."""
     contexts = [context for context, _ in units]
     targets = [target for _, counts in units for target, _ in counts]
