@@ -174,17 +174,36 @@ def make(
     words = {template("caption", config.prompts.caption), template("vqa", config.prompts.vqa)}
     targets = dict.fromkeys(target for counts in pairs.values() for target in counts)
     texts = [*words, *(context.prompt for context in pairs), *targets]
-    train, new_model = _KINDS[kind]
+    train = train_tokenizer if kind == "t5" else train_byte_tokenizer
     rows = -(-len(train(texts, out, vocabulary)) // 64) * 64  # a multiple of 64
     torch.manual_seed(config.seed)
-    new = new_model(rows, d_model, layers, heads, d_ff)
+    new = _new_model(kind, rows, d_model, layers, heads, d_ff)
     with quiet_transformers():
         new.save_pretrained(out)
     _train(kind, out, pairs, config, steps, prompts_a_step, peak, progress)
     return out
 
 
-def _new_t5(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
+def _new_model(
+    kind: Literal["t5", "gpt2"], vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int
+) -> PreTrainedModel:
+    """Returns a model of random weights.
+
+    A GPT-2 has twice the layers: a decoder alone stands in the place of encoder and decoder.
+    """
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=_POSITIONS,
+                n_embd=d_model,
+                n_layer=2 * layers,
+                n_head=heads,
+                n_inner=d_ff,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     return T5ForConditionalGeneration(
         T5Config(  # type: ignore[call-arg]  # every config takes them, T5's own list has them not
             vocab_size=vocabulary,
@@ -202,25 +221,6 @@ def _new_t5(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -
             tie_word_embeddings=True,
         )
     )
-
-
-def _new_gpt2(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
-    """With twice the layers: a decoder alone in the place of encoder and decoder."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=_POSITIONS,
-            n_embd=d_model,
-            n_layer=2 * layers,
-            n_head=heads,
-            n_inner=d_ff,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-_KINDS = {"t5": (train_tokenizer, _new_t5), "gpt2": (train_byte_tokenizer, _new_gpt2)}
 
 
 def _train(

@@ -29,9 +29,7 @@ def config_of(root, name, **settings):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    """The run that nothing interrupts: 8 steps, two epochs, with evaluations and checkpoints in
-    between.
-    """
+    """Trains the run that nothing interrupts: 8 steps, two epochs, evaluations, checkpoints."""
     train.run(config_of(root, "whole"))
     return root / "whole"
 
@@ -248,7 +246,7 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 
 @pytest.fixture(scope="module")
 def launched(root, whole):
-    """The stages of rank_program.py: two on two processes, one on three."""
+    """Runs the stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
     environment = {
