@@ -1,5 +1,4 @@
-"""Tokenizer and text-only training of a small T5 or GPT-2: the offline base language model, and the
-text-only floor.
+"""Tokenizer and text-only training of a small T5 or GPT-2: the offline base model, and the floor.
 
 Sets of shards in, a folder in the hub's own format out. The model reads prompts and writes answers
 and never sees an image, so its score is what the words alone give: the honest floor for every model
@@ -12,7 +11,7 @@ import json
 import math
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -54,11 +52,10 @@ from shards.read import Sample
 def train_tokenizer(
     texts: Sequence[str], folder: Path, vocabulary: int = 4000
 ) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with T5's special tokens (pad 0, EOS 1, unknown 2; `$A </s>`), saved as
-    `AutoTokenizer` reads it.
+    """Returns a BPE tokenizer with T5's special tokens, saved as `AutoTokenizer` reads it.
 
-    BPE and not T5's Unigram: of a few hundred distinct words Unigram keeps no whole one, and
-    prompts are twice as long.
+    They are pad 0, EOS 1, unknown 2; a text is `$A </s>`. BPE and not T5's Unigram: of a few
+    hundred distinct words Unigram keeps no whole one, and prompts are twice as long.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
@@ -66,58 +63,54 @@ def train_tokenizer(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=special,
-            initial_alphabet=list(string.ascii_letters + string.digits + string.punctuation),
-            show_progress=False,
-        ),
-    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=512,
-    )
-    fast.save_pretrained(folder)
-    return fast
+    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return _trained(tokenizer, texts, folder, vocabulary, alphabet, named)
 
 
 def train_byte_tokenizer(
     texts: Sequence[str], folder: Path, vocabulary: int = 4000
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2's: <|endoftext|> is BOS and EOS, nothing pads, no text
-    gets a token added.
+    """Returns a byte-level BPE tokenizer as GPT-2's, saved as `AutoTokenizer` reads it.
+
+    <|endoftext|> is BOS and EOS, nothing pads, no text gets a token added.
     """
-    tokenizer, end = Tokenizer(models.BPE()), "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return _trained(tokenizer, texts, folder, vocabulary, alphabet, named)
+
+
+def _trained(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    folder: Path,
+    vocabulary: int,
+    alphabet: list[str],
+    special: dict[str, str],
+) -> PreTrainedTokenizerFast:
+    """Learns the merges and saves the tokenizer; special tokens come first, in their order."""
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(dict.fromkeys(special.values())),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        model_max_length=_POSITIONS,
+        tokenizer_object=tokenizer, model_max_length=_POSITIONS, **special
     )
     fast.save_pretrained(folder)
     return fast
 
 
 def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]:
-    """Every distinct prompt of sets of shards (in its first record), and how often each target
-    follows it.
+    """Returns every distinct prompt (in its first record), and how often each target follows it.
 
     Without an image, texts that are equal are the same example: 34,761 questions of easy-VQA are
     107 prompts.
@@ -138,18 +131,19 @@ def pairs_of(sets: Sequence[str], config: Config) -> dict[Context, Counter[str]]
 
 
 def no_image(sample: Sample) -> np.ndarray:
-    """In place of an image's pixels: the text-only model never gets to see any."""
+    """Returns what stands in place of pixels: the text-only model never gets to see any."""
     return _NOTHING
 
 
 _NOTHING = np.zeros((1, 1, 3), np.uint8)
 _POSITIONS = 512
+Unit = tuple[Context, Sequence[tuple[str, int]]]  # a prompt, targets with their counts
 
 
 def without_images(batch: Batch, width: int) -> BridgeOutput:
-    return BridgeOutput(
-        torch.zeros(1, 0, width), torch.zeros(len(batch.prompt_ids_CL), dtype=torch.long)
-    )
+    """Returns no image tokens for every context."""
+    rows_C = torch.zeros(len(batch.prompt_ids_CL), dtype=torch.long)
+    return BridgeOutput(torch.zeros(1, 0, width), rows_C)
 
 
 def make(
@@ -178,28 +172,40 @@ def make(
     pairs = pairs_of(sets, config)
     # The template of a task that these sets do not have must have its words too.
     words = {template("caption", config.prompts.caption), template("vqa", config.prompts.vqa)}
-    texts = [
-        *words,
-        *(c.prompt for c in pairs),
-        *dict.fromkeys(t for targets in pairs.values() for t in targets),
-    ]
-    tokenizer = {"t5": train_tokenizer, "gpt2": train_byte_tokenizer}[kind](texts, out, vocabulary)
+    targets = dict.fromkeys(target for counts in pairs.values() for target in counts)
+    texts = [*words, *(context.prompt for context in pairs), *targets]
+    train = train_tokenizer if kind == "t5" else train_byte_tokenizer
+    rows = -(-len(train(texts, out, vocabulary)) // 64) * 64  # a multiple of 64
     torch.manual_seed(config.seed)
-    new = {"t5": _new_t5, "gpt2": _new_gpt2}[kind](
-        _round_up(len(tokenizer), 64), d_model, layers, heads, d_ff
-    )
+    new = _new_model(kind, rows, d_model, layers, heads, d_ff)
     with quiet_transformers():
         new.save_pretrained(out)
-    language = LANGUAGES[kind](LanguageModelConfig(kind=kind, id=str(out), tuning="full"))
-    _train(language, pairs, config, steps, prompts_a_step, peak, progress)
-    with quiet_transformers():
-        language.lm.save_pretrained(out)
+    _train(kind, out, pairs, config, steps, prompts_a_step, peak, progress)
     return out
 
 
-def _new_t5(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
+def _new_model(
+    kind: Literal["t5", "gpt2"], vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int
+) -> PreTrainedModel:
+    """Returns a model of random weights.
+
+    A GPT-2 has twice the layers: a decoder alone stands in the place of encoder and decoder.
+    """
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=_POSITIONS,
+                n_embd=d_model,
+                n_layer=2 * layers,
+                n_head=heads,
+                n_inner=d_ff,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     return T5ForConditionalGeneration(
-        T5Config(
+        T5Config(  # type: ignore[call-arg]  # every config takes them, T5's own list has them not
             vocab_size=vocabulary,
             d_model=d_model,
             d_kv=d_model // heads,
@@ -217,40 +223,21 @@ def _new_t5(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -
     )
 
 
-def _new_gpt2(vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int) -> PreTrainedModel:
-    """With twice the layers: a decoder alone in the place of encoder and decoder."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=_POSITIONS,
-            n_embd=d_model,
-            n_layer=2 * layers,
-            n_head=heads,
-            n_inner=d_ff,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
 def _train(
-    language: nn.Module,
-    pairs,
+    kind: Literal["t5", "gpt2"],
+    folder: Path,
+    pairs: Mapping[Context, Counter[str]],
     config: Config,
     steps: int,
     prompts_a_step: int,
     peak: float,
-    progress,
+    progress: Callable[[int, int, float], None],
 ) -> None:
+    """Trains the model in a folder and saves it there."""
+    language = LANGUAGES[kind](LanguageModelConfig(kind=kind, id=str(folder), tuning="full"))
     # A sound base, as published ones are: also a config with known mistakes makes none here.
     collate = Collator(language.tokenizer, config.data, config.prompts)
-    # A prompt with very many targets (all captions have the same) is cut into units that fit into a
-    # step.
-    units = [
-        (context, part)
-        for context, targets in pairs.items()
-        for part in _parts(sorted(targets.items()))
-    ]
+    units = _units(pairs)
     schedule = config.train.model_copy(
         update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1}
     )
@@ -260,11 +247,10 @@ def _train(
     for step in range(steps):
         while len(order) < prompts_a_step:
             epoch = step * prompts_a_step // len(units)
-            order += sorted(
-                range(len(units)), key=lambda unit, e=epoch: drawn(config.seed, e, f"unit {unit}")
-            )
-        chosen, order = [units[index] for index in order[:prompts_a_step]], order[prompts_a_step:]
-        batch = _batch(collate, chosen)
+            draws = [drawn(config.seed, epoch, f"unit {unit}") for unit in range(len(units))]
+            order += sorted(range(len(units)), key=draws.__getitem__)
+        batch = _batch(collate, [units[index] for index in order[:prompts_a_step]])
+        order = order[prompts_a_step:]
         out = language.loss(without_images(batch, language.width), batch)
         loss = out.sum / out.weight
         loss.backward()
@@ -276,37 +262,43 @@ def _train(
         progress(step + 1, steps, loss.item())
     if not math.isfinite(loss.item()):
         raise RuntimeError(f"the text-only training ended with a loss of {loss.item()}")
+    with quiet_transformers():
+        language.lm.save_pretrained(folder)
 
 
-def _batch(collate: Collator, units: Sequence[tuple[Context, Sequence[tuple[str, int]]]]) -> Batch:
-    """Prompts with their targets, each target weighted by how often it follows its prompt."""
-    rows = [
-        (index, target, count) for index, (_, part) in enumerate(units) for target, count in part
-    ]
-    batch = collate.assemble(
-        _NOTHING[None],
-        [c for c, _ in units],
-        [0] * len(units),
-        [r[1] for r in rows],
-        [r[0] for r in rows],
-    )
-    return replace(batch, weight_TL=batch.weight_TL * torch.tensor([[float(r[2])] for r in rows]))
+def _units(pairs: Mapping[Context, Counter[str]], size: int = 8) -> list[Unit]:
+    """Returns prompts with at most `size` targets, so that they fit into a step.
+
+    All captions have the same prompt.
+    """
+    units: list[Unit] = []
+    for context, counts in pairs.items():
+        targets = sorted(counts.items())
+        units += [(context, targets[at : at + size]) for at in range(0, len(targets), size)]
+    return units
+
+
+def _batch(collate: Collator, units: Sequence[Unit]) -> Batch:
+    """Returns prompts with their targets, each weighted by how often it follows its prompt."""
+    contexts = [context for context, _ in units]
+    targets = [target for _, counts in units for target, _ in counts]
+    context_of_T = [index for index, (_, counts) in enumerate(units) for _ in counts]
+    batch = collate.assemble(_NOTHING[None], contexts, [0] * len(units), targets, context_of_T)
+    count_T1 = torch.tensor([[float(count)] for _, counts in units for _, count in counts])
+    return replace(batch, weight_TL=batch.weight_TL * count_T1)
 
 
 @torch.no_grad()
 def answer(
     folder: Path | str, sets: Sequence[str], config: Config, images_a_batch: int = 256
 ) -> dict[tuple[str, str], str]:
-    """(record key, text id) -> what the text-only model says to every question or caption prompt of
-    `sets`.
-    """
+    """Returns (record key, text id) -> what the text-only model says to every prompt of `sets`."""
     kind = json.loads(Path(folder, "config.json").read_text())["model_type"]
-    language = LANGUAGES[kind](
-        LanguageModelConfig(kind=kind, id=str(folder), tuning="frozen")
-    ).eval()
+    own = LanguageModelConfig(kind=kind, id=str(folder), tuning="frozen")
+    language = LANGUAGES[kind](own).eval()
     collate = Collator(language.tokenizer, config.data, config.prompts, training=False)
     loader = Loader(sets, global_batch=images_a_batch, shuffle=False, decode=no_image)
-    said: dict[tuple[str, str], str] = {}
+    answers: dict[tuple[str, str], str] = {}
     # The model is deterministic and sees the prompt alone: each prompt is answered once.
     known: dict[str, str] = {}
     for _, samples in loader.iterate(epochs=1):
@@ -324,13 +316,5 @@ def answer(
                 texts = language.generate(nothing, part, getattr(config.generate, task)).texts
                 known.update(zip(new, texts, strict=True))
         for context in batch.contexts:
-            said[context.record.key, context.text.id] = known[context.prompt]
-    return said
-
-
-def _parts(targets: list[tuple[str, int]], size: int = 8) -> list[list[tuple[str, int]]]:
-    return [targets[i : i + size] for i in range(0, len(targets), size)]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+            answers[context.record.key, context.text.id] = known[context.prompt]
+    return answers

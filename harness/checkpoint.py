@@ -1,10 +1,11 @@
-"""Checkpoints as files: written whole or not at all, verified, found again, pruned. Knows no engine
-and no model.
+"""Checkpoints as files: written whole or not at all, verified, found again, pruned.
 
-OUT/checkpoints/step-000100/model/             what `VisionLanguageModel.save_pretrained` wrote
-                            optimizer.safetensors  moments by parameter name: exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-                            state.json         format, step, stream state, scaler, config, MLflow run id
-                            files.json         sha256 and size of every file above: the mark of a whole checkpoint
+Knows no engine and no model. In OUT/checkpoints/step-000100:
+
+    model/                 what `VisionLanguageModel.save_pretrained` wrote
+    optimizer.safetensors  moments by parameter name: exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+    state.json             format, step, stream state, scaler, config, MLflow run id
+    files.json             sha256 and size of every file above: the mark of a whole checkpoint
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from harness import __version__
 from harness.errors import ConfigError
 
 FOLDER = "checkpoints"
-OPTIMIZER, STATE, FILES, MODEL = "optimizer.safetensors", "state.json", "files.json", "model"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+FILES = "files.json"
+MODEL = "model"
 FORMAT = 2  # of state.json and what it stands for; 1 was written without a number
 
 
@@ -46,7 +50,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """sha256 over the list of files and their hashes: what a tracker logs."""
+        """The sha256 over the list of files and their hashes: what a tracker logs."""
         return hashlib.sha256((self.path / FILES).read_bytes()).hexdigest()
 
     def optimizer(self) -> dict[str, torch.Tensor]:
@@ -64,8 +68,9 @@ def write(
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
 ) -> Checkpoint:
-    """Writes beside, verifies, renames; a process killed at any moment leaves the older checkpoints
-    whole.
+    """Writes beside, verifies, renames.
+
+    A process killed at any moment leaves the older checkpoints whole.
     """
     final = place(out, step)
     beside = final.with_name(f".writing-{final.name}")
@@ -75,17 +80,13 @@ def write(
         save_model(beside / MODEL)
         save_file({k: v.cpu().contiguous() for k, v in optimizer.items()}, beside / OPTIMIZER)
         (beside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-        files = {
-            str(p.relative_to(beside)): _fact(p) for p in sorted(beside.rglob("*")) if p.is_file()
-        }
-        (beside / FILES).write_text(json.dumps(files, indent=1))
+        files = {str(p.relative_to(beside)): fact(p) for p in beside.rglob("*") if p.is_file()}
+        (beside / FILES).write_text(json.dumps(files, indent=1, sort_keys=True))
         for path in (*beside.rglob("*"), beside):
             _sync(path)
         if problem := problems(beside):
             raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
-        if (
-            final.exists()
-        ):  # of a step that is run again, since it was damaged or an older one was gone on from
+        if final.exists():  # it was damaged, or an older one was gone on from
             shutil.rmtree(final)
         os.replace(beside, final)
     except BaseException:
@@ -96,25 +97,23 @@ def write(
 
 
 def problems(path: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint, as a sentence; None when nothing does."""
+    """Returns what keeps a folder from being a whole checkpoint; None when nothing does."""
     if not (path / FILES).is_file():
         return f"it has no {FILES}"
     try:
         files = dict(json.loads((path / FILES).read_text()))
     except ValueError:
         return f"{FILES} is damaged: it is not JSON"
-    for name, fact in files.items():
+    for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _fact(path / name) != fact:
+        if fact(path / name) != expected:
             return f"{name} is damaged: its size or sha256 differs from {FILES}"
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Raises ConfigError, naming the file, for anything but a whole checkpoint that this version
-    reads.
-    """
+    """Returns the checkpoint in a folder. Raises ConfigError where it is none that can be read."""
     if not path.is_dir():
         raise ConfigError(
             f"{path} is not a folder; a checkpoint is a folder such as OUT/{FOLDER}/step-000100"
@@ -125,7 +124,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; a damaged one is named through `note` and passed over.
+    """Returns a run's newest whole checkpoint; names damaged ones to `note` and passes them over.
 
     Raises ConfigError for one of a later version: passed over, it would be trained again and
     removed.
@@ -139,7 +138,7 @@ def newest(out: Path, note: Callable[[str], None] = lambda message: None) -> Che
 
 
 def _read(path: Path) -> Checkpoint:
-    """Returns a whole checkpoint with its state. Raises ConfigError for a format that is not known."""
+    """Returns a whole checkpoint with its state. Raises ConfigError for an unknown format."""
     state = json.loads((path / STATE).read_text())
     found = state.pop("format", 1)
     if found not in (1, FORMAT):
@@ -151,8 +150,9 @@ def _read(path: Path) -> Checkpoint:
 
 
 def at(folder: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run's folder, or the checkpoint that the folder is. Raises
-    ConfigError.
+    """Returns a run's newest whole checkpoint, or the checkpoint that the folder is.
+
+    Raises ConfigError.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
@@ -165,6 +165,7 @@ def at(folder: Path) -> Checkpoint:
 
 def model_folder(folder: Path) -> Path:
     """Returns the saved model that a run's folder, a checkpoint or the model itself stands for.
+
     Raises ConfigError.
     """
     return folder if (folder / "model.safetensors").is_file() else at(folder).model
@@ -173,8 +174,9 @@ def model_folder(folder: Path) -> Path:
 def find(
     out: Path, resume: str | None, note: Callable[[str], None] = lambda message: None
 ) -> Checkpoint | None:
-    """What `--resume auto|PATH` means: the newest of this run or None; the named checkpoint, or the
-    newest of a run.
+    """Returns what `--resume` means: for auto this run's newest or None, else what PATH names.
+
+    PATH is a checkpoint, or a run whose newest is meant. Raises ConfigError.
     """
     if resume is None:
         return None
@@ -189,20 +191,16 @@ def find(
 
 
 def prune(out: Path, step: int, keep: int) -> None:
-    """After `step` was written: removes all but the newest `keep`, and what an interrupted write
-    left.
+    """Removes all but the newest `keep` once `step` is written, and interrupted writes.
 
     A later step's belongs to a future that is being run again, from an older checkpoint or past a
     damaged one.
     """
     paths = _by_step(out)
-    later = [path for path in paths if _step(path) > step]
-    for path in [
-        *later,
-        *paths[: len(paths) - len(later) - keep],
-        *(out / FOLDER).glob(".writing-*"),
-    ]:
-        shutil.rmtree(path)
+    kept = [path for path in paths if _step(path) <= step][-keep:]
+    for path in [*paths, *(out / FOLDER).glob(".writing-*")]:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def _step(path: Path) -> int:
@@ -211,17 +209,14 @@ def _step(path: Path) -> int:
 
 def _by_step(out: Path) -> list[Path]:
     found = (out / FOLDER).glob("step-*")
-    return sorted(
-        (path for path in found if path.name.removeprefix("step-").isdecimal()), key=_step
-    )
+    return sorted((p for p in found if p.name.removeprefix("step-").isdecimal()), key=_step)
 
 
-def _fact(path: Path) -> dict[str, Any]:
+def fact(path: Path) -> dict[str, Any]:
+    """Returns a file's size and sha256, as files.json holds them."""
     with open(path, "rb") as stream:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-        }
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _sync(path: Path) -> None:

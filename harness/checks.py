@@ -12,13 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import huggingface_hub as hub
+from huggingface_hub import constants, errors
+
 from harness.config.keys import flatten
 from harness.config.schema import Config
+from harness.data import prompts
+from harness.data.features import check_encoder
 from harness.errors import ConfigError, install_command
+from harness.machine import launcher
+from harness.tracking.tracker import check_tracking
+from shards.files import ShardError, is_remote
+from shards.manifest import Kind, Manifest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it brings torch
     from harness.checkpoint import Checkpoint
-    from shards.manifest import Kind
 
 
 def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> None:
@@ -35,12 +43,10 @@ def check_before_launch(config: Config, needs: tuple[str, ...] = ("train",)) -> 
 def checks_before_launch(
     config: Config, needs: tuple[str, ...] = ("train",)
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The same one by one: a key of the config, and a function that raises. Later ones build on
-    what earlier found.
-    """
-    from harness.data import prompts
-    from harness.tracking.tracker import check_tracking
+    """Yields the same one by one: a key of the config, and a function that raises.
 
+    Later ones build on what earlier ones found.
+    """
     kinds: dict[str, Kind] = {}
     yield "tracking.kind", partial(check_tracking, config)
     for part in needs:
@@ -59,7 +65,7 @@ def checks_before_launch(
 
 
 def data_sets(config: Config) -> dict[str, str]:
-    """Key -> path of every set that the config names."""
+    """Returns key -> path of every set that the config names."""
     return {
         f"data.{part}.{position}.path": dataset.path
         for part in ("train", "dev", "test")
@@ -68,16 +74,16 @@ def data_sets(config: Config) -> dict[str, str]:
 
 
 def check_resume(config: Config, resume: str | None) -> None:
-    """Raises ConfigError where a run would write into another's folder, or go on from one that is
-    not there.
-    """
+    """Raises ConfigError where a run would write into another's, or has none to go on from."""
     if resume is None and any(config.out_dir.glob("checkpoints/step-*")):
         raise ConfigError(
-            f"{config.out_dir} holds checkpoints of an earlier run: go on with --resume auto, or choose another out="
+            f"{config.out_dir} holds checkpoints of an earlier run: go on with --resume auto, or "
+            "choose another out="
         )
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise ConfigError(
-            f"--resume {resume}: there is no such folder; expected auto, a run or one of its checkpoints"
+            f"--resume {resume}: there is no such folder; expected auto, a run or one of its "
+            "checkpoints"
         )
 
 
@@ -86,30 +92,26 @@ BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.
 
 
 def changes(found: Checkpoint, config: Config) -> list[str]:
-    """A sentence for each key that differs from the checkpoint's. Raises ConfigError for another
-    model.
+    """Returns a sentence for each key that differs from the checkpoint's.
+
+    Raises ConfigError for another model.
     """
     before = flatten(Config(**found.state["config"]))
     now = flatten(config)
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if key != "out" and before.get(key) != now.get(key)
-    ]
-    for key in changed:
+    sentences = []
+    for key in sorted(before.keys() | now.keys()):
+        old = before.get(key)
+        new = now.get(key)
+        if key == "out" or old == new:
+            continue
         if key.startswith(("model.", "known_mistakes.bos")) and key not in BY_HASH:
-            raise ConfigError(
-                f"--resume: {key} was {before.get(key)!r} in {found.path} and is {now.get(key)!r} now"
-            )
-    return [
-        f"from here on {key} is {now.get(key)!r}, it was {before.get(key)!r}" for key in changed
-    ]
+            raise ConfigError(f"--resume: {key} was {old!r} in {found.path} and is {new!r} now")
+        sentences.append(f"from here on {key} is {new!r}, it was {old!r}")
+    return sentences
 
 
 def check_models(config: Config, with_vision: bool = True) -> None:
-    """Raises ConfigError for a model id that is in no folder, not in the hub's cache and not on the
-    hub.
-    """
+    """Raises ConfigError for a model that is in no folder, in no cache and not on the hub."""
     if with_vision:
         check_vision(config)
     _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
@@ -120,9 +122,7 @@ def check_models(config: Config, with_vision: bool = True) -> None:
 
 
 def check_vision(config: Config) -> None:
-    """The part of check_models that matters for images; a run on feature shards does without the
-    encoder.
-    """
+    """Raises ConfigError for the image encoder, without which a run on features does."""
     if config.model.vision.kind == "clip":
         _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
     elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
@@ -139,10 +139,6 @@ def _check_some(config: Config, part: str) -> None:
 
 
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
-    from harness.data.features import check_encoder
-    from shards.files import ShardError, is_remote
-    from shards.manifest import Manifest
-
     try:
         # The sidecar of a remote set may be large: the run fetches it into its cache.
         manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
@@ -154,11 +150,12 @@ def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> N
 
 
 def _check_kinds(kinds: Mapping[str, Kind]) -> None:
-    first, wanted = next(iter(kinds.items()), ("", None))
     for key, kind in kinds.items():
-        if kind != wanted and not key.startswith("data.test"):
+        first = next(iter(kinds))
+        if kind != kinds[first] and not key.startswith("data.test"):
             raise ConfigError(
-                f"{key} is a set of {kind} and {first} one of {wanted}: a run reads one kind alone"
+                f"{key} is a set of {kind} and {first} one of {kinds[first]}: a run reads one kind "
+                "alone"
             )
 
 
@@ -171,17 +168,14 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
             )
         return
     if name.startswith("runs/"):  # where our own programs write: no id of the hub
-        remedy = (
-            ": make it by `harness base-lm`, or run `harness demo`" if key == "model.lm.id" else ""
-        )
-        raise ConfigError(f"{key}: there is no folder {name}{remedy}")
+        way = ": make it by `harness base-lm`, or run `harness demo`"
+        raise ConfigError(f"{key}: there is no folder {name}{way if key == 'model.lm.id' else ''}")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}: there is no folder {name}")
-
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    remedy = f"download it where there is a network (`hf download {name}`), or give the folder of a copy ({key}=DIR)"
+    remedy = (
+        f"download it where there is a network (`hf download {name}`), or give the folder of a "
+        f"copy ({key}=DIR)"
+    )
     try:
         if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
@@ -212,16 +206,14 @@ def _check_weights(config: Config) -> None:
     weights = [dataset.weight for dataset in config.data.train]
     if None in weights and any(weight is not None for weight in weights):
         raise ConfigError(
-            "data.train: some sets have a weight and some have none: give one to all of them, or to none"
+            "data.train: some sets have a weight and some have none: give one to all of them, or "
+            "to none"
         )
 
 
 def _check_precision(config: Config) -> None:
-    from harness.machine.launcher import gpus
-
-    if (
-        config.train.precision == "fp16" and not gpus() and not Path("/dev/kfd").exists()
-    ):  # kfd: AMD's GPUs
+    amd = Path("/dev/kfd")
+    if config.train.precision == "fp16" and not (launcher.gpus() or amd.exists()):
         raise ConfigError(
             "train.precision is fp16, but this machine has no GPU: use train.precision=auto"
         )

@@ -14,7 +14,7 @@ from harness.train.state import Run
 
 
 class BetweenSteps:
-    """Does after a step what the config asks for after it; all ranks alike."""
+    """All that a config asks for after a step; all ranks alike."""
 
     def __init__(self, run: Run, last_step: int) -> None:
         self.run = run
@@ -48,7 +48,7 @@ class BetweenSteps:
             self._look()
 
     def _is_due(self, every: int | None) -> bool:
-        """`every`: steps; None: at the end of each epoch."""
+        """Tells whether `every` steps are over; None: whether an epoch is."""
         if every is None:
             return self.run.is_end_of_epoch
         return self.run.state.step % every == 0

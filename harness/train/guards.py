@@ -91,7 +91,7 @@ def check_frozen(model: nn.Module, before: str) -> None:
 
 
 class RunGuard:
-    """The end of a run of skipped steps, of parts without a signal or of frozen ones that move."""
+    """All that ends a run: skipped steps in a row, parts without signal, frozen ones that move."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -85,7 +85,7 @@ class Run:
 
     @property
     def is_end_of_epoch(self) -> bool:
-        """Whether the last batch of an epoch is behind."""
+        """True after the last batch of an epoch."""
         return self.state.stream.position == self.loader.samples
 
     def track(self, group: str, figures: Mapping[str, float]) -> None:

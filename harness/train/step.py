@@ -23,7 +23,7 @@ from shards.stream import StreamState
 
 
 class StepTaker:
-    """Takes the run's steps: each makes `run.state` one step older."""
+    """The maker of the run's steps: each leaves `run.state` one step older."""
 
     def __init__(self, run: Run, stop_asked: Callable[[], int]) -> None:
         self.run = run
@@ -85,14 +85,14 @@ class StepTaker:
 
 
 class StepLog:
-    """Tells terminal and tracker what the steps did."""
+    """The figures of the steps, for terminal and tracker."""
 
     def __init__(self, run: Run, clock: Clock) -> None:
         self.run = run
         self.clock = clock
 
     def write(self, step: StepResult, at_once: bool) -> None:
-        """`at_once`: the tracker hears of it though `log_every` steps are not over."""
+        """Tells terminal and tracker; the latter after `log_every` steps, or `at_once`."""
         run = self.run
         self.clock.step(step.images, step.targets)
         figures = {

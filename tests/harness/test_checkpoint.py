@@ -202,7 +202,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     kept = {key: value for key, value in state.items() if value is not None}
     (folder / "state.json").write_text(json.dumps(kept))
     files = json.loads((folder / "files.json").read_text())
-    files["state.json"] = checkpoints._fact(folder / "state.json")
+    files["state.json"] = checkpoints.fact(folder / "state.json")
     (folder / "files.json").write_text(json.dumps(files))
 
 
@@ -219,7 +219,10 @@ def test_a_later_versions_checkpoint_is_refused_and_not_passed_over(tmp_path, un
     write(tmp_path, 1)
     rewritten(write(tmp_path, 2).path, format=unknown)
     said = []
-    words = rf"step-000002/state.json has format {unknown!r}, harness .* reads 1 to 2: go on with the version"
+    words = (
+        rf"step-000002/state.json has format {unknown!r}, harness .* reads 1 to 2: "
+        "go on with the version"
+    )
     for resume in ("auto", str(tmp_path), str(tmp_path / "checkpoints" / "step-000002")):
         with pytest.raises(ConfigError, match=words):
             checkpoints.find(tmp_path, resume, said.append)

@@ -28,7 +28,7 @@ from toy_runs import make_config
 
 
 class AtStep(Observer):
-    """Calls `act` when optimizer step `number` (1, 2, ... of the run) was taken."""
+    """A call of `act` when optimizer step `number` (1, 2, ... of the run) was taken."""
 
     def __init__(self, number: int, act: Callable[[], object]) -> None:
         self.number = number
@@ -80,7 +80,7 @@ class LastModel(Observer):
 
 
 def with_scaler(patch=setattr) -> None:
-    """Engines made from now on scale their loss as on a T4."""
+    """Has engines made from now on scale their loss as on a T4."""
     choose = engine.choose
     patch(engine, "choose", lambda *given: replace(choose(*given), loss_scaler=True))
 

@@ -1,5 +1,4 @@
-"""Tiny runs of the whole loop: generated pictures in real shards, a tiny CLIP and a tiny T5, every
-option that matters.
+"""Tiny runs of the whole loop: generated pictures in real shards, a tiny CLIP and a tiny T5.
 
 A folder in; shards, models and a config out. Imported by tests and by the programs they launch on
 several processes.
@@ -32,13 +31,9 @@ def picture(index: int, side: int = 32) -> bytes:
 
 
 def texts(index: int, captions: bool = True, questions: bool = True) -> tuple[Text, ...]:
-    """Unequal numbers of texts of unequal lengths, so that an average of averages is not the
-    average.
-    """
-    colour, seen = (
-        list(COLOURS)[index % 3],
-        ("a square", "a man in a hat and a dog", "the street with a white dog"),
-    )
+    """Returns unequal numbers of texts of unequal lengths: an average of averages is not theirs."""
+    colour = list(COLOURS)[index % 3]
+    seen = ("a square", "a man in a hat and a dog", "the street with a white dog")
     asked = [
         Text(
             f"{index}q",
@@ -59,7 +54,7 @@ def texts(index: int, captions: bool = True, questions: bool = True) -> tuple[Te
 
 
 def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **kinds: bool) -> Path:
-    """`count` pictures in shards of four."""
+    """Writes `count` pictures in shards of four."""
     write_shards(
         (
             (Record(f"{i:04d}", "toy", split, str(i), texts(i, **kinds)), picture(i), "png")
@@ -76,8 +71,9 @@ def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **k
 def make_config(
     root: Path, clip: Path, t5: Path, name: str = "run", dev: bool = True, **train
 ) -> Config:
-    """14 images in global batches of 4 (the last of an epoch: 2), micro-batches of 3, 4-bit + LoRA,
-    texts drawn.
+    """Returns a config of 14 images in global batches of 4 (the last of an epoch: 2).
+
+    Micro-batches of 3, 4-bit + LoRA, texts drawn.
     """
     for split, count, first in (("train", 14, 0), ("dev", 5, 100)):
         if not (root / split).exists():
@@ -120,7 +116,7 @@ def make_config(
 
 
 def losses(out: Path) -> dict[int, float]:
-    """Logged training loss by step; a step that is there twice is an error."""
+    """Returns the logged training loss by step; a step that is there twice is an error."""
     found: dict[int, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)

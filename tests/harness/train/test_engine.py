@@ -19,7 +19,7 @@ from harness.train.schedule import learning_rate
 
 @pytest.fixture(params=[False, True], ids=["plain", "loss scaler"])
 def make_engine(request, monkeypatch):
-    """An engine for the CPU, with a GradScaler (which works there too) or without."""
+    """Makes engines for the CPU, with a GradScaler (which works there too) or without."""
     choose = engines.choose
     if request.param:
         monkeypatch.setattr(

@@ -191,6 +191,25 @@ def test_a_sample_that_cannot_be_read_is_counted_and_named_and_does_not_stop_the
     assert "key 0005" in (config.out_dir / "quarantine.jsonl").read_text()
 
 
+def test_an_observer_hears_what_a_step_will_read_and_what_it_did(config_of):
+    read = {}
+    told = {}
+
+    class Listener(Observer):
+        def batches_made(self, run, samples, batches):
+            read[run.state.step] = (len(samples), sum(batch.images for batch in batches))
+
+        def step_taken(self, run, step):
+            told[run.state.step] = step.loss
+
+    config = config_of(epochs=1)
+    train.run(config, observers=[Listener()])
+    assert told == losses(config.out_dir)
+    assert [samples for samples, _ in read.values()] == [4, 4, 4, 2]
+    assert list(read) == [0, 1, 2, 3]
+    assert all(samples <= images for samples, images in read.values())
+
+
 def test_a_second_run_into_the_same_folder_is_refused(config_of):
     config = config_of(max_steps=1)
     train.run(config)

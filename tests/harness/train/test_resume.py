@@ -29,9 +29,7 @@ def config_of(root, name, **settings):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    """The run that nothing interrupts: 8 steps, two epochs, with evaluations and checkpoints in
-    between.
-    """
+    """Trains the run that nothing interrupts: 8 steps, two epochs, evaluations, checkpoints."""
     train.run(config_of(root, "whole"))
     return root / "whole"
 
@@ -191,7 +189,8 @@ def test_an_ignored_hangup_or_interrupt_stays_ignored():
 def test_a_run_at_its_end_says_so_and_catches_up_with_an_evaluation_that_was_cut_off(
     root, whole, capfd
 ):
-    page, config = whole / "answers" / "step-000008.html", config_of(root, "whole")
+    page = whole / "answers" / "step-000008.html"
+    config = config_of(root, "whole")
     assert train.run(config, "auto") == checkpoints.place(whole, 8)
     said = capfd.readouterr().err
     assert "nothing is left to do" in said
@@ -247,7 +246,7 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 
 @pytest.fixture(scope="module")
 def launched(root, whole):
-    """The stages of rank_program.py: two on two processes, one on three."""
+    """Runs the stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
     environment = {
@@ -287,7 +286,7 @@ def test_losses_are_equal_on_one_and_two_processes(root, whole):
 def test_a_run_goes_on_with_another_number_of_processes_also_where_one_has_nothing_left(
     root, whole
 ):
-    """Three ranks do not divide 4 images, and of the last 2 of an epoch the first rank gets none."""
+    """Three ranks do not divide 4 images; of an epoch's last 2 the first rank gets none."""
     for name, processes in (("begun-by-one", 2), ("three", 3)):
         close_to(root / name, whole)
         assert checkpoints.newest(root / name).state["world_size"] == processes

@@ -51,7 +51,7 @@ BAD = [2, 5]
 
 
 def plan():
-    """The runs of the launched processes, in order."""
+    """Returns the runs of the launched processes, in order."""
 
     def run(name, zero, settings=LONG, tuning="qlora", resume=None, not_finite=()):
         return dict(locals())
@@ -79,7 +79,7 @@ def config_of(root, name, tuning="qlora", **settings):
 
 @pytest.fixture(scope="module")
 def alone(root):
-    """One process: the run of 20 steps that all others must equal, with what it read."""
+    """Trains on one process the 20 steps that all others must equal; tells what it read."""
     read = SamplesRead()
     train.run(config_of(root, "alone", **LONG), observers=[read])
     return SimpleNamespace(losses=losses(root / "alone"), samples=read.steps)
@@ -87,7 +87,7 @@ def alone(root):
 
 @pytest.fixture(scope="module")
 def ranks(root, alone):
-    """What both processes tell of their runs; before them DDP on two begins one to go on with."""
+    """Returns what both processes tell of their runs; DDP on two begins one to go on with."""
     (root / "plan.json").write_text(json.dumps(plan()))
     (root / "from-ddp.yaml").write_text(dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
