@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration
 from typer.testing import CliRunner
 
+from harness.ablate import experiment
 from harness.ablate import runner as ablate
 from harness.ablate.experiment import CONFIG, LOG, SCORES, children_of, load
 from harness.ablate.observe import interval
@@ -468,6 +470,14 @@ def test_an_offline_form_is_the_same_question_in_a_file_beside_and_is_found_by_i
         assert form.question == load(name).question
         assert list(form.variants) == list(load(name).variants)
     assert len(OFFLINE) == 8
+
+
+def test_the_file_that_the_documentation_shows_is_read(tmp_path):
+    shown = textwrap.dedent(experiment.__doc__.partition("A file in full:\n\n")[2])
+    (tmp_path / "bridges.yaml").write_text(shown)
+    ablation = load(tmp_path / "bridges.yaml")
+    assert ablation.variants["linear"].below == "qformer"
+    assert len(children_of(ablation, tmp_path, (), ablation.seeds)) == 6
 
 
 def test_a_file_without_an_offline_form_is_told_where_it_would_be(tmp_path):
