@@ -53,7 +53,9 @@ Progress = Callable[[str, int, int], None]  # split, images done, images of the 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was built, and how much of it was left out; every thing left out is a line of `skipped`."""
+    """What was built, and how much of it was left out; every thing left out is a line of
+    `skipped`.
+    """
 
     dataset: str
     out: Path
@@ -118,13 +120,17 @@ def build(
                 os.replace(beside / name, out / name)
         else:
             os.rename(beside, out)
+    return _summary(found, out, splits)
+
+
+def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Summary:
     things: Counter[str] = Counter()
     texts: Counter[str] = Counter()
-    for skipped in found.skipped:
+    for skipped in source.skipped:
         things[skipped.kind] += 1
         texts[skipped.kind] += skipped.texts
     return Summary(
-        found.dataset,
+        source.dataset,
         out,
         out / SKIPPED,
         splits,
@@ -133,8 +139,8 @@ def build(
         undecodable_images=things[UNDECODABLE],
         images_in_no_split=things[NO_SPLIT],
         empty_texts=texts[EMPTY_TEXT],
-        reencoded_images=sum(n for note, n in found.notes.items() if note.startswith(_ANEW)),
-        notes={note: n for note, n in found.notes.items() if n},
+        reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
+        notes={note: n for note, n in source.notes.items() if n},
     )
 
 
@@ -188,30 +194,31 @@ def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if image.mode == "CMYK":
         changed.append("CMYK")
-    elif image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            changed.append("transparency")
+    elif image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
+        255,
+        255,
+    ):
+        changed.append("transparency")
     return image
 
 
 def _load(name: str, options: dict[str, Any]) -> Source:
     if name not in SOURCES:
         raise ShardError(f"there is no source {name!r}: choose one of {', '.join(SOURCES)}")
-    takes = {
-        "--" + option.replace("_", "-"): p
-        for option, p in inspect.signature(SOURCES[name]).parameters.items()
-    }
+    takes = inspect.signature(SOURCES[name]).parameters
     given = {option: value for option, value in options.items() if value is not None}
-    flags = ["--" + option.replace("_", "-") for option in given]
-    if wrong := next((flag for flag in flags if flag not in takes), None):
-        raise ShardError(
-            f"{name} has no option {wrong}; its options are {', '.join(takes) or 'none'}"
-        )
-    if lacks := next(
-        (flag for flag, p in takes.items() if p.default is p.empty and flag not in flags), None
-    ):
-        raise ShardError(f"{name} needs {lacks}")
+    for option in given:
+        if option not in takes:
+            known = ", ".join(map(_flag, takes)) or "none"
+            raise ShardError(f"{name} has no option {_flag(option)}; its options are {known}")
+    for option, parameter in takes.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise ShardError(f"{name} needs {_flag(option)}")
     return SOURCES[name](**given)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def _check_splits(source: Source, out: Path) -> None:

@@ -23,7 +23,9 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
-        self.folder, self.max_bytes, self._attempts = Path(folder), int(max_bytes), attempts
+        self.folder = Path(folder)
+        self.max_bytes = int(max_bytes)
+        self._attempts = attempts
         self._lock = self.folder / ".lock"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -42,16 +44,16 @@ class Cache:
             raise ShardError(
                 f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}"
             )
-        path, part = self.folder / sha256, self.folder / f"{sha256}.part"
+        path = self.folder / sha256
+        part = self.folder / f"{sha256}.part"
         while True:
             with self._locked():
                 if (number := self._present(path, size)) is not None:
                     return number
             number = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(
-                    number, fcntl.LOCK_EX
-                )  # waits for another process that downloads the same file
+                # waits for another process that downloads the same file
+                fcntl.flock(number, fcntl.LOCK_EX)
                 if not self._is(part, number):
                     continue  # it is done, or gave up and removed it
                 self._reserve(part, number, size)
@@ -123,7 +125,8 @@ class Cache:
         for attempt in range(self._attempts):
             if attempt:
                 time.sleep(2**attempt / 2)
-            digest, offset = hashlib.sha256(), 0
+            digest = hashlib.sha256()
+            offset = 0
             try:
                 with fsspec.open(url, "rb") as source:
                     while chunk := source.read(1 << 20):

@@ -34,9 +34,9 @@ class FileInfo:
     bytes: int
     sha256: str
 
-    @classmethod
-    def of(cls, name: str, data: bytes) -> FileInfo:
-        return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+def file_info(name: str, data: bytes) -> FileInfo:
+    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_whole(path: Path, data: bytes) -> FileInfo:
@@ -52,7 +52,7 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    return FileInfo.of(path.name, data)
+    return file_info(path.name, data)
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ has no columns of members: there a sample's headers are walked.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import os
@@ -64,7 +65,9 @@ class ShardInfo(FileInfo):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar anew."""
+    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar
+    anew.
+    """
 
     folder: str  # where the index lies: a path or an fsspec URL
     kind: Kind
@@ -87,7 +90,7 @@ class Manifest:
 
         The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises
         ShardError for a folder that is missing, has no index, or does not match it. The shards' own
-        hashes are verify's business.
+        hashes are for `verify` to check.
         """
         manifest = cls.read_index(path_or_url, cache)
         if problems := manifest.file_problems():
@@ -141,7 +144,9 @@ class Manifest:
         return manifest
 
     def file_problems(self) -> list[str]:
-        """A sentence for each local file that is missing or has another size than the index says."""
+        """A sentence for each local file that is missing or has another size than the index
+        says.
+        """
         problems = []
         for place, infos in (
             (self.base or self.folder, self.shards),
@@ -155,7 +160,8 @@ class Manifest:
                     problems.append(f"{path} is missing: {join(self.folder, INDEX)} names it")
                 elif (found := path.stat().st_size) != info.bytes:
                     problems.append(
-                        f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file"
+                        f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed "
+                        "file"
                     )
         return problems
 
@@ -202,7 +208,9 @@ class Manifest:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64, one more than shards: the first sample of each shard, and the number of samples."""
+        """int64, one more than shards: the first sample of each shard, and the number of
+        samples.
+        """
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
     def location(self, shard: int) -> str:
@@ -212,20 +220,21 @@ class Manifest:
     @cached_property
     def sidecar(self) -> np.ndarray:
         """Structured array with a row for each sample (see the module). Raises ShardError if it is
-        another one's.
+        that of another set.
         """
-        info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes, self.format)
+        info = self.sidecar_file
+        dtype = sidecar_dtype(self.key_bytes, self.format)
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
             raise ShardError(
                 f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}"
             )
-        if is_remote(self.folder) and self.cache is None:
-            return np.frombuffer(self.read_file(info.name), dtype)
-        remote = is_remote(self.folder)
-        with open(
-            self.cache.open(where, info.bytes, info.sha256) if remote else where, "rb"
-        ) as file:
+        opened: int | str = where
+        if remote := is_remote(self.folder):
+            if self.cache is None:
+                return np.frombuffer(self.read_file(info.name), dtype)
+            opened = self.cache.open(where, info.bytes, info.sha256)
+        with open(opened, "rb") as file:
             if not remote:  # the cache checks the hash itself
                 _check_hash(where, hashlib.file_digest(file, "sha256").hexdigest(), info)
             return np.memmap(file, dtype, mode="r")
@@ -233,7 +242,7 @@ class Manifest:
     def key(self, index: int) -> str:
         return self.sidecar["key"][index].decode()
 
-    def read_file(self, name: str) -> bytes:
+    def read_file(self, name: str) -> builtins.bytes:
         """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is
         missing or damaged.
         """
@@ -281,7 +290,8 @@ def _check_hash(where: str, found: str, info: FileInfo) -> None:
 def _info(cls: type, entry: Mapping[str, Any]) -> Any:
     info = cls(**entry)
     for item in fields(cls):
-        value, expected = getattr(info, item.name), int if item.type == "int" else str
+        value: Any = getattr(info, item.name)
+        expected = int if item.type == "int" else str
         if type(value) is not expected or (expected is int and value < 0):
             raise ValueError(
                 f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}"
@@ -294,13 +304,15 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
 def _no_index(folder: str) -> str:
     """Why a folder without an index cannot be opened, and what to do."""
     if is_remote(folder):
-        return f"{join(folder, INDEX)} does not exist: index the shards there with `harness shards index`"
+        where = join(folder, INDEX)
+        return f"{where} does not exist: index the shards there with `harness shards index`"
     path = Path(folder)
     if not path.is_dir():
         return f"there is no folder of shards at {folder}: build one with `harness shards build`"
     splits = sorted(child.parent.name for child in path.glob(f"*/{INDEX}"))
     if splits:
-        return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {join(folder, splits[0])}"
+        first = join(folder, splits[0])
+        return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {first}"
     if any(path.glob("*.tar")):
         return f"{folder} holds tars and no {INDEX}: make one with `harness shards index {folder}`"
     return f"{folder} holds no shards (no {INDEX}): build them with `harness shards build`"

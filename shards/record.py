@@ -83,7 +83,9 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Raises RecordError unless every field has its type and every text has something to learn."""
+        """Raises RecordError unless every field has its type and every text has something to
+        learn.
+        """
         if not isinstance(self.key, str) or not _KEY.fullmatch(self.key):
             raise RecordError(
                 f"key {self.key!r}: a key is made of letters, digits, '_' and '-' alone"

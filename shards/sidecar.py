@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.files import FileInfo, ShardError, write_whole
+from shards.files import ShardError, file_info, write_whole
 from shards.manifest import (
     INDEX,
     MAX_KEY_BYTES,
@@ -107,7 +107,7 @@ class Indexing:
             **self._described,
             **further,
         )
-        info_1 = FileInfo.of(SIDECAR_1, rows_1.tobytes())
+        info_1 = file_info(SIDECAR_1, rows_1.tobytes())
         return manifest.with_format_1_digest(info_1)
 
 

@@ -90,12 +90,7 @@ def members(
         header = read(offset, BLOCK)
         if whole and header == _ZEROS:
             return _check_rest(read, offset, end)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ShardError(
-                f"no valid tar header at offset {offset} ({error}): the shard is damaged"
-            ) from error
+        info = _header(header, offset)
         start = offset if start is None else start
         plain = info.type in _PLAIN
         content = length if plain and length is not None else info.size
@@ -127,6 +122,15 @@ def members(
         offset += -(-content // BLOCK) * BLOCK
     if whole:
         raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
+
+
+def _header(data: bytes, offset: int) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise ShardError(
+            f"no valid tar header at offset {offset} ({error}): the shard is damaged"
+        ) from error
 
 
 def _decoded(name: bytes) -> str:

@@ -23,7 +23,6 @@ from shards.sources.source import (
     Source,
     keys_of,
     read_text,
-    unique,
 )
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
@@ -43,12 +42,14 @@ def load(
         if not line.strip():
             continue
         row = _read_line(line, where := f"--jsonl {jsonl}, line {n}")
-        path, split = posixpath.normpath(row["image"]), row["split"]
+        path = posixpath.normpath(row["image"])
+        split = row["split"]
         lines_of.setdefault(path, []).append((n, row))
         first, other = lines_of[path][0]
         if other["split"] != split:
             raise ShardError(
-                f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line {first}"
+                f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line "
+                f"{first}"
             )
         if "id" in row and ids.setdefault(str(row["id"]), n) != n:
             raise ShardError(
@@ -63,13 +64,7 @@ def load(
                 source.add(split, key, key, found, path)
             else:
                 source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", split)
-    texts = (
-        text for items in source.splits.values() for item in items for text in item.record.texts
-    )
-    unique(
-        (text.id for text in texts),
-        f"--jsonl {jsonl}: the id (given, or made from an image's name)",
-    )
+    source.check_text_ids(f"--jsonl {jsonl}: the id (given, or made from an image's name)")
     source.skip_rest("no line names it")
     return source
 
@@ -80,7 +75,9 @@ def _texts(
     """Captions without an id are one text (the key is its id); a question without an id is called
     KEY-NUMBER.
     """
-    texts, captions, questions = [], [], 0
+    texts: list[Text] = []
+    captions: list[str] = []
+    questions = 0
     for n, row in lines:
         given = str(row.get("id", "")) or None
         if "question" not in row:
@@ -90,7 +87,8 @@ def _texts(
             elif found:
                 texts.append(Text(given, "caption", found))
             continue
-        answers, text_id = tuple(_strings(row["answers"])), given or f"{key}-{questions}"
+        answers = tuple(_strings(row["answers"]))
+        text_id = given or f"{key}-{questions}"
         questions += 1
         if row["question"].strip() and any(answer.strip() for answer in answers):
             texts.append(Text(text_id, "vqa", answers, row["question"]))
@@ -122,7 +120,8 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     kinds = [name for name in ("text", "captions", "question") if name in row]
     if len(kinds) != 1 or ("answers" in row) != (kinds == ["question"]):
         raise ShardError(
-            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; found {', '.join(row)}"
+            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; "
+            f"found {', '.join(row)}"
         )
     name = "answers" if kinds == ["question"] else kinds[0]
     many = _strings(row[name])

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from shards.files import ShardError
 from shards.record import Record, Text
@@ -44,7 +44,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """One thing left out: its kind, its name (image or text), the texts that went with it, and why."""
+    """One thing left out: its kind, its name (image or text), the texts that went with it, and
+    why.
+    """
 
     kind: str
     name: str
@@ -53,12 +55,22 @@ class Skipped:
     texts: int = 0
 
 
+class ImageFiles(Protocol):
+    """Images by name; reading is safe from several threads."""
+
+    place: Path
+
+    def read(self, name: str, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class Source:
-    """`splits` keeps the order of the official files; `notes` counts what was kept but is odd."""
+    """Records by split, and what was left out. `splits` keeps the order of the official files; `notes` counts what was kept but is odd."""
 
     dataset: str
-    images: Images
+    images: ImageFiles
     splits: dict[str, list[Item]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -88,7 +100,10 @@ class Source:
         """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left
         out, and named.
         """
-        path = (name if name in self.images.names else None) if exact else self.images.find(name)
+        if exact:
+            path = name if name in self.files.names else None
+        else:
+            path = self.files.find(name)
         if path is None:
             self.skip(
                 TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
@@ -104,7 +119,7 @@ class Source:
         among: Callable[[str], bool] = lambda path: True,
     ) -> None:
         """Names the images that nothing asked for."""
-        for path in self.images.names:
+        for path in self.files.names:
             if path not in self._found and among(path):
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
 
@@ -124,6 +139,17 @@ class Source:
             kept.append(trimmed)
         return tuple(kept)
 
+    @property
+    def files(self) -> Images:
+        """Its images, where they are files of a folder or zip that can be looked for by name."""
+        assert isinstance(self.images, Images)  # a source of rows looks for none
+        return self.images
+
+    def check_text_ids(self, what: str) -> None:
+        """Raises ShardError for an id that two texts have."""
+        items = (item for split in self.splits.values() for item in split)
+        unique((text.id for item in items for text in item.record.texts), what)
+
     def skip(
         self, kind: str, name: str, reason: str, split: str | None = None, texts: int = 0
     ) -> None:
@@ -139,11 +165,11 @@ class Images:
         self.place = Path(place)
         self._zip: zipfile.ZipFile | None = None
         if self.place.is_dir():
-            names = (
+            names = [
                 Path(folder, name).relative_to(self.place).as_posix()
                 for folder, _, files in os.walk(self.place, followlinks=True)
                 for name in files
-            )
+            ]
         elif self.place.is_file():
             try:
                 self._zip = zipfile.ZipFile(self.place)
@@ -151,7 +177,7 @@ class Images:
                 raise ShardError(
                     f"{place} is neither a folder of images nor a whole zip: {error}"
                 ) from error
-            names = iter(self._zip.namelist())
+            names = self._zip.namelist()
         else:
             raise ShardError(f"there is no folder or zip of images at {place}")
         # `__MACOSX/._x.jpg` in the official Flickr8k zip is a resource fork, not an image.
@@ -209,7 +235,9 @@ def read_json(
 
 
 def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list[dict[str, Any]]:
-    """The list `name` of an official JSON file, every element of which has `keys`, or ShardError."""
+    """The list `name` of an official JSON file, every element of which has `keys`, or
+    ShardError.
+    """
     rows = document.get(name) if isinstance(document, dict) else None
     if not isinstance(rows, list):
         raise ShardError(
@@ -223,17 +251,23 @@ def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list
 
 
 def unique(ids: Iterable[Any], what: str) -> None:
-    """ShardError naming the first id that occurs twice."""
+    """Raises ShardError naming the first id that occurs twice."""
     counts = Counter(ids)
     twice = [i for i, n in counts.items() if n > 1]
     if twice:
         raise ShardError(
-            f"{what} {twice[0]} occurs {counts[twice[0]]} times ({len(twice)} such ids); ids must be unique"
+            f"{what} {twice[0]} occurs {counts[twice[0]]} times ({len(twice)} such ids); ids "
+            "must be unique"
         )
 
 
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
+
+
 def order_of(seed: int | str, name: Any) -> bytes:
-    """Sorting by this draws at random, the same on every machine and whatever else is in the set."""
+    """Returns what to sort by for a random draw, the same on every machine and in every set."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
