@@ -56,6 +56,10 @@ class Cache:
                 fcntl.flock(number, fcntl.LOCK_EX)
                 if not self._is(part, number):
                     continue  # it is done, or gave up and removed it
+                with self._locked():  # or was done before this one made its own part
+                    if (done := self._present(path, size)) is not None:
+                        part.unlink()
+                        return done
                 self._reserve(part, number, size)
                 self._download(url, number, size, sha256)
                 with self._locked():

@@ -26,6 +26,11 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def is_count(value: object) -> bool:
+    """Whether it may be a number of things, as JSON holds it."""
+    return type(value) is int and value >= 0
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """One file of a set: its sidecar, or the controls of a feature set."""

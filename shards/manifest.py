@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import numpy as np
 
-from shards.files import FileInfo, ShardError, is_remote, join
+from shards.files import FileInfo, ShardError, is_count, is_remote, join
 
 if TYPE_CHECKING:
     from shards.cache import Cache
@@ -290,12 +290,11 @@ def _check_hash(where: str, found: str, info: FileInfo) -> None:
 def _info(cls: type, entry: Mapping[str, Any]) -> Any:
     info = cls(**entry)
     for item in fields(cls):
-        value: Any = getattr(info, item.name)
-        expected = int if item.type == "int" else str
-        if type(value) is not expected or (expected is int and value < 0):
-            raise ValueError(
-                f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}"
-            )
+        value = getattr(info, item.name)
+        if item.type == "int" and not is_count(value):
+            raise ValueError(f"{item.name} is {value!r}, not a count")
+        if item.type == "str" and type(value) is not str:
+            raise ValueError(f"{item.name} is {value!r}, not a string")
     if "/" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.files import is_count
+
 _KEPT_WINDOWS = 2  # a batch that crosses from one window into the next needs both
 _WORD = 2**64
 
@@ -42,7 +44,7 @@ class StreamState:
         """Reads the dict of `to_json`. Raises ValueError, naming the field."""
         for name, kind in (("epoch", int), ("position", int), ("digest", str)):
             value = fields.get(name)
-            if type(value) is not kind or (kind is int and value < 0):
+            if not (is_count(value) if kind is int else type(value) is str):
                 raise ValueError(
                     f"stream state: {name} is {value!r}, expected "
                     f"{'a count' if kind is int else 'text'}"

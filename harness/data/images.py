@@ -32,8 +32,8 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
     crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
     CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:
     as it is, for the processor of another model. Transparency is laid on white and the EXIF
-    orientation is honoured, both as transformers does when it loads a file. Raises ImageError for what cannot be
-    decoded, or has more than `max_pixels` before or after resizing.
+    orientation is honoured, both as transformers does when it loads a file. Raises ImageError for
+    what cannot be decoded, or has more than `max_pixels` before or after resizing.
     """
 
     def check_size(width: int, height: int) -> None:

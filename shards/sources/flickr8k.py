@@ -55,7 +55,7 @@ def load(
         )
     source.skip_rest("no caption names it")
     for name, split in split_of.items():
-        if name not in captions_of and source.images.find(name) is None:
+        if name not in captions_of and source.files.find(name) is None:
             source.skip(
                 TEXT_WITHOUT_IMAGE,
                 name,

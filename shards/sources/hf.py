@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,7 +114,7 @@ class _Columns:
 
     def checked(self, names: list[str]) -> list[str]:
         """Returns them all. Raises ShardError for one that is not among `names`."""
-        flags = {
+        flags: dict[str, Sequence[str | None]] = {
             "--image-column": [self.image],
             "--text-columns": self.captions,
             "--question-column": [self.question],
@@ -212,8 +212,8 @@ class _Group:
 
 
 class RowImages:
-    """Images in the place of `source.Images`: that of each row, from a temporary file, or from where its
-    path points.
+    """Images in the place of `source.Images`: that of each row, from a temporary file, or from
+    where its path points.
 
     `place` is a file or folder, or an id of the hub. Reading is safe from several threads.
     """

@@ -67,7 +67,9 @@ class ImageFiles(Protocol):
 
 @dataclass
 class Source:
-    """Records by split, and what was left out. `splits` keeps the order of the official files; `notes` counts what was kept but is odd."""
+    """Records by split, and what was left out. `splits` keeps the order of the official files;
+    `notes` counts what was kept but is odd.
+    """
 
     dataset: str
     images: ImageFiles
@@ -100,10 +102,9 @@ class Source:
         """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left
         out, and named.
         """
-        if exact:
-            path = name if name in self.files.names else None
-        else:
-            path = self.files.find(name)
+        path = name if exact else self.files.find(name)
+        if path not in self.files.names:
+            path = None
         if path is None:
             self.skip(
                 TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
