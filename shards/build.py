@@ -194,11 +194,10 @@ def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if image.mode == "CMYK":
         changed.append("CMYK")
-    elif image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
-        255,
-        255,
-    ):
-        changed.append("transparency")
+    elif image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A").tobytes()
+        if alpha.strip(b"\xff"):  # somewhere it is not opaque
+            changed.append("transparency")
     return image
 
 

@@ -115,7 +115,8 @@ def _read_and_decode(reader: Reader, index: int) -> None:
 
 def _check_group(manifest: Manifest, index: int, group: Group, location: str) -> list[str]:
     """What is wrong with one sample found in its place."""
-    row, place = manifest.sidecar[index], f"{location}, offset {group.start}, key {group.key}"
+    row = manifest.sidecar[index]
+    place = f"{location}, offset {group.start}, key {group.key}"
     if group.key != row["key"].decode():
         return [f"{place}: the index has {row['key'].decode()} here"]
     if group.crc != row["crc"] or group.end - group.start != row["size"]:

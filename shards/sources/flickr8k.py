@@ -92,8 +92,8 @@ def _read_captions(path: str | Path) -> dict[str, list[str]]:
         if not match:
             raise ShardError(
                 f"--captions {path}, line {n} is {line[:60]!r}: expected "
-                "'NAME.jpg#NUMBER<tab>CAPTION' "
-                "(Flickr8k.token.txt), or a first line 'image,caption' (captions.txt)"
+                "'NAME.jpg#NUMBER<tab>CAPTION' (Flickr8k.token.txt), "
+                "or a first line 'image,caption' (captions.txt)"
             )
         name, number, caption = match.groups()
         numbers.append(f"{name}#{number}")
@@ -121,7 +121,7 @@ def _read_splits(folder: str | Path) -> dict[str, str]:
                 )
     if not split_of:
         raise ShardError(
-            f"--splits {folder} holds no split file (Flickr_8k.trainImages.txt, .devImages.txt, "
-            "...)"
+            f"--splits {folder} holds no split file "
+            "(Flickr_8k.trainImages.txt, .devImages.txt, ...)"
         )
     return split_of

@@ -26,6 +26,7 @@ from shards.sources.source import (
     TEXT_WITHOUT_IMAGE,
     Source,
     check_limit,
+    is_empty,
     keys_of,
 )
 
@@ -171,12 +172,11 @@ def _add_row(
     if columns.question and columns.answer:
         answers = tuple(columns.strings(columns.answer, row, number))
         question = " ".join(columns.strings(columns.question, row, number))
-        if question.strip() and any(answer.strip() for answer in answers):
-            group.questions.append((question, answers, {name: row[name] for name in kept}))
+        if is_empty(question, answers):
+            why = "the question or its answers are empty"
+            source.skip(EMPTY_TEXT, f"row {number}", why, split, 1)
         else:
-            source.skip(
-                EMPTY_TEXT, f"row {number}", "the question or its answers are empty", split, 1
-            )
+            group.questions.append((question, answers, {name: row[name] for name in kept}))
     return True
 
 

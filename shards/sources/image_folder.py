@@ -21,6 +21,7 @@ from shards.sources.source import (
     Images,
     ImagesAt,
     Source,
+    is_empty,
     keys_of,
     read_text,
 )
@@ -48,8 +49,8 @@ def load(
         first, other = lines_of[path][0]
         if other["split"] != split:
             raise ShardError(
-                f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line "
-                f"{first}"
+                f"{where}: {path} is in the split {split!r}, "
+                f"and in {other['split']!r} in line {first}"
             )
         if "id" in row and ids.setdefault(str(row["id"]), n) != n:
             raise ShardError(
@@ -90,16 +91,11 @@ def _texts(
         answers = tuple(_strings(row["answers"]))
         text_id = given or f"{key}-{questions}"
         questions += 1
-        if row["question"].strip() and any(answer.strip() for answer in answers):
-            texts.append(Text(text_id, "vqa", answers, row["question"]))
+        if is_empty(row["question"], answers):
+            why = f"the question or its answers are empty (line {n})"
+            source.skip(EMPTY_TEXT, path, why, row["split"], 1)
         else:
-            source.skip(
-                EMPTY_TEXT,
-                path,
-                f"the question or its answers are empty (line {n})",
-                row["split"],
-                1,
-            )
+            texts.append(Text(text_id, "vqa", answers, row["question"]))
     return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
 
 

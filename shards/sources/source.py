@@ -262,6 +262,11 @@ def unique(ids: Iterable[Any], what: str) -> None:
         )
 
 
+def is_empty(question: str, answers: Iterable[str]) -> bool:
+    """Whether the question, or every answer to it, is blank."""
+    return not question.strip() or not any(answer.strip() for answer in answers)
+
+
 def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")

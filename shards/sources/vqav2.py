@@ -21,6 +21,7 @@ from shards.sources.source import (
     ImagesAt,
     Source,
     check_limit,
+    is_empty,
     order_of,
     read_json,
     rows_of,
@@ -91,16 +92,11 @@ def _text(
 ) -> Text | None:
     number = question["question_id"]
     answers = tuple(annotation["answers"])
-    if not all(isinstance(answer, str) for answer in answers) or not isinstance(
-        question["question"], str
-    ):
+    prompt = question["question"]
+    if not all(isinstance(text, str) for text in (prompt, *answers)):
         raise ShardError(f"question {number}: its question and every answer must be a text")
-    if not question["question"].strip() or not any(answer.strip() for answer in answers):
-        what = (
-            "its question is empty"
-            if not question["question"].strip()
-            else "all its answers are empty"
-        )
+    if is_empty(prompt, answers):
+        what = "all its answers are empty" if prompt.strip() else "its question is empty"
         source.skip(EMPTY_TEXT, str(number), what, split, texts=1)
         return None
     source.notes["questions with other than ten answers, kept"] += len(answers) != 10
@@ -113,7 +109,7 @@ def _text(
         "question_type": annotation.get("question_type"),
         "pair_id": str(other) if other in asked else None,
     }
-    return Text(str(number), "vqa", answers, question["question"], meta)
+    return Text(str(number), "vqa", answers, prompt, meta)
 
 
 def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]:
@@ -163,8 +159,7 @@ def _read_annotations(
         if row["image_id"] != asked[number]["image_id"]:
             raise ShardError(
                 f"question {number} is about image {asked[number]['image_id']} in --questions "
-                f"{questions} "
-                f"and about image {row['image_id']} in --annotations {path}"
+                f"{questions} and about image {row['image_id']} in --annotations {path}"
             )
         if not isinstance(row["answers"], list):
             raise ShardError(f"{where}: the answers of question {number} are no list")
