@@ -147,7 +147,7 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
 def prepare_image(
     data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[bytes, str, str]:
-    """Image file -> (payload, extension, what was changed or "").
+    """Returns an image file as (payload, extension, what was changed or "").
 
     Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage
     (mostly OSError). The bytes stay as they are when plain decoding to RGB shows the picture people
@@ -184,8 +184,8 @@ def prepare_image(
 
 
 def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
-    """The picture in a mode that converts to RGB without loss of sense; adds to `changed` why its
-    bytes alone would not show it.
+    """Returns the picture in a mode that converts to RGB without loss of sense; adds to `changed`
+    why its bytes alone would not show it.
     """
     if image.mode.startswith("I;16"):
         changed.append("16-bit")
@@ -247,8 +247,8 @@ def _samples(
     image_options: tuple[int | None, int],
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[Record, bytes, str]]:
-    """The items in their order, a bounded number of images ahead of the writer; unusable ones go to
-    `skipped`.
+    """Yields the items in their order, a bounded number of images ahead of the writer; unusable
+    ones go to `skipped`.
     """
 
     def prepare(path: str) -> tuple[bytes, str, str] | str:
@@ -283,7 +283,7 @@ def _samples(
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
-    """What an earlier build of other splits into the same OUT left out: these lines stay."""
+    """Returns what an earlier build of other splits into the same OUT left out: these lines stay."""
     if not path.is_file():
         return []
     try:

@@ -31,11 +31,12 @@ class Cache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike | None, max_bytes: float | None) -> Cache | None:
-        """None where one of them is not given: then only local sets can be read."""
+        """Returns None where one of them is not given: then only local sets can be read."""
         return cls(folder, int(max_bytes)) if folder and max_bytes else None
 
     def open(self, url: str, size: int, sha256: str) -> int:
-        """A file descriptor for reading, the caller's to close; downloads what is not there.
+        """Returns a file descriptor for reading, the caller's to close; downloads what is not
+        there.
 
         Raises ShardError for a file larger than the cache, unreachable, or not the one with this
         size and hash.
@@ -115,7 +116,7 @@ class Cache:
 
     @staticmethod
     def _abandoned(part: Path) -> bool:
-        """Whether the process that downloaded it has died: then nobody holds its lock."""
+        """Tells whether the process that downloaded it has died: then nobody holds its lock."""
         number = os.open(part, os.O_RDWR)
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,7 @@ def join(folder: str, name: str) -> str:
 
 
 def is_count(value: object) -> bool:
-    """Whether it may be a number of things, as JSON holds it."""
+    """Tells whether it may be a number of things, as JSON holds it."""
     return type(value) is int and value >= 0
 
 

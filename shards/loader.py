@@ -264,9 +264,9 @@ class Loader:
     def _check_cache(
         self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int
     ) -> None:
-        """Two windows of every remote set must fit: a batch may need both, and what goes early is
-        fetched again. Of the first images of a mixture, in whose epochs nothing keeps to windows,
-        all shards must.
+        """Checks that two windows of every remote set must fit: a batch may need both, and what
+        goes early is fetched again. Of the first images of a mixture, in whose epochs nothing keeps
+        to windows, all shards must.
         """
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
         needed = 0
@@ -347,12 +347,12 @@ def _order_digest(sets: Sequence[str | None], parts: Sequence[Any]) -> str:
 
 
 def _as_it_is(item: Any) -> Any:
-    """In place of DataLoader's own, which turns what it finds inside into tensors."""
+    """Stands in place of DataLoader's own, which turns what it finds inside into tensors."""
     return item
 
 
 def _start_worker(worker: int) -> None:
-    """One thread each, since workers are the parallelism; stopping is the main process's to
+    """Takes one thread each, since workers are the parallelism; stopping is the main process's to
     decide.
     """
     torch.set_num_threads(1)

@@ -144,7 +144,7 @@ class Manifest:
         return manifest
 
     def file_problems(self) -> list[str]:
-        """A sentence for each local file that is missing or has another size than the index
+        """Returns a sentence for each local file that is missing or has another size than the index
         says.
         """
         problems = []
@@ -173,7 +173,7 @@ class Manifest:
         }
 
     def document(self) -> dict[str, Any]:
-        """The content of `index.json`."""
+        """Returns the content of `index.json`."""
         return {
             **self._content(),
             "sidecar": asdict(self.sidecar_file),
@@ -184,8 +184,8 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over what the tars hold and their order, wherever they lie and whatever the
-        format of their index: equal digests mean equal samples in equal order.
+        """Returns the sha256 over what the tars hold and their order, wherever they lie and
+        whatever the format of their index: equal digests mean equal samples in equal order.
         """
         return _digest(self._content())
 
@@ -208,19 +208,19 @@ class Manifest:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64, one more than shards: the first sample of each shard, and the number of
+        """Returns int64, one more than shards: the first sample of each shard, and the number of
         samples.
         """
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
     def location(self, shard: int) -> str:
-        """Path or URL of a shard."""
+        """Returns the path or URL of a shard."""
         return join(self.base or self.folder, self.shards[shard].name)
 
     @cached_property
     def sidecar(self) -> np.ndarray:
-        """Structured array with a row for each sample (see the module). Raises ShardError if it is
-        that of another set.
+        """Returns a structured array with a row for each sample (see the module). Raises ShardError
+        if it is that of another set.
         """
         info = self.sidecar_file
         dtype = sidecar_dtype(self.key_bytes, self.format)
@@ -243,8 +243,8 @@ class Manifest:
         return self.sidecar["key"][index].decode()
 
     def read_file(self, name: str) -> builtins.bytes:
-        """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is
-        missing or damaged.
+        """Returns a small file of the set (`controls.safetensors`), whole. Raises ShardError if it
+        is missing or damaged.
         """
         where = join(self.folder, name)
         info = next((file for file in (*self.files, self.sidecar_file) if file.name == name), None)
@@ -301,7 +301,7 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
 
 
 def _no_index(folder: str) -> str:
-    """Why a folder without an index cannot be opened, and what to do."""
+    """Says why a folder without an index cannot be opened, and what to do."""
     if is_remote(folder):
         where = join(folder, INDEX)
         return f"{where} does not exist: index the shards there with `harness shards index`"

@@ -231,7 +231,7 @@ def parse_sample(
 
 
 def _captions(contents: Mapping[str, bytes]) -> list[Any]:
-    """The "caption" of .json as a list; none is not an error yet."""
+    """Returns the "caption" of .json as a list; none is not an error yet."""
     try:
         document = json.loads(contents.get("json", b"null"))
     except ValueError as error:

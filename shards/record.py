@@ -60,7 +60,7 @@ class Record:
         return sum(len(text.prompt or "") + sum(map(len, text.targets)) for text in self.texts)
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON, the same bytes for the same record."""
+        """Returns UTF-8 JSON, the same bytes for the same record."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod

@@ -115,7 +115,7 @@ _ONE = sidecar_dtype(1)  # keys are filled in when the longest is known
 
 
 def row_of(group: Group, record: Record, payload: str, text: str) -> tuple[int | bytes, ...]:
-    """The sidecar's columns of one sample, but for its key (see `manifest`)."""
+    """Returns the sidecar's columns of one sample, but for its key (see `manifest`)."""
     places = [
         figure
         for member in (group.members[payload], group.members[text])

@@ -53,14 +53,15 @@ class StreamState:
 
 
 def deal(n: int, rank: int, world: int) -> slice:
-    """The part of a global batch of `n` that `rank` of `world` gets; parts differ by one at
+    """Returns the part of a global batch of `n` that `rank` of `world` gets; parts differ by one at
     most.
     """
     return slice(n * rank // world, n * (rank + 1) // world)
 
 
 def permutation(n: int, seed: int, salt: int, epoch: int, stream: int) -> np.ndarray:
-    """A permutation of range(n), int64, keyed by (seed, salt) and numbered by (epoch, stream).
+    """Returns a permutation of range(n), int64, keyed by (seed, salt) and numbered by (epoch,
+    stream).
 
     Made of Philox's raw words alone, since numpy promises those, and not `Generator.permutation`,
     to stay the same in every version. The item's number in the low bits makes all keys different:
@@ -97,7 +98,9 @@ class Order:
         shuffle: bool = True,
         salt: int = 0,
     ):
-        """`salt` tells the sets of a mixture apart, which would else be shuffled alike."""
+        """Takes a `salt`, which tells the sets of a mixture apart, which would else be shuffled
+        alike.
+        """
         self.sizes = np.asarray(samples_per_shard, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.samples = int(self.starts[-1])
@@ -106,8 +109,8 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def epoch_indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Samples at positions [start, stop) of an epoch, as int64 indices into the set in shard
-        order.
+        """Returns the samples at positions [start, stop) of an epoch, as int64 indices into the set
+        in shard order.
         """
         _check_positions(start, stop, self.samples)
         if not self.shuffle:
@@ -130,7 +133,7 @@ class Order:
         self._epoch = epoch
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
-        """All samples of a window in their shuffled order."""
+        """Returns all samples of a window in their shuffled order."""
         cached = self._windows.pop((epoch, window), None)
         if cached is None:
             shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
@@ -159,7 +162,9 @@ class Interleave:
         self._spacing = [common // share for share in self.shares]
 
     def picks(self, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """(How many of the first `start` picks each set has, the sets of picks start to stop)."""
+        """Returns (how many of the first `start` picks each set has, the sets of picks start to
+        stop).
+        """
         # At time t the sets together have had t * total picks, give or take half a pick each: begin
         # safely before.
         total = sum(self.shares)
@@ -211,8 +216,8 @@ class Mixture:
         self._interleave = Interleave([int(share * scale) for share in shares])
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the set,
-        epoch of the set.
+        """Returns positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the
+        set, epoch of the set.
         """
         _check_positions(start, stop, self.samples)
         counts, taken = self._interleave.picks(
@@ -250,7 +255,7 @@ class FirstOf:
         self._epoch: int | None = None
 
     def indices_of(self, s: int) -> np.ndarray:
-        """Which samples of set `s` are among them."""
+        """Says which samples of set `s` are among them."""
         return self._picks[self._picks[:, 0] == s, 1]
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:

@@ -138,8 +138,8 @@ def _decoded(name: bytes) -> str:
 
 
 def _check_rest(read: Callable[[int, int], bytes], offset: int, size: int) -> None:
-    """A tar's end marker is two blocks of zeros with nothing but zeros behind; zeros alone may be a
-    lost header.
+    """Checks that a tar's end marker is two blocks of zeros with nothing but zeros behind; zeros
+    alone may be a lost header.
     """
     if size - offset < 2 * BLOCK:
         raise ShardError(f"the tar ends at {size} inside its end marker: it is truncated")
@@ -170,7 +170,7 @@ class OnePass:
         return data
 
     def finish(self) -> tuple[int, str]:
-        """(bytes, sha256) of the whole stream, the rest included."""
+        """Returns (bytes, sha256) of the whole stream, the rest included."""
         while self._read(1 << 20):
             pass
         return self._position, self._sha256.hexdigest()

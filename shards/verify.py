@@ -114,7 +114,7 @@ def _read_and_decode(reader: Reader, index: int) -> None:
 
 
 def _check_group(manifest: Manifest, index: int, group: Group, location: str) -> list[str]:
-    """What is wrong with one sample found in its place."""
+    """Says what is wrong with one sample found in its place."""
     row = manifest.sidecar[index]
     place = f"{location}, offset {group.start}, key {group.key}"
     if group.key != row["key"].decode():
@@ -192,7 +192,7 @@ def _left_out(manifest: Manifest) -> dict[str, set[int]]:
 
 
 def stats(folder: str | os.PathLike) -> dict[str, Any]:
-    """Counts, lengths in characters and sizes in pixels, ready for JSON.
+    """Returns counts, lengths in characters and sizes in pixels, ready for JSON.
 
     `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`)
     is counted on at most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read`

@@ -93,7 +93,7 @@ def _put_in_place(beside: Path, out: Path) -> None:
 
 @contextmanager
 def folder_beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to build in, gone at the end if it was not renamed to it.
+    """Makes a new folder beside `out` to build in, gone at the end if it was not renamed to it.
 
     What killed processes of this machine left there is removed; that of others may still be
     written.
@@ -121,8 +121,8 @@ def _numbered(
     max_bytes: int,
     max_samples: int,
 ) -> Iterator[tuple[int, Record, dict[str, bytes]]]:
-    """Checked samples as (number of the shard, record, its files by extension in the order of
-    TarWriter).
+    """Yields checked samples as (number of the shard, record, its files by extension in the order
+    of TarWriter).
     """
     # grows by some 100 bytes a sample: the price of naming a duplicate at once
     keys: set[str] = set()

@@ -27,7 +27,7 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:
-    """Encoded image -> uint8 pixels_HW3 with both sides `image_size`.
+    """Turns an encoded image into uint8 pixels_HW3 with both sides `image_size`.
 
     crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
     CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:

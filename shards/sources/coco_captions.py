@@ -25,8 +25,8 @@ def load(
     captions: Annotated[Path, "captions_train2014.json and the like."],
     split: Annotated[str, "train or val."],
 ) -> Source:
-    """`split` names what the file holds (train, val). ShardError for another format and for
-    duplicate ids.
+    """Reads the official files; `split` names what the file holds (train, val). ShardError for
+    another format and for duplicate ids.
     """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")

@@ -33,7 +33,7 @@ def load(
     captions: Annotated[Path, "Flickr8k.token.txt or captions.txt."],
     splits: Annotated[Path | None, "Folder of Flickr_8k.trainImages.txt and the others."] = None,
 ) -> Source:
-    """`images` is the folder or the official zip, `splits` the folder of
+    """Reads the official files; `images` is the folder or the official zip, `splits` the folder of
     `Flickr_8k.trainImages.txt` and the others.
 
     Without `splits` everything goes to `train`. ShardError for a file that is missing or of another

@@ -60,7 +60,8 @@ def load(
     config: Annotated[str | None, "Of the data set, where it has several."] = None,
     limit: Annotated[int | None, "Stop after this many images: the first ones."] = None,
 ) -> Source:
-    """VQAv2's columns `question_id`, `answer_type` and `question_type` are kept where they exist.
+    """Reads the rows. VQAv2's columns `question_id`, `answer_type` and `question_type` are kept
+    where they exist.
 
     ShardError for a data set, split or column that is not there, a value that is no text, one id
     for two images.
@@ -181,7 +182,7 @@ def _add_row(
 
 
 def _offer(name: str, names: Collection[str]) -> str:
-    """What there is in place of a name that is not, the nearest first."""
+    """Says what there is in place of a name that is not, the nearest first."""
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}It has {', '.join(names) or 'none'}"
@@ -227,8 +228,8 @@ class RowImages:
         self._spans: dict[str, tuple[int, int]] = {}
 
     def add(self, number: int, value: Any) -> tuple[str, str | bytes]:
-        """The name to read it by, and what equal images share. ValueError with the reason where
-        there is no image.
+        """Returns the name to read it by, and what equal images share. ValueError with the reason
+        where there is no image.
         """
         path, data = value, None
         if isinstance(value, Mapping):
@@ -275,7 +276,7 @@ class RowImages:
 
 
 def _open(dataset: str, config: str | None, split: str) -> Any:
-    """The rows of one split, as a `datasets.IterableDataset` or, of a folder made by
+    """Returns the rows of one split, as a `datasets.IterableDataset` or, of a folder made by
     `save_to_disk`, a `Dataset`.
     """
     import datasets  # from version 4 on it runs no script of a repository, whatever it is told
@@ -316,7 +317,7 @@ def _open(dataset: str, config: str | None, split: str) -> Any:
 
 
 def _undecoded(rows: Any, image_column: str) -> Any:
-    """The image as it was stored: its bytes, not pixels encoded anew."""
+    """Keeps the image as it was stored: its bytes, not pixels encoded anew."""
     import datasets
 
     if isinstance((rows.features or {}).get(image_column), datasets.Image):
@@ -340,8 +341,8 @@ def _reason(error: Exception) -> str:
 
 
 def _strings(value: Any, where: str) -> list[str]:
-    """A text, a list of texts, or VQAv2's {"answer": text} of each annotator; None is no text.
-    ShardError else.
+    """Returns as a list a text, a list of texts, or VQAv2's {"answer": text} of each annotator;
+    None is no text. ShardError else.
     """
     if isinstance(value, str):
         return [value]

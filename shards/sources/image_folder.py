@@ -33,8 +33,8 @@ def load(
     images: ImagesAt,
     jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."],
 ) -> Source:
-    """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of
-    the form above, an id given twice, an image in two splits.
+    """Reads the lines, in which paths of images are relative to `images`. ShardError, naming the
+    line, for one that is not of the form above, an id given twice, an image in two splits.
     """
     source = Source("image_folder", Images(images))
     lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
@@ -73,8 +73,8 @@ def load(
 def _texts(
     source: Source, path: str, key: str, lines: list[tuple[int, dict[str, Any]]]
 ) -> list[Text]:
-    """Captions without an id are one text (the key is its id); a question without an id is called
-    KEY-NUMBER.
+    """Returns all texts of an image. Captions without an id are one text (the key is its id); a
+    question without an id is called KEY-NUMBER.
     """
     texts: list[Text] = []
     captions: list[str] = []

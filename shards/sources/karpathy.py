@@ -19,8 +19,8 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 def load(
     images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _flickr30k or _coco."]
 ) -> Source:
-    """`captions` is dataset_flickr8k.json or its like. ShardError for another format or split, or a
-    name twice.
+    """Reads one file; `captions` is dataset_flickr8k.json or its like. ShardError for another
+    format or split, or a name twice.
     """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")

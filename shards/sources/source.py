@@ -99,8 +99,8 @@ class Source:
         return bool(targets)
 
     def find(self, name: str, split: str | None, texts: int, exact: bool = False) -> str | None:
-        """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left
-        out, and named.
+        """Returns the image's path (`exact`: `name` is it, not a file name alone); else its texts
+        are left out, and named.
         """
         path = name if exact else self.files.find(name)
         if path not in self.files.names:
@@ -125,8 +125,8 @@ class Source:
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
 
     def clean(self, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
-        """Captions without outer whitespace; empty ones are left out and named, odd ones kept and
-        counted.
+        """Returns captions without outer whitespace; empty ones are left out and named, odd ones
+        kept and counted.
         """
         kept = []
         for caption in captions:
@@ -142,7 +142,9 @@ class Source:
 
     @property
     def files(self) -> Images:
-        """Its images, where they are files of a folder or zip that can be looked for by name."""
+        """Returns its images, where they are files of a folder or zip that can be looked for by
+        name.
+        """
         assert isinstance(self.images, Images)  # a source of rows looks for none
         return self.images
 
@@ -193,8 +195,8 @@ class Images:
             self._by_basename.setdefault(posixpath.basename(name), []).append(name)
 
     def find(self, filename: str) -> str | None:
-        """The path of the one file called `filename`, in whatever subfolder; ShardError if there
-        are two.
+        """Returns the path of the one file called `filename`, in whatever subfolder; ShardError if
+        there are two.
         """
         found = self._by_basename.get(filename, [])
         if len(found) > 1:
@@ -212,8 +214,8 @@ class Images:
 
 
 def read_text(path: str | os.PathLike[str], flag: str) -> str:
-    """A whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the option that
-    gave the path.
+    """Returns a whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the
+    option that gave the path.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -228,7 +230,7 @@ def read_text(path: str | os.PathLike[str], flag: str) -> str:
 def read_json(
     path: str | os.PathLike[str], flag: str, hook: Callable[[dict], Any] | None = None
 ) -> Any:
-    """A JSON document, or ShardError; `hook` is json's object_hook."""
+    """Returns a JSON document, or ShardError; `hook` is json's object_hook."""
     try:
         return json.loads(read_text(path, flag), object_hook=hook)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -236,7 +238,7 @@ def read_json(
 
 
 def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list[dict[str, Any]]:
-    """The list `name` of an official JSON file, every element of which has `keys`, or
+    """Returns the list `name` of an official JSON file, every element of which has `keys`, or
     ShardError.
     """
     rows = document.get(name) if isinstance(document, dict) else None
@@ -263,7 +265,7 @@ def unique(ids: Iterable[Any], what: str) -> None:
 
 
 def is_empty(question: str, answers: Iterable[str]) -> bool:
-    """Whether the question, or every answer to it, is blank."""
+    """Tells whether the question, or every answer to it, is blank."""
     return not question.strip() or not any(answer.strip() for answer in answers)
 
 
@@ -278,8 +280,8 @@ def order_of(seed: int | str, name: Any) -> bytes:
 
 
 def keys_of(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> key: the file's stem where that is clean and unique, else its path made clean, plus a
-    hash of it.
+    """Makes path -> key: the file's stem where that is clean and unique, else its path made clean,
+    plus a hash of it.
     """
     paths = list(paths)
     stems = {path: posixpath.splitext(posixpath.basename(path))[0] for path in paths}

@@ -38,8 +38,8 @@ def load(
     limit: Annotated[int | None, "Draw this many images; pairs stay together."] = None,
     seed: Annotated[int, "Of the draw."] = 0,
 ) -> Source:
-    """`split` is train or val; `pairs` the official list of [question id, question id] of
-    complementary pairs.
+    """Reads the official files; `split` is train or val; `pairs` the official list of [question id,
+    question id] of complementary pairs.
 
     `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a
     question without annotation, an annotation without question, duplicate question ids, files of
@@ -128,8 +128,8 @@ def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]
 
 
 def _answer(row: dict) -> Any:
-    """Ten million answers of the full set as shared strings in place of dictionaries: a fifth of
-    the memory.
+    """Keeps ten million answers of the full set as shared strings in place of dictionaries: a fifth
+    of the memory.
     """
     return (
         sys.intern(row["answer"])
@@ -186,7 +186,7 @@ def _drawn(
     limit: int | None,
     seed: int,
 ) -> set[int]:
-    """The images that --limit leaves, with notes of what it did not take."""
+    """Returns the images that --limit leaves, with notes of what it did not take."""
     if limit is None or limit >= len(found):
         return found
     pairs = [
@@ -202,8 +202,8 @@ def _drawn(
 
 
 def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int) -> set[int]:
-    """At most `limit` images in the order of a hash; what complementary pairs join comes along
-    whole or not at all.
+    """Draws at most `limit` images in the order of a hash; what complementary pairs join comes
+    along whole or not at all.
 
     In the full set nearly all images hang together, so a group larger than what is left is not
     taken whole: there an image brings the partners of its own questions, or is passed over.
