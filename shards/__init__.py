@@ -1,1 +1,3 @@
-"""Datasets to WebDataset shards, and the stream that reads them back. Imports nothing of harness."""
+"""Datasets to WebDataset shards, and the stream that reads them back. Imports nothing of
+harness.
+"""

@@ -53,7 +53,9 @@ Progress = Callable[[str, int, int], None]  # split, images done, images of the 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was built, and how much of it was left out; every thing left out is a line of `skipped`."""
+    """What was built, and how much of it was left out; every thing left out is a line of
+    `skipped`.
+    """
 
     dataset: str
     out: Path
@@ -118,13 +120,17 @@ def build(
                 os.replace(beside / name, out / name)
         else:
             os.rename(beside, out)
+    return _summary(found, out, splits)
+
+
+def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Summary:
     things: Counter[str] = Counter()
     texts: Counter[str] = Counter()
-    for skipped in found.skipped:
+    for skipped in source.skipped:
         things[skipped.kind] += 1
         texts[skipped.kind] += skipped.texts
     return Summary(
-        found.dataset,
+        source.dataset,
         out,
         out / SKIPPED,
         splits,
@@ -133,15 +139,15 @@ def build(
         undecodable_images=things[UNDECODABLE],
         images_in_no_split=things[NO_SPLIT],
         empty_texts=texts[EMPTY_TEXT],
-        reencoded_images=sum(n for note, n in found.notes.items() if note.startswith(_ANEW)),
-        notes={note: n for note, n in found.notes.items() if n},
+        reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
+        notes={note: n for note, n in source.notes.items() if n},
     )
 
 
 def prepare_image(
     data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[bytes, str, str]:
-    """Image file -> (payload, extension, what was changed or "").
+    """Returns an image file as (payload, extension, what was changed or "").
 
     Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage
     (mostly OSError). The bytes stay as they are when plain decoding to RGB shows the picture people
@@ -178,8 +184,8 @@ def prepare_image(
 
 
 def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
-    """The picture in a mode that converts to RGB without loss of sense; adds to `changed` why its
-    bytes alone would not show it.
+    """Returns the picture in a mode that converts to RGB without loss of sense; adds to `changed`
+    why its bytes alone would not show it.
     """
     if image.mode.startswith("I;16"):
         changed.append("16-bit")
@@ -189,7 +195,8 @@ def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
     if image.mode == "CMYK":
         changed.append("CMYK")
     elif image.has_transparency_data:
-        if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        alpha = image.convert("RGBA").getchannel("A").tobytes()
+        if alpha.strip(b"\xff"):  # somewhere it is not opaque
             changed.append("transparency")
     return image
 
@@ -197,21 +204,20 @@ def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
 def _load(name: str, options: dict[str, Any]) -> Source:
     if name not in SOURCES:
         raise ShardError(f"there is no source {name!r}: choose one of {', '.join(SOURCES)}")
-    takes = {
-        "--" + option.replace("_", "-"): p
-        for option, p in inspect.signature(SOURCES[name]).parameters.items()
-    }
+    takes = inspect.signature(SOURCES[name]).parameters
     given = {option: value for option, value in options.items() if value is not None}
-    flags = ["--" + option.replace("_", "-") for option in given]
-    if wrong := next((flag for flag in flags if flag not in takes), None):
-        raise ShardError(
-            f"{name} has no option {wrong}; its options are {', '.join(takes) or 'none'}"
-        )
-    if lacks := next(
-        (flag for flag, p in takes.items() if p.default is p.empty and flag not in flags), None
-    ):
-        raise ShardError(f"{name} needs {lacks}")
+    for option in given:
+        if option not in takes:
+            known = ", ".join(map(_flag, takes)) or "none"
+            raise ShardError(f"{name} has no option {_flag(option)}; its options are {known}")
+    for option, parameter in takes.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise ShardError(f"{name} needs {_flag(option)}")
     return SOURCES[name](**given)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def _check_splits(source: Source, out: Path) -> None:
@@ -241,8 +247,8 @@ def _samples(
     image_options: tuple[int | None, int],
     progress: Callable[[int, int], None],
 ) -> Iterator[tuple[Record, bytes, str]]:
-    """The items in their order, a bounded number of images ahead of the writer; unusable ones go to
-    `skipped`.
+    """Yields the items in their order, a bounded number of images ahead of the writer; unusable
+    ones go to `skipped`.
     """
 
     def prepare(path: str) -> tuple[bytes, str, str] | str:
@@ -277,7 +283,7 @@ def _samples(
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
-    """What an earlier build of other splits into the same OUT left out: these lines stay."""
+    """Returns what an earlier build of other splits into the same OUT left out: these lines stay."""
     if not path.is_file():
         return []
     try:

@@ -23,17 +23,20 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
-        self.folder, self.max_bytes, self._attempts = Path(folder), int(max_bytes), attempts
+        self.folder = Path(folder)
+        self.max_bytes = int(max_bytes)
+        self._attempts = attempts
         self._lock = self.folder / ".lock"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def at(cls, folder: str | os.PathLike | None, max_bytes: float | None) -> Cache | None:
-        """None where one of them is not given: then only local sets can be read."""
+        """Returns None where one of them is not given: then only local sets can be read."""
         return cls(folder, int(max_bytes)) if folder and max_bytes else None
 
     def open(self, url: str, size: int, sha256: str) -> int:
-        """A file descriptor for reading, the caller's to close; downloads what is not there.
+        """Returns a file descriptor for reading, the caller's to close; downloads what is not
+        there.
 
         Raises ShardError for a file larger than the cache, unreachable, or not the one with this
         size and hash.
@@ -42,18 +45,22 @@ class Cache:
             raise ShardError(
                 f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}"
             )
-        path, part = self.folder / sha256, self.folder / f"{sha256}.part"
+        path = self.folder / sha256
+        part = self.folder / f"{sha256}.part"
         while True:
             with self._locked():
                 if (number := self._present(path, size)) is not None:
                     return number
             number = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(
-                    number, fcntl.LOCK_EX
-                )  # waits for another process that downloads the same file
+                # waits for another process that downloads the same file
+                fcntl.flock(number, fcntl.LOCK_EX)
                 if not self._is(part, number):
                     continue  # it is done, or gave up and removed it
+                with self._locked():  # or was done before this one made its own part
+                    if (done := self._present(path, size)) is not None:
+                        part.unlink()
+                        return done
                 self._reserve(part, number, size)
                 self._download(url, number, size, sha256)
                 with self._locked():
@@ -109,7 +116,7 @@ class Cache:
 
     @staticmethod
     def _abandoned(part: Path) -> bool:
-        """Whether the process that downloaded it has died: then nobody holds its lock."""
+        """Tells whether the process that downloaded it has died: then nobody holds its lock."""
         number = os.open(part, os.O_RDWR)
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +130,8 @@ class Cache:
         for attempt in range(self._attempts):
             if attempt:
                 time.sleep(2**attempt / 2)
-            digest, offset = hashlib.sha256(), 0
+            digest = hashlib.sha256()
+            offset = 0
             try:
                 with fsspec.open(url, "rb") as source:
                     while chunk := source.read(1 << 20):

@@ -26,6 +26,11 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def is_count(value: object) -> bool:
+    """Tells whether it may be a number of things, as JSON holds it."""
+    return type(value) is int and value >= 0
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """One file of a set: its sidecar, or the controls of a feature set."""
@@ -34,9 +39,9 @@ class FileInfo:
     bytes: int
     sha256: str
 
-    @classmethod
-    def of(cls, name: str, data: bytes) -> FileInfo:
-        return cls(name, len(data), hashlib.sha256(data).hexdigest())
+
+def file_info(name: str, data: bytes) -> FileInfo:
+    return FileInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_whole(path: Path, data: bytes) -> FileInfo:
@@ -52,7 +57,7 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    return FileInfo.of(path.name, data)
+    return file_info(path.name, data)
 
 
 def sync(path: Path) -> None:

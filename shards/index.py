@@ -95,7 +95,7 @@ def upgrade_index(
 
 
 def _find_tars(source: str) -> tuple[str, list[str]]:
-    """The folder and the sorted names of its tars."""
+    """Returns the folder and the sorted names of its tars."""
     if source.endswith(".tar"):
         locations = list(braceexpand(source))
         folders = {location.rpartition("/")[0] for location in locations}

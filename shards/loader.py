@@ -77,56 +77,70 @@ class Loader:
     ):
         cache = Cache.at(cache_dir, cache_bytes)
         self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
-        self.global_batch, self.last_batch = global_batch, last_batch
+        self.global_batch = global_batch
+        self.last_batch = last_batch
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
         self.prefetch = prefetch
         self._check_sets()
-        orders = [
-            Order(
-                [shard.samples for shard in manifest.shards], seed, window_shards, shuffle, salt=s
-            )
-            for s, manifest in enumerate(self.manifests)
-        ]
+        mixture = self._mixture(weights, seed, window_shards, shuffle, images)
+        self._check_cache(mixture, window_shards, cache.max_bytes if cache else 0)
+        self.samples = mixture.samples
+        self.steps_per_epoch = self._count_steps()
+        parts = [weights, seed, window_shards, shuffle]
+        parts += [] if images is None else [images]  # so that older states still fit
+        self.digest = _order_digest([m.digest for m in self.manifests], parts)
+        # what a state of a run calls this order that was begun when indexes had format 1
+        self._earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
+        readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
+        fill_to = global_batch if last_batch == "fill" else 0
+        self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
+        self.quarantine = quarantine
+        self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
+        self.unreadable = 0  # how often one came
+        self._known: set[tuple[int, int]] = set()
+        self._in_a_row = [0] * len(self.manifests)
+
+    def _mixture(
+        self,
+        weights: Sequence[float] | None,
+        seed: int,
+        window_shards: int,
+        shuffle: bool,
+        images: int | None,
+    ) -> Mixture | FirstOf:
+        orders = []
+        for s, manifest in enumerate(self.manifests):
+            sizes = [shard.samples for shard in manifest.shards]
+            orders.append(Order(sizes, seed, window_shards, shuffle, salt=s))
         mixture = Mixture(orders, weights)
-        if images is not None and images > mixture.samples:
+        if images is None:
+            return mixture
+        if images > mixture.samples:
             raise ShardError(
                 f"{self._names()}: {images} images are asked for, there are {mixture.samples}"
             )
-        mixture = mixture if images is None else FirstOf(mixture, images, seed)
-        self._check_cache(mixture, window_shards, cache_bytes if cache else 0)
-        self.samples = mixture.samples
-        whole, rest = divmod(self.samples, global_batch)
-        self.steps_per_epoch = whole if last_batch == "drop" else whole + bool(rest)
-        if not self.steps_per_epoch:
+        return FirstOf(mixture, images, seed)
+
+    def _count_steps(self) -> int:
+        whole, rest = divmod(self.samples, self.global_batch)
+        if self.last_batch != "drop":
+            return whole + bool(rest)
+        if not whole:
             raise ShardError(
-                f"{self._names()}: {self.samples} images are less than a global batch of {global_batch}, and "
-                "last_batch 'drop' leaves none; take a smaller batch or last_batch 'short'"
+                f"{self._names()}: {self.samples} images are less than a global batch of "
+                f"{self.global_batch}, and last_batch 'drop' leaves none; "
+                "take a smaller batch or last_batch 'short'"
             )
-        if last_batch == "drop" and rest and rank == 0:
+        if rest and self.rank == 0:
             logger.warning(
                 "%s: the last %d of %d images of every epoch are dropped",
                 self._names(),
                 rest,
                 self.samples,
             )
-        parts = [weights, seed, window_shards, shuffle]
-        parts += [] if images is None else [images]  # so that older states still fit
-        self.digest = _order_digest([m.digest for m in self.manifests], parts)
-        # what a state of a run calls this order that was begun when indexes had format 1
-        self._earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
-        readers = [
-            Reader(manifest, cache, set_index=s) for s, manifest in enumerate(self.manifests)
-        ]
-        self._reading = _Reading(
-            mixture, readers, decode, rank, world_size, global_batch if last_batch == "fill" else 0
-        )
-        self.quarantine = quarantine
-        self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
-        self.unreadable = 0  # how often one came
-        self._known: set[tuple[int, int]] = set()
-        self._in_a_row = [0] * len(self.manifests)
+        return whole
 
     def iterate(
         self, state: StreamState | None = None, epochs: int | None = None
@@ -144,7 +158,8 @@ class Loader:
         if state is not None and state.digest not in (self.digest, self._earlier):
             raise ShardError(
                 f"the stream state belongs to order {state.digest}, this is {self.digest} "
-                f"({self._names()}): resume with the same sets, weights, seed, window_shards and shuffle, or begin anew"
+                f"({self._names()}): resume with the same sets, weights, seed, window_shards and "
+                "shuffle, or begin anew"
             )
         if state is not None and state.position > self.samples:
             raise ShardError(
@@ -156,8 +171,7 @@ class Loader:
         self, state: StreamState, epochs: int | None
     ) -> Iterator[tuple[StreamState, list[Sample]]]:
         # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
-        # the global random
-        # numbers are the model's.
+        # the global random numbers are the model's.
         batches = iter(
             DataLoader(
                 self._reading,
@@ -181,7 +195,8 @@ class Loader:
                 )
         finally:
             if self.workers:
-                batches._shutdown_workers()
+                # torch declares it for its iterator of several processes alone
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
     def _steps(self, state: StreamState, epochs: int | None) -> Iterator[Step]:
         epoch, position = state.epoch, state.position
@@ -198,36 +213,36 @@ class Loader:
         """Counts, names and logs what could not be read; in the main process, whoever read it."""
         for sample in samples:
             if sample.error is not None:
-                self._count_unreadable(sample)
+                self._count_unreadable(sample, sample.error)
             elif sample.record is not None:
                 self._in_a_row[sample.set_index] = 0
 
-    def _count_unreadable(self, sample: Sample) -> None:
+    def _count_unreadable(self, sample: Sample, error: str) -> None:
         self.unreadable += 1
         if self.unreadable.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a log that cannot flood
             logger.warning(
-                "rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, sample.error
+                "rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, error
             )
         name = (sample.set_index, sample.index)
         if name not in self._known:
             if len(self._known) < _NAMED:
                 self._known.add(name)
-                self.quarantined.append((*name, sample.error))
+                self.quarantined.append((*name, error))
             if self.quarantine is not None:
                 line = {
                     "set": self.manifests[sample.set_index].folder,
                     "index": sample.index,
-                    "error": sample.error,
+                    "error": error,
                 }
                 self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-                with self.quarantine.open(
-                    "a", encoding="utf-8"
-                ) as file:  # one short write: ranks do not mix lines
+                with self.quarantine.open("a", encoding="utf-8") as file:
+                    # one short write: ranks do not mix lines
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._in_a_row[sample.set_index] += 1
         if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
             raise ShardError(
-                f"{self._in_a_row[sample.set_index]} samples in a row cannot be used, the last is {sample.error}; "
+                f"{self._in_a_row[sample.set_index]} samples in a row cannot be used, the last "
+                f"is {error}; "
                 "`harness shards verify` checks a whole set"
             )
 
@@ -249,32 +264,28 @@ class Loader:
     def _check_cache(
         self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int
     ) -> None:
-        """Two windows of every remote set must fit: a batch may need both, and what goes early is
-        fetched again. Of the first images of a mixture, in whose epochs nothing keeps to windows,
-        all shards must.
+        """Checks that two windows of every remote set must fit: a batch may need both, and what
+        goes early is fetched again. Of the first images of a mixture, in whose epochs nothing keeps
+        to windows, all shards must.
         """
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
-        few, needed = isinstance(mixture, FirstOf), 0
+        needed = 0
         for s, manifest in remote.items():
-            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)[
-                : 2 * window_shards
-            ]
-            if few:
-                held = set(
-                    (manifest.starts.searchsorted(mixture.indices_of(s), side="right") - 1).tolist()
-                )
+            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+            sizes = sizes[: 2 * window_shards]
+            if isinstance(mixture, FirstOf):
+                indices = mixture.indices_of(s)
+                held = set((manifest.starts.searchsorted(indices, side="right") - 1).tolist())
                 sizes = [manifest.shards[shard].bytes for shard in held]
             needed += sum(sizes) + manifest.sidecar_file.bytes
         if cache_bytes < needed:
-            what = (
-                f"the first {mixture.samples} images"
-                if few
-                else f"two windows of {window_shards} shards"
-            )
-            less = "fewer images" if few else "smaller windows"
+            what, less = f"two windows of {window_shards} shards", "smaller windows"
+            if isinstance(mixture, FirstOf):
+                what, less = f"the first {mixture.samples} images", "fewer images"
             raise ShardError(
-                f"{', '.join(m.folder for m in remote.values())}: {what} and the index are {needed} bytes, the cache "
-                f"holds {cache_bytes}: give cache_dir and a larger cache, or {less}"
+                f"{', '.join(m.folder for m in remote.values())}: {what} and the index are "
+                f"{needed} bytes, the cache holds {cache_bytes}: give cache_dir and a larger "
+                f"cache, or {less}"
             )
 
 
@@ -283,27 +294,29 @@ class _Reading(Dataset):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture | FirstOf,
         readers: Sequence[Reader],
         decode: Callable[[Sample], Any] | None,
         rank: int,
         world_size: int,
         fill_to: int,
     ):
-        self.mixture, self.readers, self.decode = mixture, readers, decode
-        self.rank, self.world_size, self.fill_to = rank, world_size, fill_to
+        self.mixture = mixture
+        self.readers = readers
+        self.decode = decode
+        self.rank = rank
+        self.world_size = world_size
+        self.fill_to = fill_to
 
     def __getitem__(self, step: Step) -> tuple[Step, list[Sample]]:
         size = step.stop - step.start
         mine = deal(max(size, self.fill_to), self.rank, self.world_size)
-        start, stop = (step.start + min(end, size) for end in (mine.start, mine.stop))
-        samples = [
-            self._read(*pick) for pick in self.mixture.picks(step.epoch, start, stop).tolist()
-        ]
+        start = step.start + min(mine.start, size)
+        stop = step.start + min(mine.stop, size)
+        picks = self.mixture.picks(step.epoch, start, stop).tolist()
+        samples = [self._read(*pick) for pick in picks]
         fillers = mine.stop - mine.start - len(samples)
-        samples += [
-            Sample(None, None, "", set_index=-1, index=-1, weight=0.0) for _ in range(fillers)
-        ]
+        samples += [_no_sample(-1, -1) for _ in range(fillers)]
         return step, samples
 
     def _read(self, set_index: int, index: int, epoch: int) -> Sample:
@@ -320,8 +333,13 @@ class _Reading(Dataset):
             text = str(error)
             if not isinstance(error, ShardError):  # which names the place itself
                 key = reader.manifest.key(index)
-                text = f"{reader.manifest.folder}, sample {index}, key {key}: {type(error).__name__}: {text}"
-            return Sample(None, None, "", set_index=set_index, index=index, weight=0.0, error=text)
+                place = f"{reader.manifest.folder}, sample {index}, key {key}"
+                text = f"{place}: {type(error).__name__}: {text}"
+            return _no_sample(set_index, index, text)
+
+
+def _no_sample(set_index: int, index: int, error: str | None = None) -> Sample:
+    return Sample(None, None, "", set_index, index, weight=0.0, error=error)
 
 
 def _order_digest(sets: Sequence[str | None], parts: Sequence[Any]) -> str:
@@ -329,12 +347,14 @@ def _order_digest(sets: Sequence[str | None], parts: Sequence[Any]) -> str:
 
 
 def _as_it_is(item: Any) -> Any:
-    """In place of DataLoader's own, which turns what it finds inside into tensors."""
+    """Stands in place of DataLoader's own, which turns what it finds inside into tensors."""
     return item
 
 
 def _start_worker(worker: int) -> None:
-    """One thread each, since workers are the parallelism; stopping is the main process's to decide."""
+    """Takes one thread each, since workers are the parallelism; stopping is the main process's to
+    decide.
+    """
     torch.set_num_threads(1)
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)

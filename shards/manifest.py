@@ -11,6 +11,7 @@ has no columns of members: there a sample's headers are walked.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import numpy as np
 
-from shards.files import FileInfo, ShardError, is_remote, join
+from shards.files import FileInfo, ShardError, is_count, is_remote, join
 
 if TYPE_CHECKING:
     from shards.cache import Cache
@@ -64,7 +65,9 @@ class ShardInfo(FileInfo):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar anew."""
+    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar
+    anew.
+    """
 
     folder: str  # where the index lies: a path or an fsspec URL
     kind: Kind
@@ -87,7 +90,7 @@ class Manifest:
 
         The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises
         ShardError for a folder that is missing, has no index, or does not match it. The shards' own
-        hashes are verify's business.
+        hashes are for `verify` to check.
         """
         manifest = cls.read_index(path_or_url, cache)
         if problems := manifest.file_problems():
@@ -141,7 +144,9 @@ class Manifest:
         return manifest
 
     def file_problems(self) -> list[str]:
-        """A sentence for each local file that is missing or has another size than the index says."""
+        """Returns a sentence for each local file that is missing or has another size than the index
+        says.
+        """
         problems = []
         for place, infos in (
             (self.base or self.folder, self.shards),
@@ -155,7 +160,8 @@ class Manifest:
                     problems.append(f"{path} is missing: {join(self.folder, INDEX)} names it")
                 elif (found := path.stat().st_size) != info.bytes:
                     problems.append(
-                        f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed file"
+                        f"{path} has {found} bytes, expected {info.bytes}: it is not the indexed "
+                        "file"
                     )
         return problems
 
@@ -167,7 +173,7 @@ class Manifest:
         }
 
     def document(self) -> dict[str, Any]:
-        """The content of `index.json`."""
+        """Returns the content of `index.json`."""
         return {
             **self._content(),
             "sidecar": asdict(self.sidecar_file),
@@ -178,8 +184,8 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over what the tars hold and their order, wherever they lie and whatever the
-        format of their index: equal digests mean equal samples in equal order.
+        """Returns the sha256 over what the tars hold and their order, wherever they lie and
+        whatever the format of their index: equal digests mean equal samples in equal order.
         """
         return _digest(self._content())
 
@@ -202,30 +208,33 @@ class Manifest:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64, one more than shards: the first sample of each shard, and the number of samples."""
+        """Returns int64, one more than shards: the first sample of each shard, and the number of
+        samples.
+        """
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
     def location(self, shard: int) -> str:
-        """Path or URL of a shard."""
+        """Returns the path or URL of a shard."""
         return join(self.base or self.folder, self.shards[shard].name)
 
     @cached_property
     def sidecar(self) -> np.ndarray:
-        """Structured array with a row for each sample (see the module). Raises ShardError if it is
-        another one's.
+        """Returns a structured array with a row for each sample (see the module). Raises ShardError
+        if it is that of another set.
         """
-        info, dtype = self.sidecar_file, sidecar_dtype(self.key_bytes, self.format)
+        info = self.sidecar_file
+        dtype = sidecar_dtype(self.key_bytes, self.format)
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
             raise ShardError(
                 f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}"
             )
-        if is_remote(self.folder) and self.cache is None:
-            return np.frombuffer(self.read_file(info.name), dtype)
-        remote = is_remote(self.folder)
-        with open(
-            self.cache.open(where, info.bytes, info.sha256) if remote else where, "rb"
-        ) as file:
+        opened: int | str = where
+        if remote := is_remote(self.folder):
+            if self.cache is None:
+                return np.frombuffer(self.read_file(info.name), dtype)
+            opened = self.cache.open(where, info.bytes, info.sha256)
+        with open(opened, "rb") as file:
             if not remote:  # the cache checks the hash itself
                 _check_hash(where, hashlib.file_digest(file, "sha256").hexdigest(), info)
             return np.memmap(file, dtype, mode="r")
@@ -233,9 +242,9 @@ class Manifest:
     def key(self, index: int) -> str:
         return self.sidecar["key"][index].decode()
 
-    def read_file(self, name: str) -> bytes:
-        """A small file of the set (`controls.safetensors`), whole. Raises ShardError if it is
-        missing or damaged.
+    def read_file(self, name: str) -> builtins.bytes:
+        """Returns a small file of the set (`controls.safetensors`), whole. Raises ShardError if it
+        is missing or damaged.
         """
         where = join(self.folder, name)
         info = next((file for file in (*self.files, self.sidecar_file) if file.name == name), None)
@@ -281,26 +290,28 @@ def _check_hash(where: str, found: str, info: FileInfo) -> None:
 def _info(cls: type, entry: Mapping[str, Any]) -> Any:
     info = cls(**entry)
     for item in fields(cls):
-        value, expected = getattr(info, item.name), int if item.type == "int" else str
-        if type(value) is not expected or (expected is int and value < 0):
-            raise ValueError(
-                f"{item.name} is {value!r}, not {'a count' if expected is int else 'a string'}"
-            )
+        value = getattr(info, item.name)
+        if item.type == "int" and not is_count(value):
+            raise ValueError(f"{item.name} is {value!r}, not a count")
+        if item.type == "str" and type(value) is not str:
+            raise ValueError(f"{item.name} is {value!r}, not a string")
     if "/" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info
 
 
 def _no_index(folder: str) -> str:
-    """Why a folder without an index cannot be opened, and what to do."""
+    """Says why a folder without an index cannot be opened, and what to do."""
     if is_remote(folder):
-        return f"{join(folder, INDEX)} does not exist: index the shards there with `harness shards index`"
+        where = join(folder, INDEX)
+        return f"{where} does not exist: index the shards there with `harness shards index`"
     path = Path(folder)
     if not path.is_dir():
         return f"there is no folder of shards at {folder}: build one with `harness shards build`"
     splits = sorted(child.parent.name for child in path.glob(f"*/{INDEX}"))
     if splits:
-        return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {join(folder, splits[0])}"
+        first = join(folder, splits[0])
+        return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {first}"
     if any(path.glob("*.tar")):
         return f"{folder} holds tars and no {INDEX}: make one with `harness shards index {folder}`"
     return f"{folder} holds no shards (no {INDEX}): build them with `harness shards build`"

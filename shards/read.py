@@ -49,7 +49,9 @@ class Sample:
 
 
 class Reader:
-    """Reads samples of one set, in any order. Safe to fork, to pickle and to share between threads."""
+    """Reads samples of one set, in any order. Safe to fork, to pickle and to share between
+    threads.
+    """
 
     def __init__(
         self,
@@ -59,16 +61,21 @@ class Reader:
         set_index: int = 0,
         max_open: int = 32,
     ):
-        self.manifest, self.set_index = manifest, set_index
-        self._cache, self._max_open = cache or manifest.cache, max_open
+        self.manifest = manifest
+        self.set_index = set_index
+        self._cache = cache or manifest.cache
+        self._max_open = max_open
         self._open: dict[int, _Descriptor] = {}  # least recently used first
         if self._cache is None and is_remote(manifest.location(0)):
             raise ShardError(
-                f"{manifest.location(0)} is remote: reading it needs a cache folder (data.cache_dir)"
+                f"{manifest.location(0)} is remote: reading it needs a cache folder "
+                "(data.cache_dir)"
             )
 
     def read(self, index: int) -> Sample:
-        """Raises ShardError, naming shard, offset and key, for a sample that is damaged in any way."""
+        """Raises ShardError, naming shard, offset and key, for a sample that is damaged in any
+        way.
+        """
         return self._sample(index, _walked if self.manifest.format == 1 else _by_members)
 
     def walk(self, index: int) -> Sample:
@@ -103,7 +110,8 @@ class Reader:
             for other, descriptor in list(self._open.items()):
                 if os.fstat(descriptor.number).st_nlink == 0 or len(self._open) >= self._max_open:
                     self._open.pop(other, None)
-            info, location = self.manifest.shards[shard], self.manifest.location(shard)
+            info = self.manifest.shards[shard]
+            location = self.manifest.location(shard)
             try:
                 if is_remote(location):
                     assert self._cache is not None  # checked when the reader was made
@@ -130,7 +138,9 @@ def _by_members(descriptor: int, row: np.void) -> dict[str, bytes]:
 
 def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
     """Reads a whole sample, header by header."""
-    begin, size, key = int(row["offset"]), int(row["size"]), row["key"].decode()
+    begin = int(row["offset"])
+    size = int(row["size"])
+    key = row["key"].decode()
     data = _pread(descriptor, size, begin)
     contents: dict[str, bytes] = {}
     crc = 0
@@ -166,7 +176,9 @@ def records(paths: Iterable[str], cache: Cache | None = None) -> Iterator[Record
     for reader in [Reader(Manifest.open(path, cache)) for path in paths]:
         for index in range(reader.manifest.samples):
             with suppress(ShardError):
-                yield reader.read(index).record
+                record = reader.read(index).record
+                assert record is not None  # a read gives one, or raises
+                yield record
 
 
 class _Descriptor:
@@ -219,7 +231,7 @@ def parse_sample(
 
 
 def _captions(contents: Mapping[str, bytes]) -> list[Any]:
-    """The "caption" of .json as a list; none is not an error yet."""
+    """Returns the "caption" of .json as a list; none is not an error yet."""
     try:
         document = json.loads(contents.get("json", b"null"))
     except ValueError as error:

@@ -60,7 +60,7 @@ class Record:
         return sum(len(text.prompt or "") + sum(map(len, text.targets)) for text in self.texts)
 
     def to_json(self) -> bytes:
-        """UTF-8 JSON, the same bytes for the same record."""
+        """Returns UTF-8 JSON, the same bytes for the same record."""
         return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
@@ -83,7 +83,9 @@ class Record:
         return record
 
     def check(self) -> None:
-        """Raises RecordError unless every field has its type and every text has something to learn."""
+        """Raises RecordError unless every field has its type and every text has something to
+        learn.
+        """
         if not isinstance(self.key, str) or not _KEY.fullmatch(self.key):
             raise RecordError(
                 f"key {self.key!r}: a key is made of letters, digits, '_' and '-' alone"

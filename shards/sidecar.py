@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.files import FileInfo, ShardError, write_whole
+from shards.files import ShardError, file_info, write_whole
 from shards.manifest import (
     INDEX,
     MAX_KEY_BYTES,
@@ -107,7 +107,7 @@ class Indexing:
             **self._described,
             **further,
         )
-        info_1 = FileInfo.of(SIDECAR_1, rows_1.tobytes())
+        info_1 = file_info(SIDECAR_1, rows_1.tobytes())
         return manifest.with_format_1_digest(info_1)
 
 
@@ -115,7 +115,7 @@ _ONE = sidecar_dtype(1)  # keys are filled in when the longest is known
 
 
 def row_of(group: Group, record: Record, payload: str, text: str) -> tuple[int | bytes, ...]:
-    """The sidecar's columns of one sample, but for its key (see `manifest`)."""
+    """Returns the sidecar's columns of one sample, but for its key (see `manifest`)."""
     places = [
         figure
         for member in (group.members[payload], group.members[text])

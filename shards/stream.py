@@ -14,8 +14,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+
+from shards.files import is_count
 
 _KEPT_WINDOWS = 2  # a batch that crosses from one window into the next needs both
 _WORD = 2**64
@@ -37,24 +40,28 @@ class StreamState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, int | str]) -> StreamState:
-        """From the dict of `to_json`. Raises ValueError, naming the field."""
+    def from_json(cls, fields: dict[str, Any]) -> StreamState:
+        """Reads the dict of `to_json`. Raises ValueError, naming the field."""
         for name, kind in (("epoch", int), ("position", int), ("digest", str)):
             value = fields.get(name)
-            if type(value) is not kind or (kind is int and value < 0):
+            if not (is_count(value) if kind is int else type(value) is str):
                 raise ValueError(
-                    f"stream state: {name} is {value!r}, expected {'a count' if kind is int else 'text'}"
+                    f"stream state: {name} is {value!r}, expected "
+                    f"{'a count' if kind is int else 'text'}"
                 )
         return cls(fields["epoch"], fields["position"], fields["digest"])
 
 
 def deal(n: int, rank: int, world: int) -> slice:
-    """The part of a global batch of `n` that `rank` of `world` gets; parts differ by one at most."""
+    """Returns the part of a global batch of `n` that `rank` of `world` gets; parts differ by one at
+    most.
+    """
     return slice(n * rank // world, n * (rank + 1) // world)
 
 
 def permutation(n: int, seed: int, salt: int, epoch: int, stream: int) -> np.ndarray:
-    """A permutation of range(n), int64, keyed by (seed, salt) and numbered by (epoch, stream).
+    """Returns a permutation of range(n), int64, keyed by (seed, salt) and numbered by (epoch,
+    stream).
 
     Made of Philox's raw words alone, since numpy promises those, and not `Generator.permutation`,
     to stay the same in every version. The item's number in the low bits makes all keys different:
@@ -68,6 +75,11 @@ def permutation(n: int, seed: int, salt: int, epoch: int, stream: int) -> np.nda
     keys = (words & ~low) | np.arange(n, dtype=np.uint64)
     keys.sort()
     return (keys & low).astype(np.int64)
+
+
+def _check_positions(start: int, stop: int, samples: int) -> None:
+    if not 0 <= start <= stop <= samples:
+        raise ValueError(f"positions {start} to {stop} are not in an epoch of {samples} samples")
 
 
 class Order:
@@ -86,7 +98,9 @@ class Order:
         shuffle: bool = True,
         salt: int = 0,
     ):
-        """`salt` tells the sets of a mixture apart, which would else be shuffled alike."""
+        """Takes a `salt`, which tells the sets of a mixture apart, which would else be shuffled
+        alike.
+        """
         self.sizes = np.asarray(samples_per_shard, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.samples = int(self.starts[-1])
@@ -95,13 +109,10 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def epoch_indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Samples at positions [start, stop) of an epoch, as int64 indices into the set in shard
-        order.
+        """Returns the samples at positions [start, stop) of an epoch, as int64 indices into the set
+        in shard order.
         """
-        if not 0 <= start <= stop <= self.samples:
-            raise ValueError(
-                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
-            )
+        _check_positions(start, stop, self.samples)
         if not self.shuffle:
             return np.arange(start, stop)
         if epoch != self._epoch:
@@ -109,7 +120,8 @@ class Order:
         parts = [np.empty(0, np.int64)]
         while start < stop:
             window = int(np.searchsorted(self._window_starts, start, side="right")) - 1
-            first, after = int(self._window_starts[window]), int(self._window_starts[window + 1])
+            first = int(self._window_starts[window])
+            after = int(self._window_starts[window + 1])
             parts.append(self._window(epoch, window)[start - first : min(stop, after) - first])
             start = min(stop, after)
         return np.concatenate(parts)
@@ -121,7 +133,7 @@ class Order:
         self._epoch = epoch
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
-        """All samples of a window in their shuffled order."""
+        """Returns all samples of a window in their shuffled order."""
         cached = self._windows.pop((epoch, window), None)
         if cached is None:
             shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
@@ -145,15 +157,18 @@ class Interleave:
     """
 
     def __init__(self, shares: Sequence[int]):
-        self.shares = [int(share) for share in shares]
+        self.shares = list(shares)
         common = math.lcm(*self.shares)
         self._spacing = [common // share for share in self.shares]
 
     def picks(self, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """(How many of the first `start` picks each set has, the sets of picks start to stop)."""
+        """Returns (how many of the first `start` picks each set has, the sets of picks start to
+        stop).
+        """
         # At time t the sets together have had t * total picks, give or take half a pick each: begin
         # safely before.
-        total, early = sum(self.shares), max(0, start - len(self.shares))
+        total = sum(self.shares)
+        early = max(0, start - len(self.shares))
         counts = [
             (2 * early * share + total) // (2 * total) if early else 0 for share in self.shares
         ]
@@ -193,20 +208,18 @@ class Mixture:
         else:
             if len(weights) != len(self.orders) or not all(0 < w < math.inf for w in weights):
                 raise ValueError(
-                    f"weights {list(weights)}: expected {len(self.orders)} numbers above 0, one a set"
+                    f"weights {list(weights)}: expected {len(self.orders)} numbers above 0, one "
+                    "a set"
                 )
             shares = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is meant as 7/10
         scale = math.lcm(*(share.denominator for share in shares))
-        self._interleave = Interleave([share * scale for share in shares])
+        self._interleave = Interleave([int(share * scale) for share in shares])
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the set,
-        epoch of the set.
+        """Returns positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the
+        set, epoch of the set.
         """
-        if not 0 <= start <= stop <= self.samples:
-            raise ValueError(
-                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
-            )
+        _check_positions(start, stop, self.samples)
         counts, taken = self._interleave.picks(
             epoch * self.samples + start, epoch * self.samples + stop
         )
@@ -217,7 +230,8 @@ class Mixture:
             rows = np.flatnonzero(sets == s)
             epochs, places = np.divmod(counts[s] + np.arange(len(rows)), order.samples)
             for own in np.unique(epochs).tolist():
-                here, first = rows[epochs == own], int(places[epochs == own][0])
+                here = rows[epochs == own]
+                first = int(places[epochs == own][0])
                 picks[here, 1] = order.epoch_indices(own, first, first + len(here))
                 picks[here, 2] = own
         return picks
@@ -235,21 +249,21 @@ class FirstOf:
             raise ValueError(
                 f"the first {samples} images are asked for, the sets hold {mixture.samples}"
             )
-        self.samples, self.seed, self._picks = samples, seed, mixture.picks(0, 0, samples)
+        self.samples = samples
+        self.seed = seed
+        self._picks = mixture.picks(0, 0, samples)
         self._epoch: int | None = None
 
     def indices_of(self, s: int) -> np.ndarray:
-        """Which samples of set `s` are among them."""
+        """Says which samples of set `s` are among them."""
         return self._picks[self._picks[:, 0] == s, 1]
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """As of a mixture."""
-        if not 0 <= start <= stop <= self.samples:
-            raise ValueError(
-                f"positions {start} to {stop} are not in an epoch of {self.samples} samples"
-            )
+        """Returns what `Mixture.picks` does."""
+        _check_positions(start, stop, self.samples)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.samples, self.seed, 0, epoch, 0)
+            self._epoch = epoch
+            self._order = permutation(self.samples, self.seed, 0, epoch, 0)
         picks = self._picks[self._order[start:stop]]
         picks[:, 2] = epoch
         return picks

@@ -90,12 +90,7 @@ def members(
         header = read(offset, BLOCK)
         if whole and header == _ZEROS:
             return _check_rest(read, offset, end)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ShardError(
-                f"no valid tar header at offset {offset} ({error}): the shard is damaged"
-            ) from error
+        info = _header(header, offset)
         start = offset if start is None else start
         plain = info.type in _PLAIN
         content = length if plain and length is not None else info.size
@@ -129,13 +124,22 @@ def members(
         raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
 
 
+def _header(data: bytes, offset: int) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise ShardError(
+            f"no valid tar header at offset {offset} ({error}): the shard is damaged"
+        ) from error
+
+
 def _decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
 def _check_rest(read: Callable[[int, int], bytes], offset: int, size: int) -> None:
-    """A tar's end marker is two blocks of zeros with nothing but zeros behind; zeros alone may be a
-    lost header.
+    """Checks that a tar's end marker is two blocks of zeros with nothing but zeros behind; zeros
+    alone may be a lost header.
     """
     if size - offset < 2 * BLOCK:
         raise ShardError(f"the tar ends at {size} inside its end marker: it is truncated")
@@ -166,7 +170,7 @@ class OnePass:
         return data
 
     def finish(self) -> tuple[int, str]:
-        """(bytes, sha256) of the whole stream, the rest included."""
+        """Returns (bytes, sha256) of the whole stream, the rest included."""
         while self._read(1 << 20):
             pass
         return self._position, self._sha256.hexdigest()

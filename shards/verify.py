@@ -114,13 +114,15 @@ def _read_and_decode(reader: Reader, index: int) -> None:
 
 
 def _check_group(manifest: Manifest, index: int, group: Group, location: str) -> list[str]:
-    """What is wrong with one sample found in its place."""
-    row, place = manifest.sidecar[index], f"{location}, offset {group.start}, key {group.key}"
+    """Says what is wrong with one sample found in its place."""
+    row = manifest.sidecar[index]
+    place = f"{location}, offset {group.start}, key {group.key}"
     if group.key != row["key"].decode():
         return [f"{place}: the index has {row['key'].decode()} here"]
     if group.crc != row["crc"] or group.end - group.start != row["size"]:
         return [
-            f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they are damaged"
+            f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they "
+            "are damaged"
         ]
     try:
         record, extension, text = parse_sample(
@@ -131,7 +133,7 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
     found = row_of(group, record, extension, text)
     for name, value in zip(row.dtype.names[:-1], found, strict=False):  # format 1 has fewer
         if value != row[name]:
-            return [f"{place}: the record has {value} {name}, the index says {row[name]}"]
+            return [f"{place}: the record has {value!s} {name}, the index says {row[name]}"]
     sample = Sample(record, group.contents[extension], extension, 0, index)
     return [f"{place}: {problem}" for problem in _problem(lambda: _decode(manifest, sample))]
 
@@ -167,7 +169,9 @@ def _problem(check: Callable[[], object]) -> list[str]:
 
 
 def _strangers(manifest: Manifest) -> list[str]:
-    """Files in the set's own folder that its index does not name: the loader would never read them."""
+    """Files in the set's own folder that its index does not name: the loader would never read
+    them.
+    """
     if is_remote(manifest.folder):
         return []
     known = {INDEX, SIDECAR, SKIPPED, manifest.sidecar_file.name} | {
@@ -188,14 +192,15 @@ def _left_out(manifest: Manifest) -> dict[str, set[int]]:
 
 
 def stats(folder: str | os.PathLike) -> dict[str, Any]:
-    """Counts, lengths in characters and sizes in pixels, ready for JSON.
+    """Returns counts, lengths in characters and sizes in pixels, ready for JSON.
 
     `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`)
     is counted on at most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read`
     says on how many.
     """
     manifest = Manifest.open(folder)
-    reader, read = Reader(manifest), _spread(manifest.samples, 100_000)
+    reader = Reader(manifest)
+    read = _spread(manifest.samples, 100_000)
     measured = set(_spread(manifest.samples, 1_000) if manifest.kind == "images" else ())
     tasks: dict[str, dict[str, Any]] = {}
     sizes: Counter[str] = Counter()

@@ -56,7 +56,8 @@ def write_shards(
     if out.exists() and not overwrite:
         if (out / INDEX).exists():
             raise ShardError(
-                f"{out} already holds shards: choose another folder, or replace them with --overwrite"
+                f"{out} already holds shards: choose another folder, or replace them with "
+                "--overwrite"
             )
         if not out.is_dir() or any(out.iterdir()):
             raise ShardError(f"{out} is there and is not empty: choose another folder")
@@ -76,20 +77,23 @@ def write_shards(
         manifest = replace(made, folder=str(out))
         write_index(manifest, beside)
         sync(beside)
-        if out.exists():  # what was there goes only when the new one stands
-            old = out.with_name(f"{out.name}.old.{os.getpid()}")
-            os.rename(out, old)
-            os.rename(beside, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(beside, out)
-        sync(out.parent)
+        _put_in_place(beside, out)
     return manifest
+
+
+def _put_in_place(beside: Path, out: Path) -> None:
+    old = out.with_name(f"{out.name}.old.{os.getpid()}")
+    if replaces := out.exists():  # what was there goes only when the new one stands
+        os.rename(out, old)
+    os.rename(beside, out)
+    if replaces:
+        shutil.rmtree(old)
+    sync(out.parent)
 
 
 @contextmanager
 def folder_beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to build in, gone at the end if it was not renamed to it.
+    """Makes a new folder beside `out` to build in, gone at the end if it was not renamed to it.
 
     What killed processes of this machine left there is removed; that of others may still be
     written.
@@ -117,8 +121,8 @@ def _numbered(
     max_bytes: int,
     max_samples: int,
 ) -> Iterator[tuple[int, Record, dict[str, bytes]]]:
-    """Checked samples as (number of the shard, record, its files by extension in the order of
-    TarWriter).
+    """Yields checked samples as (number of the shard, record, its files by extension in the order
+    of TarWriter).
     """
     # grows by some 100 bytes a sample: the price of naming a duplicate at once
     keys: set[str] = set()
@@ -131,7 +135,8 @@ def _numbered(
             )
         if extension not in PAYLOADS[kind]:
             raise ShardError(
-                f"{record.key}: extension {extension!r} in a set of {kind}, expected {', '.join(PAYLOADS[kind])}"
+                f"{record.key}: extension {extension!r} in a set of {kind}, expected "
+                f"{', '.join(PAYLOADS[kind])}"
             )
         if len(record.key) + 1 + max(len(extension), 4) > MAX_NAME:
             raise ShardError(

@@ -27,13 +27,13 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:
-    """Encoded image -> uint8 pixels_HW3 with both sides `image_size`.
+    """Turns an encoded image into uint8 pixels_HW3 with both sides `image_size`.
 
     crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
     CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:
-    as it is, for the processor of another model. Transparency is laid on white and the EXIF orientation is
-    honoured, both as transformers does when it loads a file. Raises ImageError for what cannot be
-    decoded, or has more than `max_pixels` before or after resizing.
+    as it is, for the processor of another model. Transparency is laid on white and the EXIF
+    orientation is honoured, both as transformers does when it loads a file. Raises ImageError for
+    what cannot be decoded, or has more than `max_pixels` before or after resizing.
     """
 
     def check_size(width: int, height: int) -> None:
@@ -88,8 +88,8 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """The `decode` of a Loader: image bytes -> uint8 pixels_HW3, feature bytes -> float16 features_PD.
-    Picklable.
+    """The `decode` of a Loader: image bytes -> uint8 pixels_HW3, feature bytes -> float16
+    features_PD. Picklable.
     """
 
     image_size: int

@@ -25,8 +25,8 @@ def load(
     captions: Annotated[Path, "captions_train2014.json and the like."],
     split: Annotated[str, "train or val."],
 ) -> Source:
-    """`split` names what the file holds (train, val). ShardError for another format and for
-    duplicate ids.
+    """Reads the official files; `split` names what the file holds (train, val). ShardError for
+    another format and for duplicate ids.
     """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")
@@ -46,7 +46,8 @@ def load(
 
     source = Source("coco_captions", Images(images))
     for row in files:
-        name, texts = Path(str(row["file_name"])).name, captions_of.pop(row["id"], [])
+        name = Path(str(row["file_name"])).name
+        texts = captions_of.pop(row["id"], [])
         source.add_captions(name, texts, split, f"{row['id']:012d}", str(row["id"]))
     for image_id, texts in captions_of.items():
         source.skip(

@@ -7,32 +7,26 @@ are never made on the test set.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from shards.files import ShardError
 from shards.record import Text
-from shards.sources.source import Images, Source, order_of
+from shards.sources.source import Images, Source, check_limit, order_of
 
 DEV_IMAGES = 400
 _NEGATIONS = (" no ", " not ")
 
 
 def load(limit: Annotated[int | None, "Only so many images of each split."] = None) -> Source:
-    """Splits train (3,600 images), dev (400) and test (1,000); ShardError where the package is not
-    installed.
-    """
-    if limit is not None and limit < 1:
-        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
-    import easy_vqa
+    """Splits train (3,600 images), dev (400) and test (1,000); ShardError for a bad limit."""
+    check_limit(limit)
+    import easy_vqa  # an extra: harness.errors says how it is installed
 
     source = Source("easy_vqa", Images(Path(easy_vqa.__file__).parent / "data"))
     questions = {"train": easy_vqa.get_train_questions(), "test": easy_vqa.get_test_questions()}
-    dev = set(
-        sorted(set(questions["train"][2]), key=lambda image: order_of("easy-vqa dev", image))[
-            :DEV_IMAGES
-        ]
-    )
+    drawn = sorted(set(questions["train"][2]), key=partial(order_of, "easy-vqa dev"))
+    dev = set(drawn[:DEV_IMAGES])
     for folder, (prompts, answers, images) in questions.items():
         of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for prompt, answer, image in zip(prompts, answers, images, strict=True):

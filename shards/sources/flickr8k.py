@@ -33,7 +33,7 @@ def load(
     captions: Annotated[Path, "Flickr8k.token.txt or captions.txt."],
     splits: Annotated[Path | None, "Folder of Flickr_8k.trainImages.txt and the others."] = None,
 ) -> Source:
-    """`images` is the folder or the official zip, `splits` the folder of
+    """Reads the official files; `images` is the folder or the official zip, `splits` the folder of
     `Flickr_8k.trainImages.txt` and the others.
 
     Without `splits` everything goes to `train`. ShardError for a file that is missing or of another
@@ -55,7 +55,7 @@ def load(
         )
     source.skip_rest("no caption names it")
     for name, split in split_of.items():
-        if name not in captions_of and source.images.find(name) is None:
+        if name not in captions_of and source.files.find(name) is None:
             source.skip(
                 TEXT_WITHOUT_IMAGE,
                 name,
@@ -76,7 +76,8 @@ def _read_captions(path: str | Path) -> dict[str, list[str]]:
             for row in rows:
                 if row and len(row) != 2:
                     raise ShardError(
-                        f"--captions {path}, line {rows.line_num}: {len(row)} columns, not image,caption"
+                        f"--captions {path}, line {rows.line_num}: {len(row)} columns, not "
+                        "image,caption"
                     )
                 if row:
                     captions.setdefault(row[0].strip(), []).append(row[1])
@@ -90,8 +91,9 @@ def _read_captions(path: str | Path) -> dict[str, list[str]]:
         match = _TOKEN_LINE.fullmatch(line.rstrip("\r"))
         if not match:
             raise ShardError(
-                f"--captions {path}, line {n} is {line[:60]!r}: expected 'NAME.jpg#NUMBER<tab>CAPTION' "
-                "(Flickr8k.token.txt), or a first line 'image,caption' (captions.txt)"
+                f"--captions {path}, line {n} is {line[:60]!r}: expected "
+                "'NAME.jpg#NUMBER<tab>CAPTION' (Flickr8k.token.txt), "
+                "or a first line 'image,caption' (captions.txt)"
             )
         name, number, caption = match.groups()
         numbers.append(f"{name}#{number}")
@@ -110,13 +112,16 @@ def _read_splits(folder: str | Path) -> dict[str, str]:
     split_of: dict[str, str] = {}
     for path in sorted(Path(folder).iterdir()):
         match = _SPLIT_FILE.fullmatch(path.name)
-        for name in read_text(path, "--splits").split() if match else ():
+        if not match:
+            continue
+        for name in read_text(path, "--splits").split():
             if split_of.setdefault(name, match[1]) != match[1]:
                 raise ShardError(
                     f"--splits {folder}: {name} is in the split {split_of[name]} and in {match[1]}"
                 )
     if not split_of:
         raise ShardError(
-            f"--splits {folder} holds no split file (Flickr_8k.trainImages.txt, .devImages.txt, ...)"
+            f"--splits {folder} holds no split file "
+            "(Flickr_8k.trainImages.txt, .devImages.txt, ...)"
         )
     return split_of

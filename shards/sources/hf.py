@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +25,9 @@ from shards.sources.source import (
     IMAGE_WITHOUT_TEXT,
     TEXT_WITHOUT_IMAGE,
     Source,
+    check_limit,
+    is_empty,
     keys_of,
-    unique,
 )
 
 _FILES = {
@@ -59,7 +60,8 @@ def load(
     config: Annotated[str | None, "Of the data set, where it has several."] = None,
     limit: Annotated[int | None, "Stop after this many images: the first ones."] = None,
 ) -> Source:
-    """VQAv2's columns `question_id`, `answer_type` and `question_type` are kept where they exist.
+    """Reads the rows. VQAv2's columns `question_id`, `answer_type` and `question_type` are kept
+    where they exist.
 
     ShardError for a data set, split or column that is not there, a value that is no text, one id
     for two images.
@@ -73,98 +75,124 @@ def load(
         )
     if not captions and not question_column:
         raise ShardError("hf needs --text-columns, or --question-column and --answer-column")
-    if limit is not None and limit < 1:
-        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
+    check_limit(limit)
+    place = Path(dataset).expanduser()
     where = f"--dataset {dataset}"
     rows = _open(dataset, config, split)
-    columns = rows.column_names or list(next(_numbered(rows, where), (0, {}))[1])
-    wanted = {image_column: "--image-column", **dict.fromkeys(captions, "--text-columns")}
-    wanted |= {
-        question_column: "--question-column",
-        answer_column: "--answer-column",
-        id_column: "--id-column",
-    }
-    wanted.pop(None, None)
-    for name, flag in wanted.items():
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ShardError(
-                f"{flag} {name}: {where} has no such column; {hint}It has {', '.join(columns) or 'none'}"
-            )
-    kept = [name for name in _KEPT if question_column and name in columns]
-    rows = rows.select_columns(list(dict.fromkeys([*wanted, *kept])))
-
-    images = RowImages(Path(dataset).expanduser())
+    names = rows.column_names or list(next(_numbered(rows, where), (0, {}))[1])
+    kept = [name for name in _KEPT if question_column and name in names]
+    columns = _Columns(where, image_column, captions, question_column, answer_column, id_column)
+    rows = rows.select_columns(list(dict.fromkeys([*columns.checked(names), *kept])))
+    images = RowImages(place)
     source = Source(re.sub(r"[^A-Za-z0-9_\-]+", "_", Path(dataset).stem), images)
     groups: dict[str | bytes, _Group] = {}
     for number, row in _numbered(_undecoded(rows, image_column), where):
-        said = [
-            text
-            for name in captions
-            for text in _strings(row[name], f"{where}, row {number}, column {name}")
-        ]
-        try:
-            name, digest = images.add(number, row[image_column])
-        except ValueError as error:
-            source.skip(
-                TEXT_WITHOUT_IMAGE,
-                f"row {number}",
-                str(error),
-                split,
-                len(said) + bool(question_column),
-            )
-            continue
-        identity = str(row[id_column]) if id_column else digest
-        if identity not in groups and len(groups) == limit:
-            source.notes[
-                f"rows read before --limit {limit} stopped; what later rows say of these images is not in"
-            ] = number
+        if not _add_row(number, row, columns, kept, source, images, split, groups, limit):
             break
-        source.notes["rows that show the image of an earlier one, joined with it"] += (
-            identity in groups
-        )
-        group = groups.setdefault(
-            identity, _Group(str(row[id_column]) if id_column else f"{number:08d}", name, digest)
-        )
-        if group.digest != digest:
-            raise ShardError(
-                f"{where}, row {number}: {id_column} {identity!r} came before, with another image"
-            )
-        group.captions += source.clean(said, f"row {number}", split)
-        if question_column:
-            answers = tuple(
-                _strings(row[answer_column], f"{where}, row {number}, column {answer_column}")
-            )
-            question = " ".join(
-                _strings(row[question_column], f"{where}, row {number}, column {question_column}")
-            )
-            if question.strip() and any(answer.strip() for answer in answers):
-                group.questions.append((question, answers, {name: row[name] for name in kept}))
-            else:
-                source.skip(
-                    EMPTY_TEXT, f"row {number}", "the question or its answers are empty", split, 1
-                )
     images.complete()
-
     key_of = keys_of(group.name for group in groups.values())
     for group in groups.values():
-        if texts := group.texts(key_of[group.name]):
-            source.add(split, key_of[group.name], group.name, texts, group.image)
+        key = key_of[group.name]
+        if texts := group.texts(key):
+            source.add(split, key, group.name, texts, group.image)
         else:
             source.skip(
                 IMAGE_WITHOUT_TEXT, group.image, "it has no text, or only empty ones", split
             )
-    ids = (
-        text.id for items in source.splits.values() for item in items for text in item.record.texts
-    )
-    unique(ids, f"{where}: the question_id")
+    source.check_text_ids(f"{where}: the question_id")
     return source
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns that were asked for, by their use."""
+
+    where: str
+    image: str
+    captions: list[str]
+    question: str | None
+    answer: str | None
+    id: str | None
+
+    def checked(self, names: list[str]) -> list[str]:
+        """Returns them all. Raises ShardError for one that is not among `names`."""
+        flags: dict[str, Sequence[str | None]] = {
+            "--image-column": [self.image],
+            "--text-columns": self.captions,
+            "--question-column": [self.question],
+            "--answer-column": [self.answer],
+            "--id-column": [self.id],
+        }
+        wanted = [(flag, name) for flag, given in flags.items() for name in given if name]
+        for flag, name in wanted:
+            if name not in names:
+                raise ShardError(
+                    f"{flag} {name}: {self.where} has no such column; {_offer(name, names)}"
+                )
+        return [name for _, name in wanted]
+
+    def strings(self, name: str, row: Mapping[str, Any], number: int) -> list[str]:
+        return _strings(row[name], f"{self.where}, row {number}, column {name}")
+
+
+def _add_row(
+    number: int,
+    row: dict[str, Any],
+    columns: _Columns,
+    kept: list[str],
+    source: Source,
+    images: RowImages,
+    split: str,
+    groups: dict[str | bytes, _Group],
+    limit: int | None,
+) -> bool:
+    """Adds what a row says to the group of its image. Returns False where --limit is reached."""
+    captions = [text for name in columns.captions for text in columns.strings(name, row, number)]
+    try:
+        image, digest = images.add(number, row[columns.image])
+    except ValueError as error:
+        texts = len(captions) + bool(columns.question)
+        source.skip(TEXT_WITHOUT_IMAGE, f"row {number}", str(error), split, texts)
+        return True
+    name = str(row[columns.id]) if columns.id else f"{number:08d}"
+    identity = name if columns.id else digest
+    if identity not in groups and len(groups) == limit:
+        source.notes[
+            f"rows read before --limit {limit} stopped; "
+            "what later rows say of these images is not in"
+        ] = number
+        return False
+    source.notes["rows that show the image of an earlier one, joined with it"] += identity in groups
+    group = groups.setdefault(identity, _Group(name, image, digest))
+    if group.digest != digest:
+        raise ShardError(
+            f"{columns.where}, row {number}: {columns.id} {identity!r} came before, "
+            "with another image"
+        )
+    group.captions += source.clean(captions, f"row {number}", split)
+    if columns.question and columns.answer:
+        answers = tuple(columns.strings(columns.answer, row, number))
+        question = " ".join(columns.strings(columns.question, row, number))
+        if is_empty(question, answers):
+            why = "the question or its answers are empty"
+            source.skip(EMPTY_TEXT, f"row {number}", why, split, 1)
+        else:
+            group.questions.append((question, answers, {name: row[name] for name in kept}))
+    return True
+
+
+def _offer(name: str, names: Collection[str]) -> str:
+    """Says what there is in place of a name that is not, the nearest first."""
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}It has {', '.join(names) or 'none'}"
 
 
 @dataclass
 class _Group:
-    """One image, and what its rows say: captions; question, answers and what is kept beside them."""
+    """One image, and what its rows say: captions; question, answers and what is kept beside
+    them.
+    """
 
     name: str
     image: str
@@ -185,8 +213,8 @@ class _Group:
 
 
 class RowImages:
-    """In the place of `Images`: the image of each row, from a temporary file, or from where its
-    path points.
+    """Images in the place of `source.Images`: that of each row, from a temporary file, or from
+    where its path points.
 
     `place` is a file or folder, or an id of the hub. Reading is safe from several threads.
     """
@@ -200,12 +228,13 @@ class RowImages:
         self._spans: dict[str, tuple[int, int]] = {}
 
     def add(self, number: int, value: Any) -> tuple[str, str | bytes]:
-        """The name to read it by, and what equal images share. ValueError with the reason where
-        there is no image.
+        """Returns the name to read it by, and what equal images share. ValueError with the reason
+        where there is no image.
         """
-        path, data = (
-            (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
-        )
+        path, data = value, None
+        if isinstance(value, Mapping):
+            path = value.get("path")
+            data = value.get("bytes")
         if isinstance(path, bytes):
             path, data = None, path
         if data:
@@ -228,7 +257,7 @@ class RowImages:
         return str(file), str(file)
 
     def complete(self) -> None:
-        """To be called once, after the last `add` and before the first `read`."""
+        """Must be called once, after the last `add` and before the first `read`."""
         self._file.flush()
 
     def read(self, name: str) -> bytes:
@@ -247,12 +276,13 @@ class RowImages:
 
 
 def _open(dataset: str, config: str | None, split: str) -> Any:
-    """The rows of one split, as a `datasets.IterableDataset` or, of a folder made by
+    """Returns the rows of one split, as a `datasets.IterableDataset` or, of a folder made by
     `save_to_disk`, a `Dataset`.
     """
     import datasets  # from version 4 on it runs no script of a repository, whatever it is told
 
-    place, where = Path(dataset).expanduser(), f"--dataset {dataset}"
+    place = Path(dataset).expanduser()
+    where = f"--dataset {dataset}"
     if place.is_file() and place.suffix not in _FILES:
         raise ShardError(
             f"{where}: a file must be one of {', '.join(_FILES)}; tars: harness shards index"
@@ -282,16 +312,12 @@ def _open(dataset: str, config: str | None, split: str) -> Any:
     if isinstance(found, datasets.Dataset):
         return found
     if split not in found:
-        near = difflib.get_close_matches(split, found, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ShardError(
-            f"--split {split}: {where} has no such split; {hint}It has {', '.join(found)}"
-        )
+        raise ShardError(f"--split {split}: {where} has no such split; {_offer(split, found)}")
     return found[split]
 
 
 def _undecoded(rows: Any, image_column: str) -> Any:
-    """The image as it was stored: its bytes, not pixels encoded anew."""
+    """Keeps the image as it was stored: its bytes, not pixels encoded anew."""
     import datasets
 
     if isinstance((rows.features or {}).get(image_column), datasets.Image):
@@ -315,8 +341,8 @@ def _reason(error: Exception) -> str:
 
 
 def _strings(value: Any, where: str) -> list[str]:
-    """A text, a list of texts, or VQAv2's {"answer": text} of each annotator; None is no text.
-    ShardError else.
+    """Returns as a list a text, a list of texts, or VQAv2's {"answer": text} of each annotator;
+    None is no text. ShardError else.
     """
     if isinstance(value, str):
         return [value]

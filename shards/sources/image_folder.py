@@ -21,9 +21,9 @@ from shards.sources.source import (
     Images,
     ImagesAt,
     Source,
+    is_empty,
     keys_of,
     read_text,
-    unique,
 )
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
@@ -33,8 +33,8 @@ def load(
     images: ImagesAt,
     jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."],
 ) -> Source:
-    """Paths of images are relative to `images`. ShardError, naming the line, for one that is not of
-    the form above, an id given twice, an image in two splits.
+    """Reads the lines, in which paths of images are relative to `images`. ShardError, naming the
+    line, for one that is not of the form above, an id given twice, an image in two splits.
     """
     source = Source("image_folder", Images(images))
     lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
@@ -43,12 +43,14 @@ def load(
         if not line.strip():
             continue
         row = _read_line(line, where := f"--jsonl {jsonl}, line {n}")
-        path, split = posixpath.normpath(row["image"]), row["split"]
+        path = posixpath.normpath(row["image"])
+        split = row["split"]
         lines_of.setdefault(path, []).append((n, row))
         first, other = lines_of[path][0]
         if other["split"] != split:
             raise ShardError(
-                f"{where}: {path} is in the split {split!r}, and in {other['split']!r} in line {first}"
+                f"{where}: {path} is in the split {split!r}, "
+                f"and in {other['split']!r} in line {first}"
             )
         if "id" in row and ids.setdefault(str(row["id"]), n) != n:
             raise ShardError(
@@ -63,13 +65,7 @@ def load(
                 source.add(split, key, key, found, path)
             else:
                 source.skip(IMAGE_WITHOUT_TEXT, path, "all its texts are empty", split)
-    texts = (
-        text for items in source.splits.values() for item in items for text in item.record.texts
-    )
-    unique(
-        (text.id for text in texts),
-        f"--jsonl {jsonl}: the id (given, or made from an image's name)",
-    )
+    source.check_text_ids(f"--jsonl {jsonl}: the id (given, or made from an image's name)")
     source.skip_rest("no line names it")
     return source
 
@@ -77,10 +73,12 @@ def load(
 def _texts(
     source: Source, path: str, key: str, lines: list[tuple[int, dict[str, Any]]]
 ) -> list[Text]:
-    """Captions without an id are one text (the key is its id); a question without an id is called
-    KEY-NUMBER.
+    """Returns all texts of an image. Captions without an id are one text (the key is its id); a
+    question without an id is called KEY-NUMBER.
     """
-    texts, captions, questions = [], [], 0
+    texts: list[Text] = []
+    captions: list[str] = []
+    questions = 0
     for n, row in lines:
         given = str(row.get("id", "")) or None
         if "question" not in row:
@@ -90,18 +88,14 @@ def _texts(
             elif found:
                 texts.append(Text(given, "caption", found))
             continue
-        answers, text_id = tuple(_strings(row["answers"])), given or f"{key}-{questions}"
+        answers = tuple(_strings(row["answers"]))
+        text_id = given or f"{key}-{questions}"
         questions += 1
-        if row["question"].strip() and any(answer.strip() for answer in answers):
-            texts.append(Text(text_id, "vqa", answers, row["question"]))
+        if is_empty(row["question"], answers):
+            why = f"the question or its answers are empty (line {n})"
+            source.skip(EMPTY_TEXT, path, why, row["split"], 1)
         else:
-            source.skip(
-                EMPTY_TEXT,
-                path,
-                f"the question or its answers are empty (line {n})",
-                row["split"],
-                1,
-            )
+            texts.append(Text(text_id, "vqa", answers, row["question"]))
     return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
 
 
@@ -122,7 +116,8 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     kinds = [name for name in ("text", "captions", "question") if name in row]
     if len(kinds) != 1 or ("answers" in row) != (kinds == ["question"]):
         raise ShardError(
-            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; found {', '.join(row)}"
+            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; "
+            f"found {', '.join(row)}"
         )
     name = "answers" if kinds == ["question"] else kinds[0]
     many = _strings(row[name])

@@ -8,7 +8,7 @@ counted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from shards.files import ShardError
 from shards.sources.source import Images, ImagesAt, Source, keys_of, read_json, rows_of, unique
@@ -19,8 +19,8 @@ _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 def load(
     images: ImagesAt, captions: Annotated[Path, "dataset_flickr8k.json, _flickr30k or _coco."]
 ) -> Source:
-    """`captions` is dataset_flickr8k.json or its like. ShardError for another format or split, or a
-    name twice.
+    """Reads one file; `captions` is dataset_flickr8k.json or its like. ShardError for another
+    format or split, or a name twice.
     """
     where = f"--captions {captions}"
     document = read_json(captions, "--captions")
@@ -33,20 +33,20 @@ def load(
     for name, row in zip(names, rows, strict=True):
         if row["split"] not in _SPLITS:
             raise ShardError(
-                f"{where}: {name} is in the split {row['split']!r}, expected one of {', '.join(_SPLITS)}"
+                f"{where}: {name} is in the split {row['split']!r}, expected one of "
+                f"{', '.join(_SPLITS)}"
             )
         split = _SPLITS[row["split"]]
         sentences = row["sentences"] if isinstance(row["sentences"], list) else [None]
-        texts = [
+        texts: list[Any] = [
             sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences
         ]
         if not all(isinstance(text, str) for text in texts):
             raise ShardError(f"{where}: {name} has a sentence without the text 'raw'")
         coco = row.get("cocoid")
-        key, image_id = (
-            (f"{coco:012d}", str(coco)) if isinstance(coco, int) else (key_of[name], None)
-        )
-        added = source.add_captions(name, texts, split, key, image_id)
+        numbered = isinstance(coco, int)
+        key = f"{coco:012d}" if numbered else key_of[name]
+        added = source.add_captions(name, texts, split, key, str(coco) if numbered else None)
         source.notes["images of 'restval', put into 'train'"] += added and row["split"] == "restval"
     source.skip_rest("not in the list of images")
     return source

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from shards.files import ShardError
 from shards.record import Record, Text
@@ -44,7 +44,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """One thing left out: its kind, its name (image or text), the texts that went with it, and why."""
+    """One thing left out: its kind, its name (image or text), the texts that went with it, and
+    why.
+    """
 
     kind: str
     name: str
@@ -53,12 +55,24 @@ class Skipped:
     texts: int = 0
 
 
+class ImageFiles(Protocol):
+    """Images by name; reading is safe from several threads."""
+
+    place: Path
+
+    def read(self, name: str, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class Source:
-    """`splits` keeps the order of the official files; `notes` counts what was kept but is odd."""
+    """Records by split, and what was left out. `splits` keeps the order of the official files;
+    `notes` counts what was kept but is odd.
+    """
 
     dataset: str
-    images: Images
+    images: ImageFiles
     splits: dict[str, list[Item]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -85,10 +99,12 @@ class Source:
         return bool(targets)
 
     def find(self, name: str, split: str | None, texts: int, exact: bool = False) -> str | None:
-        """The image's path (`exact`: `name` is it, not a file name alone); else its texts are left
-        out, and named.
+        """Returns the image's path (`exact`: `name` is it, not a file name alone); else its texts
+        are left out, and named.
         """
-        path = (name if name in self.images.names else None) if exact else self.images.find(name)
+        path = name if exact else self.files.find(name)
+        if path not in self.files.names:
+            path = None
         if path is None:
             self.skip(
                 TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
@@ -104,13 +120,13 @@ class Source:
         among: Callable[[str], bool] = lambda path: True,
     ) -> None:
         """Names the images that nothing asked for."""
-        for path in self.images.names:
+        for path in self.files.names:
             if path not in self._found and among(path):
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
 
     def clean(self, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
-        """Captions without outer whitespace; empty ones are left out and named, odd ones kept and
-        counted.
+        """Returns captions without outer whitespace; empty ones are left out and named, odd ones
+        kept and counted.
         """
         kept = []
         for caption in captions:
@@ -123,6 +139,19 @@ class Source:
             self.notes["captions that repeat another one of their image, kept"] += trimmed in kept
             kept.append(trimmed)
         return tuple(kept)
+
+    @property
+    def files(self) -> Images:
+        """Returns its images, where they are files of a folder or zip that can be looked for by
+        name.
+        """
+        assert isinstance(self.images, Images)  # a source of rows looks for none
+        return self.images
+
+    def check_text_ids(self, what: str) -> None:
+        """Raises ShardError for an id that two texts have."""
+        items = (item for split in self.splits.values() for item in split)
+        unique((text.id for item in items for text in item.record.texts), what)
 
     def skip(
         self, kind: str, name: str, reason: str, split: str | None = None, texts: int = 0
@@ -139,11 +168,11 @@ class Images:
         self.place = Path(place)
         self._zip: zipfile.ZipFile | None = None
         if self.place.is_dir():
-            names = (
+            names = [
                 Path(folder, name).relative_to(self.place).as_posix()
                 for folder, _, files in os.walk(self.place, followlinks=True)
                 for name in files
-            )
+            ]
         elif self.place.is_file():
             try:
                 self._zip = zipfile.ZipFile(self.place)
@@ -151,7 +180,7 @@ class Images:
                 raise ShardError(
                     f"{place} is neither a folder of images nor a whole zip: {error}"
                 ) from error
-            names = iter(self._zip.namelist())
+            names = self._zip.namelist()
         else:
             raise ShardError(f"there is no folder or zip of images at {place}")
         # `__MACOSX/._x.jpg` in the official Flickr8k zip is a resource fork, not an image.
@@ -166,8 +195,8 @@ class Images:
             self._by_basename.setdefault(posixpath.basename(name), []).append(name)
 
     def find(self, filename: str) -> str | None:
-        """The path of the one file called `filename`, in whatever subfolder; ShardError if there
-        are two.
+        """Returns the path of the one file called `filename`, in whatever subfolder; ShardError if
+        there are two.
         """
         found = self._by_basename.get(filename, [])
         if len(found) > 1:
@@ -185,8 +214,8 @@ class Images:
 
 
 def read_text(path: str | os.PathLike[str], flag: str) -> str:
-    """A whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the option that
-    gave the path.
+    """Returns a whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the
+    option that gave the path.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -201,7 +230,7 @@ def read_text(path: str | os.PathLike[str], flag: str) -> str:
 def read_json(
     path: str | os.PathLike[str], flag: str, hook: Callable[[dict], Any] | None = None
 ) -> Any:
-    """A JSON document, or ShardError; `hook` is json's object_hook."""
+    """Returns a JSON document, or ShardError; `hook` is json's object_hook."""
     try:
         return json.loads(read_text(path, flag), object_hook=hook)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -209,7 +238,9 @@ def read_json(
 
 
 def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list[dict[str, Any]]:
-    """The list `name` of an official JSON file, every element of which has `keys`, or ShardError."""
+    """Returns the list `name` of an official JSON file, every element of which has `keys`, or
+    ShardError.
+    """
     rows = document.get(name) if isinstance(document, dict) else None
     if not isinstance(rows, list):
         raise ShardError(
@@ -223,23 +254,34 @@ def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list
 
 
 def unique(ids: Iterable[Any], what: str) -> None:
-    """ShardError naming the first id that occurs twice."""
+    """Raises ShardError naming the first id that occurs twice."""
     counts = Counter(ids)
     twice = [i for i, n in counts.items() if n > 1]
     if twice:
         raise ShardError(
-            f"{what} {twice[0]} occurs {counts[twice[0]]} times ({len(twice)} such ids); ids must be unique"
+            f"{what} {twice[0]} occurs {counts[twice[0]]} times ({len(twice)} such ids); ids "
+            "must be unique"
         )
 
 
+def is_empty(question: str, answers: Iterable[str]) -> bool:
+    """Tells whether the question, or every answer to it, is blank."""
+    return not question.strip() or not any(answer.strip() for answer in answers)
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
+
+
 def order_of(seed: int | str, name: Any) -> bytes:
-    """Sorting by this draws at random, the same on every machine and whatever else is in the set."""
+    """Returns what to sort by for a random draw, the same on every machine and in every set."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
 def keys_of(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> key: the file's stem where that is clean and unique, else its path made clean, plus a
-    hash of it.
+    """Makes path -> key: the file's stem where that is clean and unique, else its path made clean,
+    plus a hash of it.
     """
     paths = list(paths)
     stems = {path: posixpath.splitext(posixpath.basename(path))[0] for path in paths}

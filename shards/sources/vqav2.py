@@ -20,6 +20,8 @@ from shards.sources.source import (
     Images,
     ImagesAt,
     Source,
+    check_limit,
+    is_empty,
     order_of,
     read_json,
     rows_of,
@@ -36,8 +38,8 @@ def load(
     limit: Annotated[int | None, "Draw this many images; pairs stay together."] = None,
     seed: Annotated[int, "Of the draw."] = 0,
 ) -> Source:
-    """`split` is train or val; `pairs` the official list of [question id, question id] of
-    complementary pairs.
+    """Reads the official files; `split` is train or val; `pairs` the official list of [question id,
+    question id] of complementary pairs.
 
     `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a
     question without annotation, an annotation without question, duplicate question ids, files of
@@ -45,10 +47,10 @@ def load(
     """
     if annotations is None:
         raise ShardError(
-            "vqav2 needs --annotations: the official test split has none, so only train and val can be built"
+            "vqav2 needs --annotations: the official test split has none, so only train and val "
+            "can be built"
         )
-    if limit is not None and limit < 1:
-        raise ShardError(f"--limit is {limit}: it is a number of images, 1 or more")
+    check_limit(limit)
     asked, year = _read_questions(questions, split)
     answered = _read_annotations(annotations, asked, questions)
     joined = _read_pairs(pairs) if pairs else []
@@ -62,28 +64,15 @@ def load(
     for image_id, rows in of_image.items():
         if path := source.find(f"COCO_{split}{year}_{image_id:012d}.jpg", split, len(rows)):
             found[image_id] = path
-    drawn = set(found)
-    if limit is not None and limit < len(found):
-        image_pairs = [
-            (asked[a]["image_id"], asked[b]["image_id"])
-            for a, b in joined
-            if a in asked and b in asked
-        ]
-        drawn = _draw(set(found), image_pairs, limit, seed)
-        source.notes["images not drawn by --limit"] = len(found) - len(drawn)
-        cut = sum((a in drawn) != (b in drawn) for a, b in image_pairs)
-        source.notes[
-            "complementary pairs cut by --limit, their images being too many to stay together"
-        ] = cut
+    drawn = _drawn(source, set(found), asked, joined, limit, seed)
     for image_id, path in found.items():
         if image_id not in drawn:
             continue
-        texts = [
+        made = (
             _text(source, q, answered[q["question_id"]], partner, asked, split)
             for q in of_image[image_id]
-        ]
-        texts = [text for text in texts if text]
-        if texts:
+        )
+        if texts := [text for text in made if text]:
             source.add(split, f"{image_id:012d}", str(image_id), texts, path)
         else:
             source.skip(
@@ -101,17 +90,13 @@ def load(
 def _text(
     source: Source, question: dict, annotation: dict, partner: dict, asked: dict, split: str
 ) -> Text | None:
-    number, answers = question["question_id"], tuple(annotation["answers"])
-    if not all(isinstance(answer, str) for answer in answers) or not isinstance(
-        question["question"], str
-    ):
+    number = question["question_id"]
+    answers = tuple(annotation["answers"])
+    prompt = question["question"]
+    if not all(isinstance(text, str) for text in (prompt, *answers)):
         raise ShardError(f"question {number}: its question and every answer must be a text")
-    if not question["question"].strip() or not any(answer.strip() for answer in answers):
-        what = (
-            "its question is empty"
-            if not question["question"].strip()
-            else "all its answers are empty"
-        )
+    if is_empty(prompt, answers):
+        what = "all its answers are empty" if prompt.strip() else "its question is empty"
         source.skip(EMPTY_TEXT, str(number), what, split, texts=1)
         return None
     source.notes["questions with other than ten answers, kept"] += len(answers) != 10
@@ -124,7 +109,7 @@ def _text(
         "question_type": annotation.get("question_type"),
         "pair_id": str(other) if other in asked else None,
     }
-    return Text(str(number), "vqa", answers, question["question"], meta)
+    return Text(str(number), "vqa", answers, prompt, meta)
 
 
 def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]:
@@ -143,8 +128,8 @@ def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]
 
 
 def _answer(row: dict) -> Any:
-    """Ten million answers of the full set as shared strings in place of dictionaries: a fifth of
-    the memory.
+    """Keeps ten million answers of the full set as shared strings in place of dictionaries: a fifth
+    of the memory.
     """
     return (
         sys.intern(row["answer"])
@@ -167,13 +152,14 @@ def _read_annotations(
     ):
         if ids:
             raise ShardError(
-                f"{what} {min(ids)} has {missing} ({len(ids)} such); both files must be of the same split"
+                f"{what} {min(ids)} has {missing} ({len(ids)} such); both files must be of the "
+                "same split"
             )
     for number, row in answered.items():
         if row["image_id"] != asked[number]["image_id"]:
             raise ShardError(
-                f"question {number} is about image {asked[number]['image_id']} in --questions {questions} "
-                f"and about image {row['image_id']} in --annotations {path}"
+                f"question {number} is about image {asked[number]['image_id']} in --questions "
+                f"{questions} and about image {row['image_id']} in --annotations {path}"
             )
         if not isinstance(row["answers"], list):
             raise ShardError(f"{where}: the answers of question {number} are no list")
@@ -185,15 +171,39 @@ def _read_pairs(path: str | Path) -> list[tuple[int, int]]:
     for n, row in enumerate(rows if isinstance(rows, list) else [None]):
         if not (isinstance(row, list) and len(row) == 2 and all(isinstance(q, int) for q in row)):
             raise ShardError(
-                f"--pairs {path}: element {n} is not [question id, question id], as in the official file"
+                f"--pairs {path}: element {n} is not [question id, question id], as in the "
+                "official file"
             )
     unique((q for row in rows for q in row), f"--pairs {path}: the question")
     return [(a, b) for a, b in rows]
 
 
+def _drawn(
+    source: Source,
+    found: set[int],
+    asked: dict[int, dict],
+    joined: list[tuple[int, int]],
+    limit: int | None,
+    seed: int,
+) -> set[int]:
+    """Returns the images that --limit leaves, with notes of what it did not take."""
+    if limit is None or limit >= len(found):
+        return found
+    pairs = [
+        (asked[a]["image_id"], asked[b]["image_id"]) for a, b in joined if a in asked and b in asked
+    ]
+    drawn = _draw(found, pairs, limit, seed)
+    source.notes["images not drawn by --limit"] = len(found) - len(drawn)
+    cut = sum((a in drawn) != (b in drawn) for a, b in pairs)
+    source.notes[
+        "complementary pairs cut by --limit, their images being too many to stay together"
+    ] = cut
+    return drawn
+
+
 def _draw(images: set[int], pairs: list[tuple[int, int]], limit: int, seed: int) -> set[int]:
-    """At most `limit` images in the order of a hash; what complementary pairs join comes along
-    whole or not at all.
+    """Draws at most `limit` images in the order of a hash; what complementary pairs join comes
+    along whole or not at all.
 
     In the full set nearly all images hang together, so a group larger than what is left is not
     taken whole: there an image brings the partners of its own questions, or is passed over.

@@ -1,4 +1,6 @@
-"""The official files of Flickr8k and of a VQAv2 subset, read whole; skipped where they are absent."""
+"""The official files of Flickr8k and of a VQAv2 subset, read whole; skipped where they are
+absent.
+"""
 
 from shards.sources import flickr8k, vqav2
 

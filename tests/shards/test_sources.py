@@ -124,7 +124,8 @@ def test_without_split_files_everything_is_train_and_that_is_said(flickr_images)
 def test_empty_captions_are_left_out_and_named(tmp_path, flickr_images):
     captions = tmp_path / "token.txt"
     captions.write_text(
-        "1000268201_693b08cb0e.jpg#0\t \n1000268201_693b08cb0e.jpg#1\tA child .\n1155138244_859fd6e079.jpg#0\t\n"
+        "1000268201_693b08cb0e.jpg#0\t \n1000268201_693b08cb0e.jpg#1\tA child "
+        ".\n1155138244_859fd6e079.jpg#0\t\n"
     )
     source = flickr8k.load(flickr_images, captions)
     assert [item.record.texts[0].targets for item in source.splits["train"]] == [("A child .",)]

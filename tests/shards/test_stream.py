@@ -181,7 +181,7 @@ def test_the_state_goes_through_json_and_names_a_wrong_field():
         StreamState.from_json({"epoch": 0, "position": 1})
 
 
-def test_the_first_images_are_the_same_in_every_epoch_in_another_order_and_a_larger_number_holds_them():
+def test_the_first_images_are_the_same_in_every_epoch_and_a_larger_number_holds_them():
     mixture = Mixture([Order(SHARDS, 0, 2), Order([9], 0, 2, salt=2)])
     few, more = FirstOf(mixture, 12, seed=0), FirstOf(mixture, 20, seed=0)
     first, second = (few.picks(epoch, 0, 12) for epoch in (0, 1))
