@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 LANGUAGES: dict[str, type[LanguageModel]] = {"t5": T5Language, "gpt2": DecoderLanguage}
 WEIGHTS = "model.safetensors"
+Fields = Mapping[str, Any]
 
 
 class VLMConfig(PretrainedConfig):
@@ -56,10 +57,10 @@ class VLMConfig(PretrainedConfig):
 
     def __init__(
         self,
-        model: Mapping[str, Any] | None = None,
-        prompts: Mapping[str, Any] | None = None,
-        generate: Mapping[str, Any] | None = None,
-        encoder: Mapping[str, Any] | None = None,
+        model: Fields | None = None,
+        prompts: Fields | None = None,
+        generate: Fields | None = None,
+        encoder: Fields | None = None,
         lm_hash: str = "",
         **kwargs: Any,
     ):
@@ -94,7 +95,7 @@ class VisionLanguageModel(PreTrainedModel):
     def build(
         cls,
         config: settings.Config,
-        encoder: Mapping[str, Any] | None = None,
+        encoder: Fields | None = None,
         *,
         precision: Precision | None = None,
         device: torch.device | str = "cpu",
@@ -347,7 +348,7 @@ def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:
         )
 
 
-def _check_encoder(folder: Path, saved: VLMConfig, found: Mapping[str, Any]) -> None:
+def _check_encoder(folder: Path, saved: VLMConfig, found: Fields) -> None:
     if found["hash"] != saved.encoder["hash"]:
         raise ConfigError(
             f"{folder}: the vision encoder {found['id']!r} has hash {found['hash'][:12]}, the "
