@@ -49,7 +49,7 @@ Fields = Mapping[str, Any]
 
 
 class VLMConfig(PretrainedConfig):
-    """The words of a saved model about itself: the config's `model`, `prompts` and `generate`, and
+    """The description of a saved model: the config's `model`, `prompts` and `generate`, and
     its frozen parts.
     """
 
