@@ -91,25 +91,23 @@ class Collator:
         fillers.
         """
         images: list[np.ndarray] = []
-        contexts: list[Context] = []
-        image_of_C: list[int] = []
-        targets: list[str] = []
-        context_of_T: list[int] = []
+        rows: list[tuple[Context, int, list[str]]] = []  # of C: where, of which image, its targets
         for sample in samples:
             if sample.record is None or sample.payload is None or sample.weight == 0:
                 continue
             for text, chosen in self._texts(sample.record, sample.epoch):
-                context_of_T += [len(contexts)] * len(chosen)
-                template = getattr(self.prompts, text.task)
-                contexts.append(
-                    Context(sample.record, text, prompt(text.task, template, text.prompt))
-                )
-                image_of_C.append(len(images))
-                targets += chosen
+                words = prompt(text.task, getattr(self.prompts, text.task), text.prompt)
+                rows.append((Context(sample.record, text, words), len(images), chosen))
             images.append(sample.payload)
-        if not targets:
+        if not rows:
             return None
-        return self.assemble(np.stack(images), contexts, image_of_C, targets, context_of_T)
+        return self.assemble(
+            np.stack(images),
+            [context for context, _, _ in rows],
+            [image for _, image, _ in rows],
+            [target for _, _, chosen in rows for target in chosen],
+            [place for place, (_, _, chosen) in enumerate(rows) for _ in chosen],
+        )
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
         """Returns a batch of weight 0 for a rank that has nothing left: it joins every collective
@@ -163,16 +161,15 @@ class Collator:
         prompts = self._ids("prompt", [c.prompt for c in contexts], data.max_prompt_tokens, end)
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
         labels = self._ids("target", targets, data.max_target_tokens, [eos])
-        prompt_ids_CL, lengths_C = _padded(prompts, pad)
-        labels_TL, lengths_T = _padded(
-            labels, pad, data.max_target_tokens if self.loss_on_padding else 1
-        )
-        counts_TL = (torch.arange(labels_TL.shape[1]) < lengths_T[:, None]) | self.loss_on_padding
+        prompt_ids_CL = _padded(prompts, pad)
+        least = data.max_target_tokens if self.loss_on_padding else 1
+        labels_TL = _padded(labels, pad, least)
+        counts_TL = _not_padding(labels, labels_TL) | self.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
         tensor = torch.from_numpy(images)
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
-            prompt_mask_CL=torch.arange(prompt_ids_CL.shape[1]) < lengths_C[:, None],
+            prompt_mask_CL=_not_padding(prompts, prompt_ids_CL),
             image_of_C=torch.tensor(image_of_C),
             labels_TL=labels_TL,
             weight_TL=weight_TL,
@@ -219,12 +216,14 @@ def group_by_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]
     return tuple(cut(sorted(range(len(lengths)), key=lengths.__getitem__)))
 
 
-def _padded(rows: list[list[int]], pad: int, least: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the rows as one tensor, padded on the right, and their lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
+def _padded(rows: list[list[int]], pad: int, least: int = 1) -> torch.Tensor:
+    """Returns the rows as one int64 tensor, padded on the right to the longest of them."""
     # At least one column: a model with neither image tokens nor prompt still needs a position to
     # attend to.
-    out = torch.full((len(rows), max(least, int(lengths.max()))), pad)
-    for index, row in enumerate(rows):
-        out[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return out, lengths
+    width = max(least, *map(len, rows))
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+
+
+def _not_padding(rows: list[list[int]], padded: torch.Tensor) -> torch.Tensor:
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(padded.shape[1]) < lengths[:, None]

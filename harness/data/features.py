@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from harness.machine.precision import Requested
-    from harness.model.vision import VisionTower
     from shards.loader import Loader
 
 CONTROLS = "controls.safetensors"
@@ -82,7 +81,9 @@ def encode_set(
             patch_tokens_IPD = tower(torch.from_numpy(pixels_IHW3).to(device))
         return patch_tokens_IPD.to(torch.float16).cpu().numpy()
 
-    files = {CONTROLS: safetensors.numpy.save(_controls(encode, tower))}
+    pixels = control_pixels((tower.image_size, tower.image_size, 3))
+    controls = {"blank_PD": encode(pixels["blank"])[0], "noise_KPD": encode(pixels["noise"])}
+    files = {CONTROLS: safetensors.numpy.save(controls)}
 
     def samples() -> Iterator[tuple[Record, bytes, str]]:
         yield from _encoded(loader, encode, vision, progress)
@@ -136,13 +137,6 @@ def _skipped_lines(loader: Loader) -> bytes:
         reason = error.partition(f"key {key}: ")[2] or error
         lines.append(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
-
-
-def _controls(
-    encode: Callable[[np.ndarray], np.ndarray], tower: VisionTower
-) -> dict[str, np.ndarray]:
-    pixels = control_pixels((tower.image_size, tower.image_size, 3))
-    return {"blank_PD": encode(pixels["blank"])[0], "noise_KPD": encode(pixels["noise"])}
 
 
 def control_pixels(shape: Sequence[int]) -> dict[str, np.ndarray]:

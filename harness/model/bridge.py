@@ -139,7 +139,7 @@ class MeanPool(nn.Module):
 
 
 class Linear(nn.Module):
-    """Every patch is a token; the projection is all there is to learn."""
+    """Every patch as a token; the projection is all there is to learn."""
 
     def __init__(self, config: BridgeConfig, patch_width: int, vocabulary: int):
         super().__init__()
@@ -169,7 +169,7 @@ class Projection(nn.Module):
 
 
 class Bridge(nn.Module):
-    """patches_NPD -> tokens_NQD at the LM's width and scale.
+    """The way from patches_NPD to tokens_NQD at the LM's width and scale.
 
     What all pictures have in common (a few channels of CLIP's inner layers and of a convolution are
     a hundred times larger than the rest, and a query says much the same of every picture at its

@@ -20,8 +20,8 @@ from harness.errors import ConfigError
 
 
 def without_weights() -> bool:
-    """Whether a model is built from config.json alone, its weights mere shapes: inside
-    `torch.device("meta")`, as plan/skeleton.py does.
+    """Returns whether a model is built from config.json alone, its weights mere shapes: it is
+    inside `torch.device("meta")`, as plan/skeleton.py enters.
     """
     return torch.get_default_device().type == "meta"
 

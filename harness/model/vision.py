@@ -145,7 +145,6 @@ def _load_clip(config: VisionConfig) -> VisionTower:
                 config.revision,
                 dtype=torch.float32,
             )
-    mean, std = _clip_statistics(config)
     states = vision.num_hidden_layers + 1
     return VisionTower(
         _ClipLayers(getattr(model, "vision_model", model), config.layer % states),
@@ -153,9 +152,8 @@ def _load_clip(config: VisionConfig) -> VisionTower:
         tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
         width=vision.hidden_size,
         scale=1 / 255,
-        mean=mean,
-        std=std,
         steps="shortest side bicubic, centre crop",
+        **_clip_statistics(config),
     )
 
 
@@ -179,19 +177,22 @@ def _check_clip(config: VisionConfig, model_type: str, vision: Any) -> None:
         )
 
 
-def _clip_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _clip_statistics(config: VisionConfig) -> dict[str, Any]:
     """Returns mean and standard deviation of the colours from the model's own
     preprocessor_config.json, else OpenAI's.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(
-            config.id, revision=config.revision
-        )
+        found = ImageProcessingMixin.get_image_processor_dict(config.id, revision=config.revision)[
+            0
+        ]
     except OSError:
         found = {}
-    return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
+    return {
+        "mean": tuple(found.get("image_mean", CLIP_MEAN)),
+        "std": tuple(found.get("image_std", CLIP_STD)),
+    }
 
 
 class _EfficientNetGrid(nn.Module):

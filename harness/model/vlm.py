@@ -46,10 +46,11 @@ logger = logging.getLogger(__name__)
 
 LANGUAGES: dict[str, type[LanguageModel]] = {"t5": T5Language, "gpt2": DecoderLanguage}
 WEIGHTS = "model.safetensors"
+Fields = Mapping[str, Any]
 
 
 class VLMConfig(PretrainedConfig):
-    """The words of a saved model about itself: the config's `model`, `prompts` and `generate`, and
+    """The description of a saved model: the config's `model`, `prompts` and `generate`, and
     its frozen parts.
     """
 
@@ -57,11 +58,11 @@ class VLMConfig(PretrainedConfig):
 
     def __init__(
         self,
-        model: Mapping[str, Any] | None = None,
-        prompts: Mapping[str, Any] | None = None,
-        generate: Mapping[str, Any] | None = None,
-        encoder: Mapping[str, Any] | None = None,
-        known_mistakes: Mapping[str, Any] | None = None,
+        model: Fields | None = None,
+        prompts: Fields | None = None,
+        generate: Fields | None = None,
+        encoder: Fields | None = None,
+        known_mistakes: Fields | None = None,
         lm_hash: str = "",
         **kwargs: Any,
     ):
@@ -97,7 +98,7 @@ class VisionLanguageModel(PreTrainedModel):
     def build(
         cls,
         config: settings.Config,
-        encoder: Mapping[str, Any] | None = None,
+        encoder: Fields | None = None,
         *,
         precision: Precision | None = None,
         device: torch.device | str = "cpu",
@@ -355,7 +356,7 @@ def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:
         )
 
 
-def _check_encoder(folder: Path, saved: VLMConfig, found: Mapping[str, Any]) -> None:
+def _check_encoder(folder: Path, saved: VLMConfig, found: Fields) -> None:
     if found["hash"] != saved.encoder["hash"]:
         raise ConfigError(
             f"{folder}: the vision encoder {found['id']!r} has hash {found['hash'][:12]}, the "

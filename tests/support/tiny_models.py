@@ -40,11 +40,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 SENTENCES = (
     "Question: what shape is in the image? Answer: a circle, a triangle, a rectangle",
     "Question: is there a red shape in the picture? Answer: yes, no",
-    "Based on the image, answer the question. Question: Where is he looking? Answer: down, at the table",
+    "Based on the image, answer the question. Question: Where is he looking? Answer: down, "
+    "at the table",
     "Describe the image. a photo of a child in a pink dress climbing up a set of stairs",
     "a black dog and a white dog with brown spots are staring at each other in the street .",
     "two girls paint a rainbow with blue, green, yellow, teal, brown, gray and black colours",
-    "a man in a hat lays on the grass with his dogs while a boy jumps over a wall with a skateboard",
+    "a man in a hat lays on the grass with his dogs while a boy jumps over a wall with a "
+    "skateboard",
 )
 
 

@@ -135,7 +135,7 @@ class DecoderLanguage(LanguageModel):
         return image.by_context(self.base.transformer.wte.weight.dtype)
 
     def _cache(self, image: BridgeOutput) -> DynamicCache | EncoderDecoderCache:
-        """Returns a cache empty of words; keys and values of image tokens lie in it, made once per
+        """Returns a cache without words; keys and values of image tokens lie in it, made once per
         bridge row.
         """
         if not self.config.cross_attention:

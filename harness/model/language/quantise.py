@@ -11,7 +11,6 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,6 +37,10 @@ from harness.model.pretrained import (
 )
 
 KEY = "model.lm.id"
+REMEDY = (
+    "give a local folder in the hub's format, or an id that is on the hub or in its local cache; "
+    "for a saved model whose base was moved, lm=PATH"
+)
 # in the names of all that cross-attention adds: h.0.crossattention.c_attn.weight,
 # h.0.ln_cross_attn.bias
 NEW = "cross"
@@ -68,7 +71,7 @@ def load(
     if config.tuning == "qlora":
         skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
         quantisation = nf4(compute_dtype, skipped)
-    with _loading(config), quiet_transformers():
+    with loading(KEY, config.id, REMEDY), quiet_transformers():
         found = AutoConfig.from_pretrained(config.id, revision=config.revision)
         if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
             raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
@@ -94,14 +97,6 @@ def load(
     keep_autograd(lm)
     lm.requires_grad_(False)
     return lm, tokenizer
-
-
-def _loading(config: LanguageModelConfig) -> AbstractContextManager[None]:
-    remedy = (
-        "give a local folder in the hub's format, or an id that is on the hub or in its local "
-        "cache; for a saved model whose base was moved, lm=PATH"
-    )
-    return loading(KEY, config.id, remedy)
 
 
 def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:
@@ -137,7 +132,7 @@ def weights_hash(config: LanguageModelConfig) -> str:
     if without_weights():
         return ""
     digest = hashlib.sha256()
-    with _loading(config):
+    with loading(KEY, config.id, REMEDY):
         files = sorted(weight_files(config.id, config.revision))
         if not files:
             raise OSError("no model.safetensors and no pytorch_model.bin is there")

@@ -48,9 +48,7 @@ class T5Language(LanguageModel):
                 torch.empty_like(base.lm_head.weight), requires_grad=False
             )
 
-    @property
-    def t5(self) -> Any:
-        return self.base
+    t5 = LanguageModel.base
 
     def encode(self, image: BridgeOutput, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns states_CSD and mask_CS of [image tokens][prompt tokens]."""
