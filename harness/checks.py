@@ -73,6 +73,19 @@ def data_sets(config: Config) -> dict[str, str]:
     }
 
 
+def check_run(folder: Path) -> None:
+    """Raises ConfigError for a folder that holds no run and is no checkpoint.
+
+    Without torch, so that a wrong path is told at once; checkpoint.at says whether it is whole.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
+    if not (folder / "state.json").is_file() and not any(folder.glob("checkpoints/step-*")):
+        raise ConfigError(
+            f"{folder} holds no whole checkpoint in checkpoints/; train the run first"
+        )
+
+
 def check_resume(config: Config, resume: str | None) -> None:
     """Raises ConfigError where a run would write into another's, or has none to go on from."""
     if resume is None and any(config.out_dir.glob("checkpoints/step-*")):

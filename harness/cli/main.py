@@ -16,20 +16,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from harness.cli.progress import PLAIN, told
+from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
 from harness.cli.score import compare
 from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
 
+START = "Start"
+DATA = "Data and models to start from"
+TRAIN = "Train"
+LOOK = "Look at what was learnt"
+
 app = typer.Typer(
     help="Trains small vision-language models and proves that their answers come from the image.",
-    **PLAIN,
+    epilog="First: harness demo. Then: harness train CONFIG key=value ...",
+    **HELP,
 )
-app.add_typer(shards_app, name="shards")
-app.add_typer(score_app, name="score")
-app.command()(compare)
-
+ConfigFile = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")
 ]
@@ -37,10 +40,16 @@ Run = Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoin
 LaunchFile = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|FILE", help="Of launch/accelerate/, as zero2; None: one process, or DDP."
+        metavar="NAME|FILE",
+        help="A file of launch/accelerate, as zero2. Without: one process, DDP on several GPUs.",
     ),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Without: as the launch file says, else one for each GPU, or one."),
+]
 ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="In place of zero2's 2.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(asked: bool) -> None:
@@ -60,9 +69,9 @@ def harness(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=START, epilog="Example: harness demo --out runs/demo")
 def demo(out: Out = Path("runs/demo"), seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
-    """The whole path on real data, from shards to the proof that the answers come from the image.
+    """The whole path on real data, to the proof that images are used.
 
     Run again it goes on with a demo that was broken off, and shows the results of a finished one.
     """
@@ -71,13 +80,34 @@ def demo(out: Out = Path("runs/demo"), seed: Annotated[int, typer.Option(min=0)]
     demo.run(out, seed)
 
 
-@app.command()
-def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
-    overrides: Overrides = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="None: one for each GPU, or one.")
+@app.command(rich_help_panel=START, epilog="Example: harness config train.learning_rate")
+def config(
+    key: Annotated[
+        str | None, typer.Argument(help="One key, or a section such as train. Without: all.")
     ] = None,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="A whole config as YAML, with every default.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page docs/configuration.md.")
+    ] = False,
+) -> None:
+    """Every key of a config: type, default, unit and meaning."""
+    from harness.config import reference
+
+    if defaults:
+        print(reference.defaults(), end="")
+    elif markdown:
+        print(reference.page(), end="")
+    else:
+        reference.show(reference.chosen(key))
+
+
+@app.command(rich_help_panel=TRAIN, epilog="Example: harness train flickr8k_t4 train.epochs=2")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Processes = None,
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")
     ] = None,
@@ -87,8 +117,9 @@ def train(
         bool, typer.Option("--force", help="Also where the plan says that it does not fit.")
     ] = False,
 ) -> None:
-    """Trains as `accelerate launch -m harness.train CONFIG key=value` does, after checking what can
-    be checked.
+    """Trains a model, after checking what can be checked.
+
+    The same as accelerate launch -m harness.train CONFIG key=value.
     """
     from harness.checks import check_before_launch, check_resume
     from harness.config.load import load
@@ -100,61 +131,62 @@ def train(
     launch_file = launcher.read_launch(launch, zero_stage)
     if launch_file.zero_stage is not None and loaded.train.precision == "fp16":
         raise ConfigError(
-            "train.precision is fp16: DeepSpeed would stall it in silence, take --launch multi_gpu (DDP)"
+            "train.precision is fp16: DeepSpeed would stall it in silence, take --launch "
+            "multi_gpu (DDP)"
         )
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
     check_resume(loaded, resume)
     check_before_launch(loaded)
     check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
-    arguments = [config, *(overrides or ()), *(["--resume", resume] if resume else [])]
+    arguments = [config, *(overrides or ())]
+    if resume:
+        arguments += ["--resume", resume]
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: harness plan vqav2_t4 --device t4")
 def plan(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="here, cpu, t4, l4, a100-40, h100, ...")] = "here",
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="None: as the launch file says, or all GPUs here.")
-    ] = None,
+    processes: Processes = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
-    """Says before anything is loaded whether a run fits on a device, how long it takes, and what
-    would make it fit.
+    """Whether a run fits a device, how long it takes, what would help.
+
+    Nothing is loaded. Exit code 1 where it does not fit.
     """
     from harness.config.load import load
     from harness.machine.launcher import read_launch
     from harness.plan.plan import plan
 
-    loaded, launched = load(config, overrides or ()), read_launch(launch, zero_stage)
-    made = plan(loaded, device, launched, processes)
+    loaded = load(config, overrides or ())
+    made = plan(loaded, device, read_launch(launch, zero_stage), processes)
     print(json.dumps(made.to_json(), indent=2) if as_json else made.table())
     raise typer.Exit(0 if made.fits else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=START, epilog="Example: harness doctor flickr8k_t4 --overfit 8")
 def doctor(
-    config: Annotated[str | None, typer.Argument(help="None: this machine alone.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(help="A config. Without: this machine alone.")
+    ] = None,
     overrides: Overrides = None,
     overfit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Learn N images by heart, a minute.")
     ] = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="None: one for each GPU, or one.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON.")] = False,
+    processes: Processes = None,
+    as_json: AsJSON = False,
 ) -> None:
-    """Says what is wrong with this machine, a config and its data, and the fix; exit code 1 if
-    there are errors.
+    """What is wrong with this machine, a config and its data, and the fix.
+
+    Exit code 1 if there are errors.
     """
     from harness.config.load import load
-    from harness.doctor import findings
-    from harness.doctor.diagnose import diagnose
     from harness.errors import ConfigError
     from harness.machine.launcher import read_launch
 
@@ -162,6 +194,9 @@ def doctor(
         raise ConfigError("--overfit needs a config: harness doctor CONFIG --overfit 8")
     loaded = load(config, overrides or ()) if config else None
     launched = read_launch(launch, zero_stage)
+    from harness.doctor import findings
+    from harness.doctor.diagnose import diagnose
+
     with told("checking") as progress:
         found = diagnose(loaded, launched, processes, overfit, progress)
     if as_json:
@@ -171,7 +206,7 @@ def doctor(
     raise typer.Exit(findings.failed(found))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK, epilog="Example: harness evaluate runs/mine --data data/dev")
 def evaluate(
     run: Annotated[
         Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")
@@ -193,44 +228,54 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
-    """Scores a run, published models or both on the same images, and says whether the answers come
-    from the images.
+    """Scores a run, published models or both, with the verdict.
+
+    On the same images, and says whether the answers come from them.
     """
+    from harness.checks import check_run
     from harness.errors import ConfigError
 
     if not run and not model:
         raise ConfigError(
             "nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both"
         )
+    if run:
+        check_run(run)
     from harness.evaluate.report import table
     from harness.evaluate.run_on_disk import evaluate_run
 
+    overrides = override or []
+    # A run keeps its prompts where published models are asked with others.
+    own = [given for given in overrides if not (model and given.startswith("prompts."))]
+    reports = []
     with told("evaluating") as progress:
-        override = override or []
-        own = [
-            given for given in override if not (model and given.startswith("prompts."))
-        ]  # a run keeps its prompts
-        reports = (
-            [evaluate_run(run, data, limit=limit, overrides=own, progress=progress)] if run else []
-        )
+        if run:
+            reports.append(evaluate_run(run, data, limit=limit, overrides=own, progress=progress))
         if model:
             from harness.evaluate.published import evaluate_published
 
-            given = {"load_in_4bit": load_in_4bit, "limit": limit, "overrides": override}
             sets = data or (reports[0]["data"] if reports else ())
-            reports += [
-                evaluate_published(name, sets, **given, progress=progress) for name in model
-            ]
-    print(
-        json.dumps(reports if len(reports) > 1 else reports[0], indent=2)
-        if as_json
-        else table(*reports)
-    )
+            for name in model:
+                report = evaluate_published(
+                    name,
+                    sets,
+                    load_in_4bit=load_in_4bit,
+                    limit=limit,
+                    overrides=overrides,
+                    progress=progress,
+                )
+                reports.append(report)
+    if as_json:
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+    else:
+        print(table(*reports))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: harness ablate who_does_the_work --offline --jobs 2"
+)
 def ablate(
     file: Annotated[
         str, typer.Argument(help="A YAML file of variants, or the name of a shipped one.")
@@ -238,30 +283,35 @@ def ablate(
     overrides: Overrides = None,
     offline: Annotated[bool, typer.Option("--offline", help="The form for two CPU cores.")] = False,
     seeds: Annotated[
-        str | None, typer.Option(metavar="0,1,2", help="None: those of the file.")
+        str | None, typer.Option(metavar="0,1,2", help="In place of the file's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="None: runs/ablations/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Without: runs/ablations and the file's name.")
+    ] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Children at a time; with GPUs, one on each.")
     ] = 1,
 ) -> None:
-    """Runs named variants x seeds as one experiment, goes on where it stopped, and reports what was
-    expected and seen.
+    """Variants x seeds as one experiment: expected against seen.
 
-    Exit code 1 where some children failed: the report names them.
+    Goes on where it stopped. Exit code 1 where some children failed: the report names them.
     """
-    from harness.ablate import runner as ablate
     from harness.errors import ConfigError
 
     numbers = seeds.split(",") if seeds else []
     if not all(number.strip().isdecimal() for number in numbers):
         raise ConfigError(f"--seeds {seeds}: expected whole numbers, as in --seeds 0,1,2")
+    from harness.ablate import runner
+
     chosen = [int(number) for number in numbers]
-    report = ablate.run(file, overrides or (), offline=offline, seeds=chosen, out=out, jobs=jobs)
+    report = runner.run(file, overrides or (), offline=offline, seeds=chosen, out=out, jobs=jobs)
     raise typer.Exit(1 if report["failed"] else 0)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=LOOK,
+    epilog='Example: harness ask runs/mine --image a.jpg --prompt "What color is it?"',
+)
 def ask(
     run: Run,
     image: Annotated[Path, typer.Option(help="The picture.")],
@@ -270,12 +320,21 @@ def ask(
     ] = None,
 ) -> None:
     """Asks a trained model about one picture."""
+    from harness.checks import check_run
+    from harness.errors import ConfigError
+
+    check_run(run)
+    if not image.is_file():
+        raise ConfigError(f"--image {image}: there is no such file")
     from harness.evaluate.ask import ask
 
     print(ask(run, image, prompt))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=DATA,
+    epilog="Example: harness base-lm data/mine/train --config mine.yaml --out runs/lm",
+)
 def base_lm(
     data: Sets,
     out: Out,
@@ -291,26 +350,38 @@ def base_lm(
     ] = "t5",
     steps: Annotated[int, typer.Option(min=1)] = 200,
 ) -> None:
-    """Trains a small T5 or GPT-2 on texts alone: a base language model without a download, and the
-    text-only floor.
+    """Trains a small T5 or GPT-2 on texts alone.
+
+    A base language model without a download, and the text-only floor.
     """
     from harness.config.load import load
     from harness.errors import ConfigError
+    from shards.manifest import Manifest
+    from shards.write import folder_beside
 
     loaded = load(config)
     if d_model % 4:
         raise ConfigError(f"--d-model {d_model}: expected a multiple of 4, the number of heads")
     if out.exists():
         raise ConfigError(f"--out {out} is there already: remove it, or choose another folder")
+    for place in data:
+        Manifest.read_index(place)
     from harness.base_lm import make
-    from shards.write import folder_beside
 
+    size = {"d_model": d_model, "layers": layers, "d_ff": 4 * d_model, "steps": steps}
     with told("text-only training") as progress, folder_beside(out) as beside:
-        size = {"d_model": d_model, "layers": layers, "d_ff": 4 * d_model, "steps": steps}
         make(data, beside, loaded, kind=kind, **size, progress=progress)
         beside.rename(out)
     made = f"tokenizer and {kind} of width {d_model}, {layers} + {layers} layers"
     print(f"{out}: {made}; use it by model.lm.kind={kind} model.lm.id={out}")
+
+
+app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
+app.add_typer(score_app, name="score", rich_help_panel=LOOK)
+app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: harness compare runs/mine runs/theirs",
+)(compare)
 
 
 def main() -> None:

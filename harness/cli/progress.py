@@ -1,51 +1,61 @@
-"""Progress of a long command in a terminal or in a log."""
+"""What all verbs share: how typer shows them, and the progress of a long one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-PLAIN = {
-    "no_args_is_help": True,
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-    "add_completion": False,
-}
+class Help(TypedDict):
+    """What every group of verbs is made with."""
+
+    no_args_is_help: bool
+    rich_markup_mode: Literal["rich"]
+    pretty_exceptions_enable: bool
+    context_settings: dict[str, Any]
+
+
+HELP = Help(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """Progress bars on stderr, if that is a terminal."""
+    """Shows progress bars on stderr, if that is a terminal."""
     from rich import progress as rich
     from rich.console import Console
 
     console = Console(stderr=True)
-    columns = rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()
-    times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
-    with rich.Progress(
-        *columns, *times, console=console, disable=not console.is_terminal
-    ) as progress:
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress
 
 
 @contextmanager
 def told(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (done, of how many)."""
+    """Shows a bar that is told (done, of how many)."""
     with bar() as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
-def _counted(title: str) -> Iterator[Callable[[int], None]]:
-    """A bar without an end that is known, advanced by the number of samples done since the last
-    call.
-    """
+def counted(title: str) -> Iterator[Callable[[int], None]]:
+    """Shows a bar without a known end, told the samples done since the last call."""
     with bar() as progress:
         task = progress.add_task(title, total=None)
         yield lambda samples: progress.advance(task, samples)

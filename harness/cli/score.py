@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.progress import PLAIN
+from harness.cli.progress import HELP
 
 if TYPE_CHECKING:
     from harness.evaluate.bootstrap import Interval
     from harness.evaluate.compare import Compared
 
 app = typer.Typer(
-    help="Scores result files as the official programs do, with 95% intervals over images.", **PLAIN
+    help="Scores result files as the official programs do, with 95% intervals over images.", **HELP
 )
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -37,7 +37,7 @@ def score_vqa(
     annotations: Annotated[Path, typer.Option(help="v2_mscoco_..._annotations.json.")],
     as_json: AsJSON = False,
 ) -> None:
-    """VQA accuracy in percent: overall, by answer type and by question type."""
+    """VQA accuracy: overall, by answer type and by question type."""
     from harness.evaluate import vqa
 
     grades = vqa.graded(vqa.read_results(predictions), vqa.read_truths(questions, annotations))
@@ -102,8 +102,9 @@ def compare(
     annotations: Annotations = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Says by how much A is better than B and how sure that is: a paired bootstrap over the images
-    both answered.
+    """By how much run A is better than B, and how sure that is.
+
+    A paired bootstrap over the images that both answered.
     """
     from harness.errors import ConfigError
     from harness.evaluate import captions, vqa

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from harness.cli.progress import PLAIN, _counted, bar, told
+from harness.cli.progress import HELP, bar, counted, told
 
 if TYPE_CHECKING:
     from shards.build import Summary
 
-app = typer.Typer(help="Makes and checks sets of shards.", **PLAIN)
+app = typer.Typer(help="Makes and checks sets of shards.", **HELP)
 
 Out = Annotated[Path, typer.Option(help="The folder to make.")]
 Sets = Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of shards.")]
@@ -66,7 +66,7 @@ class _Sources(TyperGroup):
         ]
         verb.__signature__ = inspect.Signature(options + common)
         verb.__doc__ = inspect.getmodule(SOURCES[name]).__doc__.partition("\n")[0]
-        one = typer.Typer(**PLAIN)
+        one = typer.Typer(**HELP)
         one.command(name)(verb)
         return typer.main.get_command(one)
 
@@ -81,7 +81,7 @@ app.add_typer(
     typer.Typer(
         cls=_Sources,
         help="Makes shards of a data set's official files.",
-        **PLAIN,
+        **HELP,
         callback=lambda: None,
     ),
     name="build",
@@ -114,7 +114,7 @@ def index(
                 "--upgrade takes folders of sets alone: it keeps what their index says"
             )
         for place in places:
-            with _counted(f"indexing {place}") as count:
+            with counted(f"indexing {place}") as count:
                 made = upgrade_index(place, on_progress=count)
             print(f"{made.folder}: its index has format {made.format}")
         return
@@ -125,7 +125,7 @@ def index(
     for place in places:
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         above, name = os.path.split(os.path.dirname(where) if where.endswith(".tar") else where)
-        with _counted(f"indexing {place}") as count:
+        with counted(f"indexing {place}") as count:
             names = (dataset or os.path.basename(above) or "webdataset", split or name)
             made = index_shards(place, *names, out=out, overwrite=overwrite, on_progress=count)
         skipped = (
@@ -143,7 +143,7 @@ def verify(sets: Sets) -> None:
 
     failed = False
     for place in sets:
-        with _counted(f"verifying {place}") as count:
+        with counted(f"verifying {place}") as count:
             problems = verify(place, on_progress=count)
         for problem in problems:
             print(f"harness: {problem}", file=sys.stderr)
