@@ -171,8 +171,8 @@ def prepare_image(
     image = on_white(image)
     if short_side is not None and shrink:
         scale = short_side / min(image.size)
-        width, height = (max(short_side, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        sides = [max(short_side, round(side * scale)) for side in image.size]
+        image = image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
         changed.append("shrunk")
     image.info.clear()  # a CMYK profile or a transparent colour must not travel on
     encoded = io.BytesIO()
@@ -283,7 +283,7 @@ def _samples(
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
-    """Returns what an earlier build of other splits into the same OUT left out: these lines stay."""
+    """Returns what an earlier build of other splits into OUT left out: these lines stay."""
     if not path.is_file():
         return []
     try:

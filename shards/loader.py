@@ -124,7 +124,8 @@ class Loader:
         return FirstOf(mixture, images, seed)
 
     def _count_steps(self) -> int:
-        whole, rest = divmod(self.samples, self.global_batch)
+        whole = self.samples // self.global_batch
+        rest = self.samples % self.global_batch
         if self.last_batch != "drop":
             return whole + bool(rest)
         if not whole:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +43,7 @@ class Sample:
     index: int
     weight: float = 1.0
     error: str | None = None
-    # of its own set: how often that has passed before, which in a weighted mixture is its own
-    # affair
+    # of its own set: how often that has passed before (in a weighted mixture sets differ)
     epoch: int = 0
 
 
@@ -94,13 +93,12 @@ class Reader:
         descriptor = self._descriptor(shard)  # held, so that it stays open while it is read
         try:
             contents = contents_of(descriptor.number, row)
-            record, extension, _ = parse_sample(
-                key, contents, manifest.kind, manifest.dataset, manifest.split
-            )
+            parsed = parse_sample(key, contents, manifest.kind, manifest.dataset, manifest.split)
         except (ShardError, RecordError) as error:
             place = f"{manifest.location(shard)}, offset {row['offset']}, key {key}"
             raise ShardError(f"{place}: {error}") from error
-        return Sample(record, contents[extension], extension, self.set_index, index)
+        name = parsed.payload
+        return Sample(parsed.record, contents[name], name, self.set_index, index)
 
     def _descriptor(self, shard: int) -> _Descriptor:
         found = self._open.pop(shard, None)
@@ -191,11 +189,18 @@ class _Descriptor:
         os.close(self.number)
 
 
+class Parsed(NamedTuple):
+    """A sample's record, and the extensions of its payload and of the file that gave the record."""
+
+    record: Record
+    payload: str
+    text: str
+
+
 def parse_sample(
     key: str, contents: Mapping[str, bytes], kind: str, dataset: str, split: str
-) -> tuple[Record, str, str]:
-    """Returns the record of a sample's files (by extension), and the extensions of its payload and
-    of the file that gave the record.
+) -> Parsed:
+    """Reads the files of a sample, by extension.
 
     `.json` is our record, or anything with a "caption" (a text or a list of texts); without either,
     `.txt` is the caption. Raises ShardError for a sample without payload or text, RecordError for a
@@ -210,7 +215,7 @@ def parse_sample(
         record = Record.from_json(contents["json"])
         if record.key != key:
             raise ShardError(f"the record is that of {record.key}")
-        return record, extension, "json"
+        return Parsed(record, extension, "json")
     captions = _captions(contents)
     source = "json" if captions else "txt"
     try:
@@ -227,7 +232,7 @@ def parse_sample(
     name = re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./"))
     record = Record(name, dataset, split, key, (text,))
     record.check()
-    return record, extension, source
+    return Parsed(record, extension, source)
 
 
 def _captions(contents: Mapping[str, bytes]) -> list[Any]:

@@ -23,8 +23,8 @@ from shards.manifest import (
     ShardInfo,
     sidecar_dtype,
 )
-from shards.read import parse_sample
-from shards.record import Record, RecordError
+from shards.read import Parsed, parse_sample
+from shards.record import RecordError
 from shards.tar import Group, groups, open_shard
 
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
@@ -64,22 +64,22 @@ class Indexing:
         """Returns how many texts it has; 0 if it is left out."""
         self._must_be_new(group.key, group.start)
         try:
-            record, *extensions = parse_sample(group.key, group.contents, **self._described)
+            parsed = parse_sample(group.key, group.contents, **self._described)
         except (ShardError, RecordError) as error:
             where = {"shard": shard, "offset": group.start, "key": group.key}
             self.skipped.append({**where, "reason": str(error)})
             return 0
-        if record.key != group.key:
-            self._must_be_new(record.key, group.start)
+        if parsed.record.key != group.key:
+            self._must_be_new(parsed.record.key, group.start)
         key = group.key.encode()
         if len(key) > MAX_KEY_BYTES:
             raise ShardError(
                 f"the key {group.key!r} has {len(key)} bytes, at most {MAX_KEY_BYTES} are possible"
             )
         self._keys.append(key)
-        self._rows += np.array((*row_of(group, record, *extensions), b""), _ONE).tobytes()
+        self._rows += np.array((*row_of(group, parsed), b""), _ONE).tobytes()
         self._on_progress(1)
-        return len(record.texts)
+        return len(parsed.record.texts)
 
     def _must_be_new(self, key: str, offset: int) -> None:
         if key in self._seen:
@@ -114,8 +114,9 @@ class Indexing:
 _ONE = sidecar_dtype(1)  # keys are filled in when the longest is known
 
 
-def row_of(group: Group, record: Record, payload: str, text: str) -> tuple[int | bytes, ...]:
+def row_of(group: Group, parsed: Parsed) -> tuple[int | bytes, ...]:
     """Returns the sidecar's columns of one sample, but for its key (see `manifest`)."""
+    record, payload, text = parsed
     places = [
         figure
         for member in (group.members[payload], group.members[text])

@@ -103,8 +103,9 @@ def members(
         if plain:
             path = name or info.name
             match = _NAME.fullmatch(path)
-            key, extension = match.groups() if match else (path, "")
-            yield Member(key, extension.lower(), start, offset, content)
+            key = match[1] if match else path
+            extension = match[2].lower() if match else ""
+            yield Member(key, extension, start, offset, content)
             start = name = length = None
         elif info.type == tarfile.GNUTYPE_LONGNAME:  # what follows describes the next header
             name = _decoded(read(offset, content).rstrip(b"\0"))

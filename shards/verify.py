@@ -125,16 +125,17 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
             "are damaged"
         ]
     try:
-        record, extension, text = parse_sample(
+        parsed = parse_sample(
             group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
         )
     except (ShardError, RecordError) as error:
         return [f"{place}: {error}"]
-    found = row_of(group, record, extension, text)
+    found = row_of(group, parsed)
     for name, value in zip(row.dtype.names[:-1], found, strict=False):  # format 1 has fewer
         if value != row[name]:
             return [f"{place}: the record has {value!s} {name}, the index says {row[name]}"]
-    sample = Sample(record, group.contents[extension], extension, 0, index)
+    name = parsed.payload
+    sample = Sample(parsed.record, group.contents[name], name, 0, index)
     return [f"{place}: {problem}" for problem in _problem(lambda: _decode(manifest, sample))]
 
 

@@ -95,9 +95,8 @@ def _read_captions(path: str | Path) -> dict[str, list[str]]:
                 "'NAME.jpg#NUMBER<tab>CAPTION' (Flickr8k.token.txt), "
                 "or a first line 'image,caption' (captions.txt)"
             )
-        name, number, caption = match.groups()
-        numbers.append(f"{name}#{number}")
-        captions.setdefault(name, []).append(caption)
+        numbers.append(f"{match[1]}#{match[2]}")
+        captions.setdefault(match[1], []).append(match[3])
     unique(numbers, f"--captions {path}: the caption")
     if not captions:
         raise ShardError(f"--captions {path} holds no caption")

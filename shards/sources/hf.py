@@ -66,9 +66,7 @@ def load(
     ShardError for a data set, split or column that is not there, a value that is no text, one id
     for two images.
     """
-    captions = [
-        name.strip() for names in text_columns or () for name in names.split(",") if name.strip()
-    ]
+    captions = [name.strip() for name in ",".join(text_columns or ()).split(",") if name.strip()]
     if bool(question_column) != bool(answer_column):
         raise ShardError(
             "--question-column and --answer-column belong together: one of them was not given"
@@ -76,29 +74,20 @@ def load(
     if not captions and not question_column:
         raise ShardError("hf needs --text-columns, or --question-column and --answer-column")
     check_limit(limit)
-    place = Path(dataset).expanduser()
     where = f"--dataset {dataset}"
     rows = _open(dataset, config, split)
     names = rows.column_names or list(next(_numbered(rows, where), (0, {}))[1])
     kept = [name for name in _KEPT if question_column and name in names]
     columns = _Columns(where, image_column, captions, question_column, answer_column, id_column)
     rows = rows.select_columns(list(dict.fromkeys([*columns.checked(names), *kept])))
-    images = RowImages(place)
+    images = RowImages(Path(dataset).expanduser())
     source = Source(re.sub(r"[^A-Za-z0-9_\-]+", "_", Path(dataset).stem), images)
     groups: dict[str | bytes, _Group] = {}
     for number, row in _numbered(_undecoded(rows, image_column), where):
         if not _add_row(number, row, columns, kept, source, images, split, groups, limit):
             break
     images.complete()
-    key_of = keys_of(group.name for group in groups.values())
-    for group in groups.values():
-        key = key_of[group.name]
-        if texts := group.texts(key):
-            source.add(split, key, group.name, texts, group.image)
-        else:
-            source.skip(
-                IMAGE_WITHOUT_TEXT, group.image, "it has no text, or only empty ones", split
-            )
+    _add_groups(source, groups.values(), split)
     source.check_text_ids(f"{where}: the question_id")
     return source
 
@@ -179,6 +168,18 @@ def _add_row(
         else:
             group.questions.append((question, answers, {name: row[name] for name in kept}))
     return True
+
+
+def _add_groups(source: Source, groups: Collection[_Group], split: str) -> None:
+    key_of = keys_of(group.name for group in groups)
+    for group in groups:
+        key = key_of[group.name]
+        if texts := group.texts(key):
+            source.add(split, key, group.name, texts, group.image)
+        else:
+            source.skip(
+                IMAGE_WITHOUT_TEXT, group.image, "it has no text, or only empty ones", split
+            )
 
 
 def _offer(name: str, names: Collection[str]) -> str:

@@ -57,9 +57,7 @@ def load(
     partner = {a: b for pair in joined for a, b in (pair, pair[::-1])}
 
     source = Source("vqav2", Images(images))
-    of_image: dict[int, list[dict]] = defaultdict(list)
-    for question in asked.values():
-        of_image[question["image_id"]].append(question)
+    of_image = _by_image(asked)
     found: dict[int, str] = {}
     for image_id, rows in of_image.items():
         if path := source.find(f"COCO_{split}{year}_{image_id:012d}.jpg", split, len(rows)):
@@ -75,16 +73,19 @@ def load(
         if texts := [text for text in made if text]:
             source.add(split, f"{image_id:012d}", str(image_id), texts, path)
         else:
-            source.skip(
-                IMAGE_WITHOUT_TEXT, path, "none of its questions has a text and an answer", split
-            )
+            why = "none of its questions has a text and an answer"
+            source.skip(IMAGE_WITHOUT_TEXT, path, why, split)
     # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
-    source.skip_rest(
-        "no question asks about it",
-        split,
-        among=lambda path: Path(path).name.startswith(f"COCO_{split}"),
-    )
+    why = "no question asks about it"
+    source.skip_rest(why, split, lambda path: Path(path).name.startswith(f"COCO_{split}"))
     return source
+
+
+def _by_image(asked: dict[int, dict]) -> dict[int, list[dict]]:
+    of_image: dict[int, list[dict]] = defaultdict(list)
+    for question in asked.values():
+        of_image[question["image_id"]].append(question)
+    return of_image
 
 
 def _text(
