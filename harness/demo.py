@@ -1,5 +1,4 @@
-"""`harness demo`: the whole path on real data, by calling the others; no account and no download
-from a hub.
+"""`harness demo`: the whole path on real data, by calling the others; no account, no hub.
 
 easy-VQA -> shards -> feature shards -> a T5 that knows only the words -> 4 bits, LoRA, Q-Former ->
 MLflow -> the proof that the answers come from the image, in OUT/report.json and
@@ -15,32 +14,57 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from harness import base_lm, checkpoint
 from harness.config.keys import flatten
 from harness.config.load import dump, load
 from harness.config.schema import Config
+from harness.data.features import encode_set
 from harness.errors import ConfigError
+from harness.evaluate import FOLDER, vqa
+from harness.evaluate.report import floors, model_rows
+from harness.evaluate.run_on_disk import evaluate_run
+from harness.machine.launcher import gpus, launch
+from harness.report.pictures import markdown_table
+from harness.report.progress import bars
+from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
+from shards.build import build
 from shards.files import sync, write_whole
+from shards.read import records
+from shards.verify import verify
+from shards.write import folder_beside
 
 SPLITS = ("train", "dev", "test")
-PICTURES = 12
-REPORT, MARK = "report.json", ".harness-demo"
-CONFIG, WORDS_ALONE = "config.yaml", "words_alone.json"
+DRAWN = ("predictions.png", "loss.png")  # by the evaluation
+REPORT = "report.json"
+MARK = ".harness-demo"
+CONFIG = "config.yaml"
+WORDS_ALONE = "words_alone.json"
 # Each is made of those before it.
 PARTS = ("shards", *(f"features/{split}" for split in SPLITS), "base_lm", "checkpoints")
 console = Console(stderr=True)
 REPORTED = (
-    "accuracy", "text_only_accuracy", "majority_accuracy", "shuffled_accuracy", "blank_accuracy", "no_image_accuracy",
-    "loss_gap_nats", "loss_gap_nats_low", "loss_gap_nats_high", "answers_changed_where_truth_differs", "empty_rate",
-    "verdict", "reason",
-)  # fmt: skip
+    "accuracy",
+    "text_only_accuracy",
+    "majority_accuracy",
+    "shuffled_accuracy",
+    "blank_accuracy",
+    "no_image_accuracy",
+    "loss_gap_nats",
+    "loss_gap_nats_low",
+    "loss_gap_nats_high",
+    "answers_changed_where_truth_differs",
+    "empty_rate",
+    "verdict",
+    "reason",
+)
 
 
 def demo_config(out: Path, seed: int) -> Config:
@@ -65,7 +89,8 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
     went_on = make_folder(out, config)
     if went_on and (out / REPORT).exists():
         say(
-            f"{out} is a finished demo, these are its results; to run it anew remove it, or choose another --out"
+            f"{out} is a finished demo, these are its results; to run it anew remove it, or choose "
+            "another --out"
         )
         report = json.loads((out / REPORT).read_text())
         show(report, out, config)
@@ -85,9 +110,10 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
     with timed("evaluation", 4, seconds) as bar:  # also where it was done: half a minute
         scores = evaluate(out, text_only, bar)
     with timed("report", 5, seconds, shows=False):
-        report = {name: scores.get(name) for name in REPORTED} | model_facts(out) | speed(out)
-        picture(out)
-        curves(out)
+        figures = scores["tasks"]["vqa"]
+        report = {name: figures.get(name) for name in REPORTED} | scores["model"] | speed(out)
+        for name in DRAWN:
+            shutil.copy(out / FOLDER / name, out / name)
     report["seconds"] = seconds | {"all": time.perf_counter() - started}
     report |= resources()
     if went_on:
@@ -104,7 +130,6 @@ def say(line: str) -> None:
 
 def show(report: dict[str, Any], out: Path, config: Config) -> None:
     """Prints the table, and where pictures, report and MLflow's pages are."""
-    from harness.tracking.tracker import recorded_run_id, ui_command
 
     say(table(report))
     say(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}")
@@ -163,16 +188,8 @@ def timed(
 ) -> Iterator[Progress]:
     """One step of the demo: its title, a bar where `shows`, and its time when it is done."""
     started = time.perf_counter()
-    columns = (
-        TextColumn("   {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     console.print(f"{number}/5 {name}", style="bold", highlight=False)
-    with Progress(
-        *columns, console=console, disable=not (shows and console.is_terminal), transient=True
-    ) as bar:
+    with bars(console, indent="   ", shows=shows, transient=True) as bar:
         yield bar
     seconds[name] = time.perf_counter() - started
     say(f"   {name}: {seconds[name]:.0f} s")
@@ -182,9 +199,6 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
     """OUT/shards/SPLIT with the drawings, OUT/features/SPLIT with what the frozen encoder makes of
     them.
     """
-    from harness.data.features import encode_set
-    from shards.build import build
-    from shards.verify import verify
 
     def first_problem(*sets: str) -> str | None:
         return next((problem for name in sets for problem in verify(out / name)), None)
@@ -214,8 +228,6 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
     """Makes OUT/base_lm, trained on the texts alone; returns its accuracy on the test questions in
     percent.
     """
-    from harness import base_lm
-    from shards.write import folder_beside
 
     base = out / "base_lm"
     known = base / WORDS_ALONE
@@ -238,9 +250,6 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
 
 def words_alone(base: Path, config: Config) -> float:
     """The accuracy of the base model on the test questions in percent."""
-    from harness import base_lm
-    from harness.evaluate import vqa
-    from shards.read import records
 
     tests = [s.path for s in config.data.test]
     said = base_lm.answer(base, tests, config)
@@ -256,8 +265,6 @@ def train(out: Path) -> None:
     """Trains through `accelerate launch`: one process a GPU, or two on a CPU with two cores; goes
     on where it can.
     """
-    from harness import checkpoint
-    from harness.machine.launcher import gpus, launch
 
     if found := checkpoint.newest(out):
         say(f"   kept: {found.path}")
@@ -269,32 +276,14 @@ def train(out: Path) -> None:
 
 
 def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
-    from harness.evaluate.run_on_disk import evaluate_run
 
     task = bar.add_task("images")
-    report = evaluate_run(
+    return evaluate_run(
         out,
         text_only_accuracy=text_only,
+        pictures=str(out / "shards" / "test"),
         progress=lambda done, images: bar.update(task, completed=done, total=images),
     )
-    return report["tasks"]["vqa"]
-
-
-def model_facts(out: Path) -> dict[str, int]:
-    """Parameters of the trained model, its frozen encoder included, and how many of its layers are
-    in 4 bits.
-    """
-    from harness import checkpoint
-    from harness.model.vlm import VisionLanguageModel
-    from harness.report.terminal import part_rows
-
-    model = VisionLanguageModel.from_pretrained(checkpoint.newest(out).model)
-    rows = part_rows(model.parts)
-    return {
-        "quantized_modules": sum(row["4-bit layers"] for row in rows),
-        "trainable_parameters": sum(row["trained"] for row in rows),
-        "total_parameters": sum(row["parameters"] for row in rows),
-    }
 
 
 def speed(out: Path) -> dict[str, float]:
@@ -322,87 +311,28 @@ def resources() -> dict[str, float]:
     }
 
 
-def curves(out: Path) -> Path:
-    """OUT/loss.png: the loss on the training images and on the dev images, by step."""
-    from harness.report.pictures import loss_curves
-
-    names = {"train/loss": "training images", "dev/loss": "dev images"}
-    lines = journal(out)
-    series = {
-        label: [(line["step"], line["values"][key]) for line in lines if key in line["values"]]
-        for key, label in names.items()
-    }
-    return loss_curves(series, out / "loss.png")
-
-
 def journal(out: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def picture(out: Path) -> Path:
-    """OUT/predictions.png: test images evenly spaced over the set, not chosen, with question,
-    answer and prediction.
-    """
-    from harness.evaluate import FOLDER, vqa
-    from harness.report.pictures import Shown, predictions_picture
-    from shards.manifest import Manifest
-    from shards.read import Reader
-
-    said = vqa.read_results(out / FOLDER / "easy_vqa_test_answers.json")
-    manifest = Manifest.open(str(out / "shards" / "test"))
-    reader, items = Reader(manifest), []
-    for number in range(PICTURES):
-        sample = reader.read(number * manifest.samples // PICTURES)
-        text = sample.record.texts[number % len(sample.record.texts)]
-        answer = said[text.id]
-        right = vqa.accuracy(answer, text.targets) >= 0.5
-        items.append(Shown(sample.payload, text.prompt, text.targets, answer, right))
-    return predictions_picture(items, out / "predictions.png")
-
-
 def track(out: Path, config: Config) -> None:
-    from harness.tracking.tracker import open_tracker, recorded_run_id
 
     tracker = open_tracker(config, run_id=recorded_run_id(config))
-    for name in (REPORT, "predictions.png", "loss.png"):
+    for name in (REPORT, *DRAWN):
         tracker.artifact(out / name, "demo")
     tracker.close()
 
 
-def table(report: dict[str, Any]) -> str:
-    from harness.report.pictures import markdown_table
-
-    percent = {
-        "accuracy": "right answers, all test questions",
-        "text_only_accuracy": "the same language model without images (floor)",
-        "majority_accuracy": "most common answer to each question (floor)",
-        "shuffled_accuracy": "images shuffled among the questions",
-        "blank_accuracy": "a blank image",
-        "no_image_accuracy": "image tokens left out",
-    }
-    rows = [[label, f"{report[key]:.2f}%"] for key, label in percent.items()]
-    low, high = report["loss_gap_nats_low"], report["loss_gap_nats_high"]
+def table(report: Mapping[str, Any]) -> str:
+    """Returns what an evaluation shows of a task, and what the demo took."""
+    time_of = "time, CPU time"
+    if report.get("went_on"):
+        time_of += " since it went on"
+    rows = floors(report) + model_rows(report)
     rows += [
-        [
-            "loss with shuffled images - true loss",
-            f"{report['loss_gap_nats']:.3f} nats [{low:.3f}, {high:.3f}]",
-        ],
-        [
-            "answers that change where the truth does",
-            f"{report['answers_changed_where_truth_differs']:.1f}%",
-        ],
-        ["empty answers", f"{report['empty_rate']:.1%}"],
-        ["verdict", report["verdict"]],
-        [
-            "trained / all parameters",
-            f"{report['trainable_parameters']:,} / {report['total_parameters']:,}",
-        ],
-        ["layers in 4 bits", str(report["quantized_modules"])],
         ["questions a second in training", f"{report['samples_per_second']:.0f}"],
-        [
-            "time, CPU time" + " since it went on" * ("went_on" in report),
-            f"{report['seconds']['all']:.0f} s, {report['cpu_seconds']:.0f} s",
-        ],
+        [time_of, f"{report['seconds']['all']:.0f} s, {report['cpu_seconds']:.0f} s"],
         ["largest process", f"{report['peak_rss_mb']:.0f} MB"],
     ]
     return "\n" + markdown_table(rows, ["easy-VQA", "value"])

@@ -228,6 +228,10 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
     ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Images to show, where the data are features."),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Scores a run, published models or both, with the verdict.
@@ -252,7 +256,10 @@ def evaluate(
     reports = []
     with told("evaluating") as progress:
         if run:
-            reports.append(evaluate_run(run, data, limit=limit, overrides=own, progress=progress))
+            report = evaluate_run(
+                run, data, limit=limit, overrides=own, pictures=pictures, progress=progress
+            )
+            reports.append(report)
         if model:
             from harness.evaluate.published import evaluate_published
 

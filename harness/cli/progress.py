@@ -30,18 +30,11 @@ HELP = Help(
 @contextmanager
 def bar() -> Iterator[Progress]:
     """Shows progress bars on stderr, if that is a terminal."""
-    from rich import progress as rich
     from rich.console import Console
 
-    console = Console(stderr=True)
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    from harness.report.progress import bars
+
+    with bars(Console(stderr=True)) as progress:
         yield progress
 
 

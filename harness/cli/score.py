@@ -30,7 +30,10 @@ Annotations = Annotated[Path | None, typer.Option(help="v2_mscoco_..._annotation
 References = Annotated[Path | None, typer.Option(help="COCO caption annotations.")]
 
 
-@app.command("vqa")
+@app.command(
+    "vqa",
+    epilog="Example: harness score vqa --predictions r.json --questions q.json --annotations a.json",
+)
 def score_vqa(
     predictions: Predictions,
     questions: Annotated[Path, typer.Option(help="v2_OpenEnded_..._questions.json.")],
@@ -57,7 +60,10 @@ def score_vqa(
     print(_table(rows, f"VQA accuracy %, {len(grades):,} questions"), end="")
 
 
-@app.command("captions")
+@app.command(
+    "captions",
+    epilog="Example: harness score captions --predictions r.json --references captions.json",
+)
 def score_captions(
     predictions: Predictions,
     references: Annotated[Path, typer.Option(help="COCO caption annotations.")],

@@ -35,14 +35,14 @@ def _common(
         int | None, typer.Option(min=1, help="Shrink images to it on their short side.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode. None: one a core.")
+        int | None, typer.Option(min=1, help="Threads that decode. Without: one a core.")
     ] = None,
 ) -> None:
-    """What every `harness shards build SOURCE` takes beside the options of the source's own `load`."""
+    """Takes what every `harness shards build SOURCE` takes beside the options of its `load`."""
 
 
 class _Sources(TyperGroup):
-    """A verb for each source; its options, their help and their defaults are those of its `load`."""
+    """A verb for each source, with the options of its `load`."""
 
     def list_commands(self, context: object) -> list[str]:
         from shards.sources import SOURCES
@@ -88,16 +88,18 @@ app.add_typer(
 )
 
 
-@app.command()
+@app.command(epilog="Example: harness shards index data/theirs --split train")
 def index(
     places: Annotated[
         list[str],
         typer.Argument(metavar="DIR_OR_URL...", help="Folders of tars, or a-{000..9}.tar."),
     ],
-    dataset: Annotated[str | None, typer.Option(help="None: the name of the folder above.")] = None,
-    split: Annotated[str | None, typer.Option(help="None: the name of the folder.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Without: the name of the folder above.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Without: the name of the folder.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the index goes. None: beside the tars.")
+        Path | None, typer.Option(help="Where the index goes. Without: beside the tars.")
     ] = None,
     overwrite: Overwrite = False,
     upgrade: Annotated[
@@ -136,7 +138,7 @@ def index(
         print(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
 
 
-@app.command()
+@app.command(epilog="Example: harness shards verify data/mine/train")
 def verify(sets: Sets) -> None:
     """Re-reads and re-hashes everything, and decodes every image."""
     from shards.verify import verify
@@ -154,7 +156,7 @@ def verify(sets: Sets) -> None:
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(epilog="Example: harness shards stats data/mine/train")
 def stats(sets: Sets) -> None:
     """Counts, lengths and sizes, as JSON."""
     from shards.verify import stats
@@ -163,7 +165,9 @@ def stats(sets: Sets) -> None:
     print(json.dumps(found if len(sets) > 1 else found[sets[0]], indent=2, ensure_ascii=False))
 
 
-@app.command()
+@app.command(
+    epilog="Example: harness shards features data/mine --config flickr8k_t4 --out data/features"
+)
 def features(
     shards: Annotated[
         str, typer.Argument(metavar="DIR", help="A folder of image shards, or one of all splits.")

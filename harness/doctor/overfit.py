@@ -26,7 +26,7 @@ from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal
-from harness.tracking.journal import NoTracker
+from harness.tracking.journal import JournalTracker
 from harness.train.engine import Engine
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
 from harness.train.state import Run, TrainState
@@ -180,7 +180,7 @@ def _run_without_chance(config: Config, images: int) -> Run:
         raise ConfigError("nothing is trainable: the bridge and the language model are both frozen")
     state = TrainState(StreamState(0, 0, loader.digest))
     wrapped = engine.prepare(model)
-    return Run(config, engine, model, wrapped, loader, state, Terminal(False), NoTracker())
+    return Run(config, engine, model, wrapped, loader, state, Terminal(False), JournalTracker())
 
 
 def _samples(run: Run, images: int) -> list[Sample]:

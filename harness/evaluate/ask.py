@@ -10,26 +10,39 @@ from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.run_on_disk import load_model
+from harness.model.batch import Batch
+from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text
 
 
 def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
-    """What a run's newest model says to one picture; without a prompt it describes it. Raises
-    ConfigError, OSError.
+    """Returns what a run's newest model says to one picture; without a prompt it describes it.
+
+    Raises ConfigError, OSError.
     """
     found = checkpoint.at(Path(run_dir))
     config = Config(**found.state["config"])
+    model = load_model(found, config, with_vision=True)
+    decoding = config.generate.vqa if prompt else config.generate.caption
+    return model.generate(one_picture(model, config, image, prompt), decoding).texts[0]
+
+
+def one_picture(
+    model: VisionLanguageModel, config: Config, image: Path | str, prompt: str | None = None
+) -> Batch:
+    """Returns the batch of one picture and a question; without one, of the caption prompt.
+
+    Raises ConfigError for a file that is no picture, OSError for one that is not there.
+    """
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)
-    sample = Sample(
-        Record("asked", "asked", "asked", "asked", (text,)), Path(image).read_bytes(), "image", 0, 0
-    )
+    record = Record("asked", "asked", "asked", "asked", (text,))
+    sample = Sample(record, Path(image).read_bytes(), "image", 0, 0)
     try:
         sample.payload = decode(sample)
     except ValueError as error:
         raise ConfigError(f"{image}: {error}") from error
-    model = load_model(found, config, with_vision=True)
-    collate = Collator.of(config, model.tokenizer, training=False)
-    batch = collate([sample]).to(next(model.parameters()).device)
-    return model.generate(batch, getattr(config.generate, text.task)).texts[0]
+    batch = Collator.of(config, model.tokenizer, training=False)([sample])
+    assert batch is not None  # one sample with a text
+    return batch.to(model.device)

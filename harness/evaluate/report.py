@@ -1,5 +1,4 @@
-"""What an evaluation leaves: scores.json and the predictions in the official formats, and a table
-for people.
+"""What an evaluation leaves: scores and predictions as files, pictures, curves, a table for people.
 
 An Evaluation -> files and a report; reports -> one Markdown table, a column each.
 """
@@ -12,20 +11,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.evaluate import vqa
 from harness.evaluate.predict import results
-from harness.report.pictures import markdown_table
+from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
+from shards.cache import Cache
 from shards.files import write_whole
 from shards.manifest import Manifest
+from shards.read import Reader
 
 if TYPE_CHECKING:
     from harness.evaluate.results import Evaluation
+
+SCORES = "scores.json"
+PICTURES = 12  # test images with their answers
+CURVES = {"train/loss": "training images", "dev/loss": "dev images"}
+# Figures of a task -> what they are beside the score, in the order of the table.
+FLOORS = {
+    "accuracy": "right answers, all test questions",
+    "text_only_accuracy": "the same language model without images (floor)",
+    "majority_accuracy": "most common answer to each question (floor)",
+    "shuffled_accuracy": "images shuffled among the questions",
+    "blank_accuracy": "a blank image",
+    "no_image_accuracy": "image tokens left out",
+    "CIDEr": "CIDEr, all test images",
+    "shuffled_CIDEr": "CIDEr, images shuffled among the texts",
+    "blank_CIDEr": "CIDEr, a blank image",
+    "no_image_CIDEr": "CIDEr, image tokens left out",
+}
 
 
 def write_report(
     evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """The report, and the files it was written to with the predictions; `step` None: of a published
-    model.
+    """Returns the report, and the files that hold it and the predictions.
+
+    `step`: None for a published model.
     """
     report = {
         "checkpoint": checkpoint,
@@ -38,49 +58,136 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
     files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
-    return report, [*files, write_json(out / "scores.json", report)]
+    return report, [*files, write_json(out / SCORES, report)]
+
+
+def draw_curves(home: Path, out: Path) -> list[Path]:
+    """Draws the losses on training and dev images by step into OUT/loss.png; [] without any."""
+    journal = home / "metrics.jsonl"
+    if not journal.is_file():
+        return []
+    rows = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    series = {
+        label: [(row["step"], float(row["values"][key])) for row in rows if key in row["values"]]
+        for key, label in CURVES.items()
+    }
+    drawn = {label: points for label, points in series.items() if points}
+    return [loss_curves(drawn, out / "loss.png")] if drawn else []
+
+
+def draw_answers(
+    evaluation: Evaluation, place: str, out: Path, cache: Cache | None = None
+) -> list[Path]:
+    """Draws images of the set `place` with what was asked, expected and said of them.
+
+    They are evenly spaced over the set, not chosen. [] for a set of features: it has no images.
+    """
+    manifest = Manifest.open(place, cache)
+    if manifest.kind != "images":
+        return []
+    said = {
+        (prediction.key, prediction.text_id): prediction.answer
+        for result in evaluation.tasks.values()
+        for prediction in result.predictions
+    }
+    reader = Reader(manifest, cache)
+    items = []
+    for number in range(min(PICTURES, manifest.samples)):
+        sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
+        text = sample.record.texts[number % len(sample.record.texts)]
+        answer = said.get((sample.record.key, text.id))
+        if answer is not None:
+            right = None
+            if text.task == "vqa":
+                right = vqa.accuracy(answer, text.targets) >= 0.5
+            items.append(Shown(sample.payload, text.prompt or "", text.targets, answer, right))
+    return [predictions_picture(items, out / "predictions.png")] if items else []
+
+
+def floors(figures: Mapping[str, Any]) -> list[list[str]]:
+    """Returns a task's score beside its floors, and the verdict, as rows of a table."""
+    rows = [
+        [label, f"{figures[key]:.2f}{'%' if 'accuracy' in key else ''}"]
+        for key, label in FLOORS.items()
+        if figures.get(key) is not None
+    ]
+    gap = figures.get("loss_gap_nats")
+    if gap is not None:
+        bounds = [figures.get(f"loss_gap_nats_{end}") for end in ("low", "high")]
+        words = ", ".join("unknown" if bound is None else f"{bound:.3f}" for bound in bounds)
+        rows.append(["loss with shuffled images - true loss", f"{gap:.3f} nats [{words}]"])
+    changed = figures.get("answers_changed_where_truth_differs")
+    if changed is not None:
+        rows.append(["answers that change where the truth does", f"{changed:.1f}%"])
+    rows.append(["empty answers", f"{figures['empty_rate']:.1%}"])
+    if figures.get("verdict"):
+        rows.append(["verdict", figures["verdict"]])
+    return rows
+
+
+def model_rows(facts: Mapping[str, int]) -> list[list[str]]:
+    """Returns the sizes of the model as rows of the same table."""
+    parameters = f"{facts['trainable_parameters']:,} / {facts['total_parameters']:,}"
+    return [
+        ["trained / all parameters", parameters],
+        ["layers in 4 bits", str(facts["quantized_modules"])],
+    ]
+
+
+def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
+    """Returns report.md: every task's score beside its floors, the reason, the pictures."""
+    lines = [f"# {Path(report['checkpoint']).parents[1].name}", ""]
+    for task, figures in report["tasks"].items():
+        rows = floors(figures) + model_rows(report["model"])
+        lines.append(markdown_table(rows, [task, "value"]))
+        if figures.get("reason"):
+            lines.append(f"{figures['reason']}.\n")
+    lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    return "\n".join(lines) + "\n"
 
 
 def variant(limit: int | None, overrides: Sequence[str]) -> list[str]:
-    """What an evaluation did otherwise than its config says."""
-    return [f"first-{limit}"] * bool(limit) + list(overrides)
+    """Returns what an evaluation did otherwise than its config says."""
+    return ([f"first-{limit}"] if limit else []) + list(overrides)
 
 
 def names(manifests: Sequence[Manifest]) -> list[str]:
+    """Returns the sets' names as one."""
     return ["+".join(f"{manifest.dataset}_{manifest.split}" for manifest in manifests)]
 
 
 def folder(parts: Sequence[str]) -> str:
-    """One name for a folder, not longer than a file system takes."""
+    """Returns one name for a folder, not longer than a file system takes."""
     name = "+".join(parts).replace("/", "_")
-    return (
-        name
-        if len(name) < 120
-        else f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-    )
+    if len(name) < 120:
+        return name
+    return f"{name[:100]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def write_json(path: Path, document: Any) -> Path:
+    """Writes a JSON file whole, and returns its path."""
     write_whole(path, json.dumps(document, indent=1, ensure_ascii=False).encode())
     return path
 
 
 def table(*reports: Mapping[str, Any]) -> str:
-    """Reports for people, a column each: the scores beside their floors, then the verdicts with
-    their reasons.
-    """
-    names, blocks = [Path(report["checkpoint"]).name for report in reports], []
+    """Returns all figures of reports, a column each, then the verdicts with their reasons."""
+    columns_by = [Path(report["checkpoint"]).name for report in reports]
+    blocks = []
     for task in dict.fromkeys(task for report in reports for task in report["tasks"]):
         columns = [report["tasks"].get(task, {}) for report in reports]
-        shown = dict.fromkeys(
-            k for known in columns for k, v in known.items() if isinstance(v, int | float)
+        keys = dict.fromkeys(
+            key
+            for figures in columns
+            for key, value in figures.items()
+            if isinstance(value, int | float)
         )
-        cells = [
-            [("" if known.get(key) is None else known[key]) for known in columns] for key in shown
+        rows = [
+            [key.replace("_", " "), *("" if f.get(key) is None else f[key] for f in columns)]
+            for key in keys
         ]
-        rows = [[key.replace("_", " "), *values] for key, values in zip(shown, cells, strict=True)]
-        blocks.append(markdown_table(rows, [task, *names]))
-        for name, known in zip(names, columns, strict=True):
-            if known.get("verdict"):
-                blocks.append(f"{task}, {name}: {known['verdict']}: {known['reason']}\n")
+        blocks.append(markdown_table(rows, [task, *columns_by]))
+        for name, figures in zip(columns_by, columns, strict=True):
+            if figures.get("verdict"):
+                blocks.append(f"{task}, {name}: {figures['verdict']}: {figures['reason']}\n")
     return "\n".join(blocks)

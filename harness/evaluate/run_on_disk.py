@@ -1,9 +1,14 @@
-"""A run's folder -> its newest checkpoint scored on a set: what `harness evaluate` does."""
+"""A run's folder -> its newest checkpoint scored on a set: what `harness evaluate` does.
+
+In RUN/evaluation: scores.json, the predictions in the official formats, report.md with the score
+beside its floors, test images with their answers, the loss curves.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,42 @@ from harness.data.features import check_encoder
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER
 from harness.evaluate.floor import Majority, epochs_trained, training_records
-from harness.evaluate.report import folder, names, variant, write_report
+from harness.evaluate.report import (
+    SCORES,
+    draw_answers,
+    draw_curves,
+    folder,
+    names,
+    page,
+    variant,
+    write_json,
+    write_report,
+)
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
+from harness.report.terminal import part_rows
+from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
+from shards.files import write_whole
 from shards.manifest import Manifest
 
 CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is scored, on what, and where it goes."""
+
+    found: checkpoints.Checkpoint
+    home: Path  # where the run lies now; its config may name where it lay once
+    config: Config
+    paths: list[str]
+    manifests: list[Manifest]
+    cache: Cache | None
+    out: Path
+    is_the_runs_own: bool  # its newest checkpoint on data.test, as its config says
 
 
 def evaluate_run(
@@ -35,83 +67,117 @@ def evaluate_run(
     limit: int | None = None,
     overrides: Sequence[str] = (),
     text_only_accuracy: float | None = None,
+    pictures: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores a run's newest checkpoint on `data`, or on the config's `data.test`, and writes into
-    `out`.
+    """Scores a run's newest checkpoint on `data`, or on the config's `data.test`.
 
-    `run_dir` is a run's folder or one checkpoint of it; `out` is RUN/evaluation. `limit`: so many
+    `run_dir`: a run's folder or one checkpoint of it. `out`: RUN/evaluation. `limit`: so many
     images, the same for every model. `overrides`: `key=value` of the run's generate, evaluation and
     data, for instance to choose the beams on the dev set. With either, on other data or for an
     older checkpoint, `out` is a folder in RUN/evaluation that says so, and nothing goes to the
-    tracker. Returns what scores.json holds: {"checkpoint", "step", "data", "images", "unreadable",
-    "tasks": {task: figures}}. Raises ConfigError, ShardError.
+    tracker. `pictures`: the set of images to show, where the data are features. Returns what
+    scores.json holds. Raises ConfigError, ShardError.
     """
-    run_dir = Path(run_dir)
-    found = checkpoints.at(run_dir)
-    home = found.path.parent.parent  # where the run lies now; its config may name where it lay once
-    document = {**found.state["config"], "out": str(home)}
-    if foreign := [given for given in overrides if not given.startswith(CHANGEABLE)]:
-        raise ConfigError(
-            f"{foreign[0]}: a run is scored as it was trained, only {', '.join(CHANGEABLE)}... can be given"
-        )
-    config = validated(Config, apply_overrides(document, overrides), run_dir, overrides)
-    paths = list(data or [test.path for test in config.data.test])
-    if not paths:
-        raise ConfigError(
-            f"{run_dir}: its config names no data.test; give the shards to score with --data DIR"
-        )
-    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
-    manifests = [Manifest.open(path, cache) for path in paths]
-    model = load_model(found, config, with_vision=manifests[0].kind == "images")
-    for manifest in manifests:
+    task = _task(Path(run_dir), data, out, limit, overrides)
+    config = task.config
+    model = load_model(task.found, config, with_vision=task.manifests[0].kind == "images")
+    for manifest in task.manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
-    newest, tested = checkpoints.newest(home), [test.path for test in config.data.test]
-    changed = [found.path.name] * bool(newest and newest.path != found.path) + names(manifests) * (
-        paths != tested
-    )
-    changed += variant(limit, overrides)
-    out = Path(out or home / FOLDER / folder(changed))
-    out.mkdir(parents=True, exist_ok=True)
-    (quarantine := out / "quarantine.jsonl").unlink(missing_ok=True)
+    task.out.mkdir(parents=True, exist_ok=True)
+    quarantine = task.out / "quarantine.jsonl"
+    quarantine.unlink(missing_ok=True)
     if text_only_accuracy is None:
-        text_only_accuracy = known_floor(out / "scores.json", paths)
+        text_only_accuracy = known_floor(task.out / SCORES, task.paths)
     evaluation = evaluate_model(
         model,
-        paths,
+        task.paths,
         config,
         limit=limit,
         majority=Majority.of(training_records(config)),
         text_only_accuracy=text_only_accuracy,
         progress=progress,
         quarantine=quarantine,
-        epochs=epochs_trained(config, found.state["train"]["stream"]),
+        epochs=epochs_trained(config, task.found.state["train"]["stream"]),
     )
-    report, files = write_report(evaluation, out, paths, str(found.path), found.step)
-    if not changed:
-        _track(config, found, evaluation, files)
+    checkpoint = str(task.found.path)
+    report, files = write_report(evaluation, task.out, task.paths, checkpoint, task.found.step)
+    report["model"] = model_facts(model)
+    write_json(task.out / SCORES, report)
+    drawn = draw_answers(evaluation, pictures or task.paths[0], task.out, task.cache)
+    drawn += draw_curves(task.home, task.out)
+    summary = task.out / "report.md"
+    write_whole(summary, page(report, drawn).encode())
+    if task.is_the_runs_own:
+        _track(config, task.found, evaluation, [*files, *drawn, summary])
     return report
 
 
+def _task(
+    run_dir: Path,
+    data: Sequence[str] | None,
+    out: Path | None,
+    limit: int | None,
+    overrides: Sequence[str],
+) -> _Task:
+    """Returns what was asked for. Raises ConfigError, ShardError."""
+    found = checkpoints.at(run_dir)
+    home = found.path.parent.parent
+    for given in overrides:
+        if not given.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{given}: a run is scored as it was trained, only {', '.join(CHANGEABLE)}... can "
+                "be given"
+            )
+    document = {**found.state["config"], "out": str(home)}
+    config = validated(Config, apply_overrides(document, overrides), run_dir, overrides)
+    tested = [test.path for test in config.data.test]
+    paths = list(data or tested)
+    if not paths:
+        raise ConfigError(
+            f"{run_dir}: its config names no data.test; give the shards to score with --data DIR"
+        )
+    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
+    manifests = [Manifest.open(path, cache) for path in paths]
+    newest = checkpoints.newest(home)
+    changed = []
+    if newest and newest.path != found.path:
+        changed.append(found.path.name)
+    if paths != tested:
+        changed += names(manifests)
+    changed += variant(limit, overrides)
+    out = Path(out or home / FOLDER / folder(changed))
+    return _Task(found, home, config, paths, manifests, cache, out, not changed)
+
+
+def model_facts(model: VisionLanguageModel) -> dict[str, int]:
+    """Returns the model's parameters, frozen ones included, and how many layers are in 4 bits."""
+    rows = part_rows(model.parts)
+    return {
+        "quantized_modules": sum(row["4-bit layers"] for row in rows),
+        "trainable_parameters": sum(row["trained"] for row in rows),
+        "total_parameters": sum(row["parameters"] for row in rows),
+    }
+
+
 def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
-    """The text-only accuracy that an earlier evaluation on the same data was given: it does not
-    depend on the run.
+    """Returns the text-only accuracy that an earlier evaluation on the same data was given.
+
+    It does not depend on the run.
     """
     if not scores.exists():
         return None
     earlier = json.loads(scores.read_text())
-    return (
-        earlier["tasks"].get("vqa", {}).get("text_only_accuracy")
-        if earlier["data"] == list(paths)
-        else None
-    )
+    if earlier["data"] != list(paths):
+        return None
+    return earlier["tasks"].get("vqa", {}).get("text_only_accuracy")
 
 
 def load_model(
     found: checkpoints.Checkpoint, config: Config, *, with_vision: bool
 ) -> VisionLanguageModel:
-    """The checkpoint's model in eval mode, on the GPU where there is one."""
+    """Returns the checkpoint's model in eval mode, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose(config.train.precision, device)
     return VisionLanguageModel.from_pretrained(
@@ -126,12 +192,9 @@ def _track(
     run_id = found.state.get("run_id")
     if config.tracking.kind == "none" or run_id is None:
         return
-    from harness.tracking.tracker import open_tracker
-
+    figures = {f"test/{name}": value for name, value in evaluation.metrics().items()}
     tracker = open_tracker(config, run_id=run_id)
-    tracker.metrics(
-        {f"test/{name}": value for name, value in evaluation.metrics().items()}, found.step
-    )
+    tracker.metrics(figures, found.step)
     for file in files:
         tracker.artifact(file, FOLDER)
     tracker.close()

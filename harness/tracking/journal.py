@@ -83,7 +83,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-class NoTracker:
+class JournalTracker:
     """Runs where mlflow is not installed. With an output folder it still writes metrics.jsonl and
     the answers.
     """

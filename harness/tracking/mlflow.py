@@ -24,7 +24,7 @@ from harness.config.keys import flatten
 from harness.config.load import dump
 from harness.config.schema import Config
 from harness.report.pictures import Shown, thumbnail
-from harness.tracking.journal import Journal, NoTracker
+from harness.tracking.journal import Journal, JournalTracker
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.tracking.store import database, store_uri, without_password
 from shards.files import write_whole
@@ -48,7 +48,7 @@ MAX_PARAM, MAX_PARAMS, MAX_METRICS = (
 )  # limits of mlflow 3.17: characters of one, how many at once
 
 
-class MLflowTracker(NoTracker):
+class MLflowTracker(JournalTracker):
     """A run in MLflow, fed by one thread from metrics.jsonl and a queue of files and tags.
 
     Steps that are run again after a kill appear once: what MLflow already has (for each figure, up

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.report.pictures import Shown
-from harness.tracking.journal import Journal, NoTracker
+from harness.tracking.journal import Journal, JournalTracker
 from harness.tracking.mlflow import RUN_ID, MLflowTracker
 from harness.tracking.store import database, store_uri, without_password
 
@@ -77,7 +77,7 @@ def open_tracker(
     adds_only = run_id is not None and resume_step is None
     journal = Journal(config.out_dir, None if adds_only else (resume_step or 0))
     if config.tracking.kind == "none":
-        return NoTracker(config.out_dir, journal)
+        return JournalTracker(config.out_dir, journal)
     # (!) By default one call to a server that does not answer blocks for 246 s.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

@@ -12,7 +12,7 @@ from harness.checks import changes, check_resume
 from harness.config.schema import Config
 from harness.machine.signals import stop_requests
 from harness.report.terminal import Terminal, part_rows
-from harness.tracking.tracker import NoTracker, Tracker, open_tracker, recorded_run_id
+from harness.tracking.tracker import JournalTracker, Tracker, open_tracker, recorded_run_id
 from harness.train.engines import make_engine
 from harness.train.loop import loop
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
@@ -70,7 +70,7 @@ def _set_up(config: Config, resume: str | None, observers: Sequence[Observer]) -
         engine.load_optimizer_state(found.optimizer())
         engine.load_scaler_state(found.state["scaler"])
     terminal.parts(part_rows(model.parts))
-    tracker: Tracker = NoTracker()
+    tracker: Tracker = JournalTracker()
     if engine.is_main:
         tracker = open_tracker(
             config,

@@ -19,7 +19,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.report.pictures import Shown
 from harness.tracking import mlflow as mlflow_tracker
-from harness.tracking.journal import METRICS, NoTracker
+from harness.tracking.journal import METRICS, JournalTracker
 from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
 
 
@@ -283,7 +283,7 @@ assert tracker.run_id is None
 
 def test_other_ranks_report_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tracker = NoTracker()
+    tracker = JournalTracker()
     tracker.metrics({"loss": 1.0}, 1)
     assert tracker.predictions(SHOWN, 1) is None
     tracker.close()

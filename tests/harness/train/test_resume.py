@@ -151,7 +151,7 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
     with monkeypatch.context() as patch:
         # When the flags of step 4 are known.
         terminate = AtStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(train.NoTracker, "close", lambda self, status: closed.append(status))
+        patch.setattr(train.JournalTracker, "close", lambda self, status: closed.append(status))
         with pytest.raises(SystemExit) as left:
             train.run(config, observers=[terminate])
     assert (left.value.code, closed) == (143, ["KILLED"])
