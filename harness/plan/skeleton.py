@@ -218,10 +218,8 @@ def _no_collection() -> Iterator[None]:
 
 def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
     """A batch of these sizes as the collator lays it out, on the current default device."""
-    contexts, targets = (
-        max(1, round(images * sizes.contexts)),
-        max(1, round(images * sizes.targets)),
-    )
+    contexts = max(1, round(images * sizes.contexts))
+    targets = max(1, round(images * sizes.targets))
     pixels_IHW3 = torch.zeros(
         images, encoder["image_size"], encoder["image_size"], 3, dtype=torch.uint8
     )
@@ -282,7 +280,9 @@ def _forward_4bit(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Product4bit(torch.autograd.Function):
-    """As bitsandbytes' MatMul4Bit: the weight is made anew in each direction, and nothing is saved."""
+    """The product of bitsandbytes' MatMul4Bit: the weight is made anew in each direction, and
+    nothing is saved.
+    """
 
     @staticmethod
     def forward(ctx, x, shape):
