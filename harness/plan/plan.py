@@ -22,8 +22,8 @@ def plan(
     brief: bool = False,
 ) -> Plan:
     """Returns the plan for a device by name, "cpu" or "here". `brief`: without the largest
-    micro-batch, and advice only where the run does not fit. Raises ConfigError for what cannot be planned: no
-    config.json, no such device or precision.
+    micro-batch, and advice only where the run does not fit. Raises ConfigError for
+    what cannot be planned: no config.json, no such device or precision.
     """
     from harness.plan.workload import workload
 

@@ -98,10 +98,10 @@ def workload(config: Config) -> Workload:
     if not sets or len(sets) < len(config.data.train):
         return Workload(sizes, None, None, f"{assumed}: the shards are not on this machine")
     data = config.data
-    weights = [each.weight for each in data.train if each.weight]
+    weights = [each.weight or 0.0 for each in data.train]
     loader = Loader(
         [each.path for each in data.train],
-        weights or None,
+        weights if any(weights) else None,
         global_batch=config.train.global_batch,
         window_shards=data.window_shards,
         images=data.train_images,
