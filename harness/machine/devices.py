@@ -21,9 +21,8 @@ from harness.errors import ConfigError
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")  # of a container; version 2, or 1
-FREE_SHARE = (
-    0.95  # of a device's memory: the rest is lost to the allocator's fragments (an assumption)
-)
+# of a device's memory: the rest is lost to the allocator's fragments (an assumption)
+FREE_SHARE = 0.95
 CPU_TERAFLOPS_PER_CORE = 0.05  # fp32 products with AVX2 at about 2.5 GHz, not measured
 
 
@@ -40,9 +39,8 @@ class Device:
     float32: float  # without TF32, which torch leaves off
     utilisation: float  # share of these speeds that a run is assumed to reach
     aliases: tuple[str, ...] = ()  # as nvidia-smi names it, in lower case
-    main_memory: int | None = (
-        None  # bytes of the machine around a GPU; None: not known, as for a GPU by its name
-    )
+    # bytes of the machine around a GPU; None: not known, as for a GPU by its name
+    main_memory: int | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -53,7 +51,9 @@ class Device:
         return int(self.memory * FREE_SHARE)
 
     def teraflops(self, dtype: str) -> float:
-        """Of bfloat16 as of float16: the policy takes bf16 only where it is native."""
+        """Returns the speed for a dtype; bfloat16's is float16's, since the policy takes bf16 only
+        where it is native.
+        """
         return self.float32 if dtype == "float32" else self.float16
 
 
@@ -90,8 +90,8 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    """A device of the table, "cpu" (this machine's) or "here". Raises ConfigError with the closest
-    name.
+    """Returns a device of the table, "cpu" (this machine's) or "here". Raises ConfigError with the
+    closest name.
     """
     if name == "here":
         return here()
@@ -110,20 +110,17 @@ def cpu() -> Device:
 
 
 def main_memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of the container's limit where that is lower; `free`: only
-    those available.
+    """Returns the bytes of this machine's memory, or of the container's limit where that is lower;
+    `free`: only those available.
     """
     memory = psutil.virtual_memory()
-    limits = [CGROUP / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    said = [
-        limit.read_text().strip() for limit in limits if limit.is_file()
-    ]  # "max" where there is none
-    return min(
-        [
-            memory.available if free else memory.total,
-            *(int(text) for text in said if text.isdecimal()),
-        ]
-    )
+    sizes = [memory.available if free else memory.total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = CGROUP / name
+        limit = file.read_text().strip() if file.is_file() else ""
+        if limit.isdecimal():  # "max" where there is none
+            sizes.append(int(limit))
+    return min(sizes)
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,8 @@ class Card:
 
 
 def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
-    """The GPUs that a process started from here would see, in its order; as CUDA_VISIBLE_DEVICES
-    says where it is set.
+    """Returns the GPUs that a process started from here would see, in its order; as
+    CUDA_VISIBLE_DEVICES says where it is set.
 
     As in CUDA, the first entry that names no GPU ends the list. Its numbers are nvidia-smi's:
     CUDA's own where all GPUs are of one kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
@@ -149,8 +146,8 @@ def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
     if not shutil.which(query[0]):
         return []
     query.append("--format=csv,noheader,nounits")
-    said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
-    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
+    table = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
+    rows = [[field.strip() for field in line.split(",")] for line in table.splitlines()]
     found = [_card(*row) for row in rows if len(row) == 6]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -176,8 +173,8 @@ def _card(index: str, uuid: str, name: str, mebibytes: str, capability: str, dri
 
 
 def here() -> Device:
-    """The first GPU that a run would use, with its own memory and the speeds of its kind; or the
-    CPU.
+    """Returns the first GPU that a run would use, with its own memory and the speeds of its kind;
+    or the CPU.
     """
     if not (found := cards()):
         return cpu()

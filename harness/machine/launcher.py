@@ -55,42 +55,45 @@ def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) 
             raise ConfigError(f"--zero-stage {zero_stage} needs DeepSpeed: give --launch zero2 too")
         return Launch()
     file = _find(Path(name_or_file))
-    said = _read(file)
-    kind, offload = said.get("distributed_type"), {}
+    document = _read(file)
+    kind = document.get("distributed_type")
+    offload: dict[str, str] = {}
     if kind not in ("NO", "MULTI_GPU", "DEEPSPEED"):
         raise ConfigError(
             f"{file}: distributed_type is {kind!r}, expected 'NO', MULTI_GPU or DEEPSPEED"
         )
     if kind == "DEEPSPEED":
-        zero_stage, offload = _zero(file, said.get("deepspeed_config") or {}, zero_stage)
+        zero_stage, offload = _zero(file, document.get("deepspeed_config") or {}, zero_stage)
     elif zero_stage is not None:
         raise ConfigError(
-            f"--zero-stage {zero_stage}: {file} is without DeepSpeed; zero2 is the launch file for it"
+            f"--zero-stage {zero_stage}: {file} is without DeepSpeed; "
+            "zero2 is the launch file for it"
         )
-    processes = said.get("num_processes")
+    processes = document.get("num_processes")
     return Launch(
         name=file.stem,
         file=file,
         processes=processes if isinstance(processes, int) and processes > 0 else None,
-        machines=said.get("num_machines") or 1,
+        machines=document.get("num_machines") or 1,
         zero_stage=zero_stage,
         offload_optimizer=offload.get("offload_optimizer", "none") != "none",
         offload_parameters=offload.get("offload_param", "none") != "none",
         single=kind == "NO",
-        cpu=bool(said.get("use_cpu")) or str(said.get("gpu_ids", "")).startswith("-1"),
+        cpu=bool(document.get("use_cpu")) or str(document.get("gpu_ids", "")).startswith("-1"),
     )
 
 
 def deepspeed_file(name: str | Path) -> Path:
-    """The DeepSpeed JSON that a launch file names: as it stands, else the shipped one, so that any
-    folder will do.
+    """Returns the DeepSpeed JSON that a launch file names: as it stands, else the shipped one, so
+    that any folder will do.
     """
     file = Path(name)
     inside = Path(*file.parts[1:]) if file.parts[:1] == ("launch",) else file
     found = next((there for there in (file, shipped("launch") / inside) if there.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"deepspeed_config_file: there is no file {name}, neither here nor in {shipped('launch')}"
+            f"deepspeed_config_file: there is no file {name}, neither here nor in "
+            f"{shipped('launch')}"
         )
     return found
 
@@ -113,19 +116,19 @@ def _find(file: Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        said = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        document = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(said, dict):
+    if not isinstance(document, dict):
         raise ConfigError(
             f"{file}: expected a mapping of keys such as distributed_type or zero_optimization"
         )
-    return said
+    return document
 
 
 def _zero(file: Path, plugin: Mapping[str, Any], asked: int | None) -> tuple[int, dict[str, str]]:
-    """ZeRO stage, and where optimizer states and parameters lie: as accelerate's plugin will
-    decide.
+    """Returns the ZeRO stage, and where optimizer states and parameters lie: as accelerate's plugin
+    will decide.
     """
     if named := plugin.get("deepspeed_config_file"):
         file = deepspeed_file(named)
@@ -152,7 +155,7 @@ def _zero(file: Path, plugin: Mapping[str, Any], asked: int | None) -> tuple[int
 
 
 def gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """How many GPUs a process started from here would see."""
+    """Returns how many GPUs a process started from here would see."""
     return len(cards(environment))
 
 
@@ -164,7 +167,7 @@ def command(
     module: str = "harness.train",
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line of `python -m module arguments` on `processes`, and its environment.
+    """Returns the command line of `python -m module arguments` on `processes`, and its environment.
 
     Without `processes` the launch file decides, else the number of GPUs, or one. Without a launch
     file it is t4, multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine
@@ -181,12 +184,13 @@ def command(
         )
     if launch.single and processes > 1:
         raise ConfigError(
-            f"--processes {processes}: {launch.file} starts one; multi_gpu is the launch file for more"
+            f"--processes {processes}: {launch.file} starts one; "
+            "multi_gpu is the launch file for more"
         )
     if launch.machines > 1:
         raise ConfigError(
-            f"--launch {launch.name} is for {launch.machines} machines and harness train starts processes on one: "
-            "use launch/slurm.sbatch, or launch/torchrun.sh on each"
+            f"--launch {launch.name} is for {launch.machines} machines and harness train starts "
+            "processes on one: use launch/slurm.sbatch, or launch/torchrun.sh on each"
         )
     if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"--launch {launch.name} needs DeepSpeed: {install_command('deepspeed')}")
@@ -205,17 +209,10 @@ def command(
     if launch.zero_stage is None and not found:
         changed["ACCELERATE_USE_CPU"] = "true"
     if not found:
-        changed.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else accelerate's DeepSpeed says on stdout that it found no GPU
-    line = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--config_file",
-        str(launch.file),
-    ]
+        # Else accelerate's DeepSpeed says on stdout that it found no GPU.
+        changed.setdefault("DS_ACCELERATOR", "cpu")
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    line += ["--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed
     # JSON.
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
@@ -248,17 +245,15 @@ def launch(
         came.append(number)
         if len(came) > 2:
             os.killpg(child.pid, signal.SIGKILL)
-        # not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves
-        # them behind
-        else:
-            for process in psutil.Process(child.pid).children() or [child]:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+            return
+        # Not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves
+        # them behind.
+        for process in psutil.Process(child.pid).children() or [child]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
-    before = {
-        number: signal.signal(number, pass_on)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in stops}
     try:
         code = child.wait()  # a launcher makes 1 of every exit code that is not 0
         if came and code:

@@ -40,9 +40,9 @@ class Precision:
     lm_dtype: torch.dtype = torch.float32  # of what is not quantised: wo, norms, embeddings
 
     def autocast(self, part: Part) -> AbstractContextManager:
-        """The context in which a part runs. Without a dtype an autocast around it is switched off,
-        not only left out: fp16 autocast defeats the fp32 `wo` of T5, whose values exceed fp16's
-        largest.
+        """Returns the context in which a part runs. Without a dtype an autocast around it is
+        switched off, not only left out: fp16 autocast defeats the fp32 `wo` of T5, whose values
+        exceed fp16's largest.
         """
         dtype = getattr(self, part)
         if dtype is None:
@@ -52,7 +52,7 @@ class Precision:
         return torch.autocast(self.device_type, dtype=dtype)
 
     def facts(self) -> dict[str, str]:
-        """For the log and the tracker: a line for each part, and the reason."""
+        """Returns, for the log and the tracker, a line for each part, and the reason."""
         parts = {
             part: _name(getattr(self, part) or torch.float32) for part in ("vision", "bridge", "lm")
         }
@@ -88,10 +88,12 @@ def choose(
     native_bf16 = bool(bf16_supported)
     if bf16_supported is None and capability:
         native_bf16 = capability >= BF16_FROM
-    if requested == "auto":
-        asked, chosen = "", ("bf16" if native_bf16 else "fp16") if kind == "cuda" else "fp32"
-    else:
-        asked, chosen = "as asked: ", requested
+    asked = "" if requested == "auto" else "as asked: "
+    chosen = requested
+    if requested == "auto" and kind == "cuda":
+        chosen = "bf16" if native_bf16 else "fp16"
+    elif requested == "auto":
+        chosen = "fp32"
     if chosen == "bf16":
         if kind != "cpu" and not native_bf16:
             raise ConfigError(
@@ -121,15 +123,16 @@ def choose(
             lm=None,
             compute_dtype=torch.float16,
             loss_scaler=True,
-            reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: fp16 in its 4-bit "
-            f"layers alone, fp32 in wo, norms and embeddings, with a loss scaler; {why}",
+            reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: "
+            f"fp16 in its 4-bit layers alone, fp32 in wo, norms and embeddings, with a loss "
+            f"scaler; {why}",
         )
     reason = "fp32 everywhere" if asked else f"fp32 everywhere: {where} gains nothing from less"
     return _uniform(kind, None, asked + reason)
 
 
 def _uniform(kind: str, dtype: torch.dtype | None, reason: str) -> Precision:
-    name = "bf16" if dtype else "fp32"
+    name: Literal["bf16", "fp32"] = "bf16" if dtype else "fp32"
     return Precision(
         name, kind, dtype, dtype, dtype, dtype or torch.float32, loss_scaler=False, reason=reason
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Gives a function that tells which signal came first, or 0: the run then saves and ends, as
+    """Yields a function that tells which signal came first, or 0: the run then saves and ends, as
     before a preemption.
 
     Two may be one Ctrl-C, from the terminal and from the launcher; the third ends the process at
@@ -27,9 +27,8 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             os.kill(os.getpid(), number)
 
     stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    wanted = [
-        number for number in stops if signal.getsignal(number) != signal.SIG_IGN
-    ]  # nohup: it stays ignored
+    # Under nohup a signal stays ignored.
+    wanted = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield lambda: came[0] if came else 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from harness.machine.devices import DEVICES
@@ -19,7 +20,7 @@ Change = Callable[["Planner"], "Planner"]
 
 
 def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
-    """One sentence, or none where nothing is to be gained."""
+    """Returns one sentence, or none where nothing is to be gained."""
     images = planner.images
     if fits:
         more = min(largest or 0, planner.share)
@@ -30,12 +31,12 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
         )
     short = planner.short_of(images)
     if short == "main memory" and (fewer := _fewer(planner)):
-        return [
-            f"--processes {fewer} fits: {gb(planner.changed(processes=fewer).limits(images)[short][0])} of {short}"
-        ]
+        needed = planner.changed(processes=fewer).limits(images)[short][0]
+        return [f"--processes {fewer} fits: {gb(needed)} of {short}"]
     if largest:
         return [f"train.micro_batch={largest}, with the same global_batch, fits"]
-    said, now = [], planner
+    said: list[str] = []
+    now = planner
     for words, change in _changes(planner):
         now = change(now)
         said.append(words)
@@ -47,22 +48,25 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
     tried = ", ".join(["train.micro_batch=1", *said])
     if short == "main memory" and planner.device.is_gpu:
         return [
-            f"even {tried} needs {gb(now.host(1, 0))} of main memory: data.workers=0, or a larger machine"
+            f"even {tried} needs {gb(now.host(1, 0))} of main memory: data.workers=0, "
+            "or a larger machine"
         ]
     for device in sorted(DEVICES.values(), key=lambda device: device.memory):
         there = replace(now, device=device, passes={})
         if device.usable > now.bytes(1) and there.fits(1):
             return [
-                f"even {tried} does not fit {planner.device.name}; {device.name} does: {gb(there.bytes(1))}"
+                f"even {tried} does not fit {planner.device.name}; {device.name} does: "
+                f"{gb(there.bytes(1))}"
             ]
     return [
-        f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and --launch zero3_offload"
+        f"even {tried} needs {gb(now.bytes(1))}: use smaller models, or more processes and "
+        "--launch zero3_offload"
     ]
 
 
 def _fewer(planner: Planner) -> int | None:
-    """The number of processes for which the main memory suffices, guessed from what each needs now;
-    else one.
+    """Returns the number of processes for which the main memory suffices, guessed from what each
+    needs now, else one; None where neither fits.
     """
     need, usable = planner.limits(planner.images)["main memory"]
     guess = planner.processes * usable // need
@@ -71,7 +75,7 @@ def _fewer(planner: Planner) -> int | None:
 
 
 def _changes(planner: Planner) -> list[tuple[str, Change]]:
-    """Words for a change and the change itself, as far as they apply."""
+    """Returns the words for each change that applies, and the change itself."""
     found: list[tuple[str, Change]] = []
     if planner.processes > 1 and planner.short_of(planner.images) == "main memory":
         found.append(("--processes 1", lambda now: now.changed(processes=1)))
@@ -81,17 +85,17 @@ def _changes(planner: Planner) -> list[tuple[str, Change]]:
         found.append(("features made beforehand by `harness shards features`", _features))
     if planner.config.model.lm.tuning in ("lora", "full"):
         found.append(("model.lm.tuning=qlora", _qlora))
-    if (
-        planner.device.is_gpu and planner.skeleton.precision.name != "fp16"
-    ):  # the engine refuses DeepSpeed with fp16
-        names = ("zero2_offload", "zero3_offload")
-        for name in names[
-            names.index(planner.launch.name) + 1 if planner.launch.name in names else 0 :
-        ]:
-            found.append(
-                (f"--launch {name}", lambda now, name=name: now.changed(launch=read_launch(name)))
-            )
+    # The engine refuses DeepSpeed with fp16.
+    if planner.device.is_gpu and planner.skeleton.precision.name != "fp16":
+        names = ["zero2_offload", "zero3_offload"]
+        if planner.launch.name in names:
+            names = names[names.index(planner.launch.name) + 1 :]
+        found += [(f"--launch {name}", partial(_launched, name)) for name in names]
     return found
+
+
+def _launched(name: str, now: Planner) -> Planner:
+    return now.changed(launch=read_launch(name))
 
 
 def _checkpointing(now: Planner) -> Planner:

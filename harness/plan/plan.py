@@ -21,17 +21,16 @@ def plan(
     processes: int | None = None,
     brief: bool = False,
 ) -> Plan:
-    """The plan for a device by name, "cpu" or "here". `brief`: without the largest micro-batch, and
-    advice only where the run does not fit. Raises ConfigError for what cannot be planned: no
-    config.json, no such device or precision.
+    """Returns the plan for a device by name, "cpu" or "here". `brief`: without the largest
+    micro-batch, and advice only where the run does not fit. Raises ConfigError for
+    what cannot be planned: no config.json, no such device or precision.
     """
     from harness.plan.workload import workload
 
     launch = launch or Launch()
     found = devices.device("cpu" if device == "here" and launch.cpu else device)
-    many = (
-        gpus() if device == "here" and found.is_gpu else 1
-    )  # without a number the launcher takes all GPUs
+    # Without a number the launcher takes all GPUs.
+    many = gpus() if device == "here" and found.is_gpu else 1
     work = workload(config)
     planner = Planner(
         config, found, launch, processes or launch.processes or many, work, work.encoder
@@ -76,11 +75,11 @@ def check(
     if made.refused:
         raise ConfigError(f"refused: {made.refused}")
     if not made.fits and not force:
-        remedy = (
-            made.advice[0] if made.advice else "no change of the config that was tried makes it fit"
-        )
+        remedy = "no change of the config that was tried makes it fit"
+        if made.advice:
+            remedy = made.advice[0]
         what, needed, limit = made.tightest
         raise ConfigError(
-            f"the run needs {gb(needed)} of the {gb(limit)} of {what} that {made.device} has: {remedy} "
-            "(--force goes on nevertheless)"
+            f"the run needs {gb(needed)} of the {gb(limit)} of {what} that {made.device} has: "
+            f"{remedy} (--force goes on nevertheless)"
         )

@@ -26,23 +26,20 @@ if TYPE_CHECKING:
     from harness.plan.workload import Sizes, Workload
 
 CUDA_CONTEXT = int(0.55 * GIB)  # and the workspace of cuBLAS, about
-PROCESS = {
-    True: int(2.5 * GIB),
-    False: int(0.9 * GIB),
-}  # Python, torch and its libraries; with CUDA's, without
-MALLOC_KEEPS = (
-    0.9  # of the tensors that a step holds at most, on a CPU: measured, see docs/scaling.md
-)
+# Python, torch and its libraries: with CUDA's (True), without
+PROCESS = {True: int(2.5 * GIB), False: int(0.9 * GIB)}
+# of the tensors that a step holds at most, on a CPU: measured, see docs/scaling.md
+MALLOC_KEEPS = 0.9
 WORKER = int(0.4 * GIB)  # a reading process
-EVALUATION_FORWARDS = (
-    4  # an evaluation answers with the image, twice without it and once more for the floor, about
-)
-TRIES = 5  # runs to find the largest micro-batch; the answer is always one that was run
+# An evaluation answers with the image, twice without it and once more for the floor, about.
+EVALUATION_FORWARDS = 4
+NEAR = 32  # the first step away from an estimated micro-batch is this part of it
+EXACT_BELOW = 64  # images: a larger micro-batch is found to one part in as many
 
 
 def checkpoint_bytes(config: Config, trained: int) -> int:
-    """Of all checkpoints that lie in the run's folder at once; `trained`: bytes of the trained
-    weights.
+    """Returns the bytes of all checkpoints that lie in the run's folder at once; `trained`: bytes
+    of the trained weights.
     """
     # The weights and two moments of each; a new one is whole before an old one goes.
     return 3 * trained * (config.train.keep_checkpoints + 1)
@@ -63,7 +60,7 @@ class Planner:
     passes: dict[int, Pass] = field(default_factory=dict)
 
     def changed(self, same_model: bool = True, **changes: Any) -> Planner:
-        """Another one; what was built already is used again where the model stays the same."""
+        """Returns another planner; what was built is used again where the model stays the same."""
         planner = replace(self, passes={}, **changes)
         if same_model:
             planner.skeleton = self.skeleton
@@ -96,7 +93,7 @@ class Planner:
 
     @property
     def images(self) -> int:
-        """Of a micro-batch."""
+        """Images of a micro-batch."""
         return min(self.config.train.micro_batch, self.share)
 
     @property
@@ -106,15 +103,13 @@ class Planner:
     @cached_property
     def zero(self) -> dict[str, Any]:
         """What the launch file's DeepSpeed JSON says of ZeRO."""
-        if self.launch.zero_stage is None:
+        if self.launch.zero_stage is None or self.launch.file is None:
             return {}
         plugin = yaml.safe_load(self.launch.file.read_text()).get("deepspeed_config") or {}
         named = plugin.get("deepspeed_config_file")
-        return (
-            json.loads(deepspeed_file(named).read_text()).get("zero_optimization") or {}
-            if named
-            else {}
-        )
+        if not named:
+            return {}
+        return json.loads(deepspeed_file(named).read_text()).get("zero_optimization") or {}
 
     @property
     def share(self) -> int:
@@ -131,8 +126,9 @@ class Planner:
         return self.passes[images]
 
     def peak(self, images: int) -> tuple[dict[str, int], str]:
-        """Bytes by part when they are most, and when that is."""
-        world, trained = self.processes, self.skeleton.trained_bytes
+        """Returns the bytes by part when they are most, and when that is."""
+        world = self.processes
+        trained = self.skeleton.trained_bytes
         split = {
             stage: -(-trained // world) if self.stage >= stage else trained for stage in (1, 2, 3)
         }
@@ -177,8 +173,8 @@ class Planner:
         return sum(self.peak(images)[0].values())
 
     def host(self, images: int, peak: int) -> int:
-        """Main memory of one machine: its processes, their readers and batches, and what is
-        offloaded.
+        """Returns the main memory that one machine needs: its processes, their readers and batches,
+        and what is offloaded.
         """
         each = PROCESS[True] if self.device.is_gpu else peak
         workers = self.config.data.workers
@@ -194,7 +190,7 @@ class Planner:
         return each * -(-world // self.launch.machines)
 
     def limits(self, images: int) -> dict[str, tuple[int, int]]:
-        """Kind of memory -> (bytes needed, bytes usable); a CPU's is shared by all processes."""
+        """Returns, by kind of memory, (bytes needed, bytes usable); all processes share a CPU's."""
         peak = self.bytes(images)
         host = self.host(images, peak)
         if not self.device.is_gpu:
@@ -205,7 +201,7 @@ class Planner:
         return limits
 
     def short_of(self, images: int) -> str | None:
-        """The kind of memory that is missing most, or None where the run fits."""
+        """Returns the kind of memory that is missing most, or None where the run fits."""
         what, needed, limit = tightest(self.limits(images))
         return what if needed > limit else None
 
@@ -220,111 +216,125 @@ class Planner:
         return "DeepSpeed and fp16: take --launch multi_gpu (DDP), or a device with bf16"
 
     def largest(self) -> int:
-        """The largest micro-batch that fits, 0 where none does: halving the interval, guided by the
-        last two peaks.
+        """Returns the largest micro-batch that fits, 0 where none does: steps that double around an
+        estimate until it is enclosed, then halving.
         """
-        low, high, images = 0, None, self.images
-        for _ in range(TRIES):
+        fits = self.fits(self.images)
+        low = self.images if fits else 0
+        high = None if fits else self.images
+        images = self._estimate()
+        step = max(1, images // NEAR)
+        while high is None or high - low > 1 + low // EXACT_BELOW:
+            images = max(images, low + 1)
+            if high is not None:
+                images = min(images, high - 1)
             if self.fits(images):
                 low = images
+                images += step
+                if high is not None:
+                    images = min(images, (low + high) // 2)
             else:
                 high = images
-            if high is not None and high - low <= 1:
-                break
-            images = self._next(low, high)
-            if images <= low:
-                break
+                images = max(images - step, (low + high) // 2)
+            step *= 2
         return low
 
-    def _next(self, low: int, high: int | None) -> int:
-        """Where the line through two peaks meets the memory, a little below; between `low` and
-        `high`.
-        """
-        known = sorted(self.passes)
-        first, last = (known[0], known[-1]) if len(known) > 1 else (0, known[0])
-        if high is not None and len(known) > 1:  # the two that enclose it
-            first, last = max(k for k in (0, *known) if k <= low), high
-        what, need, usable = tightest(self.limits(last))
-        before = self.limits(first)[what][0] if first else need - self.run(last).bytes
-        slope = max((need - before) / (last - first), 1.0)
-        guess = int(last + (usable - need) / slope)
-        if high is None and first:
-            return guess
-        return max(low + 1, guess) if high is None else min(max(low + 1, guess), high - 1)
+    def _estimate(self) -> int:
+        """Returns where memory would be full if a micro-batch's bytes grew as its images do."""
+        _, need, usable = tightest(self.limits(self.images))
+        each = max(self.run(self.images).bytes / self.images, 1.0)
+        return int(self.images + (usable - need) / each)
 
     def plan(self, brief: bool) -> Plan:
-        train, device = self.config.train, self.device
+        """Returns the plan; `brief` leaves out the other way of checkpointing, and the largest
+        micro-batch where this one fits.
+        """
+        train = self.config.train
         images = self.images
         parts, when = self.peak(images)
-        peak, fits, skeleton, work = (
-            sum(parts.values()),
-            self.fits(images),
-            self.skeleton,
-            self.work,
-        )
+        fits = self.fits(images)
         refused = self.refused
+        skeleton = self.skeleton
         passed = self.run(images)
         flops = {name: count * train.global_batch / images for name, count in passed.flops.items()}
-        speed = device.utilisation * 1e12 * self.processes
-        seconds = sum(count / (device.teraflops(name) * speed) for name, count in flops.items())
-        steps = evaluations = in_epoch = epoch_seconds = all_hours = None
-        if work.images is not None:
-            whole, rest = divmod(work.images, train.global_batch)
-            in_epoch = whole + bool(rest and self.config.data.last_batch != "drop")
-            steps = min(in_epoch * train.epochs, train.max_steps or in_epoch * train.epochs)
-            evaluations = -(-steps // in_epoch) + (
-                steps // train.evaluate_every if train.evaluate_every else 0
-            )
-            alone = (
-                seconds * self.processes / train.global_batch / 3
-            )  # a forward pass of an image, on one process
-            evaluation = alone * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
-            all_seconds = steps * seconds + evaluations * evaluation
-            epoch_seconds, all_hours = all_seconds * in_epoch / steps, all_seconds / 3600
-        ours = train.activation_checkpointing
-        activations = {"checkpointed" if ours else "kept": passed.saved}
-        if not brief:
-            other = skeleton.run(
-                self.sizes, images, checkpointing=not ours, gradients_held=False, backward=False
-            )
-            activations["kept" if ours else "checkpointed"] = other.saved
-        launch = self.launch.name or ("multi_gpu" if self.processes > 1 else "")
-        largest = None if brief and fits else self.largest()
         return Plan(
-            device=device.name,
+            device=self.device.name,
             processes=self.processes,
-            launch=launch,
+            launch=self.launch.name or ("multi_gpu" if self.processes > 1 else ""),
             precision=f"{skeleton.precision.name} ({skeleton.precision.reason})",
             fits=fits and not refused,
             refused=refused,
             limits=self.limits(images),
-            usable_bytes=device.usable,
-            peak_bytes=peak,
-            host_bytes=self.host(images, peak),
+            usable_bytes=self.device.usable,
+            peak_bytes=sum(parts.values()),
+            host_bytes=self.host(images, sum(parts.values())),
             parts=parts,
             peak_is_in=when,
             parameters=skeleton.parameters,
             trained_parameters=skeleton.trained_parameters,
             micro_batch=images,
-            largest_micro_batch=largest,
-            activation_bytes=activations,
+            largest_micro_batch=None if brief and fits else self.largest(),
+            activation_bytes=self._activations(passed, brief),
             logits_bytes=passed.logits,
             step_flops=int(sum(flops.values())),
-            utilisation=device.utilisation,
-            seconds_per_step=seconds,
-            steps=steps,
-            evaluations=evaluations,
-            seconds_per_epoch=epoch_seconds,
-            hours=all_hours,
+            utilisation=self.device.utilisation,
             disk_bytes=checkpoint_bytes(self.config, skeleton.trained_bytes),
             notes=self.notes(passed),
+            **self._time(flops),
         )
+
+    def _activations(self, passed: Pass, brief: bool) -> dict[str, int]:
+        """Returns the bytes saved for the backward pass, as configured and the other way."""
+        ours = self.config.train.activation_checkpointing
+        saved = {"checkpointed" if ours else "kept": passed.saved}
+        if not brief:
+            other = self.skeleton.run(
+                self.sizes,
+                self.images,
+                checkpointing=not ours,
+                gradients_held=False,
+                backward=False,
+            )
+            saved["kept" if ours else "checkpointed"] = other.saved
+        return saved
+
+    def _time(self, flops: Mapping[str, float]) -> dict[str, Any]:
+        """Returns the fields of a plan that tell its time, from the operations of a step by dtype;
+        all but the step's are None where the shards are not there.
+        """
+        train = self.config.train
+        speed = self.device.utilisation * 1e12 * self.processes
+        seconds = sum(
+            count / (self.device.teraflops(name) * speed) for name, count in flops.items()
+        )
+        steps = evaluations = epoch_seconds = hours = None
+        if self.work.images is not None:
+            whole, rest = divmod(self.work.images, train.global_batch)
+            in_epoch = whole + bool(rest and self.config.data.last_batch != "drop")
+            steps = min(in_epoch * train.epochs, train.max_steps or in_epoch * train.epochs)
+            evaluations = -(-steps // in_epoch)
+            if train.evaluate_every:
+                evaluations += steps // train.evaluate_every
+            # a forward pass of an image, on one process
+            alone = seconds * self.processes / train.global_batch / 3
+            evaluation = alone * EVALUATION_FORWARDS * (self.config.evaluation.dev_images or 5000)
+            all_seconds = steps * seconds + evaluations * evaluation
+            epoch_seconds = all_seconds * in_epoch / steps
+            hours = all_seconds / 3600
+        return {
+            "seconds_per_step": seconds,
+            "steps": steps,
+            "evaluations": evaluations,
+            "seconds_per_epoch": epoch_seconds,
+            "hours": hours,
+        }
 
     def notes(self, passed: Pass) -> list[str]:
         sizes, weights, skeleton = self.work.sizes, self.weights, self.skeleton
         notes = [
-            f"an image: {sizes.contexts:.1f} contexts of {sizes.prompt_tokens} prompt tokens, {sizes.targets:.1f} "
-            f"targets of {sizes.target_tokens} tokens, {sizes.kept:.0%} of them not padding ({self.work.source})"
+            f"an image: {sizes.contexts:.1f} contexts of {sizes.prompt_tokens} prompt tokens, "
+            f"{sizes.targets:.1f} targets of {sizes.target_tokens} tokens, {sizes.kept:.0%} of "
+            f"them not padding ({self.work.source})"
         ]
         if "LM 4-bit" in weights:
             packed = weights["LM 4-bit"] + weights["quantisation constants"]
@@ -332,8 +342,9 @@ class Planner:
             saved = 8 * weights["LM 4-bit"] - packed
             verdict = "more" if state + passed.logits > saved else "less"
             notes.append(
-                f"4 bits save {gb(saved)} of this language model's weights against fp32; the bridge's training state "
-                f"({gb(state)}) and the logits ({gb(passed.logits)}) cost {verdict}, activations {gb(passed.saved)}"
+                f"4 bits save {gb(saved)} of this language model's weights against fp32; the "
+                f"bridge's training state ({gb(state)}) and the logits ({gb(passed.logits)}) cost "
+                f"{verdict}, activations {gb(passed.saved)}"
             )
         if self.stage:
             notes.append("DeepSpeed's own buffers are taken from its settings, not from a run")

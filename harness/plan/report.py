@@ -58,15 +58,15 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        return (
-            f"refused: {self.refused}" if self.refused else "fits" if self.fits else "does not fit"
-        )
+        if self.refused:
+            return f"refused: {self.refused}"
+        return "fits" if self.fits else "does not fit"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def summary(self) -> list[str]:
-        """For the start of a run."""
+        """Returns a few lines for the start of a run."""
         what, needed, limit = self.tightest
         many = (
             f", {self.processes} processes together"
@@ -76,36 +76,41 @@ class Plan:
         known = f" of {gb(self.limits['main memory'][1])}" if "main memory" in self.limits else ""
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:4]
         lines = [
-            f"plan (modelled): {gb(needed)} of {gb(limit)} of {what} on {self.device}{many}: {self.verdict}",
+            f"plan (modelled): {gb(needed)} of {gb(limit)} of {what} on {self.device}{many}: "
+            f"{self.verdict}",
             "  most: " + ", ".join(f"{name} {gb(size)}" for name, size in largest),
-            f"  needs {gb(self.host_bytes)}{known} of main memory, {gb(self.disk_bytes)} on disk for checkpoints",
+            f"  needs {gb(self.host_bytes)}{known} of main memory, {gb(self.disk_bytes)} on disk "
+            "for checkpoints",
         ]
         if self.hours is not None:
             lines.append(
-                f"  {self.steps:,} steps, about {hours(self.hours)} at {self.utilisation:.0%} of the device's speed"
+                f"  {self.steps:,} steps, about {hours(self.hours)} at {self.utilisation:.0%} of "
+                "the device's speed"
             )
         return lines + [f"  {sentence}" for sentence in (*self.warnings, *self.advice)]
 
     def table(self) -> str:
-        """The whole plan for people, in Markdown."""
+        """Returns the whole plan for people, in Markdown."""
         rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
         saved = {"kept": "", "checkpointed": " with activation checkpointing"}
         activations = [
             f"{gb(size)}{saved[name]}" for name, size in sorted(self.activation_bytes.items())[::-1]
         ]
         time = "the shards are not there: build them to see hours"
-        if self.hours is not None:
+        if self.hours is not None and self.seconds_per_epoch is not None:
             time = (
-                f"{self.steps:,} steps of {self.seconds_per_step:.2f} s, {self.evaluations} evaluations: "
-                f"{hours(self.seconds_per_epoch / 3600)} an epoch, {hours(self.hours)} in all"
+                f"{self.steps:,} steps of {self.seconds_per_step:.2f} s, {self.evaluations} "
+                f"evaluations: {hours(self.seconds_per_epoch / 3600)} an epoch, "
+                f"{hours(self.hours)} in all"
             )
+        parameters = [f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items()]
         largest = {0: "none fits", None: "not looked for"}.get(
             self.largest_micro_batch, self.largest_micro_batch
         )
         launched = f" by {self.launch}" if self.launch else ""
         lines = [
-            f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{launched}, {self.precision}; all "
-            f"figures are {self.status}, none was measured",
+            f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{launched}, "
+            f"{self.precision}; all figures are {self.status}, none was measured",
             "",
             f"| part (at the peak: {self.peak_is_in}) | GB |",
             "|---|---|",
@@ -117,15 +122,15 @@ class Plan:
             ),
             f"| **{self.tightest[0]}** decides | **{self.verdict}** |",
             "",
-            f"- parameters: {', '.join(f'{name} {count / 1e6:.1f} M' for name, count in self.parameters.items())}; "
+            f"- parameters: {', '.join(parameters)}; "
             f"{self.trained_parameters / 1e6:.1f} M of them are trained",
             f"- activations of a micro-batch of {self.micro_batch}: {', '.join(activations)}; "
             f"logits {gb(self.logits_bytes)}",
             f"- largest micro-batch: {largest}",
-            f"- needs {gb(self.host_bytes)} of main memory, all processes of a machine together; checkpoints on disk: "
-            f"{gb(self.disk_bytes)}",
-            f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of the device's speed "
-            "assumed",
+            f"- needs {gb(self.host_bytes)} of main memory, all processes of a machine together; "
+            f"checkpoints on disk: {gb(self.disk_bytes)}",
+            f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of "
+            "the device's speed assumed",
         ]
         lines += [f"- {note}" for note in self.notes]
         return "\n".join(
@@ -134,7 +139,7 @@ class Plan:
 
 
 def tightest(limits: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:
-    """Of the kinds of memory the one of which the largest share is needed: its name, bytes needed,
+    """Returns the kind of memory of which the largest share is needed: its name, bytes needed,
     bytes usable.
     """
     what, (needed, limit) = max(limits.items(), key=lambda item: item[1][0] / item[1][1])

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -90,9 +91,8 @@ class Skeleton:
             _materialise(self.model)
         if self.on_gpu:
             for module in self.model.modules():
-                if isinstance(
-                    module, nn.LayerNorm
-                ):  # CUDA's autocast computes these in fp32, the CPU's does not
+                # CUDA's autocast computes these in fp32, the CPU's does not.
+                if isinstance(module, nn.LayerNorm):
                     module.register_forward_pre_hook(
                         lambda _, inputs: tuple(x.float() for x in inputs)
                     )
@@ -108,13 +108,12 @@ class Skeleton:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """How many weights each part has; two of a 4-bit layer's share a byte."""
+        """Returns how many weights each part has; two of a 4-bit layer's share a byte."""
         packed = {id(layer.weight) for layer in quantised_layers(self.model)}
-        count = {
+        return {
             name: sum(p.numel() * (1 + (id(p) in packed)) for p in part.parameters())
             for name, part in self.model.parts.items()
         }
-        return count
 
     def run(
         self,
@@ -125,12 +124,12 @@ class Skeleton:
         gradients_held: bool,
         backward: bool = True,
     ) -> Pass:
-        """One micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's buckets,
-        are there already.
+        """Runs one micro-batch. `gradients_held`: those of earlier micro-batches, or of DDP's
+        buckets, are there already.
 
         Without `backward`, `saved` alone is whole.
         """
-        lm = self.model.lm.base  # the method's name changed in transformers 5
+        lm: Any = self.model.lm.base  # the method's name changed in transformers 5
         (
             getattr(lm, "activation_checkpointing_disable", None)
             or lm.gradient_checkpointing_disable
@@ -166,8 +165,8 @@ class Skeleton:
 
 
 def weights(model: VisionLanguageModel) -> Counter[str]:
-    """Bytes of parameters and buffers by part, of a real model or a skeleton; a tensor that is
-    shared counts once.
+    """Returns the bytes of parameters and buffers by part, of a real model or a skeleton; a tensor
+    that is shared counts once.
     """
     parts: Counter[str] = Counter()
     packed = {id(layer.weight): layer for layer in quantised_layers(model)}
@@ -190,9 +189,9 @@ def _part(name: str, packed: bool) -> str:
     return "embeddings and lm_head" if name.endswith(EMBEDDINGS) else "LM other"
 
 
-def _constants(layer: nn.Module) -> int:
-    """Of NF4 with double quantisation: a byte a block of 64 weights, a float for 256 of these, an
-    offset, 2 codes.
+def _constants(layer: Any) -> int:
+    """Returns the bytes that NF4 with double quantisation keeps beside a layer's weights: a byte a
+    block of 64 weights, a float for 256 of these, an offset, 2 codes.
     """
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
@@ -204,8 +203,8 @@ def _constants(layer: nn.Module) -> int:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without Python's garbage collector, whose moments are chance: equal runs give equal bytes,
-    and sooner.
+    """Switches off Python's garbage collector, whose moments are chance: equal runs give equal
+    bytes, and sooner.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -217,11 +216,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
-    """A batch of these sizes as the collator lays it out, on the current default device."""
-    contexts, targets = (
-        max(1, round(images * sizes.contexts)),
-        max(1, round(images * sizes.targets)),
-    )
+    """Returns a batch of these sizes as the collator lays it out, on the current default device."""
+    contexts = max(1, round(images * sizes.contexts))
+    targets = max(1, round(images * sizes.targets))
     pixels_IHW3 = torch.zeros(
         images, encoder["image_size"], encoder["image_size"], 3, dtype=torch.uint8
     )
@@ -251,38 +248,39 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
 
 
 def _materialise(model: nn.Module) -> None:
-    """Fake tensors in the place of meta tensors; a 4-bit layer gets packed weights and a forward of
-    its own.
+    """Puts fake tensors in the place of meta tensors; a 4-bit layer gets packed weights and a
+    forward of its own.
     """
-    packed, made = set(map(id, quantised_layers(model))), {}
+    packed = set(map(id, quantised_layers(model)))
+    made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name, old in [*module._parameters.items(), *module._buffers.items()]:
-            if old is None:
-                continue
-            if id(old) not in made:
-                four_bit = id(module) in packed and name == "weight"
-                shape, dtype = (
-                    ((-(-old.numel() // 2), 1), torch.uint8) if four_bit else (old.shape, old.dtype)
-                )
-                new = torch.empty(shape, dtype=dtype)
-                made[id(old)] = (
-                    nn.Parameter(new, old.requires_grad) if name in module._parameters else new
-                )
-            (module._parameters if name in module._parameters else module._buffers)[name] = made[
-                id(old)
-            ]
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    if id(module) in packed and name == "weight":
+                        new = torch.empty((-(-old.numel() // 2), 1), dtype=torch.uint8)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, old.requires_grad)
+                    made[id(old)] = new
+                tensors[name] = made[id(old)]
         if id(module) in packed:
             module.forward = MethodType(_forward_4bit, module)
 
 
-def _forward_4bit(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """As bitsandbytes' Linear4bit: in the compute dtype, and back."""
+def _forward_4bit(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Computes as bitsandbytes' Linear4bit does: in the compute dtype, and back."""
     shape = (module.out_features, module.in_features)
     return _Product4bit.apply(x.to(module.compute_dtype), shape).to(x.dtype)
 
 
 class _Product4bit(torch.autograd.Function):
-    """As bitsandbytes' MatMul4Bit: the weight is made anew in each direction, and nothing is saved."""
+    """The product of bitsandbytes' MatMul4Bit: the weight is made anew in each direction, and
+    nothing is saved.
+    """
 
     @staticmethod
     def forward(ctx, x, shape):
@@ -305,7 +303,10 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, model: VisionLanguageModel, kept: float, rounding: int):
         super().__init__()
-        self.kept, self.vocabulary, self.rounding = kept, model.lm.base.config.vocab_size, rounding
+        base: Any = model.lm.base
+        self.kept = kept
+        self.vocabulary = base.config.vocab_size
+        self.rounding = rounding
         self.alive: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
@@ -344,7 +345,7 @@ class _Meter(TorchDispatchMode):
         return max(1, math.ceil(mask.numel() * self.kept))
 
     def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """A mask as the lists of positions that indexing makes of it."""
+        """Returns a mask as the lists of positions that indexing makes of it."""
         if index is None or index.dtype != torch.bool:
             return [index]
         return [index.new_empty(self._true(index), dtype=torch.long) for _ in range(index.ndim)]
@@ -357,7 +358,7 @@ class _Meter(TorchDispatchMode):
             size = -(-storage.nbytes() // self.rounding) * self.rounding
             wide = kind == "temporaries" and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
             held = _Held("logits" if wide else kind, size)
-            held.ends = weakref.ref(storage, lambda _, key=key: self._gone(key))
+            held.ends = weakref.ref(storage, partial(self._gone, key))
             self._known[key] = held
             self.alive[held.kind] += size
             self._total += size
@@ -365,7 +366,7 @@ class _Meter(TorchDispatchMode):
         if self._total > self._most:
             self._most, self.peak = self._total, dict(self.alive)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: object) -> None:
         held = self._known.pop(key)
         self.alive[held.kind] -= held.bytes
         self._total -= held.bytes
@@ -389,6 +390,7 @@ class _Meter(TorchDispatchMode):
 
     def gradient(self, parameter: torch.Tensor) -> None:
         """A hook for gradients as they come to lie in `grad`."""
+        assert parameter.grad is not None  # torch calls the hook when it has been accumulated
         if held := self._known.get(id(parameter.grad.untyped_storage())):
             self._rename(held, "gradients")
 

@@ -36,17 +36,16 @@ class Sizes:
     targets: float  # per image
     prompt_tokens: int
     target_tokens: int
-    kept: (
-        float  # share of the target positions that are not padding: logits are made for these alone
-    )
-    lengths: tuple[
-        int, ...
-    ] = ()  # of all targets that were looked at, in ascending order; (): all as the longest
+    # share of the target positions that are not padding: logits are made for these alone
+    kept: float
+    # of all targets that were looked at, in ascending order; (): all as the longest
+    lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
-        """Those of one batch."""
-        contexts, targets = len(batch.prompt_ids_CL), len(batch.labels_TL)
+        """Returns those of one batch."""
+        contexts = len(batch.prompt_ids_CL)
+        targets = len(batch.labels_TL)
         counts_TL = batch.weight_TL != 0
         longest = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
         lengths = tuple(sorted(counts_TL.sum(dim=1).tolist()))
@@ -59,8 +58,8 @@ class Sizes:
         )
 
     def groups(self, targets: int) -> tuple[tuple[list[int], int], ...]:
-        """How the collator groups as many targets whose lengths are spread as those that were
-        looked at.
+        """Returns how the collator groups as many targets whose lengths are spread as those that
+        were looked at.
         """
         if not self.lengths:
             return ()
@@ -81,7 +80,9 @@ class Workload:
 
 
 def workload(config: Config) -> Workload:
-    """Raises ShardError for a set that is there and cannot be used."""
+    """Returns how much a config's run has to do. Raises ShardError for a set that is there and
+    cannot be used.
+    """
     sizes = Sizes(
         contexts := config.data.texts_per_image or TEXTS_UNKNOWN,
         contexts,
@@ -96,7 +97,8 @@ def workload(config: Config) -> Workload:
         return Workload(sizes, None, None, f"{assumed}: {error}")
     if not sets or len(sets) < len(config.data.train):
         return Workload(sizes, None, None, f"{assumed}: the shards are not on this machine")
-    data, weights = config.data, [each.weight for each in config.data.train]
+    data = config.data
+    weights = [each.weight or 0.0 for each in data.train]
     loader = Loader(
         [each.path for each in data.train],
         weights if any(weights) else None,
@@ -114,7 +116,8 @@ def workload(config: Config) -> Workload:
         )
     collate = Collator(tokenizer, data, config.prompts, config.seed)
     quiet = logging.getLogger("harness.data.collate")
-    level, seen = quiet.level, quiet.setLevel(logging.ERROR)
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
     seen = collate([sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))])
     quiet.setLevel(level)
     if seen is None:
@@ -136,7 +139,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _samples(manifest: Manifest, count: int) -> list[Sample]:
-    """Records spread evenly over a set, without their images."""
+    """Returns records spread evenly over a set, without their images."""
     reader = Reader(manifest)
     places = np.unique(
         np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int)
