@@ -20,7 +20,7 @@ import numpy as np
 from harness.config.schema import EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
-from harness.evaluate.measures import SCORES
+from harness.evaluate.measures import TASKS
 from harness.tracking.journal import METRICS
 from shards.cache import Cache
 from shards.read import records
@@ -106,7 +106,7 @@ def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Obser
             points_S = [points(task, texts, answered[child]) for child in children]
             sums = [np.bincount(image_of_text, points, len(images)) for points in points_S]
             known = [scores[child]["tasks"][task] for child in children]
-            gap = f"{SCORES[task][0]}_gap"
+            gap = f"{TASKS[task].measure}_gap"
             gaps = [one[gap] * POINT[task] for one in known if one.get(gap) is not None]
             made.append(
                 Observed(
@@ -138,7 +138,7 @@ def points(
     """The score of each text: VQA accuracy in percent, or CIDEr-D with the document frequencies of
     this test set.
     """
-    each = SCORES[task][1](
+    each = TASKS[task].scores(
         [answers[i] for i in texts], [text.targets for _, text in texts.values()]
     )
     unit = 100 * POINT[task]

@@ -19,6 +19,7 @@ import numpy as np
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
+from harness.evaluate.measures import TASKS
 from shards.files import is_remote
 from shards.read import records
 
@@ -123,7 +124,8 @@ def runs(
     truths, references = _test_texts(data or evaluated[0][1])
     found = {}
     for task, asked, compare in (("vqa", truths, answers), ("caption", references, descriptions)):
-        a, b = (said(folder, task) for folder, _ in evaluated)
+        a = said(evaluated[0][0], task)
+        b = said(evaluated[1][0], task)
         if asked and a and b:
             found[task] = compare(a, b, asked)
     if not found:
@@ -144,10 +146,11 @@ def _evaluated(run: Path) -> tuple[Path, list[str]]:
 
 
 def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tuple[str, ...]]]:
-    """Of every set: its questions, and the captions of its images, by an id that is unique over the
-    sets.
+    """Returns the questions of all sets, and the captions of their images, by an id that is unique
+    over the sets.
     """
-    truths, references = [], {}
+    truths: list[vqa.VQATruth] = []
+    references: dict[str, tuple[str, ...]] = {}
     for path in paths:
         if is_remote(path) or not Path(path).exists():
             where = "remote" if is_remote(path) else "gone"
@@ -166,14 +169,12 @@ def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tup
 
 
 def said(folder: Path, task: str) -> dict[str, str]:
-    """Of the result files that an evaluation left: DATASET_SPLIT/ID -> answer or caption. Raises
-    ScoreError.
+    """Returns DATASET_SPLIT/ID -> answer or caption, of the result files that an evaluation left.
+
+    Raises ScoreError.
     """
-    kind, read = (
-        ("_answers.json", vqa.read_results)
-        if task == "vqa"
-        else ("_captions.json", captions.read_caption_results)
-    )
+    kind = f"_{TASKS[task].files}.json"
+    read = TASKS[task].read
     files = sorted(folder.glob(f"*{kind}"))
     return {
         f"{file.name.removesuffix(kind)}/{i}": text

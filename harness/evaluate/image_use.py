@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.schema import DecodingConfig, EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import Interval, ratio
-from harness.evaluate.measures import SCORES
+from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction, select
 from harness.model.batch import Batch
 
@@ -249,7 +249,8 @@ class Gate:
         change_C = np.array([row.nats["shuffled"] - row.nats["true"] for row in rows])
         loss_gap = None if np.isnan(change_C).any() else gap(change_C, weight_C)
         loss_moved = float(np.abs(change_C).sum() / weight_C.sum())
-        measure, score = SCORES[self.task]
+        measure = TASKS[self.task].measure
+        score = TASKS[self.task].scores
         truths = [row.prediction.references for row in rows]
         score_C = {
             name: np.array(score([row.said[name] for row in rows], truths)) for name in rows[0].said
