@@ -18,7 +18,7 @@ import numpy as np
 
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
-from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
+from harness.evaluate.bootstrap import Interval, image_rows, percentile, resampled_sums
 from harness.evaluate.measures import TASKS
 from shards.files import is_remote
 from shards.read import records
@@ -45,19 +45,13 @@ def answers(
     """VQA accuracy in percent."""
     common = [truth for truth in truths if truth.question_id in a and truth.question_id in b]
     _need(common, "question")
-    row_of = {
-        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth in common))
-    }
-    row_C = [row_of[truth.image_id] for truth in common]
+    row_C = image_rows(truth.image_id for truth in common)
     grades_2C = [
         [vqa.accuracy(said[truth.question_id], truth.answers) for truth in common]
         for said in (a, b)
     ]
     sums_IK = np.stack(
-        [
-            np.bincount(row_C, weights, len(row_of))
-            for weights in (*grades_2C, np.ones(len(common)))
-        ],
+        [np.bincount(row_C, weights) for weights in (*grades_2C, np.ones(len(common)))],
         1,
     )
 
@@ -70,7 +64,9 @@ def answers(
 def descriptions(
     a: Mapping[str, str], b: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, Compared]:
-    """BLEU, ROUGE-L and CIDEr-D; document frequencies are those of the images that both described."""
+    """Returns BLEU, ROUGE-L and CIDEr-D; document frequencies are those of the images that both
+    described.
+    """
     common = {image: texts for image, texts in references.items() if image in a and image in b}
     _need(common, "image")
     scores = [captions.score({image: said[image] for image in common}, common) for said in (a, b)]
@@ -87,7 +83,8 @@ def descriptions(
 def _need(common: Any, what: str) -> None:
     if not common:
         raise ConfigError(
-            f"A and B have no {what} in common that the references hold too: nothing can be compared"
+            f"A and B have no {what} in common that the references hold too: "
+            "nothing can be compared"
         )
 
 
@@ -130,7 +127,8 @@ def runs(
             found[task] = compare(a, b, asked)
     if not found:
         raise ConfigError(
-            f"{run_a} and {run_b} have no task in common on these test sets: nothing can be compared"
+            f"{run_a} and {run_b} have no task in common on these test sets: "
+            "nothing can be compared"
         )
     return found
 
@@ -155,7 +153,8 @@ def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tup
         if is_remote(path) or not Path(path).exists():
             where = "remote" if is_remote(path) else "gone"
             raise ConfigError(
-                f"the runs were evaluated on {path}, which is {where}; give the test set with --data DIR"
+                f"the runs were evaluated on {path}, which is {where}; "
+                "give the test set with --data DIR"
             )
     for record in records(paths):
         of_set = f"{record.dataset}_{record.split}"

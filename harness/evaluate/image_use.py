@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.config.schema import DecodingConfig, EvaluationConfig
 from harness.evaluate import vqa
-from harness.evaluate.bootstrap import Interval, ratio
+from harness.evaluate.bootstrap import Interval, image_rows, ratio
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction, select
 from harness.model.batch import Batch
@@ -77,7 +77,9 @@ class ImageUse:
         """
         flat = asdict(self)
         flat["loss_moved_nats"] = flat.pop("loss_moved")
-        losses, scores, measure = flat.pop("loss_nats"), flat.pop("scores"), flat.pop("measure")
+        losses = flat.pop("loss_nats")
+        scores = flat.pop("scores")
+        measure = flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
         flat |= {
             f"{name}_{measure}": scores.get(name)
@@ -283,11 +285,9 @@ class Gate:
 
     def _gap(self, difference_C: np.ndarray, per_C: np.ndarray) -> Interval:
         """Returns sum(difference) / sum(per) with its interval over images."""
-        order = dict.fromkeys(row.image for row in self._rows)
-        index_of = {image: i for i, image in enumerate(order)}
-        image_C = np.array([index_of[row.image] for row in self._rows])
-        sums_I = np.bincount(image_C, difference_C, len(index_of))
-        per_I = np.bincount(image_C, per_C, len(index_of))
+        row_C = image_rows(row.image for row in self._rows)
+        sums_I = np.bincount(row_C, difference_C)
+        per_I = np.bincount(row_C, per_C)
         return ratio(sums_I, per_I, self.config.bootstrap, self.config.confidence)
 
     def _scores(self) -> dict[str, np.ndarray]:
@@ -460,17 +460,19 @@ def causes_of_collapse(
     behind_TL = (
         is_eos_TL.cumsum(dim=1) - is_eos_TL.int() > 0
     )  # behind the first EOS of a row: padding
-    total, causes = float(weight_TL.sum()), []
+    total = float(weight_TL.sum())
+    causes: list[str] = []
     if not total:
         return causes
     if (padding := float(weight_TL[behind_TL].sum()) / total) > 0:
         causes.append(
-            f"{padding:.0%} of the weight of the labels lies on padding behind the first EOS, which must weigh nothing "
-            "(data.loss_on_padding)"
+            f"{padding:.0%} of the weight of the labels lies on padding behind the first EOS, "
+            "which must weigh nothing (data.loss_on_padding)"
         )
     if starting := int((is_eos_TL[:, 0] & (weight_TL[:, 0] > 0)).sum()):
         causes.append(
-            f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is right"
+            f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is "
+            "right"
         )
     if bos_in_generation_only:
         causes.append(

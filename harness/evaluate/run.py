@@ -77,12 +77,8 @@ def evaluate_model(
         quarantine=quarantine,
         **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
     )
-    as_trained = None
-    if collate is None:
-        collate = Collator(model.tokenizer, config.data, config.prompts, training=False)
-        as_trained = Collator(
-            model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
-        )
+    as_trained = None if collate else _collator_of_training(model, config)
+    collate = collate or Collator(model.tokenizer, config.data, config.prompts, training=False)
     known = trained_on(config, loader.manifests)
     collected = _Pass(model, config, counterfactual_texts, known, epochs)
     evaluation = collected.evaluation
@@ -104,6 +100,12 @@ def evaluate_model(
     for task in evaluation.tasks:
         collected.score(task, majority, text_only_accuracy)
     return evaluation
+
+
+def _collator_of_training(model: Any, config: Config) -> Collator:
+    return Collator(
+        model.tokenizer, config.data, config.prompts, config.seed, config.train.eos_loss_weight
+    )
 
 
 @dataclass

@@ -25,6 +25,7 @@ from harness.evaluate.bootstrap import (
     RESAMPLES,
     SEED,
     Interval,
+    image_rows,
     percentile,
     resampled_sums,
 )
@@ -138,10 +139,8 @@ def graded(
     """
     truths = list(truths)
     counts = Counter(truth.question_id for truth in truths)
-    twice, extra = (
-        [i for i, n in counts.items() if n > 1],
-        [i for i in predictions if i not in counts],
-    )
+    twice = [i for i, n in counts.items() if n > 1]
+    extra = [i for i in predictions if i not in counts]
     missing = [i for i in counts if i not in predictions]
     refuse("the annotations hold question id", twice, "twice; each question may occur once")
     refuse(
@@ -158,7 +157,8 @@ def graded(
 def score(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> VQAScores:
     """The official figures of one answer per question; raises what `graded` raises."""
     grades = graded(predictions, truths)
-    by_answer, by_question = defaultdict(list), defaultdict(list)
+    by_answer: dict[str, list[float]] = defaultdict(list)
+    by_question: dict[str, list[float]] = defaultdict(list)
     for truth, value in grades:
         if truth.answer_type is not None:
             by_answer[truth.answer_type].append(value)
@@ -178,14 +178,12 @@ def intervals(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """`score`'s figures of what `graded` returned, each an Interval over images, the bounds rounded
-    likewise:
-    {"overall": Interval, "per_answer_type": {name: Interval}, "per_question_type": {name: Interval}}.
+    """Returns `score`'s figures of what `graded` returned, each an Interval over images, the bounds
+    rounded likewise: {"overall": Interval, "per_answer_type": {name: Interval},
+    "per_question_type": {name: Interval}}.
     """
-    row_of = {
-        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth, _ in grades))
-    }
-    row_C = np.array([row_of[truth.image_id] for truth, _ in grades])
+    row_C = image_rows(truth.image_id for truth, _ in grades)
+    images = row_C.max() + 1
     value_C = np.array([value for _, value in grades])
 
     def intervals_of(name_C: Sequence[str | None]) -> dict[str, Interval]:
@@ -193,12 +191,12 @@ def intervals(
             name: column
             for column, name in enumerate(dict.fromkeys(n for n in name_C if n is not None))
         }
-        sums_I2K = np.zeros((len(row_of), 2, len(column_of)))
+        sums_I2K = np.zeros((images, 2, len(column_of)))
         known_C = np.array([name is not None for name in name_C])
         column_C = np.array([column_of[name] for name in name_C if name is not None], int)
         np.add.at(sums_I2K[:, 0], (row_C[known_C], column_C), value_C[known_C])
         np.add.at(sums_I2K[:, 1], (row_C[known_C], column_C), 1)
-        sums_R2K = resampled_sums(sums_I2K.reshape(len(row_of), -1), resamples, seed).reshape(
+        sums_R2K = resampled_sums(sums_I2K.reshape(images, -1), resamples, seed).reshape(
             resamples, *sums_I2K[0].shape
         )
         with np.errstate(invalid="ignore"):
@@ -283,7 +281,8 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
         raise ScoreError(
             f'{annotations} is not an official file of "annotations": {error!r}'
         ) from error
-    known, held = Counter(asked), {truth.question_id: truth for truth in truths}
+    known = Counter(asked)
+    held = {truth.question_id for truth in truths}
     refuse(
         f"{questions} asks question id", [i for i, n in known.items() if n > 1], "more than once"
     )
