@@ -49,7 +49,7 @@ class Interval:
 
 
 def image_rows(image_C: Iterable[Hashable]) -> np.ndarray:
-    """Returns row_C: the images of the texts, numbered in the order of their first text."""
+    """Returns row_C: the image of each text, numbered in the order of their first texts."""
     row_of: dict[Hashable, int] = {}
     return np.array([row_of.setdefault(image, len(row_of)) for image in image_C], int)
 

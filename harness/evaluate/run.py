@@ -59,24 +59,18 @@ def evaluate_model(
     collate: Collator | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
 ) -> Evaluation:
-    """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval
-    mode.
+    """Scores `model` on the sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `limit`: so many images, the first of a seeded order that no config changes; the gate takes the
-    first `counterfactual_texts` texts of each task in it, none: as many as the config says.
+    `limit`: so many images, the first of a seeded order that no config changes; the gate takes
+    the first `counterfactual_texts` texts of each task in it, none: as many as the config says.
     `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
-    `controls_of` are another's that reads images otherwise (published.py). One process does it all.
-    Raises ShardError.
+    `controls_of` read images otherwise (published.py). One process does it all. Raises
+    ShardError.
     """
     settings = config.evaluation
     if counterfactual_texts is None:
         counterfactual_texts = settings.counterfactual_texts
-    loader = Loader(
-        list(paths),
-        global_batch=settings.batch_images,
-        quarantine=quarantine,
-        **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
-    )
+    loader = _loader(paths, config, quarantine, decode)
     as_trained = None if collate else _collator_of_training(model, config)
     collate = collate or Collator(model.tokenizer, config.data, config.prompts, training=False)
     known = trained_on(config, loader.manifests)
@@ -85,7 +79,6 @@ def evaluate_model(
     images = min(loader.samples, limit or loader.samples)
     model.eval()
     for samples, in_gate in _chunks(loader, images, counterfactual_texts, settings.batch_images):
-        evaluation.images += len(samples)
         collected.note_places(samples)
         if (batch := collate(samples)) is not None:
             batch = batch.to(next(model.parameters()).device)
@@ -100,6 +93,20 @@ def evaluate_model(
     for task in evaluation.tasks:
         collected.score(task, majority, text_only_accuracy)
     return evaluation
+
+
+def _loader(
+    paths: Sequence[str],
+    config: Config,
+    quarantine: Path | None,
+    decode: Callable[[Sample], Any] | None,
+) -> Loader:
+    return Loader(
+        list(paths),
+        global_batch=config.evaluation.batch_images,
+        quarantine=quarantine,
+        **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
+    )
 
 
 def _collator_of_training(model: Any, config: Config) -> Collator:
@@ -122,8 +129,11 @@ class _Pass:
     gates: dict[str, Gate] = field(default_factory=dict)
     place: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
 
-    def note_places(self, samples: Iterable[Sample]) -> None:
-        """Remembers where in its set each image stands: predictions are written in that order."""
+    def note_places(self, samples: Sequence[Sample]) -> None:
+        """Counts images, and remembers where in its set each stands: predictions are written in
+        that order.
+        """
+        self.evaluation.images += len(samples)
         for s in samples:
             assert s.record is not None  # _chunks leaves out what could not be read
             place = (s.set_index, s.index)
