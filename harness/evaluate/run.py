@@ -59,7 +59,7 @@ def evaluate_model(
     collate: Collator | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
 ) -> Evaluation:
-    """Scores `model` on the sets of one kind in `paths`, images or features; leaves it in eval mode.
+    """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
     `limit`: so many images, the first of a seeded order that no config changes; the gate takes
     the first `counterfactual_texts` texts of each task in it, none: as many as the config says.
