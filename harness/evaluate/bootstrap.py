@@ -83,7 +83,7 @@ def percentile(
 
 
 def ratio(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: float) -> Interval:
-    """Returns the interval of sum(sums) / sum(per), by bootstrap: images differ in texts and tokens."""
+    """Returns the interval of sum(sums) / sum(per): a bootstrap, as images differ in texts."""
     sums_R2 = resampled_sums(np.stack([sums_I, per_I], axis=1), resamples)
     with np.errstate(invalid="ignore"):
         ratios_R = sums_R2[:, 0] / sums_R2[:, 1]
