@@ -165,7 +165,8 @@ def check_same_settings(out: Path, earlier: dict[str, Any], now: dict[str, Any])
         is_place = key in ("out", "model.lm.id") or key.endswith(".path")
         if not is_place and earlier.get(key) != now.get(key):
             raise ConfigError(
-                f"{out} is a demo with {key} {earlier.get(key)!r}, and {now.get(key)!r} is asked for: "
+                f"{out} is a demo with {key} {earlier.get(key)!r}, and {now.get(key)!r} is asked "
+                "for: "
                 "remove it, or choose another folder with --out"
             )
 
@@ -271,7 +272,8 @@ def train(out: Path) -> None:
     processes = gpus() or min(2, os.cpu_count() or 1)
     if code := launch([str(out / CONFIG), "--resume", "auto"], processes):
         raise ConfigError(
-            f"the training ended with exit code {code}; what it said stands above; the same command goes on with it"
+            f"the training ended with exit code {code}; what it said stands above; the same "
+            "command goes on with it"
         )
 
 
@@ -301,10 +303,8 @@ def resources() -> dict[str, float]:
     """CPU seconds of this process and all it started, and the largest memory that any of them held
     at one time.
     """
-    own, others = (
-        resource.getrusage(resource.RUSAGE_SELF),
-        resource.getrusage(resource.RUSAGE_CHILDREN),
-    )
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in (own, others)),
         "peak_rss_mb": max(own.ru_maxrss, others.ru_maxrss) / 1024,

@@ -36,10 +36,9 @@ def explain(error: BaseException) -> str | None:
     is_told = isinstance(error, ConfigError | GuardError | OSError)
     if is_told or getattr(error, "is_for_user", False):
         return " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        if extra := EXTRA_OF.get(error.name.partition(".")[0]):
-            return f"{error.name} is not installed: {install_command(extra)}"
-    return None
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    extra = EXTRA_OF.get(missing.partition(".")[0])
+    return f"{missing} is not installed: {install_command(extra)}" if extra else None
 
 
 def install_command(extra: str) -> str:

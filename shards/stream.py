@@ -104,7 +104,10 @@ class Order:
         self.sizes = np.asarray(samples_per_shard, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.samples = int(self.starts[-1])
-        self.seed, self.salt, self.window_shards, self.shuffle = seed, salt, window_shards, shuffle
+        self.seed = seed
+        self.salt = salt
+        self.window_shards = window_shards
+        self.shuffle = shuffle
         self._epoch: int | None = None
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 

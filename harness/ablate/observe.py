@@ -20,7 +20,7 @@ from harness.ablate.experiment import SCORES, Child, Variant
 from harness.config.schema import EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
-from harness.evaluate.measures import SCORES as MEASURES
+from harness.evaluate.measures import TASKS
 from harness.tracking.journal import METRICS
 from shards.cache import Cache
 from shards.read import records
@@ -91,7 +91,7 @@ def observe_task(
     truths = [text.targets for _, text in texts.values()]
     image_of_text = np.unique([image for image, _ in texts.values()], return_inverse=True)[1]
     texts_I = np.bincount(image_of_text).astype(float)
-    score = MEASURES[task][1]
+    score = TASKS[task].scores
     found: dict[str, Observed] = {}
     for child, given in answers.items():
         new = Observed(child.variant, task, paths, asked, texts_I, {}, [], given)
@@ -130,7 +130,7 @@ def row_of(
     """Returns what report.json and the tables say of one variant and task."""
     scores_SI = np.array(list(one.scores_I.values()))
     claim, difference = held(one, variant, observed, settings)
-    gap = f"{MEASURES[one.task][0]}_gap"  # in points, hundredths of the measure
+    gap = f"{TASKS[one.task].measure}_gap"  # in points, hundredths of the measure
     gaps = [known[gap] for known in one.evaluations if known.get(gap) is not None]
     verdicts = Counter(known.get("verdict") or "no verdict" for known in one.evaluations)
     texts = one.texts_I.sum()

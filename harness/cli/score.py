@@ -32,7 +32,8 @@ References = Annotated[Path | None, typer.Option(help="COCO caption annotations.
 
 @app.command(
     "vqa",
-    epilog="Example: harness score vqa --predictions r.json --questions q.json --annotations a.json",
+    epilog="Example: harness score vqa --predictions r.json --questions q.json "
+    "--annotations a.json",
 )
 def score_vqa(
     predictions: Predictions,
@@ -78,7 +79,8 @@ def score_captions(
     """BLEU, ROUGE-L and CIDEr-D, as pycocoevalcap gives them, without Java."""
     from harness.evaluate import captions
 
-    said, wanted = captions.read_caption_results(predictions), captions.read_references(references)
+    said = captions.read_caption_results(predictions)
+    wanted = captions.read_references(references)
     if partial:
         described = {image: texts for image, texts in wanted.items() if image in said}
         if left := len(wanted) - len(described):

@@ -226,7 +226,8 @@ def _build(
 
 def _summary(summary: Summary) -> str:
     lines = [
-        f"{summary.out}/{split}: {n['records']:,} records, {n['texts']:,} texts, {n['targets']:,} targets, "
+        f"{summary.out}/{split}: {n['records']:,} records, {n['texts']:,} texts, "
+        f"{n['targets']:,} targets, "
         f"{n['bytes'] / 1e6:,.1f} MB"
         for split, n in summary.splits.items()
     ]

@@ -49,7 +49,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: is not YAML: {why}") from error
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, model"
+            f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, "
+            "model"
         )
     return document
 
@@ -77,7 +78,9 @@ def validated(
 
 
 def parse_override(override: str) -> tuple[list[str], Any]:
-    """`train.epochs=2` -> (["train", "epochs"], 2); the value is read as YAML. Raises ConfigError."""
+    """`train.epochs=2` -> (["train", "epochs"], 2); the value is read as YAML. Raises
+    ConfigError.
+    """
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -99,7 +102,8 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
         parts, value = parse_override(override)
         at: Any = changed
         for depth, part in enumerate(parts):
-            where, last = ".".join(parts[:depth]), depth == len(parts) - 1
+            where = ".".join(parts[:depth])
+            last = depth == len(parts) - 1
             if isinstance(at, list):
                 if not part.isdecimal() or int(part) >= len(at):
                     expected = f"a list of {len(at)}, found {part!r}, expected a position in it"
@@ -142,7 +146,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def find(path: str | Path, folder: str = "configs") -> Path:
-    """A YAML file by its path, or a shipped one of `folder` by its bare name. Raises ConfigError."""
+    """A YAML file by its path, or a shipped one of `folder` by its bare name. Raises
+    ConfigError.
+    """
     file = Path(path)
     if file.is_file():
         return file

@@ -1,4 +1,6 @@
-"""What a wrong key or value of a config is told: the dotted key, what was found, what is expected."""
+"""What a wrong key or value of a config is told: the dotted key, what was found, what is
+expected.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def _explain(error: ValidationError, root: type[Section]) -> tuple[str, str]:
 
 def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:
     if problem["type"] == "model_type":
-        return f"a section with keys such as {', '.join(list(_section_at(problem['loc'], root).model_fields)[:3])}"
+        return (
+            f"a section with keys such as "
+            f"{', '.join(list(_section_at(problem['loc'], root).model_fields)[:3])}"
+        )
     if problem["type"] == "missing":  # of a list with a fixed length
         return "one value more"
     text = problem["msg"].removeprefix("Input should be ").partition(", unable to")[0]
@@ -64,7 +69,9 @@ def _section_at(location: Sequence[str | int], root: type[Section]) -> type[Sect
 
 
 def _field_path(location: Sequence[str | int]) -> list[str | int]:
-    """A location up to where pydantic names the member of a union, such as `literal['all_linear']`."""
+    """A location up to where pydantic names the member of a union, such as
+    `literal['all_linear']`.
+    """
     return list(itertools.takewhile(lambda part: "[" not in str(part), location))
 
 

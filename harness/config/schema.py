@@ -61,7 +61,7 @@ class DataConfig(Section):
     # The first so many images of epoch 0, in every epoch; null: all of them.
     train_images: Positive | None = None
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
-    # An epoch's last global batch: short as it is, filled with the epoch's first images, or dropped.
+    # An epoch's last global batch: short as it is, filled up with its first images, or dropped.
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
     prefetch: Positive = 2  # batches read ahead per worker
@@ -206,9 +206,8 @@ class EvaluationConfig(Section):
     dev_images: Positive | None = 400  # images scored during training; null: all
     # Texts of each task on which the images are shuffled, blanked and left out.
     counterfactual_texts: Positive = 2000
-    dev_counterfactual_texts: NonNegative = (
-        400  # the same during training, where it must cost little
-    )
+    # The same during training, where it must cost little.
+    dev_counterfactual_texts: NonNegative = 400
     # Images of the dev sets for train.image_use_every: one text of each task and image.
     small_gate_images: Positive = 32
     show_images: Positive = 8  # the same images after each epoch, with what the model says

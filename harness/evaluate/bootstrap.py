@@ -8,6 +8,7 @@ an image share it and are no independent draws. Legend: I images, K sums, R resa
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,12 @@ class Interval:
         )
 
 
+def image_rows(image_C: Iterable[Hashable]) -> np.ndarray:
+    """Returns row_C: the image of each text, numbered in the order of their first texts."""
+    row_of: dict[Hashable, int] = {}
+    return np.array([row_of.setdefault(image, len(row_of)) for image in image_C], int)
+
+
 def resampled_sums(
     values_IK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
 ) -> np.ndarray:
@@ -54,7 +61,8 @@ def resampled_sums(
     paired.
     """
     images = len(values_IK)
-    rng, chance_I = np.random.default_rng(seed), np.full(images, 1 / images)
+    rng = np.random.default_rng(seed)
+    chance_I = np.full(images, 1 / images)
     rows = max(1, _CELLS // images)
     parts = [min(rows, resamples - done) for done in range(0, resamples, rows)]
     return np.concatenate(
@@ -75,7 +83,7 @@ def percentile(
 
 
 def ratio(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: float) -> Interval:
-    """Of sum(sums) / sum(per). No t interval: images have different numbers of texts and tokens."""
+    """Returns the interval of sum(sums) / sum(per): a bootstrap, as images differ in texts."""
     sums_R2 = resampled_sums(np.stack([sums_I, per_I], axis=1), resamples)
     with np.errstate(invalid="ignore"):
         ratios_R = sums_R2[:, 0] / sums_R2[:, 1]

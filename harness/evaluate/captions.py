@@ -73,12 +73,10 @@ def figures(sums_RK: np.ndarray) -> dict[str, np.ndarray]:
     BLEU is that of the corpus: ratios of sums (Papineni et al. 2002), with the two constants of
     pycocoevalcap's scorer.
     """
-    matched_RN, possible_RN, own_R, wanted_R = (
-        sums_RK[:, :4],
-        sums_RK[:, 4:8],
-        sums_RK[:, 8],
-        sums_RK[:, 9],
-    )
+    matched_RN = sums_RK[:, :4]
+    possible_RN = sums_RK[:, 4:8]
+    own_R = sums_RK[:, 8]
+    wanted_R = sums_RK[:, 9]
     precisions_RN = (matched_RN + 1e-15) / (possible_RN + 1e-9)
     brevity_R = np.exp(np.minimum(0.0, 1 - 1 / ((own_R + 1e-15) / (wanted_R + 1e-9))))
     bleu_RN = np.cumprod(precisions_RN, axis=1) ** (1 / np.arange(1, _N + 1)) * brevity_R[:, None]
@@ -208,7 +206,9 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
 
     def vector(ngrams: Ngrams) -> tuple[dict[tuple[str, ...], float], list[float], int]:
         """tf-idf weights, their norms by length of n-gram, and the number of words."""
-        weights, squares_N, words = {}, [0.0] * _N, 0
+        weights: dict[tuple[str, ...], float] = {}
+        squares_N = [0.0] * _N
+        words = 0
         for ngram, count in ngrams.items():
             weights[ngram] = weight = count * rarity.get(ngram, log_images)
             squares_N[len(ngram) - 1] += weight * weight
@@ -245,7 +245,7 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
 
 
 def read_caption_results(path: Path) -> dict[str, str]:
-    """The COCO results file `[{"image_id": ..., "caption": ...}]` -> caption by image id, as text."""
+    """Reads the COCO results file `[{"image_id": ..., "caption": ...}]`: captions by image id."""
     return read_pairs(path, "image_id", "caption", f"{path} holds image", "caption")
 
 
@@ -260,9 +260,10 @@ def read_references(path: Path) -> dict[str, list[str]]:
         unknown = []
         for annotation in document["annotations"]:
             image_id = str(annotation["image_id"])
-            found[image_id].append(
-                str(annotation["caption"])
-            ) if image_id in found else unknown.append(image_id)
+            if image_id in found:
+                found[image_id].append(str(annotation["caption"]))
+            else:
+                unknown.append(image_id)
     except (ValueError, TypeError, KeyError) as error:
         raise ScoreError(
             f'{path} is not a COCO caption file of "images" and "annotations": {error!r}'

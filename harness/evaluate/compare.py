@@ -18,7 +18,8 @@ import numpy as np
 
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
-from harness.evaluate.bootstrap import Interval, percentile, resampled_sums
+from harness.evaluate.bootstrap import Interval, image_rows, percentile, resampled_sums
+from harness.evaluate.measures import TASKS
 from shards.files import is_remote
 from shards.read import records
 
@@ -44,19 +45,13 @@ def answers(
     """VQA accuracy in percent."""
     common = [truth for truth in truths if truth.question_id in a and truth.question_id in b]
     _need(common, "question")
-    row_of = {
-        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth in common))
-    }
-    row_C = [row_of[truth.image_id] for truth in common]
+    row_C = image_rows(truth.image_id for truth in common)
     grades_2C = [
         [vqa.accuracy(said[truth.question_id], truth.answers) for truth in common]
         for said in (a, b)
     ]
     sums_IK = np.stack(
-        [
-            np.bincount(row_C, weights, len(row_of))
-            for weights in (*grades_2C, np.ones(len(common)))
-        ],
+        [np.bincount(row_C, weights) for weights in (*grades_2C, np.ones(len(common)))],
         1,
     )
 
@@ -69,7 +64,9 @@ def answers(
 def descriptions(
     a: Mapping[str, str], b: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, Compared]:
-    """BLEU, ROUGE-L and CIDEr-D; document frequencies are those of the images that both described."""
+    """Returns BLEU, ROUGE-L and CIDEr-D; document frequencies are those of the images that both
+    described.
+    """
     common = {image: texts for image, texts in references.items() if image in a and image in b}
     _need(common, "image")
     scores = [captions.score({image: said[image] for image in common}, common) for said in (a, b)]
@@ -86,7 +83,8 @@ def descriptions(
 def _need(common: Any, what: str) -> None:
     if not common:
         raise ConfigError(
-            f"A and B have no {what} in common that the references hold too: nothing can be compared"
+            f"A and B have no {what} in common that the references hold too: "
+            "nothing can be compared"
         )
 
 
@@ -123,12 +121,14 @@ def runs(
     truths, references = _test_texts(data or evaluated[0][1])
     found = {}
     for task, asked, compare in (("vqa", truths, answers), ("caption", references, descriptions)):
-        a, b = (said(folder, task) for folder, _ in evaluated)
+        a = said(evaluated[0][0], task)
+        b = said(evaluated[1][0], task)
         if asked and a and b:
             found[task] = compare(a, b, asked)
     if not found:
         raise ConfigError(
-            f"{run_a} and {run_b} have no task in common on these test sets: nothing can be compared"
+            f"{run_a} and {run_b} have no task in common on these test sets: "
+            "nothing can be compared"
         )
     return found
 
@@ -144,15 +144,17 @@ def _evaluated(run: Path) -> tuple[Path, list[str]]:
 
 
 def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tuple[str, ...]]]:
-    """Of every set: its questions, and the captions of its images, by an id that is unique over the
-    sets.
+    """Returns the questions of all sets, and the captions of their images, by an id that is unique
+    over the sets.
     """
-    truths, references = [], {}
+    truths: list[vqa.VQATruth] = []
+    references: dict[str, tuple[str, ...]] = {}
     for path in paths:
         if is_remote(path) or not Path(path).exists():
             where = "remote" if is_remote(path) else "gone"
             raise ConfigError(
-                f"the runs were evaluated on {path}, which is {where}; give the test set with --data DIR"
+                f"the runs were evaluated on {path}, which is {where}; "
+                "give the test set with --data DIR"
             )
     for record in records(paths):
         of_set = f"{record.dataset}_{record.split}"
@@ -166,14 +168,12 @@ def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tup
 
 
 def said(folder: Path, task: str) -> dict[str, str]:
-    """Of the result files that an evaluation left: DATASET_SPLIT/ID -> answer or caption. Raises
-    ScoreError.
+    """Returns DATASET_SPLIT/ID -> answer or caption, of the result files that an evaluation left.
+
+    Raises ScoreError.
     """
-    kind, read = (
-        ("_answers.json", vqa.read_results)
-        if task == "vqa"
-        else ("_captions.json", captions.read_caption_results)
-    )
+    kind = f"_{TASKS[task].files}.json"
+    read = TASKS[task].read
     files = sorted(folder.glob(f"*{kind}"))
     return {
         f"{file.name.removesuffix(kind)}/{i}": text

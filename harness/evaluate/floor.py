@@ -63,7 +63,9 @@ def _question(text: str | None) -> str:
 
 
 def training_sets(config: Config) -> Iterator[Manifest]:
-    """The local training sets; one that was moved since is left out: what it would tell is unknown."""
+    """Yields the local training sets; one that was moved since is left out: what it would tell is
+    unknown.
+    """
     for dataset in config.data.train:
         if not is_remote(dataset.path):
             with suppress(ShardError):

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.config.schema import DecodingConfig, EvaluationConfig
 from harness.evaluate import vqa
-from harness.evaluate.bootstrap import Interval, ratio
-from harness.evaluate.measures import SCORES
+from harness.evaluate.bootstrap import Interval, image_rows, ratio
+from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction, select
 from harness.model.batch import Batch
 
@@ -77,7 +77,9 @@ class ImageUse:
         """
         flat = asdict(self)
         flat["loss_moved_nats"] = flat.pop("loss_moved")
-        losses, scores, measure = flat.pop("loss_nats"), flat.pop("scores"), flat.pop("measure")
+        losses = flat.pop("loss_nats")
+        scores = flat.pop("scores")
+        measure = flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in losses.items()}
         flat |= {
             f"{name}_{measure}": scores.get(name)
@@ -235,62 +237,35 @@ class Gate:
         """The verdict on what was collected; None if that is nothing."""
         if not self._rows:
             return None
-        rows, config = self._rows, self.config
-        index_of = {image: i for i, image in enumerate(dict.fromkeys(row.image for row in rows))}
-        image_C = np.array([index_of[row.image] for row in rows])
+        rows = self._rows
+        images = {row.image for row in rows}
         weight_C = np.array([row.weight for row in rows])
-
-        def gap(difference_C: Sequence[float], per_C: np.ndarray) -> Interval:
-            sums_I, per_I = (
-                np.bincount(image_C, v, len(index_of)) for v in (np.asarray(difference_C), per_C)
-            )
-            return ratio(sums_I, per_I, config.bootstrap, config.confidence)
-
         change_C = np.array([row.nats["shuffled"] - row.nats["true"] for row in rows])
-        loss_gap = None if np.isnan(change_C).any() else gap(change_C, weight_C)
+        loss_gap = None if np.isnan(change_C).any() else self._gap(change_C, weight_C)
         loss_moved = float(np.abs(change_C).sum() / weight_C.sum())
-        measure, score = SCORES[self.task]
-        truths = [row.prediction.references for row in rows]
-        score_C = {
-            name: np.array(score([row.said[name] for row in rows], truths)) for name in rows[0].said
-        }
-        score_gap = gap(100 * (score_C["true"] - score_C["shuffled"]), np.ones(len(rows)))
+        measure = TASKS[self.task].measure
+        score_C = self._scores()
+        score_gap = self._gap(100 * (score_C["true"] - score_C["shuffled"]), np.ones(len(rows)))
         predictions = [row.prediction for row in rows]
         changed, pairs = changed_where_truth_differs(predictions)
         empty_rate = float(np.mean([not p.answer.strip() for p in predictions]))
         p_eos_first = float(np.mean([p.p_eos_first for p in predictions]))
-        trained_on = sum(image in self.trained_on for image in index_of)
+        known = sum(image in self.trained_on for image in images)
         verdict, reason = judge(
-            *(
-                loss_gap,
-                score_gap,
-                empty_rate,
-                p_eos_first,
-                len(index_of),
-                trained_on,
-                self.epochs,
-                loss_moved,
-                measure,
-            )
+            *(loss_gap, score_gap, empty_rate, p_eos_first, len(images), known, self.epochs),
+            *(loss_moved, measure),
         )
-        causes: tuple[str, ...] = ()
-        if (
-            verdict == "EOS collapse"
-            and self.training_batch
-            and (batch := self.training_batch()) is not None
-        ):
-            causes = tuple(
-                causes_of_collapse(batch, self.model.tokenizer, _bos_in_generation_only(self.model))
-            )
+        causes = self._causes() if verdict == "EOS collapse" else None
+        if causes is not None:
             reason += "; found in a batch made as in training: " + (
                 "; ".join(causes) or "none of the known causes"
             )
         return ImageUse(
             verdict=verdict,
             reason=reason,
-            causes=causes,
-            images=len(index_of),
-            trained_on=trained_on,
+            causes=causes or (),
+            images=len(images),
+            trained_on=known,
             contexts=len(rows),
             left_out=self.left_out,
             loss_nats={
@@ -307,6 +282,30 @@ class Gate:
             empty_rate=empty_rate,
             p_eos_first=p_eos_first,
         )
+
+    def _gap(self, difference_C: np.ndarray, per_C: np.ndarray) -> Interval:
+        """Returns sum(difference) / sum(per) with its interval over images."""
+        row_C = image_rows(row.image for row in self._rows)
+        sums_I = np.bincount(row_C, difference_C)
+        per_I = np.bincount(row_C, per_C)
+        return ratio(sums_I, per_I, self.config.bootstrap, self.config.confidence)
+
+    def _scores(self) -> dict[str, np.ndarray]:
+        """Returns the score of each context under each condition."""
+        truths = [row.prediction.references for row in self._rows]
+        score = TASKS[self.task].scores
+        return {
+            name: np.array(score([row.said[name] for row in self._rows], truths))
+            for name in self._rows[0].said
+        }
+
+    def _causes(self) -> tuple[str, ...] | None:
+        """Returns what a batch made as in training shows of a collapse; None without a batch."""
+        batch = self.training_batch() if self.training_batch else None
+        if batch is None:
+            return None
+        bos = _bos_in_generation_only(self.model)
+        return tuple(causes_of_collapse(batch, self.model.tokenizer, bos))
 
 
 # ---- the evidence --------------------------------------------------------------------------------
@@ -382,59 +381,71 @@ def judge(
     evidence = f"exchanging the images {raises}lowers the {measure} by {score_gap} points"
     if empty_rate > COLLAPSE or p_eos_first > COLLAPSE:
         return "EOS collapse", (
-            f"{empty_rate:.0%} of the outputs are empty and the model ends before the first word with probability "
-            f"{p_eos_first:.2f}; above {COLLAPSE:.0%} it says nothing, whatever the image"
+            f"{empty_rate:.0%} of the outputs are empty and the model ends before the first word "
+            f"with probability {p_eos_first:.2f}; above {COLLAPSE:.0%} it says nothing, whatever "
+            "the image"
         )
     if images < FEWEST_IMAGES:
-        return (
-            "not enough evidence",
-            f"{images} images are fewer than the {FEWEST_IMAGES} an interval needs; {evidence}",
+        return "not enough evidence", (
+            f"{images} images are fewer than the {FEWEST_IMAGES} an interval needs; {evidence}"
         )
     loss_used = loss_gap is not None and loss_gap.low > LOSS_MARGIN
     score_used = score_gap.low > SCORE_MARGIN
     if (loss_used or loss_gap is None) and score_used:
         if trained_on:
             return "not enough evidence", (
-                f"{trained_on} of the {images} images were trained on, and a model that knows them by heart looks as "
-                f"if it used them: test on new images; {evidence}"
+                f"{trained_on} of the {images} images were trained on, and a model that knows them "
+                f"by heart looks as if it used them: test on new images; {evidence}"
             )
-        margins = [f"{LOSS_MARGIN} nats"] * bool(loss_gap) + [f"{SCORE_MARGIN:g} points"]
-        return "image used", f"{evidence}; the lower bounds are above {' and '.join(margins)}"
-    if epochs is not None and epochs < 1:
-        return (
-            "not enough evidence",
-            f"{evidence}; after {epochs:.2g} of the first epoch it is too early to tell",
+        margins = f"{LOSS_MARGIN} nats and " if loss_gap else ""
+        return "image used", (
+            f"{evidence}; the lower bounds are above {margins}{SCORE_MARGIN:g} points"
         )
+    if epochs is not None and epochs < 1:
+        why = f"after {epochs:.2g} of the first epoch it is too early to tell"
+        return "not enough evidence", f"{evidence}; {why}"
+    bound = _bound_of_ignoring(loss_gap, score_gap)
+    if bound and not loss_used and not score_used:
+        return "image ignored", f"{evidence}; {bound}"
+    why = _doubt(loss_gap, loss_used, score_used, loss_moved, measure)
+    return "not enough evidence", f"{evidence}; {why}"
+
+
+def _bound_of_ignoring(loss_gap: Interval | None, score_gap: Interval) -> str:
+    """Says which upper bound shows that another image is as good; "" where none does."""
     if loss_gap is None:
         if score_gap.high < SCORE_MARGIN:
-            return (
-                "image ignored",
-                f"{evidence}; the upper bound is below {SCORE_MARGIN:g} points: another is as good",
-            )
-        return "not enough evidence", f"{evidence}; the model gives no loss: test on more texts"
-    if loss_gap.high < LOSS_NEGLIGIBLE and not loss_used and not score_used:
-        return (
-            "image ignored",
-            f"{evidence}; the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good",
-        )
+            return f"the upper bound is below {SCORE_MARGIN:g} points: another is as good"
+    elif loss_gap.high < LOSS_NEGLIGIBLE:
+        return f"the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
+    return ""
+
+
+def _doubt(
+    loss_gap: Interval | None, loss_used: bool, score_used: bool, loss_moved: float, measure: str
+) -> str:
+    """Says why the evidence shows neither use of the image nor that it is ignored."""
+    if loss_gap is None:
+        return "the model gives no loss: test on more texts"
     if loss_used:
-        return "not enough evidence", (
-            f"{evidence}; the loss depends on the image, but the lower bound of the {measure} gap is not above "
+        return (
+            f"the loss depends on the image, but the lower bound of the {measure} gap is not above "
             f"{SCORE_MARGIN:g} points: train longer or test on more texts"
         )
     if loss_moved > LOSS_MOVED:
-        return "not enough evidence", (
-            f"{evidence}; another image moves the loss of a text by {loss_moved:.3f} nats, in either direction: the "
-            "output follows which image it is and not what it shows (images learnt by heart, or nothing learnt yet)"
+        return (
+            f"another image moves the loss of a text by {loss_moved:.3f} nats, in either "
+            "direction: the output follows which image it is and not what it shows (images learnt "
+            "by heart, or nothing learnt yet)"
         )
     if score_used:
-        return "not enough evidence", (
-            f"{evidence}; the {measure} depends on the image, but the lower bound of the loss gap is not above "
+        return (
+            f"the {measure} depends on the image, but the lower bound of the loss gap is not above "
             f"{LOSS_MARGIN} nats: train longer or test on more texts"
         )
-    return "not enough evidence", (
-        f"{evidence}; the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} nats, "
-        "so it shows neither: train longer or test on more texts"
+    return (
+        f"the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} "
+        "nats, so it shows neither: train longer or test on more texts"
     )
 
 
@@ -449,17 +460,19 @@ def causes_of_collapse(
     behind_TL = (
         is_eos_TL.cumsum(dim=1) - is_eos_TL.int() > 0
     )  # behind the first EOS of a row: padding
-    total, causes = float(weight_TL.sum()), []
+    total = float(weight_TL.sum())
+    causes: list[str] = []
     if not total:
         return causes
     if (padding := float(weight_TL[behind_TL].sum()) / total) > 0:
         causes.append(
-            f"{padding:.0%} of the weight of the labels lies on padding behind the first EOS, which must weigh nothing "
-            "(known_mistakes.loss_on_padding)"
+            f"{padding:.0%} of the weight of the labels lies on padding behind the first EOS, "
+            "which must weigh nothing (known_mistakes.loss_on_padding)"
         )
     if starting := int((is_eos_TL[:, 0] & (weight_TL[:, 0] > 0)).sum()):
         causes.append(
-            f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is right"
+            f"{starting} of {len(is_eos_TL)} targets start with EOS, so that to end at once is "
+            "right"
         )
     if bos_in_generation_only:
         causes.append(

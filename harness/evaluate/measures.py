@@ -1,15 +1,17 @@
-"""The measure of each task by which images and variants are compared: one score a text, a hundredth
-of it a point.
+"""The one place that knows how questions and captions differ in scores and result files.
 
-Answers and their references -> VQA accuracy in [0, 1], or CIDEr-D in [0, 10]. Imports no torch.
+Answers and their references -> VQA accuracy in [0, 1], or CIDEr-D in [0, 10]: one score a text, a
+hundredth of it a point. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from harness.evaluate import vqa
-from harness.evaluate.captions import cider_d_per_image
+from harness.evaluate.captions import cider_d_per_image, read_caption_results
 
 
 def _accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -20,16 +22,40 @@ def _cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     """Document frequencies are those of the texts given; with few images they are coarse, for all
     conditions alike.
     """
-    said, wanted = (
-        {str(n): text for n, text in enumerate(texts)} for texts in (answers, references)
-    )
+    said = {str(n): text for n, text in enumerate(answers)}
+    wanted = {str(n): texts for n, texts in enumerate(references)}
     return list(cider_d_per_image(said, wanted).values())
 
 
-# task -> the name of its measure, and the score of each answer against its references.
-SCORES: Mapping[
-    str, tuple[str, Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]]
-] = {
-    "vqa": ("accuracy", _accuracy),
-    "caption": ("CIDEr", _cider),
+class Task(NamedTuple):
+    """All in which questions and captions differ when they are scored."""
+
+    measure: str  # the name of its score
+    scores: Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]  # of each answer
+    files: str  # how its result files end: DATASET_SPLIT_answers.json
+    read: Callable[[Path], dict[str, str]]  # such a file
+    results: Callable[[Iterable[tuple[str, str]]], list[dict[str, Any]]]  # what it holds
+    of_images: bool  # answers stand under image ids, not under those of texts
+    has_right: bool  # an answer is right or wrong
+
+
+TASKS: Mapping[str, Task] = {
+    "vqa": Task(
+        measure="accuracy",
+        scores=_accuracy,
+        files="answers",
+        read=vqa.read_results,
+        results=vqa.vqa_results,
+        of_images=False,
+        has_right=True,
+    ),
+    "caption": Task(
+        measure="CIDEr",
+        scores=_cider,
+        files="captions",
+        read=read_caption_results,
+        results=vqa.caption_results,
+        of_images=True,
+        has_right=False,
+    ),
 }

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.config.schema import DecodingConfig
-from harness.evaluate import vqa
+from harness.evaluate.measures import TASKS
 from harness.model.batch import Batch
 
 
@@ -123,9 +123,7 @@ def results(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]
     """
     by_file: dict[str, list[dict[str, Any]]] = {}
     for p in predictions:
-        if p.task == "vqa":
-            name, entries = "answers", vqa.vqa_results([(p.text_id, p.answer)])
-        else:
-            name, entries = "captions", vqa.caption_results([(p.image_id, p.answer)])
-        by_file.setdefault(f"{p.dataset}_{p.split}_{name}.json", []).extend(entries)
+        task = TASKS[p.task]
+        entries = task.results([(p.image_id if task.of_images else p.text_id, p.answer)])
+        by_file.setdefault(f"{p.dataset}_{p.split}_{task.files}.json", []).extend(entries)
     return by_file

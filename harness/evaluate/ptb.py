@@ -37,10 +37,16 @@ _ALPHA = rf"[^\W\d{_NO_LETTERS}]"
 # scripts.
 _MARKS = (
     "\xad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6\u0483-\u0487"
+    "\xad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6\u0483-\u0487"
+    "\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06e4"
     "\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06e4"
     "\u06e7-\u06ed\u06fd\u06fe\u070f\u0711\u0730-\u074c\u07a6-\u07b0\u07eb-\u07f3\u0900-\u0903\u093c\u093e-\u094e"
+    "\u06e7-\u06ed\u06fd\u06fe\u070f\u0711\u0730-\u074c\u07a6-\u07b0\u07eb-\u07f3\u0900-\u0903\u093c\u093e-\u094e"
+    "\u0951-\u0955\u0962\u0963\u0981-\u0983\u09bc\u09be-\u09c4\u09c7\u09c8\u09cb-\u09cd\u09d7\u09e2\u09e3"
     "\u0951-\u0955\u0962\u0963\u0981-\u0983\u09bc\u09be-\u09c4\u09c7\u09c8\u09cb-\u09cd\u09d7\u09e2\u09e3"
     "\u0a01-\u0a03\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd"
+    "\u0a01-\u0a03\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd"
+    "\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc"
     "\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc"
     "\u0ec8-\u0ecd"
 )
@@ -77,15 +83,20 @@ _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
 _DOTTED = rf"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9\xad]+))+"
 # A capital in (?-i:...) is needed: "Miss." is a state, "miss." the end of a sentence.
 _LOOSE_ABBREVIATIONS = _words(  # may end a sentence
-    r"""ala al apr ariz assn aug bancorp bhd bldg blvd bros calif colo cos? conn corp ct dak dec esq est etc ext feb
-    fla fri ga inc ind intl jan jr jul jun kans? ky ltd mar md mich minn mont mon mo neb nev nov oct okla penn plc
-    pp?t(?-i:[ye])s? rd rt sept? seq sq sr sys tel tenn thurs thu tues? univ va vt wed wisc? wyo (?:ed|ph)\.d
-    (?-i:A)rk (?-i:A)z (?-i:D)el (?-i:I)ll (?-i:L)a (?-i:M)ass (?-i:M)iss (?-i:O)re (?-i:P)a (?-i:T)ex (?-i:W)ash"""
+    r"""
+    ala al apr ariz assn aug bancorp bhd bldg blvd bros calif colo cos? conn corp ct dak dec esq
+    est etc ext feb fla fri ga inc ind intl jan jr jul jun kans? ky ltd mar md mich minn mont mon
+    mo neb nev nov oct okla penn plc pp?t(?-i:[ye])s? rd rt sept? seq sq sr sys tel tenn thurs thu
+    tues? univ va vt wed wisc? wyo (?:ed|ph)\.d (?-i:A)rk (?-i:A)z (?-i:D)el (?-i:I)ll (?-i:L)a
+    (?-i:M)ass (?-i:M)iss (?-i:O)re (?-i:P)a (?-i:T)ex (?-i:W)ash
+    """
 )
 _TIGHT_ABBREVIATIONS = _words(  # stand before a name
-    r"""adj adm adv alex assoc asst attys? ave brig capt cf cie co?mdr col cpl dept det drs? elec ens ft gen govs? hon
-    insp invt jos lieut lt maj messrs m(?-i:[ft])g mlle mme mrs mr msgr ms mt natl pfc ph pres profs? pvt reps? rev
-    sens? sfc sgt spc ste? supts? treas vs wm a\.k\.a"""
+    r"""
+    adj adm adv alex assoc asst attys? ave brig capt cf cie co?mdr col cpl dept det drs? elec ens
+    ft gen govs? hon insp invt jos lieut lt maj messrs m(?-i:[ft])g mlle mme mrs mr msgr ms mt
+    natl pfc ph pres profs? pvt reps? rev sens? sfc sgt spc ste? supts? treas vs wm a\.k\.a
+    """
 )
 _BEFORE_NUMBERS = _words("art ca figs? nos? op pp prop")
 # After an initial these words begin a sentence, so that its period is not its own.
@@ -93,26 +104,31 @@ _STARTS = "|".join(
     f"{word}|{word.upper()}"
     for word in re.findall(
         r"\S+",
-        r"""A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Mr\.
-        Ms\. Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When While
-        Yet You""",
+        r"""
+        A About According Additionally After An As At But Earlier He Her Here However If In It
+        Last Many More Mr\. Ms\. Now Once One Other Our She Since So Some Such That The Their Then
+        There These They This We What When While Yet You
+        """,
     )
 )
 _TAG_NAME = r"[A-Za-z][A-Za-z0-9_:.-]*"
 _TAG = (
     rf"<(?:[!?][A-Za-z-][^>\n]*|/{_TAG_NAME}|"
-    rf"{_TAG_NAME}(?: +(?:{_TAG_NAME} *= *(?:'[^'\n]*'|\"[^\"\n]*\"|{_TAG_NAME})|{_TAG_NAME}))* */?) *>"
+    rf"{_TAG_NAME}(?: +(?:{_TAG_NAME} *= *(?:'[^'\n]*'|\"[^\"\n]*\"|{_TAG_NAME})"
+    rf"|{_TAG_NAME}))* */?) *>"
 )
 _URL_PATH = r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},-])?"
 _NUMBER = rf"(?:{_DIGIT}*(?:[.:,\xad\u066b\u066c]{_DIGIT}+)+|{_DIGIT}+)"
 _FILE_KINDS = _any_case(
+    "bat|bmp|class|cgi|cpp|c|dll|docx?|exe|gif|gz|html?|h|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|"
     "bat|bmp|class|cgi|cpp|c|dll|docx?|exe|gif|gz|html?|h|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|"
     "wav|xml|x|zip"
 )
 _AUXILIARY = _APOS + _any_case("[msd]|re|ve|ll")
 _NOT = _any_case("n") + _APOS_OR_BACKTICK + _any_case("t")
 _PHONE = (
-    r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])[0-9]{3,4}[- \xa0]?[0-9]{3,5}|"
+    r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])"
+    r"[0-9]{3,4}[- \xa0]?[0-9]{3,5}|"
     r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"
 )
 _EMAIL = (
@@ -135,6 +151,7 @@ _RULES = (
     ("as is", f"{_APOS}[nN]{_APOS}|('[nN])(?:{_BLANK}|$)|\u2019[nN]"),
     (
         "as is",
+        f"{_any_case('[ldj]|dunkin|somethin|ol')}{_APOS}|{_APOS}{_any_case('em|till?|cause')}|{_APOS}[2-9]0[sS]"
         f"{_any_case('[ldj]|dunkin|somethin|ol')}{_APOS}|{_APOS}{_any_case('em|till?|cause')}|{_APOS}[2-9]0[sS]",
     ),
     ("as is", rf"[A-HJ-XZn]{_APOS_OR_BACKTICK}{_ALPHA}{{2,}}"),
@@ -179,6 +196,7 @@ _RULES = (
     ),
     (
         "removed",
+        "[.,;:]|''|``|[\"'`\x91-\x94\u2018\u2019\u201b-\u201d\u2039\u203a\xab\xbb]|&(?:quot|apos|nbsp);"
         "[.,;:]|''|``|[\"'`\x91-\x94\u2018\u2019\u201b-\u201d\u2039\u203a\xab\xbb]|&(?:quot|apos|nbsp);",
     ),
     ("word", r"[?!]+"),
@@ -202,7 +220,8 @@ _QUOTES = str.maketrans(
 )
 _WHOLE = {
     "\xa2": "cents", "\xa3": "#", "\xa4": "$", "\x80": "$", "\u20a0": "$", "\u20ac": "$",
-    "\xbc": "1/4", "\xbd": "1/2", "\xbe": "3/4", "\u2153": "1/3", "\u2154": "2/3", "&lt;": "<", "&gt;": ">",
+    "\xbc": "1/4", "\xbd": "1/2", "\xbe": "3/4", "\u2153": "1/3", "\u2154": "2/3",
+    "&lt;": "<", "&gt;": ">",
 }  # fmt: skip
 
 

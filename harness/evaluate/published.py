@@ -114,7 +114,8 @@ class PublishedModel(nn.Module):
         super().__init__()
         if name.rstrip("/").endswith("instructblip-flan-t5-base"):
             raise ConfigError(
-                f"--model {name}: there is no instructblip-flan-t5-base; published are Salesforce/instructblip-"
+                f"--model {name}: there is no instructblip-flan-t5-base; published are "
+                "Salesforce/instructblip-"
                 "flan-t5-xl, -flan-t5-xxl, -vicuna-7b and -vicuna-13b"
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,12 +132,14 @@ class PublishedModel(nn.Module):
         ) as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
             reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(
-                f"--model {name}: cannot be loaded as an image-text-to-text model ({reason}): give a folder in the "
+                f"--model {name}: cannot be loaded as an image-text-to-text model ({reason}): "
+                "give a folder in the "
                 "hub's format, or an id that is on the hub or in its local cache"
             ) from error
         if absent := sorted(report["missing_keys"]):
             raise ConfigError(
-                f"--model {name}: it lacks {len(absent)} weights of a {type(self.model).__name__} ({absent[0]}, ...), "
+                f"--model {name}: it lacks {len(absent)} weights of a "
+                f"{type(self.model).__name__} ({absent[0]}, ...), "
                 "which would be random: use a complete model"
             )
         self.dtype = dtype
@@ -298,7 +301,8 @@ def evaluate_published(
     for path, manifest in zip(data, manifests, strict=True):
         if manifest.kind != "images":
             raise ConfigError(
-                f"{path} holds {manifest.kind}: a published model needs images, give the set they were made from"
+                f"{path} holds {manifest.kind}: a published model needs images, give the set "
+                "they were made from"
             )
     model = PublishedModel(name, load_in_4bit)
     config = _config(name, model.prompts, overrides)

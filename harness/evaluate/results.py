@@ -99,7 +99,9 @@ class Evaluation:
     shown_images: list[Shown] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """The few figures to watch in training; with several tasks each name starts with its task."""
+        """Returns the few figures to watch in training; of several tasks each name starts with its
+        task.
+        """
         values: dict[str, float] = {}
         for task, result in self.tasks.items():
             known = result.to_dict()

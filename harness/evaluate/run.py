@@ -8,9 +8,9 @@ RUN/evaluation and in MLflow.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from harness.evaluate import captions, vqa
 from harness.evaluate.bootstrap import Interval
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.image_use import Gate, sums_per_context
+from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Prediction, answers, by_task
 from harness.evaluate.results import Evaluation, TaskResult
 from harness.model.batch import Batch
@@ -41,6 +42,7 @@ _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
+@torch.no_grad()
 def evaluate_model(
     model: Any,
     paths: Sequence[str],
@@ -57,83 +59,120 @@ def evaluate_model(
     collate: Collator | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
 ) -> Evaluation:
-    """Scores `model` on the sets of one kind (images or features) in `paths`; leaves it in eval
-    mode.
+    """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `limit`: so many images, the first of a seeded order that no config changes; the gate takes the
-    first `counterfactual_texts` texts of each task in it, none: as many as the config says.
+    `limit`: so many images, the first of a seeded order that no config changes; the gate takes
+    the first `counterfactual_texts` texts of each task in it, none: as many as the config says.
     `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
-    `controls_of` are another's that reads images otherwise (published.py). One process does it all.
-    Raises ShardError.
+    `controls_of` read images otherwise (published.py). One process does it all. Raises
+    ShardError.
     """
-    settings, device = config.evaluation, next(model.parameters()).device
-    gate_texts = (
-        settings.counterfactual_texts if counterfactual_texts is None else counterfactual_texts
-    )
-    loader = Loader(
+    settings = config.evaluation
+    if counterfactual_texts is None:
+        counterfactual_texts = settings.counterfactual_texts
+    loader = _loader(paths, config, quarantine, decode)
+    as_trained = None if collate else Collator.of(config, model.tokenizer)
+    collate = collate or Collator.of(config, model.tokenizer, training=False)
+    known = trained_on(config, loader.manifests)
+    collected = _Pass(model, config, counterfactual_texts, known, epochs)
+    evaluation = collected.evaluation
+    images = min(loader.samples, limit or loader.samples)
+    model.eval()
+    for samples, in_gate in _chunks(loader, images, counterfactual_texts, settings.batch_images):
+        collected.note_places(samples)
+        if (batch := collate(samples)) is not None:
+            batch = batch.to(next(model.parameters()).device)
+            if in_gate and collected.controls is None:
+                make = controls_of or control_tokens
+                collected.controls = make(model, batch, loader.manifests[0])
+            collected.add(batch, in_gate, as_trained and partial(as_trained, samples))
+            _show(evaluation, batch, samples, settings.show_images)
+        if progress:
+            progress(evaluation.images, images)
+    evaluation.unreadable = loader.unreadable
+    for task in evaluation.tasks:
+        collected.score(task, majority, text_only_accuracy)
+    return evaluation
+
+
+def _loader(
+    paths: Sequence[str],
+    config: Config,
+    quarantine: Path | None,
+    decode: Callable[[Sample], Any] | None,
+) -> Loader:
+    return Loader(
         list(paths),
-        global_batch=settings.batch_images,
+        global_batch=config.evaluation.batch_images,
         quarantine=quarantine,
         **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
     )
-    as_trained = None
-    if collate is None:
-        collate = Collator.of(config, model.tokenizer, training=False)
-        as_trained = Collator.of(config, model.tokenizer)
-    known = trained_on(config, loader.manifests)
-    evaluation, gates = Evaluation(), {}
-    place: dict[tuple[str, str, str], tuple[int, int]] = {}
-    images = min(loader.samples, limit or loader.samples)
-    model.eval()
-    with torch.no_grad():
-        controls = None
-        for samples, in_gate in _chunks(loader, images, gate_texts, settings.batch_images):
-            evaluation.images += len(samples)
-            place |= {
-                (s.record.dataset, s.record.split, s.record.key): (s.set_index, s.index)
-                for s in samples
-            }
-            if (batch := collate(samples)) is not None:
-                batch = batch.to(device)
-                tokens = model.bridge_tokens(batch)
-                if in_gate and controls is None:
-                    controls = (controls_of or control_tokens)(model, batch, loader.manifests[0])
-                for task, part, rows in by_task(batch):
-                    decoding = getattr(config.generate, task)
-                    part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(device)])
-                    nats_C, weight_C = sums_per_context(model.loss(part, part_tokens), part)
-                    said = answers(model, part, decoding, part_tokens)
-                    result = evaluation.tasks.setdefault(task, TaskResult(task))
-                    result.predictions += said
-                    result.nats, result.weight = (
-                        result.nats + nats_C.sum(),
-                        result.weight + weight_C.sum(),
-                    )
-                    if in_gate and task not in gates:
-                        gates[task] = Gate(
-                            *(model, task, decoding, settings, controls),
-                            trained_on=known,
-                            epochs=epochs,
-                            training_batch=as_trained and partial(as_trained, samples),
-                        )
-                    if in_gate and gates[task].texts < gate_texts:
-                        gates[task].add(part, part_tokens, nats_C, weight_C, said)
-                _show(evaluation, batch, samples, settings.show_images)
-            if progress:
-                progress(evaluation.images, images)
-    evaluation.unreadable = loader.unreadable
-    for task, result in evaluation.tasks.items():
-        result.predictions.sort(key=lambda p: place[p.dataset, p.split, p.key])
-        if task == "vqa":
+
+
+@dataclass
+class _Pass:
+    """What one pass over the sets collects: predictions, losses, and the gate's evidence."""
+
+    model: Any
+    config: Config
+    gate_texts: int
+    trained_on: Container[tuple[str, str, str]]
+    epochs: float | None
+    controls: dict[str, Any] | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    gates: dict[str, Gate] = field(default_factory=dict)
+    place: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def note_places(self, samples: Sequence[Sample]) -> None:
+        """Counts images, and remembers where in its set each stands: predictions are written in
+        that order.
+        """
+        self.evaluation.images += len(samples)
+        for s in samples:
+            assert s.record is not None  # _chunks leaves out what could not be read
+            place = (s.set_index, s.index)
+            self.place[s.record.dataset, s.record.split, s.record.key] = place
+
+    def add(
+        self, batch: Batch, in_gate: bool, training_batch: Callable[[], Batch | None] | None
+    ) -> None:
+        """Answers and losses of a batch, by task; with `in_gate` also the counterfactuals."""
+        tokens = self.model.bridge_tokens(batch)
+        for task, part, rows in by_task(batch):
+            decoding = getattr(self.config.generate, task)
+            part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
+            nats_C, weight_C = sums_per_context(self.model.loss(part, part_tokens), part)
+            said = answers(self.model, part, decoding, part_tokens)
+            result = self.evaluation.tasks.setdefault(task, TaskResult(task))
+            result.predictions += said
+            result.nats += nats_C.sum()
+            result.weight += weight_C.sum()
+            if not in_gate:
+                continue
+            if task not in self.gates:
+                self.gates[task] = Gate(
+                    *(self.model, task, decoding, self.config.evaluation, self.controls or {}),
+                    trained_on=self.trained_on,
+                    epochs=self.epochs,
+                    training_batch=training_batch,
+                )
+            if self.gates[task].texts < self.gate_texts:
+                self.gates[task].add(part, part_tokens, nats_C, weight_C, said)
+
+    def score(self, task: str, majority: Majority | None, text_only_accuracy: float | None) -> None:
+        """Fills in a task's scores, floors and verdict, once all its predictions are there."""
+        settings = self.config.evaluation
+        result = self.evaluation.tasks[task]
+        result.predictions.sort(key=lambda p: self.place[p.dataset, p.split, p.key])
+        if TASKS[task].has_right:
             result.groups = score_vqa(result.predictions, settings)
             result.intervals = {"accuracy": result.groups.pop("overall")}
             result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
             result.text_only_accuracy = text_only_accuracy
         else:
             result.intervals = score_captions(result.predictions, settings)
-        if task in gates:
-            result.image_use = gates[task].result()
-    return evaluation
+        if task in self.gates:
+            result.image_use = self.gates[task].result()
 
 
 def _chunks(
@@ -143,7 +182,9 @@ def _chunks(
     at a time, two or more: those of a rare task in a mixed set wait for each other, since images
     are exchanged within a batch.
     """
-    size, left, waiting = max(2, size), images, []
+    size = max(2, size)
+    left = images
+    waiting = []
     seen: Counter[str] = Counter()
     with closing(loader.iterate(epochs=1)) as batches:
         for _, samples in batches:
@@ -175,7 +216,8 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
     if getattr(model, "question_aware", False):
         return {}
     if like.pixels_IHW3 is not None:
-        name, made = "pixels_IHW3", control_pixels(like.pixels_IHW3.shape[1:])
+        name = "pixels_IHW3"
+        made = control_pixels(like.pixels_IHW3.shape[1:])
     elif any(file.name == CONTROLS for file in manifest.files):
         stored = load_controls(manifest)
         name, made = (
@@ -233,7 +275,7 @@ def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wante
         picture = pixels[record.key] if batch.pixels_IHW3 is not None else None
         right = (
             vqa.accuracy(prediction.answer, prediction.references) >= 0.5
-            if prediction.task == "vqa"
+            if TASKS[prediction.task].has_right
             else None
         )
         evaluation.shown.append(prediction)
@@ -246,6 +288,3 @@ def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wante
                 right=right,
             )
         )
-
-
-# ---- a run on disk -------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from harness.evaluate.bootstrap import (
     RESAMPLES,
     SEED,
     Interval,
+    image_rows,
     percentile,
     resampled_sums,
 )
@@ -32,13 +33,14 @@ from harness.evaluate.bootstrap import (
 # The official table maps each of these words with any one of its apostrophes left out to the word
 # itself.
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
-somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
-that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
-weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
-why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word
@@ -116,11 +118,13 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
     """
     if not answers:
         raise ScoreError("a question without answers cannot be scored; give at least one")
-    answer, answers = _clean(answer), [_clean(a) for a in answers]
+    answer = _clean(answer)
+    answers = [_clean(a) for a in answers]
     if len(answers) == 1:
         return float(normalise(answer) == normalise(answers[0]))
     if len(set(answers)) > 1:
-        answer, answers = normalise(answer), [normalise(a) for a in answers]
+        answer = normalise(answer)
+        answers = [normalise(a) for a in answers]
     matches = sum(a == answer for a in answers)
     return sum(min(1.0, (matches - (a == answer)) / 3) for a in answers) / len(answers)
 
@@ -138,10 +142,8 @@ def graded(
     """
     truths = list(truths)
     counts = Counter(truth.question_id for truth in truths)
-    twice, extra = (
-        [i for i, n in counts.items() if n > 1],
-        [i for i in predictions if i not in counts],
-    )
+    twice = [i for i, n in counts.items() if n > 1]
+    extra = [i for i in predictions if i not in counts]
     missing = [i for i in counts if i not in predictions]
     refuse("the annotations hold question id", twice, "twice; each question may occur once")
     refuse(
@@ -158,7 +160,8 @@ def graded(
 def score(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> VQAScores:
     """The official figures of one answer per question; raises what `graded` raises."""
     grades = graded(predictions, truths)
-    by_answer, by_question = defaultdict(list), defaultdict(list)
+    by_answer: dict[str, list[float]] = defaultdict(list)
+    by_question: dict[str, list[float]] = defaultdict(list)
     for truth, value in grades:
         if truth.answer_type is not None:
             by_answer[truth.answer_type].append(value)
@@ -178,14 +181,12 @@ def intervals(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> dict[str, Any]:
-    """`score`'s figures of what `graded` returned, each an Interval over images, the bounds rounded
-    likewise:
-    {"overall": Interval, "per_answer_type": {name: Interval}, "per_question_type": {name: Interval}}.
+    """Returns `score`'s figures of what `graded` returned, each an Interval over images, the bounds
+    rounded likewise: {"overall": Interval, "per_answer_type": {name: Interval},
+    "per_question_type": {name: Interval}}.
     """
-    row_of = {
-        image: row for row, image in enumerate(dict.fromkeys(truth.image_id for truth, _ in grades))
-    }
-    row_C = np.array([row_of[truth.image_id] for truth, _ in grades])
+    row_C = image_rows(truth.image_id for truth, _ in grades)
+    images = row_C.max() + 1
     value_C = np.array([value for _, value in grades])
 
     def intervals_of(name_C: Sequence[str | None]) -> dict[str, Interval]:
@@ -193,12 +194,12 @@ def intervals(
             name: column
             for column, name in enumerate(dict.fromkeys(n for n in name_C if n is not None))
         }
-        sums_I2K = np.zeros((len(row_of), 2, len(column_of)))
+        sums_I2K = np.zeros((images, 2, len(column_of)))
         known_C = np.array([name is not None for name in name_C])
         column_C = np.array([column_of[name] for name in name_C if name is not None], int)
         np.add.at(sums_I2K[:, 0], (row_C[known_C], column_C), value_C[known_C])
         np.add.at(sums_I2K[:, 1], (row_C[known_C], column_C), 1)
-        sums_R2K = resampled_sums(sums_I2K.reshape(len(row_of), -1), resamples, seed).reshape(
+        sums_R2K = resampled_sums(sums_I2K.reshape(images, -1), resamples, seed).reshape(
             resamples, *sums_I2K[0].shape
         )
         with np.errstate(invalid="ignore"):
@@ -283,7 +284,8 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
         raise ScoreError(
             f'{annotations} is not an official file of "annotations": {error!r}'
         ) from error
-    known, held = Counter(asked), {truth.question_id: truth for truth in truths}
+    known = Counter(asked)
+    held = {truth.question_id for truth in truths}
     refuse(
         f"{questions} asks question id", [i for i, n in known.items() if n > 1], "more than once"
     )

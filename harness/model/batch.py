@@ -32,7 +32,7 @@ class Context:
 class Batch:
     """Tensors of one micro-batch. Exactly one of `pixels_IHW3` and `features_IPD` is there.
 
-    `weight_TL` is 0 on padding (but for `known_mistakes.loss_on_padding`, a known mistake) and on everything
+    `weight_TL` is 0 on padding (but for `known_mistakes.loss_on_padding`) and on everything
     that must not count: a filler, a sample that could not be read. Its other values carry the EOS
     weight and the annotator weight. The loss is sum(weight x cross entropy) / sum(weight).
     """

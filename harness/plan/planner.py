@@ -330,7 +330,9 @@ class Planner:
         }
 
     def notes(self, passed: Pass) -> list[str]:
-        sizes, weights, skeleton = self.work.sizes, self.weights, self.skeleton
+        sizes = self.work.sizes
+        weights = self.weights
+        skeleton = self.skeleton
         notes = [
             f"an image: {sizes.contexts:.1f} contexts of {sizes.prompt_tokens} prompt tokens, "
             f"{sizes.targets:.1f} targets of {sizes.target_tokens} tokens, {sizes.kept:.0%} of "

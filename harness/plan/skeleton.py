@@ -364,7 +364,8 @@ class _Meter(TorchDispatchMode):
             self._total += size
         self.logits = max(self.logits, self.alive["logits"])
         if self._total > self._most:
-            self._most, self.peak = self._total, dict(self.alive)
+            self._most = self._total
+            self.peak = dict(self.alive)
 
     def _gone(self, key: int, _: object) -> None:
         held = self._known.pop(key)

@@ -1,7 +1,9 @@
 """What a run leaves in its own folder, with or without MLflow: every figure by step, and pages of
 answers.
 
-{"step": 10, "time": 1760000000000, "values": {"train/loss": 1.25}}     a line; time in ms since 1970
+{"step": 10, "time": 1760000000000, "values": {"train/loss": 1.25}}
+
+A line; time in ms since 1970.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Journal:
             self._file.flush()
 
     def read(self, offset: int, most: int) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines from `offset` on, until they hold `most` figures, and the offset behind them."""
+        """Whole lines from `offset` on, until they hold `most` figures, and the offset behind
+        them.
+        """
         rows: list[dict[str, Any]] = []
         count = 0
         with self.path.open("rb") as file:
@@ -91,7 +95,9 @@ class JournalTracker:
     run_id: str | None = None
 
     def __init__(self, out: Path | None = None, journal: Journal | None = None) -> None:
-        self._out, self._journal, self._told = out, journal, False
+        self._out = out
+        self._journal = journal
+        self._told = False
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         if self._journal:

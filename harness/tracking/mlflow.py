@@ -41,11 +41,10 @@ START_SECONDS = 60.0
 CLOSE_SECONDS = 60.0  # without progress, then what is left stays in metrics.jsonl
 LONGEST_PAUSE = 60.0  # between two attempts at a store that does not answer
 SYSTEM_SECONDS = 10.0
-MAX_PARAM, MAX_PARAMS, MAX_METRICS = (
-    6000,
-    100,
-    1000,
-)  # limits of mlflow 3.17: characters of one, how many at once
+# limits of mlflow 3.17: characters of one, how many at once
+MAX_PARAM = 6000
+MAX_PARAMS = 100
+MAX_METRICS = 1000
 
 
 class MLflowTracker(JournalTracker):
@@ -68,12 +67,10 @@ class MLflowTracker(JournalTracker):
     ) -> None:
         super().__init__(config.out_dir, journal)
         self.run_id = run_id
-        self._config, self._facts, self._datasets, self._adds_only = (
-            config,
-            dict(facts),
-            datasets,
-            adds_only,
-        )
+        self._config = config
+        self._facts = dict(facts)
+        self._datasets = datasets
+        self._adds_only = adds_only
         self._uri = store_uri(config)
         self._client: Any = None
         self._sent = (
@@ -84,8 +81,11 @@ class MLflowTracker(JournalTracker):
         self._infinite: set[str] = set()
         self._monitor: Any = None
         self._system_step, self._system_due = 0, 0.0
-        self._warned, self._status, self._progress = False, "FINISHED", time.monotonic()
-        self._ready, self._stop = threading.Event(), threading.Event()
+        self._warned = False
+        self._status = "FINISHED"
+        self._progress = time.monotonic()
+        self._ready = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
         self._ready.wait(START_SECONDS)
@@ -132,7 +132,8 @@ class MLflowTracker(JournalTracker):
         """Sends what is left; gives up after CLOSE_SECONDS without progress. A second call does
         nothing.
         """
-        self._status, self._progress = status, time.monotonic()
+        self._status = status
+        self._progress = time.monotonic()
         self._stop.set()
         while self._thread.is_alive() and time.monotonic() - self._progress < CLOSE_SECONDS:
             self._thread.join(0.2)
@@ -169,7 +170,8 @@ class MLflowTracker(JournalTracker):
 
     def _tell(self, why: str) -> None:
         log.warning(
-            "the MLflow store %s does not take this run's figures (%s): training goes on, %s holds them",
+            "the MLflow store %s does not take this run's figures (%s): training goes on, %s "
+            "holds them",
             *(without_password(self._uri), without_password(why), self._journal.path),
         )
 
@@ -186,7 +188,9 @@ class MLflowTracker(JournalTracker):
         self._send_system()
 
     def _unless_refused(self, act: Callable[[], Any], name: str) -> None:
-        """What cannot succeed by waiting (a bad name, a file that is gone) is named and left out."""
+        """What cannot succeed by waiting (a bad name, a file that is gone) is named and left
+        out.
+        """
         try:
             act()
         except Exception as error:
@@ -206,7 +210,8 @@ class MLflowTracker(JournalTracker):
         metrics, infinite = [], {}
         for row in rows:
             for name, value in row["values"].items():
-                key, value = re.sub(r"[^\w\-. :/]", "_", name)[:250], float(value)
+                key = re.sub(r"[^\w\-. :/]", "_", name)[:250]
+                value = float(value)
                 if row["step"] <= self._there.get(key, -1):
                     continue
                 if math.isinf(
@@ -232,7 +237,8 @@ class MLflowTracker(JournalTracker):
         if self._monitor is None or time.monotonic() < self._system_due:
             return
         self._system_due = time.monotonic() + SYSTEM_SECONDS
-        values, now = self._read_system(), int(time.time() * 1000)
+        values = self._read_system()
+        now = int(time.time() * 1000)
         metrics = [
             Metric(f"system/{key}", float(value), now, self._system_step)
             for key, value in values.items()
@@ -248,7 +254,9 @@ class MLflowTracker(JournalTracker):
         return values
 
     def _connect(self) -> None:
-        """Finds or makes the run and describes it. May be tried again from the start at any point."""
+        """Finds or makes the run and describes it. May be tried again from the start at any
+        point.
+        """
         from mlflow import MlflowClient
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

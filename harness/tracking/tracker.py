@@ -99,7 +99,8 @@ def check_tracking(config: Config) -> None:
         return
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
-            "tracking.kind is mlflow, which is not installed: pip install mlflow, or tracking.kind=none"
+            "tracking.kind is mlflow, which is not installed: pip install mlflow, or "
+            "tracking.kind=none"
         )
     scheme = store_uri(config).partition(":")[0].partition("+")[0]
     plugins = {
@@ -109,7 +110,8 @@ def check_tracking(config: Config) -> None:
         key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
         found = without_password(store_uri(config))
         raise ConfigError(
-            f"{key} is {found}, expected a database or a server, such as sqlite:///mlflow.db or http://HOST"
+            f"{key} is {found}, expected a database or a server, such as sqlite:///mlflow.db or "
+            "http://HOST"
         )
 
 
@@ -133,7 +135,8 @@ def ui_command(config: Config, run_id: str | None = None) -> str:
             if database(uri).is_relative_to(Path.cwd())
             else uri
         )
-    program, beside = "mlflow", Path(sys.executable).with_name("mlflow")
+    program = "mlflow"
+    beside = Path(sys.executable).with_name("mlflow")
     if beside.exists() and not shutil.which(program):  # an environment that is not activated
         program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
     store = shlex.quote(without_password(uri))

@@ -1,4 +1,6 @@
-"""The demo at toy length: 40 images a split, three steps, every file and every figure it promises."""
+"""The demo at toy length: 40 images a split, three steps, every file and every figure it
+promises.
+"""
 
 import functools
 import json

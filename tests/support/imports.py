@@ -1,4 +1,6 @@
-"""Who imports whom in harness and shards, as the source says: inside functions and for types too."""
+"""Who imports whom in harness and shards, as the source says: inside functions and for types
+too.
+"""
 
 from __future__ import annotations
 

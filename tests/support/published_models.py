@@ -104,8 +104,10 @@ def tiny_instructblip(folder: Path) -> Path:
 
 
 CHAT = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in "
+    "message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif "
+    "%}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )  # as that of llava-hf/llava-1.5-7b-hf
 

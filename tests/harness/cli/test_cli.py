@@ -27,8 +27,10 @@ def refused(result: tuple[int, str, str]) -> str:
 def imported(*arguments: str) -> tuple[set[str], str]:
     """The modules a fresh interpreter holds after a command line, and its stderr."""
     program = (
-        "import json, sys\nfrom harness.cli import main as cli\nsys.argv = ['harness', *sys.argv[1:]]\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint('\\n' + json.dumps(sorted(sys.modules)))"
+        "import json, sys\nfrom harness.cli import main as cli\nsys.argv = ['harness', "
+        "*sys.argv[1:]]\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint('\\n' + "
+        "json.dumps(sorted(sys.modules)))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True

@@ -1,4 +1,6 @@
-"""`harness config`: every key is told as schema.py has it, and the page in docs/ is what it prints."""
+"""`harness config`: every key is told as schema.py has it, and the page in docs/ is what it
+prints.
+"""
 
 from pathlib import Path
 

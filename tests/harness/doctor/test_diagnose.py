@@ -149,7 +149,9 @@ def test_errors_of_the_user_are_sentences_and_bugs_are_not():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the seconds of two real processes and a 4-bit layer: test_doctor_machine.py has them."""
+    """Without the seconds of two real processes and a 4-bit layer: test_doctor_machine.py has
+    them.
+    """
     monkeypatch.setattr(
         "harness.doctor.machine.all_reduce", lambda gpus: Finding("all-reduce", "OK", "")
     )

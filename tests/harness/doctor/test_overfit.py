@@ -1,4 +1,6 @@
-"""A sound tiny model learns its images by heart; one that cannot names the part without a signal."""
+"""A sound tiny model learns its images by heart; one that cannot names the part without a
+signal.
+"""
 
 import pytest
 import torch

@@ -377,7 +377,7 @@ def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path
     assert epochs_trained(moved, {"epoch": 0, "position": 2}) is None
 
 
-def test_majority_knows_the_training_answers_of_a_question_and_falls_back_to_the_most_common_of_all():
+def test_majority_knows_a_questions_answers_and_falls_back_to_the_most_common_of_all():
     def record(key: str, question: str, *answers: str) -> Record:
         return Record(key, "d", "train", key, (Text(key, "vqa", answers, question),))
 

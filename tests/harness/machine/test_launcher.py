@@ -85,7 +85,8 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, proces
     (tmp_path / "probe.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "rank = os.environ.get('RANK', '0')\n"
-        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved' + rank).touch()\n    sys.exit(143)\n"
+        "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved' + "
+        "rank).touch()\n    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "pathlib.Path(sys.argv[1], 'started' + rank).touch()\n"
         "time.sleep(60)\n"
@@ -247,7 +248,8 @@ def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, mo
 
     (tmp_path / "mine.yaml").write_text(  # as `accelerate config` writes it
         "distributed_type: DEEPSPEED\nnum_processes: 4\n"
-        "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none}\n"
+        "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: "
+        "none}\n"
     )
     mine = launcher.read_launch("mine.yaml")
     assert (mine.processes, mine.zero_stage, mine.offload_optimizer, mine.offload_parameters) == (

@@ -56,7 +56,8 @@ def test_fp16_on_a_gpu_with_bf16_is_the_policy_of_a_t4():
             "bf16",
             GPU,
             T4,
-            "is bf16, but a GPU of compute capability 7.5 has no native bf16: use auto, fp16 or fp32",
+            "is bf16, but a GPU of compute capability 7.5 has no native bf16: use auto, fp16 or "
+            "fp32",
         ),
         (
             "fp16",

@@ -37,7 +37,10 @@ from tiny_models import tiny_clip
 from toy_runs import make_config
 
 CPU = torch.device("cpu")
-KEYS = "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation largest_micro_batch disk_bytes advice"
+KEYS = (
+    "fits peak_bytes host_bytes parts step_flops seconds_per_epoch utilisation "
+    "largest_micro_batch disk_bytes advice"
+)
 
 
 @pytest.fixture(scope="module")
