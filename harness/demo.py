@@ -26,7 +26,7 @@ from harness import base_lm, checkpoint
 from harness.config.keys import flatten
 from harness.config.load import dump, load
 from harness.config.schema import Config
-from harness.data.features import encode_set
+from harness.data.encode import encode_set
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, vqa
 from harness.evaluate.report import floors, model_rows

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -247,37 +248,52 @@ def evaluate(
         )
     if run:
         check_run(run)
+    reports = _evaluated(
+        run, data, model or (), load_in_4bit, limit=limit, given=override or (), pictures=pictures
+    )
     from harness.evaluate.report import table
-    from harness.evaluate.run_on_disk import evaluate_run
 
-    overrides = override or []
-    # A run keeps its prompts where published models are asked with others.
-    own = [given for given in overrides if not (model and given.startswith("prompts."))]
-    reports = []
-    with told("evaluating") as progress:
-        if run:
-            report = evaluate_run(
-                run, data, limit=limit, overrides=own, pictures=pictures, progress=progress
-            )
-            reports.append(report)
-        if model:
-            from harness.evaluate.published import evaluate_published
-
-            sets = data or (reports[0]["data"] if reports else ())
-            for name in model:
-                report = evaluate_published(
-                    name,
-                    sets,
-                    load_in_4bit=load_in_4bit,
-                    limit=limit,
-                    overrides=overrides,
-                    progress=progress,
-                )
-                reports.append(report)
     if as_json:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         print(table(*reports))
+
+
+def _evaluated(
+    run: Path | None,
+    data: Sequence[str] | None,
+    models: Sequence[str],
+    load_in_4bit: bool,
+    *,
+    limit: int | None,
+    given: Sequence[str],
+    pictures: str | None,
+) -> list[dict[str, Any]]:
+    """Returns the report of the run, then those of the published models on the same sets."""
+    reports = []
+    with told("evaluating") as progress:
+        if run:
+            from harness.evaluate.run_on_disk import evaluate_run
+
+            # A run keeps its prompts where published models are asked with others.
+            own = [key for key in given if not (models and key.startswith("prompts."))]
+            report = evaluate_run(
+                run, data, limit=limit, overrides=own, pictures=pictures, progress=progress
+            )
+            reports.append(report)
+        for name in models:
+            from harness.evaluate.published import evaluate_published
+
+            report = evaluate_published(
+                name,
+                data or (reports[0]["data"] if reports else ()),
+                load_in_4bit=load_in_4bit,
+                limit=limit,
+                overrides=given,
+                progress=progress,
+            )
+            reports.append(report)
+    return reports
 
 
 @app.command(

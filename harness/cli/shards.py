@@ -183,7 +183,8 @@ def features(
 
     loaded = load(config, overrides or ())
     check_vision(loaded)
-    from harness.data.features import encode_set, skipped
+    from harness.data.encode import encode_set
+    from harness.data.features import skipped
 
     splits = [index.parent.name for index in sorted(Path(shards).glob("*/index.json"))]
     lines = []

@@ -119,17 +119,37 @@ class PublishedModel(nn.Module):
                 "flan-t5-xl, -flan-t5-xxl, -vicuna-7b and -vicuna-13b"
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = choose("auto", device).compute_dtype
-        quantisation = nf4(dtype) if load_in_4bit else None
+        self.dtype = choose("auto", device).compute_dtype
+        self._load(name, nf4(self.dtype) if load_in_4bit else None)
+        self.to(device).eval()
+        self.tokenizer = self.processor.tokenizer
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        text = self.model.config.get_text_config()
+        self.encoder_decoder = self.model.config.is_encoder_decoder or text.is_encoder_decoder
+        if not self.encoder_decoder:
+            self.tokenizer.padding_side = "left"  # the answer goes on from the prompt's last token
+        # BLIP-2's kind of processor places the picture itself; others without a chat template want
+        # its token named.
+        self.picture = ""
+        if not hasattr(self.processor, "num_query_tokens"):
+            self.picture = f"{getattr(self.processor, 'image_token', '')}\n".lstrip()
+        elif self.processor.num_query_tokens is None:  # saved before transformers knew of it
+            self.processor.num_query_tokens = self.model.config.num_query_tokens
+
+    def _load(self, name: str, quantisation: Any) -> None:
+        """Loads processor and model. Raises ConfigError."""
         try:
             with quiet_transformers():
                 self.processor = AutoProcessor.from_pretrained(name)
                 self.model, report = AutoModelForImageTextToText.from_pretrained(
-                    name, dtype=dtype, quantization_config=quantisation, output_loading_info=True
+                    name,
+                    dtype=self.dtype,
+                    quantization_config=quantisation,
+                    output_loading_info=True,
                 )
-        except (
-            Exception
-        ) as error:  # a damaged file raises half a dozen types, of tokenizers a bare Exception
+        # A damaged file raises half a dozen types, of tokenizers a bare Exception.
+        except Exception as error:
             reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(
                 f"--model {name}: cannot be loaded as an image-text-to-text model ({reason}): "
@@ -142,25 +162,6 @@ class PublishedModel(nn.Module):
                 f"{type(self.model).__name__} ({absent[0]}, ...), "
                 "which would be random: use a complete model"
             )
-        self.dtype = dtype
-        self.to(device).eval()
-        self.tokenizer = self.processor.tokenizer
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        text = self.model.config.get_text_config()
-        self.encoder_decoder = self.model.config.is_encoder_decoder or text.is_encoder_decoder
-        if not self.encoder_decoder:
-            self.tokenizer.padding_side = "left"  # the answer goes on from the prompt's last token
-        # BLIP-2's kind of processor places the picture itself; others without a chat template want
-        # its token named.
-        places_itself = hasattr(self.processor, "num_query_tokens")
-        self.picture = (
-            "" if places_itself else f"{getattr(self.processor, 'image_token', '')}\n".lstrip()
-        )
-        if (
-            places_itself and self.processor.num_query_tokens is None
-        ):  # saved before transformers knew of it
-            self.processor.num_query_tokens = self.model.config.num_query_tokens
 
     @property
     def prompts(self) -> dict[str, str]:

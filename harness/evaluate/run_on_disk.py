@@ -101,16 +101,23 @@ def evaluate_run(
         quarantine=quarantine,
         epochs=epochs_trained(config, task.found.state["train"]["stream"]),
     )
+    return _leave(task, evaluation, model_facts(model), pictures or task.paths[0])
+
+
+def _leave(
+    task: _Task, evaluation: Evaluation, facts: dict[str, int], pictures: str
+) -> dict[str, Any]:
+    """Writes what an evaluated run leaves, and returns its report."""
     checkpoint = str(task.found.path)
     report, files = write_report(evaluation, task.out, task.paths, checkpoint, task.found.step)
-    report["model"] = model_facts(model)
+    report["model"] = facts
     write_json(task.out / SCORES, report)
-    drawn = draw_answers(evaluation, pictures or task.paths[0], task.out, task.cache)
+    drawn = draw_answers(evaluation, pictures, task.out, task.cache)
     drawn += draw_curves(task.home, task.out)
     summary = task.out / "report.md"
     write_whole(summary, page(report, drawn).encode())
     if task.is_the_runs_own:
-        _track(config, task.found, evaluation, [*files, *drawn, summary])
+        _track(task.config, task.found, evaluation, [*files, *drawn, summary])
     return report
 
 

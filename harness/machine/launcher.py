@@ -159,6 +159,47 @@ def gpus(environment: Mapping[str, str] = os.environ) -> int:
     return len(cards(environment))
 
 
+def _check_startable(launch: Launch, processes: int, gpus_here: int) -> None:
+    """Raises ConfigError for what this machine cannot start."""
+    if gpus_here and processes > gpus_here:
+        raise ConfigError(
+            f"--processes {processes}: this machine has {gpus_here} GPUs; expected 1 to {gpus_here}"
+        )
+    if launch.single and processes > 1:
+        raise ConfigError(
+            f"--processes {processes}: {launch.file} starts one; "
+            "multi_gpu is the launch file for more"
+        )
+    if launch.machines > 1:
+        raise ConfigError(
+            f"--launch {launch.name} is for {launch.machines} machines and harness train starts "
+            "processes on one: use launch/slurm.sbatch, or launch/torchrun.sh on each"
+        )
+    if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"--launch {launch.name} needs DeepSpeed: {install_command('deepspeed')}")
+
+
+def _environment(
+    environment: Mapping[str, str], launch: Launch, gpus_here: int, threads: str
+) -> dict[str, str]:
+    """Returns the variables that a run is started with."""
+    # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain
+    # DDP.
+    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one
+    # machine.
+    decided = ("ACCELERATE_USE_", "MASTER_")
+    changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
+    # Threads that spin while they wait make a small step 100 times slower as soon as another
+    # process is busy.
+    changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
+    if launch.zero_stage is None and not gpus_here:
+        changed["ACCELERATE_USE_CPU"] = "true"
+    if not gpus_here:
+        # Else accelerate's DeepSpeed says on stdout that it found no GPU.
+        changed.setdefault("DS_ACCELERATOR", "cpu")
+    return changed
+
+
 def command(
     arguments: Sequence[str],
     processes: int | None = None,
@@ -178,39 +219,11 @@ def command(
     processes = processes or launch.processes or max(found, 1)
     if launch.file is None:
         launch = read_launch("t4" if processes == 1 else "multi_gpu" if found else "cpu")
-    if found and processes > found:
-        raise ConfigError(
-            f"--processes {processes}: this machine has {found} GPUs; expected 1 to {found}"
-        )
-    if launch.single and processes > 1:
-        raise ConfigError(
-            f"--processes {processes}: {launch.file} starts one; "
-            "multi_gpu is the launch file for more"
-        )
-    if launch.machines > 1:
-        raise ConfigError(
-            f"--launch {launch.name} is for {launch.machines} machines and harness train starts "
-            "processes on one: use launch/slurm.sbatch, or launch/torchrun.sh on each"
-        )
-    if launch.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(f"--launch {launch.name} needs DeepSpeed: {install_command('deepspeed')}")
+    _check_startable(launch, processes, found)
     threads = environment.get("OMP_NUM_THREADS") or str(
         max(1, len(os.sched_getaffinity(0)) // processes)
     )
-    # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain
-    # DDP.
-    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one
-    # machine.
-    decided = ("ACCELERATE_USE_", "MASTER_")
-    changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
-    # Threads that spin while they wait make a small step 100 times slower as soon as another
-    # process is busy.
-    changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
-    if launch.zero_stage is None and not found:
-        changed["ACCELERATE_USE_CPU"] = "true"
-    if not found:
-        # Else accelerate's DeepSpeed says on stdout that it found no GPU.
-        changed.setdefault("DS_ACCELERATOR", "cpu")
+    changed = _environment(environment, launch, found, threads)
     line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     line += ["--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed

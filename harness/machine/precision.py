@@ -80,11 +80,9 @@ def choose(
     if kind == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(device)
         bf16_supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    where = (
-        f"a GPU of compute capability {capability[0]}.{capability[1]}"
-        if capability
-        else f"the device {kind!r}"
-    )
+    where = f"the device {kind!r}"
+    if capability:
+        where = f"a GPU of compute capability {capability[0]}.{capability[1]}"
     native_bf16 = bool(bf16_supported)
     if bf16_supported is None and capability:
         native_bf16 = capability >= BF16_FROM
@@ -99,36 +97,36 @@ def choose(
             raise ConfigError(
                 f"train.precision is bf16, but {where} has no native bf16: use auto, fp16 or fp32"
             )
-        reason = (
-            f"{where} has bf16, whose range is fp32's"
-            if kind == "cuda"
-            else "slower than fp32 on most CPUs"
-        )
+        reason = "slower than fp32 on most CPUs"
+        if kind == "cuda":
+            reason = f"{where} has bf16, whose range is fp32's"
         return _uniform(kind, torch.bfloat16, f"{asked}bf16 autocast for all parts; {reason}")
     if chosen == "fp16":
         if kind != "cuda":
             raise ConfigError(
                 f"train.precision is fp16, but {where} does not train in fp16: use auto or fp32"
             )
-        why = (
-            "its range is too small for T5"
-            if native_bf16
-            else f"{where} has no native bf16, and T5 overflows in fp16"
-        )
-        return Precision(
-            "fp16",
-            kind,
-            vision=torch.float16,
-            bridge=torch.float16,
-            lm=None,
-            compute_dtype=torch.float16,
-            loss_scaler=True,
-            reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: "
-            f"fp16 in its 4-bit layers alone, fp32 in wo, norms and embeddings, with a loss "
-            f"scaler; {why}",
-        )
+        why = f"{where} has no native bf16, and T5 overflows in fp16"
+        if native_bf16:
+            why = "its range is too small for T5"
+        return _by_parts(kind, asked, why)
     reason = "fp32 everywhere" if asked else f"fp32 everywhere: {where} gains nothing from less"
     return _uniform(kind, None, asked + reason)
+
+
+def _by_parts(kind: str, asked: str, why: str) -> Precision:
+    return Precision(
+        "fp16",
+        kind,
+        vision=torch.float16,
+        bridge=torch.float16,
+        lm=None,
+        compute_dtype=torch.float16,
+        loss_scaler=True,
+        reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: "
+        "fp16 in its 4-bit layers alone, fp32 in wo, norms and embeddings, with a loss "
+        f"scaler; {why}",
+    )
 
 
 def _uniform(kind: str, dtype: torch.dtype | None, reason: str) -> Precision:

@@ -68,17 +68,9 @@ class Planner:
 
     @cached_property
     def skeleton(self) -> Skeleton:
-        import torch
-
-        from harness.machine.precision import choose
         from harness.plan.skeleton import Skeleton
 
-        kind = torch.device("cuda" if self.device.is_gpu else "cpu")
-        return Skeleton(
-            self.config,
-            choose(self.config.train.precision, kind, self.device.capability),
-            self.encoder,
-        )
+        return Skeleton.planned_for(self.device, self.config, self.encoder)
 
     @cached_property
     def weights(self) -> dict[str, int]:

@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from harness.config.schema import Config
-from harness.machine.precision import Precision
+from harness.machine.devices import Device
+from harness.machine.precision import Precision, choose
 from harness.model.batch import Batch
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
@@ -77,6 +78,14 @@ class Skeleton:
     `precision` is the policy of the device planned for. Raises ConfigError for models whose
     config.json is nowhere.
     """
+
+    @classmethod
+    def planned_for(
+        cls, device: Device, config: Config, encoder: Mapping[str, Any] | None
+    ) -> Skeleton:
+        """Returns the skeleton with the policy of a device."""
+        kind = torch.device("cuda" if device.is_gpu else "cpu")
+        return cls(config, choose(config.train.precision, kind, device.capability), encoder)
 
     def __init__(
         self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None

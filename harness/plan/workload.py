@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from harness.config.schema import Config
 from harness.data.collate import Collator, group_by_length
 from harness.model.batch import Batch
+from harness.model.pretrained import quiet_transformers
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
 from shards.manifest import Manifest
@@ -130,9 +132,6 @@ def workload(config: Config) -> Workload:
 
 
 def _tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    from harness.model.pretrained import quiet_transformers
 
     with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
         return AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)

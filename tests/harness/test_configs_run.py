@@ -12,7 +12,7 @@ import pytest
 
 from harness import checkpoint as checkpoints
 from harness.config.load import load, shipped
-from harness.data.features import encode_set
+from harness.data.encode import encode_set
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.train.__main__ import main
 from toy_runs import make_shards

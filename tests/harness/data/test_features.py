@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from harness.config.schema import VisionConfig
-from harness.data.features import check_encoder, encode_set, load_controls, skipped
+from harness.data.encode import encode_set
+from harness.data.features import check_encoder, load_controls, skipped
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.model.vision import load_vision

@@ -15,7 +15,7 @@ import pytest
 from test_doctor_machine import A100, T4
 
 from harness.config.schema import Config
-from harness.data.features import encode_set
+from harness.data.encode import encode_set
 from harness.doctor import examine
 from harness.doctor.findings import Finding, run
 from harness.machine.launcher import Launch
