@@ -16,11 +16,12 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from harness import base_lm, checkpoint
 from harness.config.keys import flatten
@@ -221,8 +222,12 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
             out / "shards" / split,
             out / "features" / split,
             config.model.vision,
-            progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+            progress=partial(_advance, bar, task),
         )
+
+
+def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
 
 
 def make_base(out: Path, config: Config, bar: Progress) -> float:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -145,7 +145,7 @@ class Loader:
 
     def iterate(
         self, state: StreamState | None = None, epochs: int | None = None
-    ) -> Iterator[tuple[StreamState, list[Sample]]]:
+    ) -> Generator[tuple[StreamState, list[Sample]], None, None]:
         """Yields (state after the batch, this rank's samples of it), from `state` until `epochs`
         are complete.
 
@@ -170,7 +170,7 @@ class Loader:
 
     def _iterate(
         self, state: StreamState, epochs: int | None
-    ) -> Iterator[tuple[StreamState, list[Sample]]]:
+    ) -> Generator[tuple[StreamState, list[Sample]], None, None]:
         # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
         # the global random numbers are the model's.
         batches = iter(

@@ -46,6 +46,12 @@ class Sample:
     # of its own set: how often that has passed before (in a weighted mixture sets differ)
     epoch: int = 0
 
+    @property
+    def known(self) -> Record:
+        """The record of a sample that was read."""
+        assert self.record is not None
+        return self.record
+
 
 class Reader:
     """Reads samples of one set, in any order. Safe to fork, to pickle and to share between

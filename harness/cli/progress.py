@@ -39,7 +39,7 @@ def bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def told(title: str) -> Iterator[Callable[[int, int], None]]:
+def told(title: str) -> Iterator[Callable[..., None]]:
     """Shows a bar that is told (done, of how many)."""
     with bar() as progress:
         task = progress.add_task(title, total=None)

@@ -120,11 +120,13 @@ def compare(
 
     if a.is_file() and b.is_file():
         if references:
-            said = map(captions.read_caption_results, (a, b))
-            found = {"caption": pairs.descriptions(*said, captions.read_references(references))}
+            described = [captions.read_caption_results(file) for file in (a, b)]
+            wanted = captions.read_references(references)
+            found = {"caption": pairs.descriptions(described[0], described[1], wanted)}
         elif questions and annotations:
-            said = map(vqa.read_results, (a, b))
-            found = {"vqa": pairs.answers(*said, vqa.read_truths(questions, annotations))}
+            said = [vqa.read_results(file) for file in (a, b)]
+            truths = vqa.read_truths(questions, annotations)
+            found = {"vqa": pairs.answers(said[0], said[1], truths)}
         else:
             raise ConfigError(
                 f"{a} and {b} are result files: give --references, or --questions and --annotations"

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperGroup
@@ -44,18 +44,18 @@ def _common(
 class _Sources(TyperGroup):
     """A verb for each source, with the options of its `load`."""
 
-    def list_commands(self, context: object) -> list[str]:
+    def list_commands(self, context: Any) -> list[str]:
         from shards.sources import SOURCES
 
         return list(SOURCES)
 
-    def get_command(self, context: object, name: str) -> object:
+    def get_command(self, context: Any, name: str) -> Any:
         from shards.sources import SOURCES
 
         if name not in SOURCES:
             return None
 
-        def verb(**given: object) -> None:
+        def verb(**given: Any) -> None:
             _build(name, **given)
 
         own = inspect.signature(SOURCES[name], eval_str=True).parameters.values()
@@ -64,8 +64,9 @@ class _Sources(TyperGroup):
             p.replace(kind=p.KEYWORD_ONLY)
             for p in inspect.signature(_common, eval_str=True).parameters.values()
         ]
-        verb.__signature__ = inspect.Signature(options + common)
-        verb.__doc__ = inspect.getmodule(SOURCES[name]).__doc__.partition("\n")[0]
+        about = sys.modules[SOURCES[name].__module__].__doc__ or ""
+        verb.__signature__ = inspect.Signature(options + common)  # type: ignore[attr-defined]  # for typer
+        verb.__doc__ = about.partition("\n")[0]
         one = typer.Typer(**HELP)
         one.command(name)(verb)
         return typer.main.get_command(one)
@@ -202,19 +203,19 @@ def features(
             )
             left_out = f"{len(skipped(made)):,} images that could not be read left out"
             size = f"{made.samples:,} samples, {made.bytes / 1e6:,.1f} MB"
-            lines.append(f"{made.folder}: {size}, made by {made.encoder['id']}; {left_out}")
+            encoder = made.encoder or {}
+            lines.append(f"{made.folder}: {size}, made by {encoder.get('id')}; {left_out}")
     print(*lines, sep="\n")
 
 
 def _build(
-    source: str, out: Path, short_side: int | None, workers: int | None, **options: object
+    source: str, out: Path, short_side: int | None, workers: int | None, **options: Any
 ) -> None:
     from shards.build import build
 
     with bar() as progress:
-        task = progress.add_task(
-            source, total=None
-        )  # one line for all splits: a notebook cannot go back up
+        # One line for all splits: a notebook cannot go back up.
+        task = progress.add_task(source, total=None)
 
         def show(split: str, done: int, images: int) -> None:
             progress.update(task, description=f"{source} {split}", completed=done, total=images)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from harness.config.mistakes import _explain, _short
+from harness.config.mistakes import explain_mistake, short
 from harness.config.schema import Config, Section
 from harness.errors import ConfigError
 
@@ -49,8 +49,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: is not YAML: {why}") from error
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{file}: found {_short(document)}, expected a mapping of keys such as name, data, "
-            "model"
+            f"{file}: found {short(document)}, expected a mapping of keys such as name, data, model"
         )
     return document
 
@@ -64,7 +63,7 @@ def validated(
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        message, key = _explain(error, kind)
+        message, key = explain_mistake(error, kind)
         given = next(
             (
                 o
@@ -94,31 +93,34 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of the document with each `key=value` put in place; `data.train.0.path=DIR` reaches
-    into a list.
+    """Returns a copy of the document with each `key=value` put in place.
+
+    `data.train.0.path=DIR` reaches into a list. Raises ConfigError.
     """
     changed = copy.deepcopy(dict(document))
     for override in overrides:
         parts, value = parse_override(override)
         at: Any = changed
         for depth, part in enumerate(parts):
-            where = ".".join(parts[:depth])
-            last = depth == len(parts) - 1
-            if isinstance(at, list):
-                if not part.isdecimal() or int(part) >= len(at):
-                    expected = f"a list of {len(at)}, found {part!r}, expected a position in it"
-                    raise ConfigError(f"override {override!r}: {where} is {expected}")
-                part = int(part)
-            elif not isinstance(at, dict):
-                raise ConfigError(
-                    f"override {override!r}: {where} is {_short(at)}, it holds no keys"
-                )
-            elif at.get(part) is None and not last:
+            place = _place(at, part, override, ".".join(parts[:depth]))
+            if depth == len(parts) - 1:
+                at[place] = value
+            elif isinstance(at, dict) and at.get(part) is None:
                 at[part] = {}
-            if last:
-                at[part] = value
-            at = at[part]
+            at = at[place]
     return changed
+
+
+def _place(at: Any, part: str, override: str, where: str) -> str | int:
+    """Returns the key or the position that a part of a dotted key names. Raises ConfigError."""
+    if isinstance(at, dict):
+        return part
+    if not isinstance(at, list):
+        raise ConfigError(f"override {override!r}: {where} is {short(at)}, it holds no keys")
+    if not part.isdecimal() or int(part) >= len(at):
+        expected = f"a list of {len(at)}, found {part!r}, expected a position in it"
+        raise ConfigError(f"override {override!r}: {where} is {expected}")
+    return int(part)
 
 
 def dump(config: Config) -> str:

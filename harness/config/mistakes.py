@@ -15,7 +15,7 @@ from harness.config.keys import flatten
 from harness.config.schema import Config, Section
 
 
-def _explain(error: ValidationError, root: type[Section]) -> tuple[str, str]:
+def explain_mistake(error: ValidationError, root: type[Section]) -> tuple[str, str]:
     """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often
     why another lacks.
     """
@@ -34,7 +34,7 @@ def _explain(error: ValidationError, root: type[Section]) -> tuple[str, str]:
         return f"{key or 'the config'}: {first['ctx']['error']}", key
     here = [problem for problem in errors if _field_path(problem["loc"]) == path]
     expected = " or ".join(dict.fromkeys(_expected(problem, root) for problem in here))
-    return f"{key}: found {_short(first['input'])}, expected {expected}", key
+    return f"{key}: found {short(first['input'])}, expected {expected}", key
 
 
 def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:
@@ -76,7 +76,8 @@ def _field_path(location: Sequence[str | int]) -> list[str | int]:
 
 
 def _closest(location: Sequence[str | int], root: type[Section]) -> str:
-    section, *above, wrong = _section_at(location[:-1], root), *location
+    section = _section_at(location[:-1], root)
+    *above, wrong = location
     here = {key: ".".join(map(str, [*above, key])) for key in section.model_fields}
     everywhere = {key.rpartition(".")[2]: key for key in flatten(Config(name="-"))}
     for known in (here, everywhere) if root is Config else (here,):
@@ -85,6 +86,6 @@ def _closest(location: Sequence[str | int], root: type[Section]) -> str:
     return f"the keys there are {', '.join(here)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

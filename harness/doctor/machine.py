@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
@@ -124,7 +125,8 @@ def four_bit() -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
     keep_autograd(layer)
-    expected_D = dequantize_4bit(layer.weight.data, layer.weight.quant_state).sum(dim=0)
+    weight: Any = layer.weight  # bitsandbytes' own kind of parameter
+    expected_D = dequantize_4bit(weight.data, weight.quant_state).sum(dim=0)
     inputs_ND = torch.ones(2, 64, device=device)
 
     def learns() -> bool:

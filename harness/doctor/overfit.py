@@ -209,14 +209,14 @@ def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
     shared = Counter(
         ask
         for sample in readable
-        for ask in {(text.task, text.prompt) for text in sample.record.texts}
+        for ask in {(text.task, text.prompt) for text in sample.known.texts}
     )
     used: set[tuple[str, str | None, str]] = set()
     chosen = []
     for sample in readable:
         choices = [
             (text, target)
-            for text in sample.record.texts
+            for text in sample.known.texts
             for target in (text.targets if text.task == "caption" else [most_common(text.targets)])
         ]
         best = max(
@@ -228,7 +228,7 @@ def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
         )
         text = replace(best[0], targets=(best[1],))
         used.add((text.task, text.prompt, best[1]))
-        chosen.append(replace(sample, record=replace(sample.record, texts=(text,))))
+        chosen.append(replace(sample, record=replace(sample.known, texts=(text,))))
     return chosen
 
 

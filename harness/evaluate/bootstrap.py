@@ -87,4 +87,6 @@ def ratio(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: flo
     sums_R2 = resampled_sums(np.stack([sums_I, per_I], axis=1), resamples)
     with np.errstate(invalid="ignore"):
         ratios_R = sums_R2[:, 0] / sums_R2[:, 1]
-    return percentile(sums_I.sum() / per_I.sum(), ratios_R, np.count_nonzero(per_I), confidence)
+    return percentile(
+        sums_I.sum() / per_I.sum(), ratios_R, int(np.count_nonzero(per_I)), confidence
+    )

@@ -50,10 +50,8 @@ def answers(
         [vqa.accuracy(said[truth.question_id], truth.answers) for truth in common]
         for said in (a, b)
     ]
-    sums_IK = np.stack(
-        [np.bincount(row_C, weights) for weights in (*grades_2C, np.ones(len(common)))],
-        1,
-    )
+    columns: list[list[float]] = [*grades_2C, [1.0] * len(common)]
+    sums_IK = np.stack([np.bincount(row_C, weights) for weights in columns], axis=1)
 
     def accuracy(sums_RK: np.ndarray) -> list[dict[str, np.ndarray]]:
         return [{"accuracy": 100 * sums_RK[:, k] / sums_RK[:, 2]} for k in (0, 1)]
@@ -119,12 +117,13 @@ def runs(
     """
     evaluated = [_evaluated(run_a), _evaluated(run_b)]
     truths, references = _test_texts(data or evaluated[0][1])
-    found = {}
-    for task, asked, compare in (("vqa", truths, answers), ("caption", references, descriptions)):
-        a = said(evaluated[0][0], task)
-        b = said(evaluated[1][0], task)
-        if asked and a and b:
-            found[task] = compare(a, b, asked)
+    found: dict[str, dict[str, Compared]] = {}
+    of_vqa = [said(folder, "vqa") for folder, _ in evaluated]
+    if truths and all(of_vqa):
+        found["vqa"] = answers(of_vqa[0], of_vqa[1], truths)
+    of_captions = [said(folder, "caption") for folder, _ in evaluated]
+    if references and all(of_captions):
+        found["caption"] = descriptions(of_captions[0], of_captions[1], references)
     if not found:
         raise ConfigError(
             f"{run_a} and {run_b} have no task in common on these test sets: "

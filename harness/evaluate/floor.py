@@ -80,7 +80,7 @@ def training_records(config: Config) -> Iterator[Record]:
             with suppress(
                 ShardError
             ):  # named by the training run that read it, and by `harness shards verify`
-                yield reader.read(int(index)).record
+                yield reader.read(int(index)).known
 
 
 def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:

@@ -187,9 +187,9 @@ class Gate:
         if self.no_image and (without := tokens.without_tokens()) is not None:
             others["no_image"] = without
         for name, tokens_NQD in self.controls.items():
-            others[name] = type(tokens)(
-                tokens_NQD, (batch.image_of_C + self._batches) % len(tokens_NQD)
-            )
+            row_of_C = (batch.image_of_C + self._batches) % len(tokens_NQD)
+            made: Any = type(tokens)
+            others[name] = made(tokens_NQD, row_of_C)
         rows = [
             _Row(p, (p.dataset, p.split, p.key), float(w), {"true": float(n)}, {"true": p.answer})
             for p, w, n in zip(said, weight_C, nats_C, strict=True)
@@ -274,7 +274,7 @@ class Gate:
             loss_gap=loss_gap,
             loss_moved=loss_moved,
             measure=measure,
-            scores={name: vqa.percent(values_C) for name, values_C in score_C.items()},
+            scores={name: vqa.percent(list(values_C)) for name, values_C in score_C.items()},
             score_gap=score_gap,
             answers_changed_where_truth_differs=100 * changed / pairs if pairs else None,
             pairs_where_truth_differs=pairs,

@@ -77,9 +77,10 @@ class PictureCollator(Collator):
         batch = super().__call__(
             [replace(sample, payload=np.zeros((1, 1, 3), np.uint8)) for sample in readable]
         )
-        return batch and PictureBatch(
-            **vars(batch), pictures=tuple(sample.payload for sample in readable)
-        )
+        if batch is None:
+            return None
+        pictures = tuple(sample.payload for sample in readable)
+        return PictureBatch(**vars(batch), pictures=pictures)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class PublishedModel(nn.Module):
         try:
             with quiet_transformers():
                 self.processor = AutoProcessor.from_pretrained(name)
-                self.model, report = AutoModelForImageTextToText.from_pretrained(
+                loaded: Any = AutoModelForImageTextToText.from_pretrained(
                     name,
                     dtype=self.dtype,
                     quantization_config=quantisation,
@@ -156,7 +157,8 @@ class PublishedModel(nn.Module):
                 "give a folder in the "
                 "hub's format, or an id that is on the hub or in its local cache"
             ) from error
-        if absent := sorted(report["missing_keys"]):
+        self.model: Any = loaded[0]
+        if absent := sorted(loaded[1]["missing_keys"]):
             raise ConfigError(
                 f"--model {name}: it lacks {len(absent)} weights of a "
                 f"{type(self.model).__name__} ({absent[0]}, ...), "
@@ -315,7 +317,7 @@ def evaluate_published(
         progress=progress,
         decode=ImageDecoder(image_size=1, mode="whole", max_pixels=config.data.max_image_pixels),
         collate=PictureCollator(model.tokenizer, config.data, config.prompts, training=False),
-        controls_of=control_pictures,
+        controls_of=control_pictures,  # type: ignore[arg-type]  # its batches hold pictures
     )
     parts = [*names(manifests), *["4bit"] * load_in_4bit, *variant(limit, overrides)]
     out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--"), folder(parts)))

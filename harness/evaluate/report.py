@@ -94,8 +94,9 @@ def draw_answers(
     items = []
     for number in range(min(PICTURES, manifest.samples)):
         sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
-        text = sample.record.texts[number % len(sample.record.texts)]
-        answer = said.get((sample.record.key, text.id))
+        record = sample.known
+        text = record.texts[number % len(record.texts)]
+        answer = said.get((record.key, text.id))
         if answer is not None:
             right = None
             if text.task == "vqa":

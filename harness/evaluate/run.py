@@ -85,7 +85,7 @@ def evaluate_model(
             if in_gate and collected.controls is None:
                 make = controls_of or control_tokens
                 collected.controls = make(model, batch, loader.manifests[0])
-            collected.add(batch, in_gate, as_trained and partial(as_trained, samples))
+            collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
             _show(evaluation, batch, samples, settings.show_images)
         if progress:
             progress(evaluation.images, images)
@@ -165,8 +165,9 @@ class _Pass:
         result = self.evaluation.tasks[task]
         result.predictions.sort(key=lambda p: self.place[p.dataset, p.split, p.key])
         if TASKS[task].has_right:
-            result.groups = score_vqa(result.predictions, settings)
-            result.intervals = {"accuracy": result.groups.pop("overall")}
+            scored = score_vqa(result.predictions, settings)
+            result.intervals = {"accuracy": scored.pop("overall")}
+            result.groups = scored
             result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
             result.text_only_accuracy = text_only_accuracy
         else:
@@ -184,14 +185,14 @@ def _chunks(
     """
     size = max(2, size)
     left = images
-    waiting = []
+    waiting: list[Sample] = []
     seen: Counter[str] = Counter()
     with closing(loader.iterate(epochs=1)) as batches:
         for _, samples in batches:
-            others = []
+            others: list[Sample] = []
             for sample in [s for s in samples if s.weight and s.record is not None][:left]:
                 left -= 1
-                tasks = [text.task for text in sample.record.texts]
+                tasks = [text.task for text in sample.known.texts]
                 wanted = any(seen[task] < gate_texts for task in tasks)
                 (waiting if wanted else others).append(sample)
                 seen.update(tasks if wanted else ())
@@ -220,19 +221,15 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
         made = control_pixels(like.pixels_IHW3.shape[1:])
     elif any(file.name == CONTROLS for file in manifest.files):
         stored = load_controls(manifest)
-        name, made = (
-            "features_IPD",
-            {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]},
-        )
+        name = "features_IPD"
+        made = {"blank": stored["blank_PD"][None], "noise": stored["noise_KPD"]}
     else:
         return {}
-    device = like.image_of_C.device
-    return {
-        condition: model.bridge_tokens(
-            replace(like, **{name: torch.from_numpy(images).to(device)})
-        ).tokens_NQD
-        for condition, images in made.items()
-    }
+    found = {}
+    for condition, images in made.items():
+        field: Any = {name: torch.from_numpy(images).to(like.image_of_C.device)}
+        found[condition] = model.bridge_tokens(replace(like, **field)).tokens_NQD
+    return found
 
 
 def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Any]:
@@ -261,7 +258,7 @@ def score_captions(
 
 
 def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:
-    pixels = {sample.record.key: sample.payload for sample in samples}
+    pixels = {sample.known.key: sample.payload for sample in samples}
     by_id = {
         p.id: p
         for result in evaluation.tasks.values()

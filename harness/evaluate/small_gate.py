@@ -88,10 +88,8 @@ def small_gate(
 
 
 def small_gate_metrics(uses: Mapping[str, ImageUse]) -> dict[str, float]:
-    """The few figures to watch, named `loss_gap_nats` ...; with several tasks each name starts with
-    its task.
-    """
-    values = {}
+    """Returns the few figures to watch; with several tasks each name starts with its task."""
+    values: dict[str, float] = {}
     for task, use in uses.items():
         known = use.to_dict() | {"image_used": float(use.verdict == "image used")}
         names = (*_METRICS, f"true_{use.measure}", f"shuffled_{use.measure}", "image_used")

@@ -66,6 +66,8 @@ class MLflowTracker(JournalTracker):
         datasets: Sequence[Manifest],
     ) -> None:
         super().__init__(config.out_dir, journal)
+        self._follows = journal
+        self._folder = config.out_dir
         self.run_id = run_id
         self._config = config
         self._facts = dict(facts)
@@ -95,10 +97,9 @@ class MLflowTracker(JournalTracker):
     def predictions(
         self, items: Sequence[Shown], step: int, folder: str = "answers"
     ) -> Path | None:
-        """As a page (artifact) and as a table with images, which the UI shows among the run's
-        artifacts.
-        """
+        """Logs a page and a table with images, which the UI shows among the run's artifacts."""
         page = super().predictions(items, step, folder)
+        assert page is not None  # there is an output folder
         self.artifact(page, folder)
         name = f"{folder}/{page.stem}.json"
         columns: dict[str, list[Any]] = {
@@ -172,7 +173,7 @@ class MLflowTracker(JournalTracker):
         log.warning(
             "the MLflow store %s does not take this run's figures (%s): training goes on, %s "
             "holds them",
-            *(without_password(self._uri), without_password(why), self._journal.path),
+            *(without_password(self._uri), without_password(why), self._follows.path),
         )
 
     def _send_all(self) -> None:
@@ -206,7 +207,7 @@ class MLflowTracker(JournalTracker):
         """
         from mlflow.entities import Metric
 
-        rows, offset = self._journal.read(self._sent, MAX_METRICS)
+        rows, offset = self._follows.read(self._sent, MAX_METRICS)
         metrics, infinite = [], {}
         for row in rows:
             for name, value in row["values"].items():
@@ -273,7 +274,7 @@ class MLflowTracker(JournalTracker):
         elif not self._adds_only:
             client.update_run(run.info.run_id, status="RUNNING")
         self.run_id = run.info.run_id
-        write_whole(self._out / RUN_ID, self.run_id.encode())
+        write_whole(self._folder / RUN_ID, self.run_id.encode())
         if not self._adds_only:
             self._there = {
                 m.key: m.step for m in run.data._metric_objs
