@@ -52,7 +52,6 @@ def install_command(extra: str) -> str:
         return f"pip install -e '{where}[{extra}]'"
     needed = []
     for requirement in importlib.metadata.requires(NAME) or ():
-        name, _, condition = requirement.partition(";")
-        if re.search(rf"extra == ['\"]{extra}['\"]", condition):
-            needed.append(f"'{name.strip()}'")
+        if re.search(rf"; .*extra == ['\"]{extra}['\"]", requirement):
+            needed.append(f"'{requirement.partition(';')[0].strip()}'")
     return f"pip install {' '.join(needed)}"

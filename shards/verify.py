@@ -46,10 +46,10 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
     if broken:
         name = manifest.sidecar_file.name
         return problems + ([] if any(name in problem for problem in problems) else broken)
-    keys, counts = np.unique(manifest.sidecar["key"], return_counts=True)
+    counted = np.unique(manifest.sidecar["key"], return_counts=True)
     problems += [
         f"{folder}: key {key.decode()!r} occurs {n} times"
-        for key, n in zip(keys, counts, strict=True)
+        for key, n in zip(*counted, strict=True)
         if n > 1
     ]
     left_out = _left_out(manifest)

@@ -241,6 +241,7 @@ def evaluate(
     """
     from harness.checks import check_run
     from harness.errors import ConfigError
+    from shards.manifest import Manifest
 
     if not run and not model:
         raise ConfigError(
@@ -248,6 +249,8 @@ def evaluate(
         )
     if run:
         check_run(run)
+    for place in data or ():
+        Manifest.read_index(place)
     reports = _evaluated(
         run, data, model or (), load_in_4bit, limit=limit, given=override or (), pictures=pictures
     )
@@ -380,7 +383,6 @@ def base_lm(
     from harness.config.load import load
     from harness.errors import ConfigError
     from shards.manifest import Manifest
-    from shards.write import folder_beside
 
     loaded = load(config)
     if d_model % 4:
@@ -390,6 +392,7 @@ def base_lm(
     for place in data:
         Manifest.read_index(place)
     from harness.base_lm import make
+    from shards.write import folder_beside
 
     size = {"d_model": d_model, "layers": layers, "d_ff": 4 * d_model, "steps": steps}
     with told("text-only training") as progress, folder_beside(out) as beside:

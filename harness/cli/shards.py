@@ -74,8 +74,8 @@ class _Sources(TyperGroup):
 
 def _option(annotation: object) -> object:
     """`Annotated[Path, "help"]` of a source, as typer takes it."""
-    kind, *words = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    return Annotated[kind, typer.Option(help=" ".join(words) or None)]
+    parts = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return Annotated[parts[0], typer.Option(help=" ".join(parts[1:]) or None)]
 
 
 app.add_typer(
@@ -127,9 +127,10 @@ def index(
         )
     for place in places:
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
-        above, name = os.path.split(os.path.dirname(where) if where.endswith(".tar") else where)
+        folder = os.path.dirname(where) if where.endswith(".tar") else where
+        above = os.path.basename(os.path.dirname(folder))
         with counted(f"indexing {place}") as count:
-            names = (dataset or os.path.basename(above) or "webdataset", split or name)
+            names = (dataset or above or "webdataset", split or os.path.basename(folder))
             made = index_shards(place, *names, out=out, overwrite=overwrite, on_progress=count)
         skipped = (
             f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl"

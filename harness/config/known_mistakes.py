@@ -28,23 +28,23 @@ OLD_PLACES = {"loss_on_padding": ("data",), "bos": ("model", "lm")}
 def at_their_new_place(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config's document with the keys of an older version in `known_mistakes`.
 
-    An old key decides where the new one stands too: it can only come from an override.
+    An old key decides where the new one stands too: load.py moves a file's own keys before it puts
+    overrides in place, so that it comes from an override.
     """
     changed = dict(document)
     for key, sections in OLD_PLACES.items():
-        value = _taken(changed, sections, key)
-        if value is not None:
-            changed["known_mistakes"] = {**dict(changed.get("known_mistakes") or {}), key: value}
+        old = _taken(changed, sections, key)
+        changed["known_mistakes"] = {**(changed.get("known_mistakes") or {}), **old}
     return changed
 
 
-def _taken(document: dict[str, Any], sections: tuple[str, ...], key: str) -> Any:
-    """Takes a key out of a section that is copied first; None where it is not there."""
+def _taken(document: dict[str, Any], sections: tuple[str, ...], key: str) -> dict[str, Any]:
+    """Takes a key out of a section, which is copied first; {} where it is not there."""
     here = document
     for name in sections:
         section = here.get(name)
         if not isinstance(section, Mapping):
-            return None
+            return {}
         here[name] = dict(section)
         here = here[name]
-    return here.pop(key, None)
+    return {key: here.pop(key)} if key in here else {}

@@ -6,11 +6,12 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from harness.config.known_mistakes import at_their_new_place
 from harness.config.mistakes import explain_mistake, short
 from harness.config.schema import Config, Section
 from harness.errors import ConfigError
@@ -35,7 +36,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     what is expected.
     """
     file = find(path)
-    return validated(Config, apply_overrides(read_yaml(file), overrides), file, overrides)
+    return changed_by(read_yaml(file), overrides, file)
+
+
+def changed_by(document: Mapping[str, Any], overrides: Sequence[str], file: Path) -> Config:
+    """Returns the config of a document with overrides in place. Raises ConfigError.
+
+    Keys of an older version are moved first, so that overrides decide by either name.
+    """
+    changed = apply_overrides(at_their_new_place(document), overrides)
+    return validated(Config, changed, file, overrides)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -63,29 +73,30 @@ def validated(
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        message, key = explain_mistake(error, kind)
-        given = next(
-            (
-                o
-                for o in overrides
-                if key == (name := o.partition("=")[0]) or key.startswith(name + ".")
-            ),
-            None,
-        )
-        where = f"override {given!r}" if given else str(file)
-        raise ConfigError(f"{where}: {message}") from error
+        mistake = explain_mistake(error, kind)
+        where = str(file)
+        for override in overrides:
+            if f"{mistake.key}.".startswith(override.partition("=")[0] + "."):
+                where = f"override {override!r}"
+                break
+        raise ConfigError(f"{where}: {mistake.sentence}") from error
 
 
-def parse_override(override: str) -> tuple[list[str], Any]:
-    """`train.epochs=2` -> (["train", "epochs"], 2); the value is read as YAML. Raises
-    ConfigError.
-    """
-    key, equals, value = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+class Override(NamedTuple):
+    """`train.epochs=2` as (["train", "epochs"], 2)."""
+
+    parts: list[str]
+    value: Any
+
+
+def parse_override(override: str) -> Override:
+    """Returns the key's parts, and the value as YAML reads it. Raises ConfigError."""
+    given = override.split("=", maxsplit=1)
+    parts = given[0].strip().split(".")
+    if len(given) < 2 or not all(parts):
         raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=2")
     try:
-        return parts, yaml.load(value, Loader=_StrictLoader)
+        return Override(parts, yaml.load(given[1], Loader=_StrictLoader))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}"
@@ -99,12 +110,12 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     """
     changed = copy.deepcopy(dict(document))
     for override in overrides:
-        parts, value = parse_override(override)
+        parsed = parse_override(override)
         at: Any = changed
-        for depth, part in enumerate(parts):
-            place = _place(at, part, override, ".".join(parts[:depth]))
-            if depth == len(parts) - 1:
-                at[place] = value
+        for depth, part in enumerate(parsed.parts):
+            place = _place(at, part, override, ".".join(parsed.parts[:depth]))
+            if depth == len(parsed.parts) - 1:
+                at[place] = parsed.value
             elif isinstance(at, dict) and at.get(part) is None:
                 at[part] = {}
             at = at[place]
@@ -161,6 +172,13 @@ def find(path: str | Path, folder: str = "configs") -> Path:
     }
     if str(file.parent) in (".", folder) and file.suffix in ("", ".yaml") and file.stem in ours:
         return ours[file.stem]
+    of_ablations = [other.stem for other in (shipped("configs") / "ablations").glob("*.yaml")]
+    for name in of_ablations:
+        if file.stem == name or file.stem.startswith(f"{name}_"):
+            raise ConfigError(
+                f"{file}: no such config file; {name} is an ablation, whose variants are run by "
+                f"`harness ablate {name}`"
+            )
     near = difflib.get_close_matches(file.stem, ours, n=1)
     hint = (
         f"did you mean {folder}/{near[0]}.yaml?"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
@@ -15,10 +15,15 @@ from harness.config.keys import flatten
 from harness.config.schema import Config, Section
 
 
-def explain_mistake(error: ValidationError, root: type[Section]) -> tuple[str, str]:
-    """The first problem in one sentence, and its dotted key. A wrong key goes first: it is often
-    why another lacks.
-    """
+class Mistake(NamedTuple):
+    """The first problem of a document."""
+
+    sentence: str
+    key: str  # dotted
+
+
+def explain_mistake(error: ValidationError, root: type[Section]) -> Mistake:
+    """Returns the first problem. A wrong key goes first: it is often why another lacks."""
     errors = error.errors()
     unknown = [
         problem for problem in errors if problem["type"] in ("extra_forbidden", "invalid_key")
@@ -27,14 +32,14 @@ def explain_mistake(error: ValidationError, root: type[Section]) -> tuple[str, s
     path = _field_path(first["loc"])
     key = ".".join(map(str, path))
     if unknown:
-        return f"no key {key}; {_closest(path, root)}", key
+        return Mistake(f"no key {key}; {_closest(path, root)}", key)
     if first["type"] == "missing" and isinstance(path[-1], str):
-        return f"{key} is missing: the config needs it", key
+        return Mistake(f"{key} is missing: the config needs it", key)
     if first["type"] == "value_error":
-        return f"{key or 'the config'}: {first['ctx']['error']}", key
+        return Mistake(f"{key or 'the config'}: {first['ctx']['error']}", key)
     here = [problem for problem in errors if _field_path(problem["loc"]) == path]
     expected = " or ".join(dict.fromkeys(_expected(problem, root) for problem in here))
-    return f"{key}: found {short(first['input'])}, expected {expected}", key
+    return Mistake(f"{key}: found {short(first['input'])}, expected {expected}", key)
 
 
 def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:

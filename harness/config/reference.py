@@ -60,6 +60,7 @@ def chosen(key: str | None) -> list[Key]:
     if not here:
         names = {each.name.rpartition(".")[2]: each.name for each in found}
         names |= {each.name: each.name for each in found}
+        names |= {section: section for each in found if (section := each.name.partition(".")[0])}
         near = difflib.get_close_matches(key, names, n=1)
         hint = f"did you mean {names[near[0]]}?" if near else "`harness config` lists all"
         raise ConfigError(f"there is no key {key}; {hint}")
@@ -79,7 +80,8 @@ def defaults() -> str:
     lines: list[str] = []
     above: list[str] = []
     for key in keys_below():
-        *sections, name = key.name.split(".")
+        sections = key.name.split(".")
+        name = sections.pop()
         for depth, section in enumerate(sections):
             if sections[: depth + 1] != above[: depth + 1]:
                 lines.append(f"{'  ' * depth}{section}:")
@@ -150,8 +152,7 @@ def _written(section: type[BaseModel]) -> dict[str, tuple[str, str]]:
         if line.startswith("    # "):
             above.append(line.removeprefix("    # "))
         elif field := FIELD.fullmatch(line):
-            name, annotation, beside = field.groups()
-            found[name] = (annotation, " ".join([*above, beside or ""]).strip())
+            found[field[1]] = (field[2], " ".join([*above, field[3] or ""]).strip())
             above = []
         else:
             above = []

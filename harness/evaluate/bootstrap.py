@@ -78,8 +78,8 @@ def percentile(
     """
     if images < 2:
         return Interval(float(value), -math.inf, math.inf)
-    low, high = np.nanquantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(value), float(low), float(high))
+    bounds = np.nanquantile(values_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(value), float(bounds[0]), float(bounds[1]))
 
 
 def ratio(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: float) -> Interval:

@@ -158,10 +158,11 @@ def _bleu_counts(own: Ngrams, refs: Sequence[Ngrams]) -> list[int]:
     matched_N = [0] * _N
     for ngram, count in own.items():
         matched_N[len(ngram) - 1] += min(count, max(ref.get(ngram, 0) for ref in refs))
-    length, *lengths = (
+    lengths = [
         sum(count for ngram, count in ngrams.items() if len(ngram) == 1) for ngrams in (own, *refs)
-    )
-    closest = min((abs(other - length), other) for other in lengths)[1]
+    ]
+    length = lengths[0]
+    closest = min((abs(other - length), other) for other in lengths[1:])[1]
     return [*matched_N, *(max(0, length - n) for n in range(_N)), length, closest]
 
 

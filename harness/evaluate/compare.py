@@ -92,19 +92,22 @@ def _compared(
     texts: int,
     asked: int,
 ) -> dict[str, Compared]:
-    a, b = figures(sums_IK.sum(axis=0)[None])
-    a_R, b_R = figures(resampled_sums(sums_IK))
-    return {
-        name: Compared(
-            a=float(a[name][0]),
-            b=float(b[name][0]),
-            difference=percentile(a[name][0] - b[name][0], a_R[name] - b_R[name], len(sums_IK)),
-            a_better=float(np.mean(a_R[name] > b_R[name])),
+    of_all = figures(sums_IK.sum(axis=0)[None])
+    resampled = figures(resampled_sums(sums_IK))
+    found = {}
+    for name in of_all[0]:
+        a = float(of_all[0][name][0])
+        b = float(of_all[1][name][0])
+        difference_R = resampled[0][name] - resampled[1][name]
+        found[name] = Compared(
+            a=a,
+            b=b,
+            difference=percentile(a - b, difference_R, len(sums_IK)),
+            a_better=float(np.mean(difference_R > 0)),
             texts=texts,
             left_out=asked - texts,
         )
-        for name in a
-    }
+    return found
 
 
 def runs(

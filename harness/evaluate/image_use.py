@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -118,14 +118,33 @@ def exchanged(
     return tokens.with_rows(image_of_C)
 
 
-def sums_per_context(loss: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """LossOutput -> nats_C, weight_C: summed over the targets of each context."""
+class ContextSums(NamedTuple):
+    """Sums over the targets of each context."""
+
+    nats_C: np.ndarray
+    weight_C: np.ndarray
+
+
+class Counted(NamedTuple):
+    """How many of some pairs have a property."""
+
+    having: int
+    pairs: int
+
+    @property
+    def percent(self) -> float | None:
+        """None where there are no pairs."""
+        return 100 * self.having / self.pairs if self.pairs else None
+
+
+def sums_per_context(loss: Any, batch: Batch) -> ContextSums:
+    """Sums a LossOutput over the targets of each context."""
 
     def summed(values_T: torch.Tensor) -> np.ndarray:
         zeros_C = torch.zeros(len(batch.image_of_C), dtype=torch.float64, device=values_T.device)
         return zeros_C.index_add_(0, batch.context_of_T, values_T.double()).cpu().numpy()
 
-    return summed(loss.sum_T), summed(loss.weight_T)
+    return ContextSums(summed(loss.sum_T), summed(loss.weight_T))
 
 
 @dataclass
@@ -247,7 +266,7 @@ class Gate:
         score_C = self._scores()
         score_gap = self._gap(100 * (score_C["true"] - score_C["shuffled"]), np.ones(len(rows)))
         predictions = [row.prediction for row in rows]
-        changed, pairs = changed_where_truth_differs(predictions)
+        changed = changed_where_truth_differs(predictions)
         empty_rate = float(np.mean([not p.answer.strip() for p in predictions]))
         p_eos_first = float(np.mean([p.p_eos_first for p in predictions]))
         known = sum(image in self.trained_on for image in images)
@@ -276,8 +295,8 @@ class Gate:
             measure=measure,
             scores={name: vqa.percent(list(values_C)) for name, values_C in score_C.items()},
             score_gap=score_gap,
-            answers_changed_where_truth_differs=100 * changed / pairs if pairs else None,
-            pairs_where_truth_differs=pairs,
+            answers_changed_where_truth_differs=changed.percent,
+            pairs_where_truth_differs=changed.pairs,
             distinct_outputs=len({vqa.normalise(p.answer) for p in predictions}),
             empty_rate=empty_rate,
             p_eos_first=p_eos_first,
@@ -311,7 +330,7 @@ class Gate:
 # ---- the evidence --------------------------------------------------------------------------------
 
 
-def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int, int]:
+def changed_where_truth_differs(predictions: Sequence[Prediction]) -> Counted:
     """(answers that changed, pairs): each context is paired with one of another image that has the
     same prompt and another true answer (both the most common one), where such a one is in the
     subset.
@@ -336,10 +355,10 @@ def changed_where_truth_differs(predictions: Sequence[Prediction]) -> tuple[int,
                     pairs += 1
                     changed += said[one] != said[other]
                     break
-    return changed, pairs
+    return Counted(changed, pairs)
 
 
-def complementary_pairs(predictions: Sequence[Prediction]) -> tuple[int, int]:
+def complementary_pairs(predictions: Sequence[Prediction]) -> Counted:
     """(pairs of which both are right, pairs): the same question on two similar images with
     different answers, as VQAv2 names them (`meta.pair_id`, the id of the other question); right is
     an official accuracy of at least 0.5.
@@ -357,7 +376,7 @@ def complementary_pairs(predictions: Sequence[Prediction]) -> tuple[int, int]:
         for p in predictions
         if (other := (p.dataset, p.split, str(p.meta.get("pair_id")))) in right and p.id in right
     }
-    return sum(right[one] and right[other] for one, other in pairs), len(pairs)
+    return Counted(sum(right[one] and right[other] for one, other in pairs), len(pairs))
 
 
 def judge(

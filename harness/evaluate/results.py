@@ -59,7 +59,7 @@ class TaskResult:
         there.
         """
         gate = self.image_use.to_dict() if self.image_use else {}
-        right, pairs = complementary_pairs(self.predictions)
+        right = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
         own = {
             "texts": len(self.predictions),
@@ -74,10 +74,8 @@ class TaskResult:
                 kind: {name: i.value for name, i in self.groups.get(kind, {}).items()}
                 for kind in _GROUPS
             },
-            "complementary_pairs_right": 100 * right / pairs
-            if pairs
-            else None,  # percent; see complementary_pairs
-            "complementary_pairs": pairs or None,
+            "complementary_pairs_right": right.percent,
+            "complementary_pairs": right.pairs or None,
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),

@@ -141,12 +141,12 @@ class _Pass:
         for task, part, rows in by_task(batch):
             decoding = getattr(self.config.generate, task)
             part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
-            nats_C, weight_C = sums_per_context(self.model.loss(part, part_tokens), part)
+            sums = sums_per_context(self.model.loss(part, part_tokens), part)
             said = answers(self.model, part, decoding, part_tokens)
             result = self.evaluation.tasks.setdefault(task, TaskResult(task))
             result.predictions += said
-            result.nats += nats_C.sum()
-            result.weight += weight_C.sum()
+            result.nats += sums.nats_C.sum()
+            result.weight += sums.weight_C.sum()
             if not in_gate:
                 continue
             if task not in self.gates:
@@ -157,7 +157,7 @@ class _Pass:
                     training_batch=training_batch,
                 )
             if self.gates[task].texts < self.gate_texts:
-                self.gates[task].add(part, part_tokens, nats_C, weight_C, said)
+                self.gates[task].add(part, part_tokens, *sums, said)
 
     def score(self, task: str, majority: Majority | None, text_only_accuracy: float | None) -> None:
         """Fills in a task's scores, floors and verdict, once all its predictions are there."""

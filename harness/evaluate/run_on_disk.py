@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness import checkpoint as checkpoints
-from harness.config.load import apply_overrides, validated
+from harness.config.load import changed_by
 from harness.config.schema import Config
 from harness.data.features import check_encoder
 from harness.errors import ConfigError
@@ -138,7 +138,7 @@ def _task(
                 "be given"
             )
     document = {**found.state["config"], "out": str(home)}
-    config = validated(Config, apply_overrides(document, overrides), run_dir, overrides)
+    config = changed_by(document, overrides, run_dir)
     tested = [test.path for test in config.data.test]
     paths = list(data or tested)
     if not paths:

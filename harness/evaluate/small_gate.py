@@ -48,7 +48,7 @@ def small_set(model: Any, config: Config) -> SmallSet:
         **reading(config) | {"workers": 0},  # one batch
     )
     with closing(loader.iterate(epochs=1)) as steps:
-        _, samples = next(steps)
+        samples = next(steps)[1]
     batch = Collator.of(config, model.tokenizer, training=False)(samples)
     parts = by_task(batch) if batch is not None else ()
     return SmallSet(
@@ -79,8 +79,8 @@ def small_gate(
             epochs=epochs,
         )
         tokens = model.bridge_tokens(batch)
-        nats_C, weight_C = sums_per_context(model.loss(batch, tokens), batch)
-        gate.add(batch, tokens, nats_C, weight_C, answers(model, batch, decoding, tokens))
+        sums = sums_per_context(model.loss(batch, tokens), batch)
+        gate.add(batch, tokens, *sums, answers(model, batch, decoding, tokens))
         if (use := gate.result()) is not None:
             found[task] = use
     model.train(was_training)

@@ -168,8 +168,8 @@ def cards(environment: Mapping[str, str] = os.environ) -> list[Card]:
 def _card(index: str, uuid: str, name: str, mebibytes: str, capability: str, driver: str) -> Card:
     # A GPU without memory of its own ([N/A]) uses the machine's.
     memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else main_memory()
-    major, _, minor = capability.partition(".")
-    return Card(index, uuid, name, memory, (int(major), int(minor)), driver)
+    version = [int(number) for number in capability.split(".")]
+    return Card(index, uuid, name, memory, (version[0], version[1]), driver)
 
 
 def here() -> Device:

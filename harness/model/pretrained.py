@@ -70,15 +70,15 @@ def load_complete(
     """Returns the model of transformers with all its weights from its files, but for those with
     `new` in their names. Raises ConfigError where others are missing, which would be random.
     """
-    model, report = architecture.from_pretrained(
+    loaded = architecture.from_pretrained(
         name, revision=revision, output_loading_info=True, **fields
     )
-    if absent := sorted(k for k in report["missing_keys"] if not (new and new in k)):
+    if absent := sorted(k for k in loaded[1]["missing_keys"] if not (new and new in k)):
         raise ConfigError(
             f"{key}: {name!r} lacks {len(absent)} weights of a {architecture.__name__} "
             f"({absent[0]}, ...), which would be random: use a complete model of that kind"
         )
-    return model
+    return loaded[0]
 
 
 def saved_file(name: str, file: str, revision: str | None = None) -> Path | None:

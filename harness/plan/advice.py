@@ -68,8 +68,8 @@ def _fewer(planner: Planner) -> int | None:
     """Returns the number of processes for which the main memory suffices, guessed from what each
     needs now, else one; None where neither fits.
     """
-    need, usable = planner.limits(planner.images)["main memory"]
-    guess = planner.processes * usable // need
+    memory = planner.limits(planner.images)["main memory"]
+    guess = planner.processes * memory[1] // memory[0]
     tried = sorted({max(1, guess), 1} - {planner.processes}, reverse=True)
     return next((n for n in tried if planner.changed(processes=n).fits(planner.images)), None)
 

@@ -194,8 +194,8 @@ class Planner:
 
     def short_of(self, images: int) -> str | None:
         """Returns the kind of memory that is missing most, or None where the run fits."""
-        what, needed, limit = tightest(self.limits(images))
-        return what if needed > limit else None
+        worst = tightest(self.limits(images))
+        return worst.what if worst.needed > worst.limit else None
 
     def fits(self, images: int) -> bool:
         return self.short_of(images) is None
@@ -233,9 +233,9 @@ class Planner:
 
     def _estimate(self) -> int:
         """Returns where memory would be full if a micro-batch's bytes grew as its images do."""
-        _, need, usable = tightest(self.limits(self.images))
+        worst = tightest(self.limits(self.images))
         each = max(self.run(self.images).bytes / self.images, 1.0)
-        return int(self.images + (usable - need) / each)
+        return int(self.images + (worst.limit - worst.needed) / each)
 
     def plan(self, brief: bool) -> Plan:
         """Returns the plan; `brief` leaves out the other way of checkpointing, and the largest
@@ -243,7 +243,8 @@ class Planner:
         """
         train = self.config.train
         images = self.images
-        parts, when = self.peak(images)
+        peak = self.peak(images)
+        parts = peak[0]
         fits = self.fits(images)
         refused = self.refused
         skeleton = self.skeleton
@@ -261,7 +262,7 @@ class Planner:
             peak_bytes=sum(parts.values()),
             host_bytes=self.host(images, sum(parts.values())),
             parts=parts,
-            peak_is_in=when,
+            peak_is_in=peak[1],
             parameters=skeleton.parameters,
             trained_parameters=skeleton.trained_parameters,
             micro_batch=images,
@@ -301,8 +302,9 @@ class Planner:
         )
         steps = evaluations = epoch_seconds = hours = None
         if self.work.images is not None:
-            whole, rest = divmod(self.work.images, train.global_batch)
-            in_epoch = whole + bool(rest and self.config.data.last_batch != "drop")
+            in_epoch = self.work.images // train.global_batch
+            if self.work.images % train.global_batch and self.config.data.last_batch != "drop":
+                in_epoch += 1
             steps = min(in_epoch * train.epochs, train.max_steps or in_epoch * train.epochs)
             evaluations = -(-steps // in_epoch)
             if train.evaluate_every:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
     status: str = "modelled"
 
     @property
-    def tightest(self) -> tuple[str, int, int]:
+    def tightest(self) -> Tightest:
         return tightest(self.limits)
 
     @property
@@ -138,12 +138,18 @@ class Plan:
         )
 
 
-def tightest(limits: Mapping[str, tuple[int, int]]) -> tuple[str, int, int]:
-    """Returns the kind of memory of which the largest share is needed: its name, bytes needed,
-    bytes usable.
-    """
-    what, (needed, limit) = max(limits.items(), key=lambda item: item[1][0] / item[1][1])
-    return what, needed, limit
+class Tightest(NamedTuple):
+    """The kind of memory of which the largest share is needed."""
+
+    what: str
+    needed: int  # bytes
+    limit: int
+
+
+def tightest(limits: Mapping[str, tuple[int, int]]) -> Tightest:
+    """Returns it of (bytes needed, bytes usable) by kind."""
+    what = max(limits, key=lambda kind: limits[kind][0] / limits[kind][1])
+    return Tightest(what, *limits[what])
 
 
 def hours(count: float) -> str:

@@ -103,6 +103,23 @@ def test_keys_of_an_earlier_version_are_read_where_they_stand_now():
     assert Config(**document) == new
 
 
+def test_an_override_by_the_new_name_changes_a_file_of_an_earlier_version(tmp_path):
+    (tmp_path / "old.yaml").write_text(
+        "name: old\ndata: {loss_on_padding: true}\n"
+        "model: {lm: {kind: gpt2, bos: generation_only}}\n"
+    )
+    new = ["known_mistakes.loss_on_padding=false", "known_mistakes.bos=always"]
+    assert load(tmp_path / "old.yaml").known_mistakes.loss_on_padding
+    assert load(tmp_path / "old.yaml", new).known_mistakes == KnownMistakesConfig()
+    with pytest.raises(ConfigError, match="loss_on_padding"):
+        load(tmp_path / "old.yaml", ["data.loss_on_padding=null"])
+
+
+def test_a_config_that_became_a_variant_names_its_successor():
+    with pytest.raises(ConfigError, match="run by `harness ablate eos_collapse`"):
+        load("eos_collapse_t5")
+
+
 def test_a_mistake_of_gpt2_is_refused_for_another_model():
     with pytest.raises(ConfigError, match=r"known_mistakes.bos is a mistake of kind gpt2"):
         load("demo", ["known_mistakes.bos=generation_only"])
