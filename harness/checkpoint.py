@@ -149,11 +149,12 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def at(folder: Path) -> Checkpoint:
+def at(folder: Path | str) -> Checkpoint:
     """Returns a run's newest whole checkpoint, or the checkpoint that the folder is.
 
     Raises ConfigError.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
     if (folder / STATE).is_file():

@@ -87,3 +87,13 @@ def test_nothing_waits_to_be_filled_in():
     )
     found = {page.name: waiting.findall(page.read_text(encoding="utf-8")) for page in pages}
     assert {name: words for name, words in found.items() if words} == {}
+
+
+def test_no_text_names_the_package_as_something_that_an_index_has():
+    """Anybody could register the name. A direct reference (NAME @ git+...) is fine."""
+    kinds = ("*.md", "*.py", "*.sh", "*.sbatch", "*.ipynb", "*.yaml")
+    folders = ("benchmarks", "configs", "docs", "harness", "launch", "shards")
+    files = [file for folder in folders for kind in kinds for file in (ROOT / folder).rglob(kind)]
+    named = re.compile(r"pip install [^\n]*(?<![\w-])vl-harness|vl-harness\[[\w,]+\](?! @ )")
+    found = [file for file in [*files, *PAGES] if named.search(file.read_text(encoding="utf-8"))]
+    assert [str(file.relative_to(ROOT)) for file in found] == []

@@ -50,6 +50,13 @@ Processes = Annotated[
     typer.Option(min=1, help="Without: as the launch file says, else one for each GPU, or one."),
 ]
 ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="In place of zero2's 2.")]
+TestSets = Annotated[
+    list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")
+]
+Published = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf."),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -212,13 +219,8 @@ def evaluate(
     run: Annotated[
         Path | None, typer.Argument(help="The folder of a run, or one checkpoint.")
     ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf."),
-    ] = None,
+    data: TestSets = None,
+    model: Published = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="The published model, NF4.")
     ] = False,
@@ -243,12 +245,12 @@ def evaluate(
     from harness.errors import ConfigError
     from shards.manifest import Manifest
 
-    if not run and not model:
+    if run:
+        check_run(run)
+    elif not model:
         raise ConfigError(
             "nothing to evaluate: give the folder of a run, or --model ID|FOLDER, or both"
         )
-    if run:
-        check_run(run)
     for place in data or ():
         Manifest.read_index(place)
     reports = _evaluated(
