@@ -120,13 +120,13 @@ def test_a_notebook_in_a_clone_installs_that_clone(execute, tmp_path, below):
 def test_a_notebook_elsewhere_installs_what_it_was_told_or_stops_in_one_sentence(execute, tmp_path):
     (tmp_path / "pyproject.toml").touch()  # of a project that is not harness
     git = source("install").replace(
-        '"vl-harness[demo,hub]"', '"vl-harness[demo,hub] @ git+https://x"'
+        'INSTALL = ""', 'INSTALL = "vl-harness[demo,hub] @ git+https://x"'
     )
     outputs, after = execute(tmp_path, git, "print('went on')", installed=False, FAKE_PIP="1")
     assert execute.asked()[1:] == [
         "pip install -q -c /tmp/stays.txt vl-harness[demo,hub] @ git+https://x"
     ]
-    assert "give INSTALL a released version, a git address or a clone's path" in refusal(outputs)
+    assert "a git address or a clone's path is needed" in refusal(outputs)
     assert after is None
 
 

@@ -159,7 +159,7 @@ def test_features_beyond_float16_are_refused_and_nothing_is_left(
     monkeypatch.setattr(
         tower.network, "forward", lambda pixels: torch.full((len(pixels), 17, 32), 1e6)
     )
-    monkeypatch.setattr("harness.model.vision.load_vision", lambda config: tower)
+    monkeypatch.setattr("harness.data.encode.load_vision", lambda config: tower)
     with pytest.raises(ConfigError, match=r"key image-00: the features .* do not fit into float16"):
         encode_set(image_set.folder, tmp_path / "train", vision)
     assert list(tmp_path.iterdir()) == []
