@@ -173,7 +173,7 @@ def check_same_settings(out: Path, earlier: dict[str, Any], now: dict[str, Any])
 
 
 def keeps(out: Path, part: str, problem: str | None) -> bool:
-    """Whether a part is whole, and says so; else removes it with all that was made of it."""
+    """Tells whether a part is whole, and says so; else removes it with all that was made of it."""
     if problem is None:
         say(f"   kept: {out / part}")
         return True
@@ -188,7 +188,7 @@ def keeps(out: Path, part: str, problem: str | None) -> bool:
 def timed(
     name: str, number: int, seconds: dict[str, float], shows: bool = True
 ) -> Iterator[Progress]:
-    """One step of the demo: its title, a bar where `shows`, and its time when it is done."""
+    """Shows one step of the demo: its title, a bar where `shows`, its time when it is done."""
     started = time.perf_counter()
     console.print(f"{number}/5 {name}", style="bold", highlight=False)
     with bars(console, indent="   ", shows=shows, transient=True) as bar:
@@ -255,7 +255,7 @@ def make_base(out: Path, config: Config, bar: Progress) -> float:
 
 
 def words_alone(base: Path, config: Config) -> float:
-    """The accuracy of the base model on the test questions in percent."""
+    """Returns the accuracy of the base model on the test questions in percent."""
 
     tests = [s.path for s in config.data.test]
     said = base_lm.answer(base, tests, config)

@@ -12,7 +12,9 @@ PACKAGES = {
 
 
 def encoder_name(config: VisionConfig) -> dict[str, Any]:
-    """The part of an encoder's identity that a config alone tells, without loading the encoder."""
+    """Returns the part of an encoder's identity that a config alone tells, without loading the
+    encoder.
+    """
     package = PACKAGES.get(config.kind)
     return {
         "kind": config.kind,

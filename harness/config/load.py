@@ -20,8 +20,8 @@ S = TypeVar("S", bound="Section")
 
 
 def shipped(kind: Literal["configs", "launch"]) -> Path:
-    """The folder of the experiments or launchers that come with harness, in a wheel or in a source
-    checkout.
+    """Returns the folder of the experiments or launchers that come with harness, in a wheel or in a
+    source checkout.
     """
     here = Path(__file__).resolve().parent.parent
     inside = here / kind  # where the wheel puts it
@@ -29,7 +29,7 @@ def shipped(kind: Literal["configs", "launch"]) -> Path:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file, changed by overrides such as `train.epochs=2`.
+    """Returns the config in a YAML file, changed by overrides such as `train.epochs=2`.
 
     `path` may also be the bare name of a shipped experiment (`demo`, or `configs/demo.yaml` where
     that is not a file). Raises ConfigError naming the file, the dotted key, the value found and
@@ -49,7 +49,7 @@ def changed_by(document: Mapping[str, Any], overrides: Sequence[str], file: Path
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigError naming the file."""
+    """Returns the mapping that a YAML file holds. Raises ConfigError naming the file."""
     try:
         document = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -67,8 +67,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def validated(
     kind: type[S], document: Mapping[str, Any], file: Path, overrides: Sequence[str] = ()
 ) -> S:
-    """The document as a section of that kind. Raises ConfigError naming the file, or the override
-    that was wrong.
+    """Returns the document as a section of that kind. Raises ConfigError naming the file or the
+    override.
     """
     try:
         return kind.model_validate(document)
@@ -135,7 +135,9 @@ def _place(at: Any, part: str, override: str, where: str) -> str | int:
 
 
 def dump(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load` reads back to an equal one."""
+    """Returns the whole config, defaults included, as YAML that `load` reads back to an
+    equal one.
+    """
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
@@ -159,7 +161,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def find(path: str | Path, folder: str = "configs") -> Path:
-    """A YAML file by its path, or a shipped one of `folder` by its bare name. Raises
+    """Returns a YAML file by its path, or a shipped one of `folder` by its bare name. Raises
     ConfigError.
     """
     file = Path(path)

@@ -59,7 +59,7 @@ def _expected(problem: Mapping[str, Any], root: type[Section]) -> str:
 
 
 def _section_at(location: Sequence[str | int], root: type[Section]) -> type[Section]:
-    """The deepest section on the way to a location: its keys are the valid ones there."""
+    """Returns the deepest section on the way to a location: its keys are the valid ones there."""
 
     def inner(annotation: Any) -> type[Section] | None:
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -74,7 +74,7 @@ def _section_at(location: Sequence[str | int], root: type[Section]) -> type[Sect
 
 
 def _field_path(location: Sequence[str | int]) -> list[str | int]:
-    """A location up to where pydantic names the member of a union, such as
+    """Returns a location up to where pydantic names the member of a union, such as
     `literal['all_linear']`.
     """
     return list(itertools.takewhile(lambda part: "[" not in str(part), location))

@@ -34,7 +34,7 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def to_dict(self, digits: int | None = None) -> dict[str, float | None]:
-        """{"value", "low", "high"}, JSON-ready: None for an infinite bound."""
+        """Returns {"value", "low", "high"}, JSON-ready: None for an infinite bound."""
         named = {"value": self.value, "low": self.low, "high": self.high}
         return {
             k: (v if digits is None else round(v, digits)) if math.isfinite(v) else None
@@ -42,7 +42,7 @@ class Interval:
         }
 
     def flat(self, name: str) -> dict[str, float | None]:
-        """{name, name_low, name_high}, likewise."""
+        """Returns {name, name_low, name_high}, likewise."""
         return dict(
             zip((name, f"{name}_low", f"{name}_high"), self.to_dict().values(), strict=True)
         )
@@ -73,8 +73,8 @@ def resampled_sums(
 def percentile(
     value: float, values_R: Any, images: int, confidence: float = CONFIDENCE
 ) -> Interval:
-    """The percentile interval; infinite over fewer than two images. Resamples without a value (NaN)
-    are left out.
+    """Returns the percentile interval; infinite over fewer than two images. Resamples without a
+    value (NaN) are left out.
     """
     if images < 2:
         return Interval(float(value), -math.inf, math.inf)

@@ -58,7 +58,9 @@ class CaptionScores:
     def with_intervals(
         self, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = SEED
     ) -> dict[str, Interval]:
-        """The same with intervals over images; document frequencies stay those of the whole set."""
+        """Returns the same with intervals over images; document frequencies stay those of the whole
+        set.
+        """
         values_R = figures(resampled_sums(self.sums_IK, resamples, seed))
         images = len(self.image_ids)
         return {
@@ -85,8 +87,8 @@ def figures(sums_RK: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
-    """One caption per image id against its references; ScoreError names ids that are missing or
-    extra.
+    """Scores one caption per image id against its references. Raises ScoreError naming ids that are
+    missing or extra.
 
     Images are taken in the order of `references`, which the tokeniser notices (see ptb.py).
     """
@@ -251,8 +253,8 @@ def read_caption_results(path: Path) -> dict[str, str]:
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
-    """The COCO caption annotations {"images", "annotations"} -> captions by image id, in the order
-    of `images`.
+    """Reads the COCO caption annotations {"images", "annotations"}: captions by image id, in the
+    order of `images`.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))

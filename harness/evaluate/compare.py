@@ -42,7 +42,7 @@ class Compared:
 def answers(
     a: Mapping[str, str], b: Mapping[str, str], truths: Sequence[vqa.VQATruth]
 ) -> dict[str, Compared]:
-    """VQA accuracy in percent."""
+    """Compares VQA accuracy in percent."""
     common = [truth for truth in truths if truth.question_id in a and truth.question_id in b]
     _need(common, "question")
     row_C = image_rows(truth.image_id for truth in common)
@@ -136,7 +136,7 @@ def runs(
 
 
 def _evaluated(run: Path) -> tuple[Path, list[str]]:
-    """The folder of a run's result files, and the sets they are about."""
+    """Returns the folder of a run's result files, and the sets they are about."""
     folder = run if (run / "scores.json").is_file() else run / FOLDER
     if not (folder / "scores.json").is_file():
         raise ConfigError(

@@ -73,7 +73,9 @@ def training_sets(config: Config) -> Iterator[Manifest]:
 
 
 def training_records(config: Config) -> Iterator[Record]:
-    """Records of the local training sets, at most `_MAJORITY_IMAGES` of each, evenly spaced."""
+    """Yields records of the local training sets, at most `_MAJORITY_IMAGES` of each, evenly
+    spaced.
+    """
     for manifest in training_sets(config):
         reader = Reader(manifest)
         for index in np.unique(np.linspace(0, manifest.samples - 1, _MAJORITY_IMAGES).astype(int)):
@@ -84,8 +86,8 @@ def training_records(config: Config) -> Iterator[Record]:
 
 
 def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
-    """How often a run at this `position` of its stream ({"epoch", "position"}) saw its training
-    set; None: unknown.
+    """Returns how often a run at this `position` of its stream ({"epoch", "position"}) saw its
+    training set; None: unknown.
     """
     sets = list(training_sets(config))
     if not sets or len(sets) < len(config.data.train):
@@ -95,8 +97,8 @@ def epochs_trained(config: Config, position: Mapping[str, int]) -> float | None:
 
 
 def trained_on(config: Config, evaluated: Sequence[Manifest]) -> frozenset[tuple[str, str, str]]:
-    """(dataset, split, key) of the training images, as far as one of the evaluated sets could hold
-    them too.
+    """Returns (dataset, split, key) of the training images, as far as one of the evaluated sets
+    could hold them too.
     """
     names = {(manifest.dataset, manifest.split) for manifest in evaluated}
     return frozenset(

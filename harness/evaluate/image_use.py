@@ -110,8 +110,8 @@ def donors(images: int, roll: int) -> torch.Tensor:
 def exchanged(
     model: Any, batch: Batch, tokens: ImageTokens, image_of_C: torch.Tensor
 ) -> ImageTokens:
-    """The image tokens of other images of the batch: made anew, with each context's own words, by a
-    bridge that reads the question; all other bridges have made them already.
+    """Returns the image tokens of other images of the batch. A bridge that reads the question makes
+    them anew, with each context's own words; all others have made them already.
     """
     if getattr(model, "question_aware", False):
         return model.bridge_tokens(replace(batch, image_of_C=image_of_C))
@@ -193,8 +193,8 @@ class Gate:
         weight_C: np.ndarray,
         said: Sequence[Prediction],
     ) -> None:
-        """A batch of this task, its image tokens, its losses per context and its predictions under
-        the true images.
+        """Takes a batch of this task, its image tokens, its losses per context and its predictions
+        under the true images.
         """
         if batch.images < 2:
             self.left_out += len(batch.contexts)
@@ -253,7 +253,7 @@ class Gate:
         return len(self._rows) + self.left_out
 
     def result(self) -> ImageUse | None:
-        """The verdict on what was collected; None if that is nothing."""
+        """Returns the verdict on what was collected; None if that is nothing."""
         if not self._rows:
             return None
         rows = self._rows
@@ -331,9 +331,9 @@ class Gate:
 
 
 def changed_where_truth_differs(predictions: Sequence[Prediction]) -> Counted:
-    """(answers that changed, pairs): each context is paired with one of another image that has the
-    same prompt and another true answer (both the most common one), where such a one is in the
-    subset.
+    """Counts the answers that change with the image. Each context is paired with one of another
+    image that has the same prompt and another true answer (both the most common one), where such a
+    one is in the subset.
 
     What the model says to that context is what it says when the images of the two are exchanged, so
     the pair is a counterfactual whose right answer is known to differ; a model that ignores its
@@ -359,9 +359,9 @@ def changed_where_truth_differs(predictions: Sequence[Prediction]) -> Counted:
 
 
 def complementary_pairs(predictions: Sequence[Prediction]) -> Counted:
-    """(pairs of which both are right, pairs): the same question on two similar images with
-    different answers, as VQAv2 names them (`meta.pair_id`, the id of the other question); right is
-    an official accuracy of at least 0.5.
+    """Counts the pairs of which both answers are right: the same question on two similar images
+    with different answers, as VQAv2 names them (`meta.pair_id`, the id of the other question);
+    right is an official accuracy of at least 0.5.
 
     Knowledge of the texts alone gets none of them. The best of the old published figures is 17.7%
     of pairs (as the plan of this project has it; the paper was not at hand to be checked).
@@ -390,8 +390,8 @@ def judge(
     loss_moved: float = 0.0,
     measure: str = "accuracy",
 ) -> tuple[Verdict, str]:
-    """The verdict and its reason. `image used` needs every lower bound above its margin; doubt is
-    never use.
+    """Returns the verdict and its reason. `image used` needs every lower bound above its margin;
+    doubt is never use.
 
     It also needs images that were not among the `trained_on`, and neither doubt nor `image ignored`
     means anything before the model has seen its training set once (`epochs`).
@@ -471,8 +471,8 @@ def _doubt(
 def causes_of_collapse(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, bos_in_generation_only: bool = False
 ) -> list[str]:
-    """In words, what in a training batch teaches a model to end at once; [] where it is none of the
-    known causes.
+    """Returns in words what in a training batch teaches a model to end at once; [] where it is none
+    of the known causes.
     """
     weight_TL = batch.weight_TL.double()
     is_eos_TL = batch.labels_TL == tokenizer.eos_token_id

@@ -55,7 +55,7 @@ class Prediction:
 def answers(
     model: Any, batch: Batch, decoding: DecodingConfig, tokens: ImageTokens
 ) -> list[Prediction]:
-    """Predictions for a batch of one task."""
+    """Returns the predictions for a batch of one task."""
     said = model.generate(batch, decoding, tokens)
     return [
         Prediction(
@@ -79,8 +79,8 @@ def answers(
 
 
 def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
-    """(task, the batch's contexts of that task, their rows in the batch): tasks are decoded and
-    scored differently.
+    """Yields (task, the batch's contexts of that task, their rows in the batch): tasks are decoded
+    and scored differently.
     """
     tasks = [context.text.task for context in batch.contexts]
     for task in sorted(set(tasks)):
@@ -89,8 +89,8 @@ def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The batch with these contexts alone, in this order, and their targets; the images stay as
-    they are.
+    """Returns the batch with these contexts alone, in this order, and their targets; the images
+    stay as they are.
     """
     if list(rows) == list(range(len(batch.contexts))):
         return batch

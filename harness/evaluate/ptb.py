@@ -226,7 +226,7 @@ _WHOLE = {
 
 
 def _written(kind: str, token: str) -> str:
-    """The token as the original writes it, in lower case."""
+    """Returns the token as the original writes it, in lower case."""
     if kind == "bracket":
         return _BRACKETS[token]
     if kind == "quotes":
@@ -240,8 +240,8 @@ def _written(kind: str, token: str) -> str:
 
 
 def tokenise(captions: Sequence[str]) -> list[str]:
-    """Each caption's tokens, joined by spaces as pycocoevalcap does (a token may hold a no-break
-    space).
+    """Returns each caption's tokens, joined by spaces as pycocoevalcap does (a token may hold a
+    no-break space).
     """
     text = "\n".join(
         " ".join(re.split("[\n\r\x0b\x0c\x85\u2028\u2029]", caption)) for caption in captions

@@ -175,7 +175,7 @@ class PublishedModel(nn.Module):
     def _inputs(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """The processor's tensors, on the model's device and in its dtype."""
+        """Returns the processor's tensors, on the model's device and in its dtype."""
         begins = self.tokenizer.bos_token
         if getattr(self.processor, "chat_template", None):
             chats = [
@@ -275,7 +275,7 @@ def _parts(count: int) -> list[slice]:
 def control_pictures(
     model: Any, like: PictureBatch, manifest: Manifest
 ) -> dict[str, list[np.ndarray]]:
-    """A blank and some noise pictures, of the size of the first one."""
+    """Returns a blank and some noise pictures, of the size of the first one."""
     return {
         name: list(pictures) for name, pictures in control_pixels(like.pictures[0].shape).items()
     }

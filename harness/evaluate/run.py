@@ -179,9 +179,9 @@ class _Pass:
 def _chunks(
     loader: Loader, images: int, gate_texts: int, size: int
 ) -> Iterator[tuple[list[Sample], bool]]:
-    """(readable samples, are they the gate's?), until `images` are reached. The gate's come `size`
-    at a time, two or more: those of a rare task in a mixed set wait for each other, since images
-    are exchanged within a batch.
+    """Yields (readable samples, are they the gate's?), until `images` are reached. The gate's come
+    `size` at a time, two or more: those of a rare task in a mixed set wait for each other, since
+    images are exchanged within a batch.
     """
     size = max(2, size)
     left = images
@@ -233,7 +233,7 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
 
 
 def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Any]:
-    """The official accuracies over all sets given, as `vqa.intervals` has them."""
+    """Returns the official accuracies over all sets given, as `vqa.intervals` has them."""
     said = {"/".join(p.id): p.answer for p in predictions}
     truths = [
         vqa.VQATruth(
@@ -251,7 +251,7 @@ def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> 
 def score_captions(
     predictions: Sequence[Prediction], settings: EvaluationConfig
 ) -> dict[str, Interval]:
-    """BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
+    """Returns BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
     said = {"/".join(p.id): p.answer for p in predictions}
     scores = captions.score(said, {"/".join(p.id): p.references for p in predictions})
     return scores.with_intervals(settings.confidence, settings.bootstrap)

@@ -35,8 +35,8 @@ class SmallSet(NamedTuple):
 
 
 def small_set(model: Any, config: Config) -> SmallSet:
-    """`evaluation.small_gate_images` dev images, one text of each task and image; the same for
-    every run.
+    """Returns `evaluation.small_gate_images` dev images, one text of each task and image; the same
+    for every run.
 
     Raises ShardError.
     """
@@ -66,7 +66,9 @@ def _one_text_an_image(batch: Batch) -> Batch:
 def small_gate(
     model: Any, small: SmallSet, config: Config, epochs: float | None = None
 ) -> dict[str, ImageUse]:
-    """The verdicts; greedy answers in place of a beam. The model is left in the mode it was in."""
+    """Returns the verdicts; greedy answers in place of a beam. The model is left in the mode it was
+    in.
+    """
     was_training, found = model.training, {}
     model.eval()
     for task, batch in small.batches:

@@ -95,7 +95,7 @@ def _clean(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise(text: str) -> str:
-    """The official text normalisation: punctuation, then lower case, number words, articles,
+    """Normalises a text officially: punctuation, then lower case, number words, articles,
     contractions.
     """
     joined = _COMMA_BETWEEN_DIGITS.search(text) is not None
@@ -110,7 +110,7 @@ def normalise(text: str) -> str:
 
 
 def accuracy(answer: str, answers: Sequence[str]) -> float:
-    """In [0, 1]: the mean over annotators of min(1, matches among the others / 3).
+    """Returns in [0, 1] the mean over annotators of min(1, matches among the others / 3).
 
     As officially, texts are normalised only where the annotators' answers are not all the same.
     With one answer alone (easy-VQA and the like, which the official rule does not cover: there is
@@ -130,15 +130,15 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def most_common(answers: Iterable[str]) -> str:
-    """The answer given most often after normalisation; of equals, the one given first."""
+    """Returns the answer given most often after normalisation; of equals, the one given first."""
     return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]
 
 
 def graded(
     predictions: Mapping[str, str], truths: Iterable[VQATruth]
 ) -> list[tuple[VQATruth, float]]:
-    """In [0, 1], of one answer per question; ScoreError names ids that are missing, extra or there
-    twice.
+    """Grades one answer per question in [0, 1]. Raises ScoreError naming ids that are missing,
+    extra or there twice.
     """
     truths = list(truths)
     counts = Counter(truth.question_id for truth in truths)
@@ -158,7 +158,7 @@ def graded(
 
 
 def score(predictions: Mapping[str, str], truths: Iterable[VQATruth]) -> VQAScores:
-    """The official figures of one answer per question; raises what `graded` raises."""
+    """Returns the official figures of one answer per question. Raises what `graded` raises."""
     grades = graded(predictions, truths)
     by_answer: dict[str, list[float]] = defaultdict(list)
     by_question: dict[str, list[float]] = defaultdict(list)
@@ -220,7 +220,7 @@ def intervals(
 
 
 def percent(values: Sequence[float]) -> float:
-    """The mean in percent with the official rounding."""
+    """Returns the mean in percent with the official rounding."""
     return round(100 * float(sum(values)) / len(values), 2)
 
 
@@ -232,15 +232,15 @@ def refuse(found: str, ids: Sequence[str], wrong: str) -> None:
 
 
 def read_results(path: Path) -> dict[str, str]:
-    """The official results file `[{"question_id": ..., "answer": ...}]` -> answers by question id,
-    as text.
+    """Reads the official results file `[{"question_id": ..., "answer": ...}]`: answers by question
+    id, as text.
     """
     return read_pairs(path, "question_id", "answer", f"{path} answers question id", "answer")
 
 
 def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[str, str]:
-    """A list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`, `one`:
-    its words.
+    """Returns a list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`,
+    `one`: its words.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[s
 
 
 def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
-    """The official question and annotation files, which must hold the same questions."""
+    """Reads the official question and annotation files, which must hold the same questions."""
     try:
         asked = [
             str(q["question_id"])
@@ -303,14 +303,14 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
 
 
 def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """(question id, answer) -> the official results format; ids that are whole numbers are written
-    as such.
+    """Returns (question id, answer) in the official results format; ids that are whole numbers are
+    written as such.
     """
     return [{"question_id": number_if_official(i), "answer": answer} for i, answer in answers]
 
 
 def caption_results(captions: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """(image id, caption) -> the COCO results format."""
+    """Returns (image id, caption) in the COCO results format."""
     return [{"image_id": number_if_official(i), "caption": caption} for i, caption in captions]
 
 

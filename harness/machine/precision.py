@@ -70,8 +70,8 @@ def choose(
     capability: tuple[int, int] | None = None,
     bf16_supported: bool | None = None,
 ) -> Precision:
-    """The policy for a device. `capability` is a CUDA device's, asked of the device itself if not
-    given.
+    """Returns the policy for a device. `capability` is a CUDA device's, asked of the device itself
+    if not given.
 
     `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on. Raises
     ConfigError for a request that the device cannot do.

@@ -388,9 +388,7 @@ class _Meter(TorchDispatchMode):
             held.kind = kind
 
     def saving(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A hook for tensors that autograd saves: views of one storage count once, parameters not
-        at all.
-        """
+        """Counts tensors that autograd saves: views of one storage once, parameters not at all."""
         held = self._known.get(id(tensor.untyped_storage()))
         if held and not held.saved:
             held.saved = True
@@ -399,7 +397,7 @@ class _Meter(TorchDispatchMode):
         return tensor
 
     def gradient(self, parameter: torch.Tensor) -> None:
-        """A hook for gradients as they come to lie in `grad`."""
+        """Counts a gradient as it comes to lie in `grad`."""
         assert parameter.grad is not None  # torch calls the hook when it has been accumulated
         if held := self._known.get(id(parameter.grad.untyped_storage())):
             self._rename(held, "gradients")

@@ -31,7 +31,9 @@ class Journal:
     """
 
     def __init__(self, out: Path, keep: int | None) -> None:
-        """`keep`: lines of later steps are dropped; 0 drops all, None keeps all."""
+        """Opens the journal. `keep`: lines of later steps are dropped; 0 drops all, None
+        keeps all.
+        """
         self.path = out / METRICS
         out.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []

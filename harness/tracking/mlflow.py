@@ -156,7 +156,9 @@ class MLflowTracker(JournalTracker):
             self._attempt(lambda: self._client.set_terminated(self.run_id, self._status))
 
     def _attempt(self, act: Callable[[], None] | None = None) -> bool:
-        """Whether everything so far is in the store. Whatever a store raises, training goes on."""
+        """Tells whether everything so far is in the store. Whatever a store raises, training goes
+        on.
+        """
         try:
             (act or self._send_all)()
         except Exception as error:
@@ -189,9 +191,7 @@ class MLflowTracker(JournalTracker):
         self._send_system()
 
     def _unless_refused(self, act: Callable[[], Any], name: str) -> None:
-        """What cannot succeed by waiting (a bad name, a file that is gone) is named and left
-        out.
-        """
+        """Names and leaves out what cannot succeed by waiting (a bad name, a file that is gone)."""
         try:
             act()
         except Exception as error:

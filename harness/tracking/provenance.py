@@ -31,7 +31,7 @@ MAX_DIGEST = 36  # characters, mlflow 3.17; the whole one is a tag of the input
 
 
 def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
-    """`mlflow.entities.DatasetInput` of each set: its place, size and digest."""
+    """Returns the `mlflow.entities.DatasetInput` of each set: its place, size and digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
@@ -77,8 +77,8 @@ def version_tags() -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """The revision of this code, where it runs from its own repository (an installed one has only
-    its version).
+    """Returns the revision of this code, where it runs from its own repository (an installed one
+    has only its version).
     """
     root = Path(__file__).resolve().parents[2]
 

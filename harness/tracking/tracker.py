@@ -66,8 +66,8 @@ def open_tracker(
     facts: Mapping[str, str] | None = None,
     datasets: Sequence[Manifest] = (),
 ) -> Tracker:
-    """For one process of a job (rank 0). Raises ConfigError where `tracking` cannot work; never for
-    a silent store.
+    """Opens the tracker of one process of a job (rank 0). Raises ConfigError where `tracking`
+    cannot work; never for a silent store.
 
     A new run: `run_id` None. A resumed job: the checkpoint's `run_id`, and its step as
     `resume_step`. An evaluation that adds to a run: `run_id` alone; the run's status and
@@ -116,13 +116,15 @@ def check_tracking(config: Config) -> None:
 
 
 def recorded_run_id(config: Config) -> str | None:
-    """The run that was begun in the output folder, for a job killed before its first checkpoint."""
+    """Returns the run that was begun in the output folder, for a job killed before its first
+    checkpoint.
+    """
     file = config.out_dir / RUN_ID
     return file.read_text().strip() or None if file.exists() else None
 
 
 def ui_command(config: Config, run_id: str | None = None) -> str:
-    """What to type to see the run: a shell command; the address of the page behind it, as a
+    """Returns what to type to see the run: a shell command; the address of the page behind it, as a
     comment.
     """
     uri = store_uri(config)
