@@ -31,8 +31,9 @@ from harness.data.encode import encode_set
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, vqa
 from harness.evaluate.report import floors, model_rows
-from harness.evaluate.run_on_disk import evaluate_run
+from harness.evaluate.run_on_disk import evaluate_run, model_facts
 from harness.machine.launcher import gpus, launch
+from harness.model.vlm import VisionLanguageModel
 from harness.report.pictures import markdown_table
 from harness.report.progress import bars
 from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
@@ -112,7 +113,7 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
         scores = evaluate(out, text_only, bar)
     with timed("report", 5, seconds, shows=False):
         figures = scores["tasks"]["vqa"]
-        report = {name: figures.get(name) for name in REPORTED} | scores["model"] | speed(out)
+        report = {name: figures.get(name) for name in REPORTED} | sizes(out) | speed(out)
         for name in DRAWN:
             shutil.copy(out / FOLDER / name, out / name)
     report["seconds"] = seconds | {"all": time.perf_counter() - started}
@@ -291,6 +292,12 @@ def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
         pictures=str(out / "shards" / "test"),
         progress=lambda done, images: bar.update(task, completed=done, total=images),
     )
+
+
+def sizes(out: Path) -> dict[str, int]:
+    """Returns the sizes of the trained model, its frozen encoder included."""
+    found = checkpoint.at(out)
+    return model_facts(VisionLanguageModel.from_pretrained(found.model))
 
 
 def speed(out: Path) -> dict[str, float]:

@@ -129,8 +129,11 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
 def model_rows(facts: Mapping[str, int]) -> list[list[str]]:
     """Returns the sizes of the model as rows of the same table."""
     parameters = f"{facts['trainable_parameters']:,} / {facts['total_parameters']:,}"
+    label = "trained / all parameters"
+    if not facts["with_encoder"]:
+        label += ", the encoder's aside"
     return [
-        ["trained / all parameters", parameters],
+        [label, parameters],
         ["layers in 4 bits", str(facts["quantized_modules"])],
     ]
 

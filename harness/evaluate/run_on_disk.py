@@ -159,12 +159,16 @@ def _task(
 
 
 def model_facts(model: VisionLanguageModel) -> dict[str, int]:
-    """Returns the model's parameters, frozen ones included, and how many layers are in 4 bits."""
+    """Returns the model's parameters, frozen ones included, and how many layers are in 4 bits.
+
+    A model that was loaded to read features has no encoder.
+    """
     rows = part_rows(model.parts)
     return {
         "quantized_modules": sum(row["4-bit layers"] for row in rows),
         "trainable_parameters": sum(row["trained"] for row in rows),
         "total_parameters": sum(row["parameters"] for row in rows),
+        "with_encoder": model.vision is not None,
     }
 
 
