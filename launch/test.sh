@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format check, type check and the whole test suite: bash launch/test.sh. With --fast: without whole runs and
-# runs of several processes. Other arguments go to pytest, for instance -k config.
+# Lint, format check, type check and the whole test suite: bash launch/test.sh. With --fast: without whole runs,
+# whole plans and runs of several processes. Other arguments go to pytest, for instance -k config.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Whole runs and several processes: left out by `bash launch/test.sh --fast`.
+# Whole runs, whole plans and several processes: left out by `bash launch/test.sh --fast`.
 SLOW = (
     "test_ablate",
     "test_base_lm",
@@ -24,6 +24,7 @@ SLOW = (
     "test_launcher",
     "test_loop",
     "test_overfit",
+    "test_plan",
     "test_published",
     "test_quantise",
     "test_resume",
