@@ -9,8 +9,8 @@ Prints the steps between looks from which on they take under 2% of a run's time
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import time
 from contextlib import closing
 
@@ -27,7 +27,13 @@ STEPS, LOOKS, SHARE = 8, 3, 0.02
 
 
 def main() -> None:
-    config = load(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE")
+    args = parser.parse_args()
+    config = load(args.config, args.overrides)
     engine = make_engine(config.train)
     loader = prepare.make_loader(config, engine)
     model = VisionLanguageModel.build(
