@@ -34,6 +34,7 @@ from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.machine.precision import choose
 from harness.model.batch import Batch
+from harness.model.language.interface import generate_arguments
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
 from harness.model.pretrained import quiet_transformers
@@ -246,11 +247,7 @@ class PublishedModel(nn.Module):
             inputs = self._inputs(tokens.of(contexts), [batch.contexts[c].prompt for c in contexts])
             out = self.model.generate(
                 **inputs,
-                max_new_tokens=decoding.max_new_tokens,
-                min_new_tokens=decoding.min_new_tokens or None,
-                num_beams=decoding.beams,
-                length_penalty=decoding.length_penalty,
-                do_sample=False,
+                **generate_arguments(decoding),
                 pad_token_id=self.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_logits=True,

@@ -105,17 +105,21 @@ class LanguageModel(nn.Module, ABC):
         self, p_eos_C: torch.Tensor, decoding: DecodingConfig, silent: tuple, **inputs: Any
     ) -> Generated:
         """Generates from the `inputs`; `silent` token ids are left out of the answers."""
-        sequences_CL = self.base.generate(
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens or None,
-            num_beams=decoding.beams,
-            length_penalty=decoding.length_penalty,
-            do_sample=False,
-            **inputs,
-        )
+        sequences_CL = self.base.generate(**generate_arguments(decoding), **inputs)
         ids = [[t for t in row if t not in silent] for row in sequences_CL.tolist()]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Generated([text.strip() for text in texts], ids, p_eos_C)
+
+
+def generate_arguments(decoding: DecodingConfig) -> dict[str, Any]:
+    """Returns what transformers' `generate` is told of how an answer is written."""
+    return {
+        "max_new_tokens": decoding.max_new_tokens,
+        "min_new_tokens": decoding.min_new_tokens or None,
+        "num_beams": decoding.beams,
+        "length_penalty": decoding.length_penalty,
+        "do_sample": False,
+    }
 
 
 def attending_cache(
