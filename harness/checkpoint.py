@@ -4,8 +4,11 @@ Knows no engine and no model. In OUT/checkpoints/step-000100:
 
     model/                 what `VisionLanguageModel.save_pretrained` wrote
     optimizer.safetensors  moments by parameter name: exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-    state.json             format, step, stream state, scaler, config, MLflow run id
+    state.json             format, step, stream state, scaler, config, data sets, MLflow run id
     files.json             sha256 and size of every file above: the mark of a whole checkpoint
+
+Beside them best.json, which names the best one by `train.keep_best`, and folders with a date in
+their name for what was moved aside. Only checkpoints that are whole are ever removed, by `prune`.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness import __version__
@@ -30,6 +35,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FILES = "files.json"
 MODEL = "model"
+BEST = "best.json"
 FORMAT = 2  # of state.json and what it stands for; 1 was written without a number
 
 
@@ -70,7 +76,8 @@ def write(
 ) -> Checkpoint:
     """Writes beside, verifies, renames.
 
-    A process killed at any moment leaves the older checkpoints whole.
+    A process killed at any moment leaves the older checkpoints whole. Raises OSError, for a full
+    disk and for whatever else keeps it from being whole.
     """
     final = place(out, step)
     beside = final.with_name(f".writing-{final.name}")
@@ -86,30 +93,47 @@ def write(
             _sync(path)
         if problem := problems(beside):
             raise OSError(f"{beside}: the checkpoint just written does not read back: {problem}")
-        if final.exists():  # it was damaged, or an older one was gone on from
-            shutil.rmtree(final)
+        if final.exists():  # damaged: what is whole is never written again
+            set_aside([final], "replaced")
         os.replace(beside, final)
-    except BaseException:
+    except SafetensorError as error:  # a full disk, in words of its own
+        raise OSError(f"{beside} cannot be written: {error}") from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
     _sync(final.parent)
     return Checkpoint(final, dict(state))
 
 
-def problems(path: Path) -> str | None:
-    """Returns what keeps a folder from being a whole checkpoint; None when nothing does."""
+def problems(path: Path, *, by_size: bool = False) -> str | None:
+    """Returns what keeps a folder from being a whole checkpoint; None when nothing does.
+
+    `by_size`: files are not read, only their sizes are compared.
+    """
     if not (path / FILES).is_file():
         return f"it has no {FILES}"
-    try:
-        files = dict(json.loads((path / FILES).read_text()))
-    except ValueError:
-        return f"{FILES} is damaged: it is not JSON"
+    files = _json(path / FILES)
+    if not isinstance(files, dict):
+        return f"{FILES} is damaged: it is not a list of files in JSON"
+    if missing := [name for name in (STATE, OPTIMIZER) if name not in files]:
+        return f"{FILES} is damaged: it does not name {missing[0]}"
     for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if fact(path / name) != expected:
+        found = {"bytes": (path / name).stat().st_size} if by_size else fact(path / name)
+        if not isinstance(expected, dict) or {**expected, **found} != expected:
             return f"{name} is damaged: its size or sha256 differs from {FILES}"
+    state = _json(path / STATE)
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        return f"{STATE} is damaged: it does not say after which step it was written"
     return None
+
+
+def _json(path: Path) -> Any:
+    """Returns what a JSON file holds; None for what is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
 
 
 def load(path: Path) -> Checkpoint:
@@ -149,19 +173,64 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def at(folder: Path | str) -> Checkpoint:
+def at(folder: Path | str, which: str | None = None) -> Checkpoint:
     """Returns a run's newest whole checkpoint, or the checkpoint that the folder is.
 
-    Raises ConfigError.
+    `which` of a run's: newest, best or a step. Raises ConfigError.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
+    if which not in (None, "newest"):
+        return _named(folder, str(which))
     if (folder / STATE).is_file():
         return load(folder)
     if found := newest(folder):
         return found
     raise ConfigError(f"{folder} holds no whole checkpoint in {FOLDER}/; train the run first")
+
+
+def _named(out: Path, which: str) -> Checkpoint:
+    """Returns the checkpoint `best`, `400` or `step-000400` of a run. Raises ConfigError."""
+    if which == "best":
+        if path := best(out):
+            return load(path)
+        raise ConfigError(
+            f"--checkpoint best: {out / FOLDER} holds no {BEST}; a run keeps its best checkpoint "
+            "with train.keep_best, for instance train.keep_best=dev/CIDEr"
+        )
+    there = {path.name: path for path in _by_step(out)}
+    step = which.removeprefix("step-")
+    path = place(out, int(step)) if step.isdecimal() else out
+    if path.name not in there:
+        raise ConfigError(
+            f"--checkpoint {which}: {out} holds {', '.join(there) or 'no checkpoint'}; expected "
+            "newest, best or one of these"
+        )
+    return load(path)
+
+
+def best(out: Path) -> Path | None:
+    """Returns the checkpoint that best.json names; None where it names none that is there."""
+    file = out / FOLDER / BEST
+    pointer = _json(file) if file.is_file() else None
+    if not isinstance(pointer, dict):
+        return None
+    there = [path for path in _by_step(out) if path.name == pointer.get("checkpoint")]
+    return there[0] if there else None
+
+
+def point_to_best(out: Path, step: int | None, metric: str, value: float) -> None:
+    """Writes best.json, whole or not at all; step None: removes it, since there is no best."""
+    file = out / FOLDER / BEST
+    if step is None:
+        return file.unlink(missing_ok=True)
+    beside = file.with_name(f".writing-{BEST}")
+    named = {"checkpoint": place(out, step).name, "metric": metric, "value": value}
+    beside.write_text(json.dumps(named, indent=1))
+    _sync(beside)
+    os.replace(beside, file)
+    _sync(file.parent)
 
 
 def model_folder(folder: Path) -> Path:
@@ -182,7 +251,13 @@ def find(
     if resume is None:
         return None
     if resume == "auto":
-        return newest(out, note)
+        if (found := newest(out, note)) is None and (damaged := _by_step(out)):
+            raise ConfigError(
+                f"--resume auto: none of the {len(damaged)} checkpoints in {out / FOLDER} is whole "
+                f"({damaged[-1].name}: {problems(damaged[-1])}): go on from a copy of one with "
+                "--resume PATH, or begin anew with --restart, which moves them aside"
+            )
+        return found
     path = Path(resume)
     if (path / FOLDER).is_dir():
         if found := newest(path, note):
@@ -191,17 +266,54 @@ def find(
     return load(path)
 
 
-def prune(out: Path, step: int, keep: int) -> None:
-    """Removes all but the newest `keep` once `step` is written, and interrupted writes.
+def settle(out: Path, found: Checkpoint, note: Callable[[str], None]) -> None:
+    """Makes `found` the newest in a run's folder that is about to go on from it.
 
-    A later step's belongs to a future that is being run again, from an older checkpoint or past a
-    damaged one.
+    What is damaged, and what stands later than `found` or belongs to another run, is moved aside,
+    so that `newest` cannot mean it, and told to `note`.
+    """
+    paths = [path for path in _by_step(out) if not path.samefile(found.path)]
+    is_own = len(paths) < len(_by_step(out))
+    damaged = [path for path in paths if problems(path)]
+    later = [p for p in paths if p not in damaged and not (is_own and _step(p) < found.step)]
+    for left, why in ((damaged, "damaged"), (later, "earlier-future")):
+        if left:
+            names = ", ".join(path.name for path in left)
+            note(f"moved aside, to {set_aside(left, why)}: {names}")
+
+
+def set_aside(paths: list[Path], why: str) -> Path:
+    """Moves files or folders that lie side by side into a new folder there, with a date in its
+    name, and returns that.
+    """
+    parent = paths[0].parent
+    name = f"{why}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = sum(1 for _ in parent.glob(f"{name}*"))
+    aside = parent / (f"{name}-{number + 1}" if number else name)
+    aside.mkdir()
+    for path in paths:
+        os.replace(path, aside / path.name)
+    _sync(parent)
+    return aside
+
+
+def prune(out: Path, step: int, keep: int) -> None:
+    """Removes checkpoints beside the newest `keep`, and what interrupted writes left.
+
+    Never the one of `step`, which was just written, nor the best one. What is damaged is moved
+    aside and not counted.
     """
     paths = _by_step(out)
-    kept = [path for path in paths if _step(path) <= step][-keep:]
-    for path in [*paths, *(out / FOLDER).glob(".writing-*")]:
-        if path not in kept:
-            shutil.rmtree(path)
+    damaged = [path for path in paths if problems(path, by_size=True)]
+    if damaged:
+        set_aside(damaged, "damaged")
+    whole = [path for path in paths if path not in damaged]
+    kept = [*whole[-keep:], place(out, step), best(out)]
+    for path in whole:
+        if path not in kept:  # renamed first: one that is half removed would look damaged
+            os.replace(path, path.with_name(f".removing-{path.name}"))
+    for left in (out / FOLDER).glob(".[rw]*ing-*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _step(path: Path) -> int:
