@@ -229,16 +229,7 @@ class Loader:
             if len(self._known) < _NAMED:
                 self._known.add(name)
                 self.quarantined.append((*name, error))
-            if self.quarantine is not None:
-                line = {
-                    "set": self.manifests[sample.set_index].folder,
-                    "index": sample.index,
-                    "error": error,
-                }
-                self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-                with self.quarantine.open("a", encoding="utf-8") as file:
-                    # one short write: ranks do not mix lines
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.write_down(*name, error)
         self._in_a_row[sample.set_index] += 1
         if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
             raise ShardError(
@@ -246,6 +237,15 @@ class Loader:
                 f"is {error}; "
                 "`harness shards verify` checks a whole set"
             )
+
+    def write_down(self, set_index: int, index: int, error: str) -> None:
+        """Names a sample in the quarantine file, also one that another rank could not read."""
+        if self.quarantine is None:
+            return
+        line = {"set": self.manifests[set_index].folder, "index": index, "error": error}
+        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+        with self.quarantine.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _names(self) -> str:
         return ", ".join(manifest.folder for manifest in self.manifests)

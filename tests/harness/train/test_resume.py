@@ -20,7 +20,7 @@ from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
 from harness.train import run as train
 from rank_program import AtStep, NotFinite, SamplesRead, with_scaler
-from toy_runs import losses, make_config
+from toy_runs import losses, make_config, make_shards
 
 
 def config_of(root, name, **settings):
@@ -244,11 +244,15 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 # ---- several processes: three launches, judged by the files they leave ---------------------------
 
 
+UNREADABLE = (3, 6, 9)
+
+
 @pytest.fixture(scope="module")
 def launched(root, whole):
     """Runs the stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
+    make_shards(root / "torn-set", 12, unreadable=UNREADABLE)
     environment = {
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
@@ -275,6 +279,23 @@ def test_two_processes_killed_and_resumed_equal_two_that_were_not(root):
     same_run(root / "killed", root / "two")
     first, second = results(root, "first"), results(root, "second")
     assert first[0]["two"] == first[1]["two"] == second[0]["killed"] == second[1]["killed"]
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_rank_that_does_not_see_the_output_folder_reads_and_writes_through_rank_0(root):
+    same_run(root / "killed", root / "two")  # rank 1 went on with rank 0's checkpoint
+    assert not (root / "elsewhere").exists()
+    named = (root / "torn" / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["index"] for line in named) == list(UNREADABLE)
+
+
+@pytest.mark.usefixtures("launched")
+def test_ranks_with_another_config_are_refused_by_the_keys_name_on_all_of_them(root):
+    said = [result["differs"][1] for result in results(root, "second")]
+    assert said[0] == said[1]
+    assert "train.clip_norm is 1.0 on rank 0 and 2.0 on rank 1" in said[0][0]
+    assert "there is no such folder" in said[0][1]  # what rank 0 alone can tell
+    assert not (root / "differs").exists()
 
 
 @pytest.mark.usefixtures("launched")
