@@ -26,6 +26,7 @@ import yaml
 from harness.config.load import shipped
 from harness.errors import ConfigError, install_command
 from harness.machine.devices import cards
+from harness.machine.ranks import check_not_started_as_several, without_ranks
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,13 @@ def _environment(
     """Returns the variables that a run is started with."""
     # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain
     # DDP.
-    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one
-    # machine.
-    decided = ("ACCELERATE_USE_", "MASTER_")
-    changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
+    # Ranks, MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on
+    # one machine: all of them, since torch takes a half for a whole.
+    changed = {
+        key: value
+        for key, value in without_ranks(environment).items()
+        if not key.startswith("ACCELERATE_USE_")
+    }
     # Threads that spin while they wait make a small step 100 times slower as soon as another
     # process is busy.
     changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
@@ -214,6 +218,7 @@ def command(
     file it is t4, multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine
     cannot start.
     """
+    check_not_started_as_several(environment)
     launch = launch or Launch()
     found = 0 if launch.cpu else gpus(environment)
     processes = processes or launch.processes or max(found, 1)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from harness.checks import check_before_launch
 from harness.config.load import load
-from harness.errors import explain
+from harness.errors import ConfigError, explain
+from harness.machine.ranks import settle
 from harness.train.run import run
 
 
@@ -23,8 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
+    try:
+        launcher = settle(os.environ)
+    except ConfigError as error:  # every process was started alike, and none knows its rank
+        print(f"harness: {error}", file=sys.stderr)
+        return 2
     rank = os.environ.get("RANK", "0")
     try:
+        if launcher and rank == "0":
+            size = os.environ["WORLD_SIZE"]
+            print(f"{size} processes, as {launcher} has started them", file=sys.stderr)
         config = load(given.config, given.overrides)
         check_before_launch(config)
         last = run(config, given.resume)
