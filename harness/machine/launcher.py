@@ -15,18 +15,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from harness.config.load import shipped
 from harness.errors import ConfigError, install_command
 from harness.machine.devices import cards
+from harness.machine.parent import as_parent
 from harness.machine.ranks import check_not_started_as_several, without_ranks
+from harness.machine.signals import STOPS, signal_run
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def command(
         max(1, len(os.sched_getaffinity(0)) // processes)
     )
     changed = _environment(environment, launch, found, threads)
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    line = [sys.executable, "-m", "harness.machine.accelerated"]
     line += ["--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed
     # JSON.
@@ -253,10 +253,10 @@ def launch(
     A signal goes on to the run: it saves and stops; the third kills.
 
     `accelerate launch` itself would die of the signal and leave the run behind, so the run has a
-    session of its own.
+    session of its own. Where this process is killed, the run is sent a SIGTERM.
     """
     line, environment = command(arguments, processes, launch=launch_file, module=module)
-    child = subprocess.Popen(line, env=environment, start_new_session=True)
+    child = subprocess.Popen(line, env=environment | as_parent(), start_new_session=True)
     came: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -264,16 +264,11 @@ def launch(
         if len(came) > 2:
             os.killpg(child.pid, signal.SIGKILL)
             return
-        # Not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves
-        # them behind.
-        for process in psutil.Process(child.pid).children() or [child]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        signal_run(number, child.pid)
 
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in stops}
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
     try:
-        code = child.wait()  # a launcher makes 1 of every exit code that is not 0
+        code = child.wait()
         if came and code:
             return 128 + came[0]
         return code if code >= 0 else 128 - code

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from harness.checks import check_before_launch
 from harness.config.load import load
 from harness.errors import ConfigError, explain
+from harness.machine.parent import watch_parent
 from harness.machine.ranks import settle
 from harness.train.run import run
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
+    watch_parent()
     try:
         launcher = settle(os.environ)
     except ConfigError as error:  # every process was started alike, and none knows its rank

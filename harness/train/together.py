@@ -60,19 +60,19 @@ def by_rank_0(make: Callable[[], Any], engine: Engine) -> Any:
     if engine.world_size == 1:
         return make()
     error: Exception | None = None
-    sent: list[Any] = [None, None]
+    sent: dict[str, Any] = {}
     if engine.is_main:
         try:
-            sent = [make(), None]
+            sent = {"value": make()}
         except Exception as raised:
             error = raised
-            sent = [None, explain(raised) or repr(raised)]
-    value, sentence = json.loads(sent_by(0, json.dumps(sent).encode(), engine))
+            sent = {"error": explain(raised) or repr(raised)}
+    came = json.loads(sent_by(0, json.dumps(sent).encode(), engine))
     if error is not None:
         raise error
-    if sentence is not None:
-        raise ConfigError(sentence)
-    return value
+    if "error" in came:
+        raise ConfigError(came["error"])
+    return came["value"]
 
 
 @contextmanager

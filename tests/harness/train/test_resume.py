@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -79,6 +80,14 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole)
     killed_at(7, config)  # mid second epoch; the newest checkpoint is that of step 6
     assert checkpoints.newest(config.out_dir).step == 6
     train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_a_data_worker_that_is_killed_is_started_again_and_the_run_keeps_its_bits(root, whole):
+    config = config_of(root, "worker-killed", dev=False)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": 2})})
+    kill = AtStep(1, lambda: psutil.Process().children()[0].kill())
+    train.run(config, observers=[kill])
     same_run(config.out_dir, whole)
 
 
