@@ -13,11 +13,14 @@ from harness.config.load import load
 from harness.errors import ConfigError, explain
 from harness.machine.parent import watch_parent
 from harness.machine.ranks import settle
+from harness.train.failures import explain_failure
 from harness.train.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains and returns the exit code; 2, after one sentence of one rank, for bad input."""
+    """Trains and returns the exit code; after one sentence of one rank 2 for bad input, 1 where
+    memory or another rank was lost.
+    """
     parser = argparse.ArgumentParser(
         prog="harness.train", description="Train a vision-language model."
     )
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"harness: {error}", file=sys.stderr)
         return 2
     rank = os.environ.get("RANK", "0")
+    config = None
     try:
         if launcher and rank == "0":
             size = os.environ["WORLD_SIZE"]
@@ -40,13 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_before_launch(config)
         last = run(config, given.resume)
     except Exception as error:
-        if (sentence := explain(error)) is None:
+        code = 1
+        sentence = explain_failure(error, config, rank)
+        if sentence is None:
+            code = 2
+            sentence = explain(error)
+        if sentence is None:
             raise
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
         speaker = "harness" if rank == "0" else f"harness, rank {rank}"
         print(f"{speaker}: {sentence}", file=sys.stderr)
-        return 2
+        return code
     if rank == "0":
         print(f"checkpoint: {last}")
     return 0
