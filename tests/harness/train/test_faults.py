@@ -3,6 +3,9 @@ signals in an evaluation, ranks that hang.
 """
 
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from harness.config.load import dump
 from harness.config.schema import Config
 from harness.errors import explain
 from harness.evaluate.predict import answers
+from harness.machine.heartbeat import HUNG
 from harness.model.vlm import VisionLanguageModel
 from harness.train import failures
 from harness.train.__main__ import main
@@ -137,3 +141,81 @@ def test_when_an_ablation_is_killed_hard_its_run_saves_and_ends(file_of):
     assert not left
     assert "stopped by SIGTERM after step" in (out / LOG).read_text()
     assert checkpoints.newest(out).step == max(losses(out))
+
+
+# ---- ranks that hang -----------------------------------------------------------------------------
+
+PROGRAM = """
+import ctypes, os, signal, sys, time
+from harness.config.load import load
+from harness.machine import heartbeat
+from harness.train import __main__ as program
+from harness.train.run import run
+from rank_program import AtStep
+
+heartbeat.AFTER_STOP = 1
+act = {
+    "stopped": lambda: (time.sleep(0.6), os.kill(os.getpid(), signal.SIGSTOP)),  # after a beat
+    "stuck": lambda: ctypes.PyDLL(None).sleep(600),  # which keeps the interpreter's lock
+    "busy": lambda: time.sleep(3),
+}[sys.argv[2]]
+observers = [AtStep(2, act)] if os.environ["RANK"] == sys.argv[3] else []
+program.run = lambda config, resume: run(config, resume, observers)
+os._exit(program.main([sys.argv[1], *sys.argv[4:]]))
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Starts two ranks of PROGRAM with nobody above them, so that rank 0 has the store."""
+    started = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(*arguments):
+        for rank in "01":
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            with (tmp_path / f"said-{rank}").open("w") as said:
+                line = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+                started.append(subprocess.Popen(line, env=environment() | names, stderr=said))
+        return started
+
+    start.said = lambda rank: (tmp_path / f"said-{rank}").read_text()
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+LIMITS = ("train.rank_warning_seconds=1", "train.rank_timeout_seconds=2")
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_rank_that_is_stopped_is_told_of_and_the_others_end(file_of, ranks, hung):
+    started = ranks(file_of(), "stopped", hung, *LIMITS)
+    assert started[1 - hung].wait(90) == HUNG
+    said = ranks.said(1 - hung)
+    told = rf"rank {hung} on \S+ has been silent for [1-4] s, last: takes step 2"
+    assert re.search(f"{told}; the others wait for it", said), said
+    ended = rf"the run ends: rank {hung} on \S+ has been silent for [2-5] s while the others wait"
+    assert re.search(f"{ended}.*--resume auto", said), said
+    assert "Traceback" not in said
+
+
+def test_a_signal_ends_a_run_at_once_that_waits_for_a_rank_whose_interpreter_is_stuck(
+    file_of, ranks
+):
+    started = ranks(file_of(), "stuck", 1, "train.rank_warning_seconds=1")
+    wait_for(lambda: "has been silent" in ranks.said(0))
+    started[0].terminate()
+    assert started[0].wait(30) == 128 + signal.SIGTERM
+    assert "the run was asked to stop" in ranks.said(0)
+
+
+def test_a_rank_that_is_busy_is_told_of_and_waited_for(file_of, ranks):
+    started = ranks(file_of(max_steps=4), "busy", 1, *LIMITS)
+    assert [process.wait(90) for process in started] == [0, 0]
+    assert re.search(r"rank 1 on \S+ has been busy for \d s.*it lives", ranks.said(0))
+    assert "the run ends" not in ranks.said(0) + ranks.said(1)

@@ -19,6 +19,7 @@ from harness.errors import ConfigError
 from harness.machine.launcher import launch
 from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
+from harness.train import between_steps
 from harness.train import run as train
 from rank_program import AtStep, NotFinite, SamplesRead, with_scaler
 from toy_runs import losses, make_config, make_shards
@@ -168,6 +169,37 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
     assert not (config.out_dir / "answers" / "step-000005.html").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch_and_nothing_is_lost(
+    root, whole, monkeypatch
+):
+    config = config_of(root, "evaluated", evaluate_every=3)
+    evaluation = config.evaluation.model_copy(update={"batch_images": 1})
+    config = config.model_copy(update={"evaluation": evaluation})
+    evaluate_model = between_steps.evaluate_model
+    batches = []
+
+    def signalled(*given, progress, **named):
+        def seen(*done):
+            batches.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+            progress(*done)
+
+        return evaluate_model(*given, progress=seen, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(between_steps, "evaluate_model", signalled)
+        with pytest.raises(SystemExit) as left:
+            train.run(config)
+    assert left.value.code == 143
+    assert len(batches) == 1
+    assert checkpoints.newest(config.out_dir).step == 3  # where no checkpoint was due
+    page = config.out_dir / "answers" / "step-000003.html"
+    assert not page.exists()
+    train.run(config, "auto")
+    assert page.exists()  # made up for
     same_run(config.out_dir, whole)
 
 
