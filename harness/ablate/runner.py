@@ -31,6 +31,7 @@ from harness.config.load import dump
 from harness.config.load import load as load_config
 from harness.config.schema import Config
 from harness.errors import ConfigError, explain
+from harness.machine.devices import cores
 from harness.machine.launcher import gpus
 from harness.machine.parent import as_parent
 from harness.machine.signals import stop_requests
@@ -217,7 +218,7 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     """
     changed = dict(os.environ)
     if jobs > 1:
-        changed.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+        changed.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
         if count := gpus():
             changed.setdefault("CUDA_VISIBLE_DEVICES", str(slot % count))
     return changed

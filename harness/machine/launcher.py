@@ -23,7 +23,7 @@ import yaml
 
 from harness.config.load import shipped
 from harness.errors import ConfigError, install_command
-from harness.machine.devices import cards
+from harness.machine.devices import cards, cores
 from harness.machine.parent import as_parent
 from harness.machine.ranks import check_not_started_as_several, without_ranks
 from harness.machine.signals import STOPS, signal_run
@@ -225,9 +225,7 @@ def command(
     if launch.file is None:
         launch = read_launch("t4" if processes == 1 else "multi_gpu" if found else "cpu")
     _check_startable(launch, processes, found)
-    threads = environment.get("OMP_NUM_THREADS") or str(
-        max(1, len(os.sched_getaffinity(0)) // processes)
-    )
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     changed = _environment(environment, launch, found, threads)
     line = [sys.executable, "-m", "harness.machine.accelerated"]
     line += ["--config_file", str(launch.file)]

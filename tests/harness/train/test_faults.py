@@ -157,7 +157,7 @@ heartbeat.AFTER_STOP = 1
 act = {
     "stopped": lambda: (time.sleep(0.6), os.kill(os.getpid(), signal.SIGSTOP)),  # after a beat
     "stuck": lambda: ctypes.PyDLL(None).sleep(600),  # which keeps the interpreter's lock
-    "busy": lambda: time.sleep(3),
+    "busy": lambda: time.sleep(8),
 }[sys.argv[2]]
 observers = [AtStep(2, act)] if os.environ["RANK"] == sys.argv[3] else []
 program.run = lambda config, resume: run(config, resume, observers)
@@ -189,7 +189,7 @@ def ranks(tmp_path):
         process.wait()
 
 
-LIMITS = ("train.rank_warning_seconds=1", "train.rank_timeout_seconds=2")
+LIMITS = ("train.rank_warning_seconds=2", "train.rank_timeout_seconds=5")
 
 
 @pytest.mark.parametrize("hung", [0, 1])
@@ -197,9 +197,9 @@ def test_a_rank_that_is_stopped_is_told_of_and_the_others_end(file_of, ranks, hu
     started = ranks(file_of(), "stopped", hung, *LIMITS)
     assert started[1 - hung].wait(90) == HUNG
     said = ranks.said(1 - hung)
-    told = rf"rank {hung} on \S+ has been silent for [1-4] s, last: takes step 2"
+    told = rf"rank {hung} on \S+ has been silent for \d+ s, last: takes step [12]"
     assert re.search(f"{told}; the others wait for it", said), said
-    ended = rf"the run ends: rank {hung} on \S+ has been silent for [2-5] s while the others wait"
+    ended = rf"the run ends: rank {hung} on \S+ has been silent for \d+ s while the others wait"
     assert re.search(f"{ended}.*--resume auto", said), said
     assert "Traceback" not in said
 
