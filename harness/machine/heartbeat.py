@@ -187,10 +187,11 @@ class Heartbeat:
     # ---- signals, whose handlers in Python wait until the main thread is back from its meeting ---
 
     def _listen(self) -> None:
-        self._wakeup, written = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        os.set_blocking(written, False)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        pipe = os.pipe()
+        for end in pipe:
+            os.set_blocking(end, False)
+        self._wakeup = pipe[0]
+        signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
 
     def _hear_signals(self) -> None:
         with suppress(BlockingIOError):
