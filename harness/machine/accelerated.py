@@ -12,10 +12,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from accelerate.commands.launch import main as accelerate
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from harness.machine.heartbeat import HUNG
 from harness.machine.parent import as_parent, watch_parent
 from harness.machine.signals import STOPS, signal_run
 
@@ -31,9 +33,22 @@ def main() -> int:
         return _told(error.returncode, rank=None)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        rank = min(codes, key=lambda rank: (-codes[rank] in STOPS, codes[rank]))
-        return _told(codes[rank], rank)  # torchrun has stopped the others; a signal tells most
+        rank = cause(codes)
+        return _told(codes[rank], rank)
     return 0
+
+
+def cause(codes: Mapping[int, int]) -> int:
+    """Returns the rank that the others ended for, from the exit codes of those that failed.
+
+    One that had to end tells why; else a signal tells most, but for those of torchrun, which stops
+    the others and kills what does not end.
+    """
+    had_to = (HUNG, *(128 + number for number in STOPS))
+    return min(
+        codes,
+        key=lambda rank: (codes[rank] not in had_to, -codes[rank] in STOPS, codes[rank]),
+    )
 
 
 def _told(code: int, rank: int | None) -> int:

@@ -16,7 +16,8 @@ import pytest
 
 from harness.config.load import shipped
 from harness.errors import ConfigError
-from harness.machine import launcher
+from harness.machine import accelerated, launcher
+from harness.machine.heartbeat import HUNG
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():
@@ -96,6 +97,19 @@ def test_a_run_that_the_system_kills_is_one_sentence(tmp_path, monkeypatch, capf
     said = capfd.readouterr().err
     assert said.startswith(f"harness: {who} was ended by SIGKILL, as the system does when")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank"),
+    [
+        ({0: 1, 1: -9}, 1),  # the system killed one; the other lost its connection
+        ({0: -15, 1: 2}, 1),  # torchrun stopped the first
+        ({0: HUNG, 1: -9}, 0),  # the second hung, and torchrun killed it in the end
+        ({0: 143, 1: -9}, 0),  # the same, after a SIGTERM
+    ],
+)
+def test_of_several_that_failed_the_cause_is_told(codes, rank):
+    assert accelerated.cause(codes) == rank
 
 
 @pytest.mark.parametrize("way", ["terminated", "killed"])

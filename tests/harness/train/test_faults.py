@@ -156,7 +156,8 @@ from rank_program import AtStep
 heartbeat.AFTER_STOP = 1
 act = {
     "stopped": lambda: (time.sleep(0.6), os.kill(os.getpid(), signal.SIGSTOP)),  # after a beat
-    "stuck": lambda: ctypes.PyDLL(None).sleep(600),  # which keeps the interpreter's lock
+    # which keeps the interpreter's lock
+    "stuck": lambda: (print("stuck now", file=sys.stderr), ctypes.PyDLL(None).sleep(600)),
     "busy": lambda: time.sleep(8),
 }[sys.argv[2]]
 observers = [AtStep(2, act)] if os.environ["RANK"] == sys.argv[3] else []
@@ -207,8 +208,8 @@ def test_a_rank_that_is_stopped_is_told_of_and_the_others_end(file_of, ranks, hu
 def test_a_signal_ends_a_run_at_once_that_waits_for_a_rank_whose_interpreter_is_stuck(
     file_of, ranks
 ):
-    started = ranks(file_of(), "stuck", 1, "train.rank_warning_seconds=1")
-    wait_for(lambda: "has been silent" in ranks.said(0))
+    started = ranks(file_of(), "stuck", 1)
+    wait_for(lambda: "stuck now" in ranks.said(1))
     started[0].terminate()
     assert started[0].wait(30) == 128 + signal.SIGTERM
     assert "the run was asked to stop" in ranks.said(0)
