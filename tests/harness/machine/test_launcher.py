@@ -16,7 +16,8 @@ import pytest
 
 from harness.config.load import shipped
 from harness.errors import ConfigError
-from harness.machine import accelerated, launcher
+from harness.machine import launcher
+from harness.machine.accelerated import cause
 from harness.machine.heartbeat import HUNG
 
 
@@ -109,7 +110,7 @@ def test_a_run_that_the_system_kills_is_one_sentence(tmp_path, monkeypatch, capf
     ],
 )
 def test_of_several_that_failed_the_cause_is_told(codes, rank):
-    assert accelerated.cause(codes) == rank
+    assert cause(codes) == rank
 
 
 @pytest.mark.parametrize("way", ["terminated", "killed"])
