@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from shards.write import folder_beside
 SPLITS = ("train", "dev", "test")
 DRAWN = ("predictions.png", "loss.png")  # by the evaluation
 REPORT = "report.json"
+MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes
 MARK = ".harness-demo"
 CONFIG = "config.yaml"
 WORDS_ALONE = "words_alone.json"
@@ -319,7 +321,7 @@ def resources() -> dict[str, float]:
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in (own, others)),
-        "peak_rss_mb": max(own.ru_maxrss, others.ru_maxrss) / 1024,
+        "peak_rss_mb": max(own.ru_maxrss, others.ru_maxrss) / MAXRSS_PER_MB,
     }
 
 

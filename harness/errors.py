@@ -36,6 +36,8 @@ def explain(error: BaseException) -> str | None:
     is_told = isinstance(error, ConfigError | GuardError | OSError)
     if is_told or getattr(error, "is_for_user", False):
         return " ".join(str(error).split())
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; in training more is known
+        return f"GPU memory is out ({str(error)[:120]}): lower evaluation.batch_images"
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     extra = EXTRA_OF.get(missing.partition(".")[0])
     return f"{missing} is not installed: {install_command(extra)}" if extra else None

@@ -38,9 +38,9 @@ torch_choice() {
 }
 
 make_venv() {
-    local python=$1 choice=$2 options=()
+    local python=$1 choice=$2 options=() # ${options[@]+...}: an empty one is an error to the bash of macOS
     [ "$choice" = keep ] && options=(--system-site-packages)
-    if "$python" -m venv "${options[@]}" .venv >.venv-log 2>&1; then
+    if "$python" -m venv ${options[@]+"${options[@]}"} .venv >.venv-log 2>&1; then
         rm -f .venv-log
     elif [ "$choice" = keep ] && "$python" -m venv "${options[@]}" --without-pip --clear .venv >.venv-log 2>&1; then
         rm -f .venv-log # Colab has no ensurepip; the pip of the system is seen from inside
@@ -54,7 +54,7 @@ make_venv() {
 # $1: extras, separated by commas.
 make_environment() {
     local extras=$1 python=${PYTHON:-python3} hash stamped_hash="" stamped_extras="" missing="" extra choice torch=()
-    hash=$(cat pyproject.toml launch/constraints.txt launch/environment.sh | sha256sum | cut -d' ' -f1)
+    hash=$(cat pyproject.toml launch/constraints.txt launch/environment.sh | cksum | tr ' ' -) # macOS has no sha256sum
     if [ -x "$venv_python" ] && [ -f "$stamp_file" ]; then
         read -r stamped_hash stamped_extras <"$stamp_file" || true
     fi
@@ -79,6 +79,6 @@ make_environment() {
     [ "$choice" = pin ] && torch=("$torch_without_gpu")
     echo "installing harness[$extras] into .venv (torch: $choice), about two minutes"
     "$venv_python" -m pip install -qq --disable-pip-version-check -c launch/constraints.txt \
-        "${torch[@]}" -e ".[$extras]" || stop "pip could not install the packages, see above; run this again to go on"
+        ${torch[@]+"${torch[@]}"} -e ".[$extras]" || stop "pip could not install the packages, see above; run this again to go on"
     echo "$hash $extras" >"$stamp_file"
 }

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -171,9 +172,37 @@ class Loader:
     def _iterate(
         self, state: StreamState, epochs: int | None
     ) -> Generator[tuple[StreamState, list[Sample]], None, None]:
+        failed_in = -1  # the epoch in which workers were started again
+        while True:
+            try:
+                for step, samples in self._read(state, epochs):
+                    self._account(samples)
+                    rest = self.samples - step.stop
+                    ended = self.last_batch == "drop" and rest < self.global_batch
+                    stop = self.samples if ended else step.stop
+                    state = StreamState(step.epoch, stop, self.digest)
+                    yield state, samples
+                return
+            except _WorkerError as failure:
+                if failed_in == state.epoch:
+                    raise ShardError(
+                        f"{failure}, a second time in epoch {state.epoch}: take fewer workers or "
+                        "less prefetch where memory is short; with no workers the error itself is "
+                        "shown"
+                    ) from failure
+                logger.warning(
+                    "rank %d: %s; the data workers are started again", self.rank, failure
+                )
+                failed_in = state.epoch
+
+    def _read(
+        self, state: StreamState, epochs: int | None
+    ) -> Generator[tuple[Step, list[Sample]], None, None]:
+        """Yields what the workers read from `state` on. Raises _WorkerError for what ends one."""
+        on_child = signal.getsignal(signal.SIGCHLD)
         # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
         # the global random numbers are the model's.
-        batches = iter(
+        batches: Any = iter(
             DataLoader(
                 self._reading,
                 batch_size=None,
@@ -185,19 +214,19 @@ class Loader:
                 generator=torch.Generator(),
             )
         )
+        if threading.current_thread() is threading.main_thread():
+            # torch's would raise in the middle of a step, of this loop or of a save
+            signal.signal(signal.SIGCHLD, on_child)
         try:
-            for step, samples in batches:
-                self._account(samples)
-                rest = self.samples - step.stop
-                ended = self.last_batch == "drop" and rest < self.global_batch
-                yield (
-                    StreamState(step.epoch, self.samples if ended else step.stop, self.digest),
-                    samples,
-                )
+            if self.workers:
+                yield from _watched(batches)
+            else:
+                yield from batches
         finally:
             if self.workers:
-                # torch declares it for its iterator of several processes alone
-                batches._shutdown_workers()  # type: ignore[attr-defined]
+                batches._shutdown_workers()
+                for worker in batches._workers:
+                    worker.kill()  # one that waits for what a dead one held; the others have ended
 
     def _steps(self, state: StreamState, epochs: int | None) -> Iterator[Step]:
         epoch, position = state.epoch, state.position
@@ -229,16 +258,7 @@ class Loader:
             if len(self._known) < _NAMED:
                 self._known.add(name)
                 self.quarantined.append((*name, error))
-            if self.quarantine is not None:
-                line = {
-                    "set": self.manifests[sample.set_index].folder,
-                    "index": sample.index,
-                    "error": error,
-                }
-                self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-                with self.quarantine.open("a", encoding="utf-8") as file:
-                    # one short write: ranks do not mix lines
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.write_down(*name, error)
         self._in_a_row[sample.set_index] += 1
         if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
             raise ShardError(
@@ -246,6 +266,15 @@ class Loader:
                 f"is {error}; "
                 "`harness shards verify` checks a whole set"
             )
+
+    def write_down(self, set_index: int, index: int, error: str) -> None:
+        """Names a sample in the quarantine file, also one that another rank could not read."""
+        if self.quarantine is None:
+            return
+        line = {"set": self.manifests[set_index].folder, "index": index, "error": error}
+        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+        with self.quarantine.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _names(self) -> str:
         return ", ".join(manifest.folder for manifest in self.manifests)
@@ -290,6 +319,10 @@ class Loader:
             )
 
 
+class _WorkerError(Exception):
+    """A data worker that was ended, or raised what no sample accounts for."""
+
+
 class _Reading(Dataset):
     """Step -> (step, this rank's samples of it); lives in the workers."""
 
@@ -328,6 +361,8 @@ class _Reading(Dataset):
             if self.decode is not None:
                 sample.payload = self.decode(sample)
             return sample
+        except MemoryError:  # no fault of this sample
+            raise
         # Whatever a damaged file makes a decoder raise (Pillow alone: six types) costs that sample,
         # not the run.
         except Exception as error:
@@ -337,6 +372,30 @@ class _Reading(Dataset):
                 place = f"{reader.manifest.folder}, sample {index}, key {key}"
                 text = f"{place}: {type(error).__name__}: {text}"
             return _no_sample(set_index, index, text)
+
+
+def _watched(batches: Any) -> Iterator[tuple[Step, list[Sample]]]:
+    """Yields what comes from the workers. Raises _WorkerError saying how one of them ended."""
+    while True:
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            if getattr(error, "is_for_user", False):
+                raise
+            ended = [worker.exitcode for worker in batches._workers if worker.exitcode]
+            if not ended:  # it lives and has sent its traceback, whose last line is the error
+                raise _WorkerError(
+                    f"a data worker failed: {str(error).strip().splitlines()[-1]}"
+                ) from error
+            how = f"exit code {ended[0]}"
+            if ended[0] < 0:
+                how = signal.Signals(-ended[0]).name
+            if how == "SIGKILL":
+                how += ", as the system does when main memory is out"
+            raise _WorkerError(f"a data worker was ended by {how}") from error
+        yield item
 
 
 def _no_sample(set_index: int, index: int, error: str | None = None) -> Sample:

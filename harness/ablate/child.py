@@ -13,10 +13,13 @@ from pathlib import Path
 from harness.ablate.experiment import CONFIG
 from harness.errors import explain
 from harness.machine.launcher import launch
+from harness.machine.parent import PARENT, watch_parent
 
 
 def main() -> None:
     """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
+    runner = {name: os.environ[name] for name in (PARENT,) if name in os.environ}
+    watch_parent()
     out = sys.argv[1]
     try:
         code = launch([str(Path(out, CONFIG)), "--resume", "auto"])
@@ -26,7 +29,9 @@ def main() -> None:
         sys.exit(f"harness: {sentence}")
     if code:
         sys.exit(code)
-    # In this one's place, so that a signal reaches it; and torch is imported where it is used.
+    # In this one's place, so that a signal reaches it and it knows the same parent; and torch is
+    # imported where it is used.
+    os.environ.update(runner)
     os.execv(sys.executable, [sys.executable, "-m", "harness", "evaluate", out])
 
 

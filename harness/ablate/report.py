@@ -8,7 +8,6 @@ MB.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from harness.ablate.experiment import Ablation, Child
 from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config, EvaluationConfig
 from harness.evaluate import vqa
+from harness.machine.devices import cores
 from harness.machine.launcher import gpus
 from harness.report.pages import write_page
 from harness.report.pictures import Shown, loss_curves, markdown_table
@@ -103,8 +103,7 @@ def facts(
 def machine() -> str:
     count = gpus()
     plural = "s" if count > 1 else ""
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} CPU cores, " + (f"{count} GPU{plural}" if count else "no GPU")
+    return f"{cores()} CPU cores, " + (f"{count} GPU{plural}" if count else "no GPU")
 
 
 # ---- how it looks --------------------------------------------------------------------------------

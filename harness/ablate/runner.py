@@ -31,7 +31,9 @@ from harness.config.load import dump
 from harness.config.load import load as load_config
 from harness.config.schema import Config
 from harness.errors import ConfigError, explain
+from harness.machine.devices import cores
 from harness.machine.launcher import gpus
+from harness.machine.parent import as_parent
 from harness.machine.signals import stop_requests
 from harness.tracking.tracker import open_tracker, recorded_run_id, store_uri
 
@@ -216,7 +218,7 @@ def environment(jobs: int, slot: int) -> dict[str, str]:
     """
     changed = dict(os.environ)
     if jobs > 1:
-        changed.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+        changed.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
         if count := gpus():
             changed.setdefault("CUDA_VISIBLE_DEVICES", str(slot % count))
     return changed
@@ -229,7 +231,7 @@ def launched(child: Child, environment: Mapping[str, str]) -> Process:
     with (child.out / LOG).open("wb") as log:
         # A session of its own: a Ctrl-C reaches it once, through `run_all`.
         return subprocess.Popen(
-            line, env=environment, stdout=log, stderr=log, start_new_session=True
+            line, env={**environment, **as_parent()}, stdout=log, stderr=log, start_new_session=True
         )
 
 

@@ -22,6 +22,7 @@ from harness.cli.score import app as score_app
 from harness.cli.score import compare
 from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
+from harness.machine.parent import watch_parent
 
 START = "Start"
 DATA = "Data and models to start from"
@@ -414,6 +415,7 @@ app.command(
 
 def main() -> None:
     """The entry point."""
+    watch_parent()
     try:
         app(prog_name="harness")
     except Exception as error:

@@ -197,6 +197,10 @@ class TrainConfig(Section):
     # Steps between looks of the gate at few images; null: at evaluations alone.
     image_use_every: Positive | None = 200
     stop_if_image_ignored: bool = False  # end the run at such a verdict after the first epoch
+    # Of several processes: seconds of silence of one, while the others wait for it, until it is
+    # told with what it did last; a stopped process is silent, a busy one is not.
+    rank_warning_seconds: Above0 = 60
+    rank_timeout_seconds: Above0 = 300  # the same until the run is ended
 
 
 class EvaluationConfig(Section):

@@ -25,7 +25,7 @@ from torch import distributed, multiprocessing
 
 from harness.doctor.findings import Finding, error, ok, warning
 from harness.errors import install_command
-from harness.machine.devices import cards, main_memory
+from harness.machine.devices import cards, cores, main_memory
 from harness.machine.precision import BF16_FROM
 from harness.model.language.quantise import keep_autograd
 
@@ -223,17 +223,16 @@ def threads(processes: int = 1) -> Finding:
 
     Threads that spin while they wait are 100 times slower when there are too many of them.
     """
-    cores = len(os.sched_getaffinity(0))
+    here = cores()
     given = os.environ.get("OMP_NUM_THREADS", "")
     policy = os.environ.get("OMP_WAIT_POLICY", "")
     found = (
-        f"{cores} cores, OMP_NUM_THREADS={given or 'not set'}, "
-        f"OMP_WAIT_POLICY={policy or 'not set'}"
+        f"{here} cores, OMP_NUM_THREADS={given or 'not set'}, OMP_WAIT_POLICY={policy or 'not set'}"
     )
-    if given.isdecimal() and int(given) * processes > cores:
-        fix = f"--processes {cores} or fewer"
-        if processes <= cores:
-            fix = f"export OMP_NUM_THREADS={cores // processes}"
+    if given.isdecimal() and int(given) * processes > here:
+        fix = f"--processes {here} or fewer"
+        if processes <= here:
+            fix = f"export OMP_NUM_THREADS={here // processes}"
         found += f": more threads than cores with {processes} processes"
         return warning("threads", found, fix)
     if policy.upper() != "PASSIVE":

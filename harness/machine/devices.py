@@ -104,8 +104,14 @@ def device(name: str) -> Device:
     raise ConfigError(f"--device {name}: no such device; {hint}")
 
 
+def cores() -> int:
+    """Returns how many cores this process may use; all of them on macOS, which cannot tell."""
+    tell = getattr(os, "sched_getaffinity", None)
+    return len(tell(0)) if tell else os.cpu_count() or 1
+
+
 def cpu() -> Device:
-    speed = CPU_TERAFLOPS_PER_CORE * len(os.sched_getaffinity(0))
+    speed = CPU_TERAFLOPS_PER_CORE * cores()
     return Device("cpu", main_memory(), None, speed, speed, 0.5)
 
 

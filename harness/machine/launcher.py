@@ -15,17 +15,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from harness.config.load import shipped
 from harness.errors import ConfigError, install_command
-from harness.machine.devices import cards
+from harness.machine.devices import cards, cores
+from harness.machine.parent import as_parent
+from harness.machine.ranks import check_not_started_as_several, without_ranks
+from harness.machine.signals import STOPS, signal_run
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,13 @@ def _environment(
     """Returns the variables that a run is started with."""
     # The launch file alone decides: ACCELERATE_USE_CPU beside DeepSpeed would silently give plain
     # DDP.
-    # MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on one
-    # machine.
-    decided = ("ACCELERATE_USE_", "MASTER_")
-    changed = {key: value for key, value in environment.items() if not key.startswith(decided)}
+    # Ranks, MASTER_ADDR and MASTER_PORT, which some platforms export, are accelerate's to choose on
+    # one machine: all of them, since torch takes a half for a whole.
+    changed = {
+        key: value
+        for key, value in without_ranks(environment).items()
+        if not key.startswith("ACCELERATE_USE_")
+    }
     # Threads that spin while they wait make a small step 100 times slower as soon as another
     # process is busy.
     changed |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}
@@ -214,17 +218,16 @@ def command(
     file it is t4, multi_gpu or cpu, as the machine is. Raises ConfigError for what this machine
     cannot start.
     """
+    check_not_started_as_several(environment)
     launch = launch or Launch()
     found = 0 if launch.cpu else gpus(environment)
     processes = processes or launch.processes or max(found, 1)
     if launch.file is None:
         launch = read_launch("t4" if processes == 1 else "multi_gpu" if found else "cpu")
     _check_startable(launch, processes, found)
-    threads = environment.get("OMP_NUM_THREADS") or str(
-        max(1, len(os.sched_getaffinity(0)) // processes)
-    )
+    threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     changed = _environment(environment, launch, found, threads)
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    line = [sys.executable, "-m", "harness.machine.accelerated"]
     line += ["--config_file", str(launch.file)]
     # "no" on the line, not only in the file: accelerate refuses it in a file that names a DeepSpeed
     # JSON.
@@ -248,10 +251,10 @@ def launch(
     A signal goes on to the run: it saves and stops; the third kills.
 
     `accelerate launch` itself would die of the signal and leave the run behind, so the run has a
-    session of its own.
+    session of its own. Where this process is killed, the run is sent a SIGTERM.
     """
     line, environment = command(arguments, processes, launch=launch_file, module=module)
-    child = subprocess.Popen(line, env=environment, start_new_session=True)
+    child = subprocess.Popen(line, env=environment | as_parent(), start_new_session=True)
     came: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -259,16 +262,11 @@ def launch(
         if len(came) > 2:
             os.killpg(child.pid, signal.SIGKILL)
             return
-        # Not to the launcher: torchrun gives its workers 30 seconds to end, a simple launch leaves
-        # them behind.
-        for process in psutil.Process(child.pid).children() or [child]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        signal_run(number, child.pid)
 
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in stops}
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
     try:
-        code = child.wait()  # a launcher makes 1 of every exit code that is not 0
+        code = child.wait()
         if came and code:
             return 128 + came[0]
         return code if code >= 0 else 128 - code

@@ -5,7 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def signal_run(number: int, launcher: int) -> None:
+    """Sends a signal to the processes of a run, to the launcher only while there are none.
+
+    torchrun would give them 30 seconds to end, a simple launch would leave them behind.
+    """
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        for each in process.children() or [process]:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(number)
 
 
 @contextmanager
@@ -26,9 +42,8 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     # Under nohup a signal stays ignored.
-    wanted = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
+    wanted = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield lambda: came[0] if came else 0

@@ -44,6 +44,20 @@ def plan(
     )
 
 
+def smaller_micro_batch(config: Config, processes: int) -> int:
+    """Returns the largest half, quarter, ... of the micro-batch that fits the device that is here,
+    in `processes` with DDP; 0 where none does. For a run whose own did not fit after all.
+    """
+    from harness.plan.workload import workload
+
+    work = workload(config)
+    planner = Planner(config, devices.here(), Launch(), processes, work, work.encoder)
+    images = planner.images // 2
+    while images and not planner.fits(images):
+        images //= 2
+    return images
+
+
 def advised(planner: Planner, brief: bool) -> Plan:
     """Returns the planner's plan with what would make the run fit, where that could help."""
     made = planner.plan(brief)

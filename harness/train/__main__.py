@@ -10,12 +10,17 @@ from collections.abc import Sequence
 
 from harness.checks import check_before_launch
 from harness.config.load import load
-from harness.errors import explain
+from harness.errors import ConfigError, explain
+from harness.machine.parent import watch_parent
+from harness.machine.ranks import settle
+from harness.train.failures import explain_failure
 from harness.train.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains and returns the exit code; 2, after one sentence of one rank, for bad input."""
+    """Trains and returns the exit code; after one sentence of one rank 2 for bad input, 1 where
+    memory or another rank was lost.
+    """
     parser = argparse.ArgumentParser(
         prog="harness.train", description="Train a vision-language model."
     )
@@ -23,19 +28,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
-    rank = os.environ.get("RANK", "0")
+    watch_parent()
     try:
+        launcher = settle(os.environ)
+    except ConfigError as error:  # every process was started alike, and none knows its rank
+        print(f"harness: {error}", file=sys.stderr)
+        return 2
+    rank = os.environ.get("RANK", "0")
+    config = None
+    try:
+        if launcher and rank == "0":
+            size = os.environ["WORLD_SIZE"]
+            print(f"{size} processes, as {launcher} has started them", file=sys.stderr)
         config = load(given.config, given.overrides)
         check_before_launch(config)
         last = run(config, given.resume)
     except Exception as error:
-        if (sentence := explain(error)) is None:
+        code = 1
+        sentence = explain_failure(error, config, rank)
+        if sentence is None:
+            code = 2
+            sentence = explain(error)
+        if sentence is None:
             raise
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
         speaker = "harness" if rank == "0" else f"harness, rank {rank}"
         print(f"{speaker}: {sentence}", file=sys.stderr)
-        return 2
+        return code
     if rank == "0":
         print(f"checkpoint: {last}")
     return 0

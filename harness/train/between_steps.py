@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 
 from harness import checkpoint as checkpoints
@@ -16,8 +17,9 @@ from harness.train.state import Run
 class BetweenSteps:
     """All that a config asks for after a step; all ranks alike."""
 
-    def __init__(self, run: Run, last_step: int) -> None:
+    def __init__(self, run: Run, last_step: int, stop_asked: Callable[[], int]) -> None:
         self.run = run
+        self.stop_asked = stop_asked
         self.last_step = last_step
         self._small: SmallSet | None = None  # made when it is first needed
 
@@ -27,7 +29,8 @@ class BetweenSteps:
         step = run.state.step
         is_end = step >= self.last_step
         if step and (is_end or self._is_evaluation_due()):
-            evaluate(run, again=False)  # the earlier process may have been killed inside it
+            # the earlier process may have been killed inside it
+            evaluate(run, self.stop_asked, again=False)
         if is_end:
             run.terminal.say(
                 f"nothing is left to do: {run.config.out_dir} stands at step {step} "
@@ -35,17 +38,24 @@ class BetweenSteps:
             )
         return is_end
 
-    def do_what_is_due(self) -> None:
-        """Saves first: a crash in the evaluation then loses nothing."""
+    def do_what_is_due(self) -> bool:
+        """Saves first: a crash in the evaluation then loses nothing. Returns whether a signal has
+        cut the evaluation off; what was learnt is saved then.
+        """
         run = self.run
         train = run.config.train
         is_end = run.state.step == self.last_step
-        if is_end or self._is_due(train.save_every):
+        saves = is_end or self._is_due(train.save_every)
+        if saves:
             save(run)
         if is_end or self._is_evaluation_due():
-            evaluate(run)
-        elif train.image_use_every and run.config.data.dev and self._is_due(train.image_use_every):
+            stops = evaluate(run, self.stop_asked)
+            if stops and not saves:
+                save(run)
+            return stops
+        if train.image_use_every and run.config.data.dev and self._is_due(train.image_use_every):
             self._look()
+        return False
 
     def _is_due(self, every: int | None) -> bool:
         """Tells whether `every` steps are over; None: whether an epoch is."""
@@ -68,36 +78,50 @@ class BetweenSteps:
             run.engine.wait()
 
 
-def evaluate(run: Run, again: bool = True) -> None:
+class _CutOffError(Exception):
+    """An evaluation that a signal came into."""
+
+
+def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> bool:
     """Scores on the dev sets, and answers for the same images as always.
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
-    are not there yet. Raises GuardError as `stop_if_image_ignored` says.
+    are not there yet. Returns whether a signal came, which ends it at the next batch. Raises
+    GuardError as `stop_if_image_ignored` says.
     """
     config = run.config
+
+    def go_on(done: int, images: int) -> None:
+        run.engine.heart.doing(f"evaluates, {done} of {images} images done", alone=True)
+        if stop_asked():
+            raise _CutOffError
+
     page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
     wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
     wanted = run.engine.sum([wanted_here])[0]
     result = None
     with run.engine.gathered_weights() if wanted else nullcontext():
         if wanted_here:
-            result = evaluate_model(
-                run.model,
-                [dev.path for dev in config.data.dev],
-                config,
-                limit=config.evaluation.dev_images,
-                counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-                epochs=run.epochs,
-            )
+            with suppress(_CutOffError):
+                result = evaluate_model(
+                    run.model,
+                    [dev.path for dev in config.data.dev],
+                    config,
+                    limit=config.evaluation.dev_images,
+                    counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+                    progress=go_on,
+                    epochs=run.epochs,
+                )
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    is_ignored = run.engine.sum([bool(ignored)])[0]
+    is_ignored, stops = run.engine.sum([bool(ignored), stop_asked() > 0])
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
             f"({ignored})"
         )
+    return stops > 0
 
 
 def _tell(run: Run, result: Evaluation) -> str:
@@ -120,6 +144,7 @@ def _tell(run: Run, result: Evaluation) -> str:
 def save(run: Run) -> None:
     """Gathers on all ranks, writes on one."""
     engine = run.engine
+    engine.heart.doing(f"saves step {run.state.step}", alone=engine.is_main)
     weights = engine.trained_state()
     optimizer = engine.optimizer_state()
     if engine.is_main:

@@ -24,11 +24,12 @@ from torch import nn
 
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
+from harness.machine.heartbeat import Heartbeat, meeting
 from harness.machine.precision import Precision, choose
 from harness.model.vlm import VisionLanguageModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-# All ranks wait for the one that evaluates; one that hangs is noticed as late.
+# All ranks wait for the one that evaluates; one that hangs is noticed by the heartbeat.
 LONGEST_WAIT = timedelta(hours=2)
 
 
@@ -45,13 +46,19 @@ class Engine:
     fused: bool | None = None  # AdamW's kernel; None: torch chooses
 
     def __init__(self, train: TrainConfig):
-        self.accelerator = self._accelerator(train)
+        with meeting(train.rank_warning_seconds):
+            self.accelerator = self._accelerator(train)
         if self.accelerator.num_processes != wanted_world_size():
             # `accelerate launch --cpu --num_processes 2` starts one process and says nothing.
             raise ConfigError(
                 f"the launcher asked for {wanted_world_size()} processes but Accelerate runs "
                 f"{self.accelerator.num_processes}; on the CPU use `harness train --processes N`"
             )
+        self.heart = Heartbeat(
+            *(self.rank, self.world_size),
+            tell_after=train.rank_warning_seconds,
+            end_after=train.rank_timeout_seconds,
+        )
         self.train = train
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
@@ -160,10 +167,14 @@ class Engine:
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sums over all ranks, in fp64, as one all-reduce."""
         packed = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        return (self.accelerator.reduce(packed, "sum") if self.world_size > 1 else packed).tolist()
+        if self.world_size == 1:
+            return packed.tolist()
+        with self.heart.waiting():
+            return self.accelerator.reduce(packed, "sum").tolist()
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        with self.heart.waiting():
+            self.accelerator.wait_for_everyone()
 
     def gathered_weights(self) -> AbstractContextManager:
         """Makes all weights whole inside, on every rank: one process alone may run the model."""
@@ -210,6 +221,7 @@ class Engine:
         ever.
         """
         self.wait()
+        self.heart.stop()
         if self.device.type == "cuda":
             self.accelerator.end_training()
 

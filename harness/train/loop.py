@@ -32,13 +32,16 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     guard = RunGuard(run)
     clock = Clock()
     log = StepLog(run, clock)
-    between = BetweenSteps(run, taker.last_step)
+    between = BetweenSteps(run, taker.last_step, stop_asked)
     if between.is_nothing_left():
-        return 0
+        return stop_asked()
     run.model.train()
+    heart = run.engine.heart
+    heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
     with run.terminal.progress(taker.last_step, run.state.step), closing(global_batches) as batches:
         for stream, samples in batches:
             clock.waited()
+            heart.doing(f"takes step {run.state.step + 1}")
             step = taker.take(stream, samples)
             guard.check(step)
             is_end = step.stops or run.state.step == taker.last_step
@@ -48,8 +51,10 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
             if step.stops:  # who stops a run may give it seconds: the checkpoint, and no more
                 save(run)
                 return stop_asked() or signal.SIGTERM
-            between.do_what_is_due()
+            if between.do_what_is_due():
+                return stop_asked() or signal.SIGTERM
             if is_end:
                 break
             clock.restart()
+            heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
     return 0

@@ -44,7 +44,8 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         world_size=engine.world_size if engine else 1,
         images=config.data.train_images,
         last_batch=config.data.last_batch,
-        quarantine=config.out_dir / "quarantine.jsonl" if engine else None,
+        # rank 0 writes for all: the folder need not be one that the others see
+        quarantine=config.out_dir / "quarantine.jsonl" if engine and engine.is_main else None,
         **reading(config) | ({} if engine else {"workers": 0}),
     )
 

@@ -13,10 +13,12 @@ from harness.config.schema import Config
 from harness.machine.signals import stop_requests
 from harness.report.terminal import Terminal, part_rows
 from harness.tracking.tracker import JournalTracker, Tracker, open_tracker, recorded_run_id
+from harness.train.engine import Engine
 from harness.train.engines import make_engine
 from harness.train.loop import loop
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
 from harness.train.state import Observer, Run, TrainState
+from harness.train.together import check_alike, checkpoint_of_rank_0
 from shards.manifest import Manifest
 from shards.stream import StreamState
 
@@ -48,13 +50,30 @@ def run(config: Config, resume: str | None = None, observers: Sequence[Observer]
 
 def _set_up(config: Config, resume: str | None, observers: Sequence[Observer]) -> Run:
     """Returns the run as it stands before its next step."""
-    check_resume(config, resume)
     engine = make_engine(config.train)
     terminal = Terminal(engine.is_main)
-    found = checkpoints.find(config.out_dir, resume, terminal.say)
+
+    def find() -> Checkpoint | None:
+        check_resume(config, resume)
+        return checkpoints.find(config.out_dir, resume, terminal.say)
+
+    with checkpoint_of_rank_0(find, engine) as found:
+        return _made(config, resume, observers, engine, terminal, found)
+
+
+def _made(
+    config: Config,
+    resume: str | None,
+    observers: Sequence[Observer],
+    engine: Engine,
+    terminal: Terminal,
+    found: Checkpoint | None,
+) -> Run:
+    """Returns the run with models, data and tracker, as `found` left it; None: a new one."""
     for sentence in changes(found, config) if found else ():
         terminal.say(sentence)
     loader = make_loader(config, engine)
+    check_alike(config, loader, engine)
     terminal.say(f"precision: {engine.precision.reason}")
     encoder = encoder_of(loader, config)
     model = build_model(config, encoder, precision=engine.precision, device=engine.device)

@@ -17,6 +17,7 @@ from harness.train.clock import Clock, memory_mb
 from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
+from harness.train.together import SharedQuarantine
 from shards.loader import Loader
 from shards.read import Sample
 from shards.stream import StreamState
@@ -30,6 +31,7 @@ class StepTaker:
         self.stop_asked = stop_asked
         config = run.config
         self.collate = Collator.of(config, run.model.tokenizer)
+        self.quarantine = SharedQuarantine(run.loader, run.engine)
         self.filler = _filler(self.collate, run.model)
         left = steps_left(run.loader, run.state.stream, config.train.epochs)
         self.planned_steps = run.state.step + left
@@ -61,6 +63,7 @@ class StepTaker:
                 self.collate.truncated.total(),
             ]
         )
+        self.quarantine.share(quarantined)
         rate = learning_rate(run.config.train, state.step, self.planned_steps)
         norm = engine.step(rate, skip=not_finite > 0)
         state.step += 1

@@ -369,3 +369,49 @@ def test_flickr8k_streams_with_its_captions(shared_data, tmp_path):
     assert {s.record.image_id: list(s.record.texts[0].targets) for s in samples} == captions
     assert {s.payload for s in samples} == {(224, 224)}
     assert samples[0].record == Reader(loader.manifests[0]).read(samples[0].index).record
+
+
+class Once:
+    """A decoder with a fault: at sample 20 `act` is called, the first `times` times."""
+
+    def __init__(self, folder, act, times):
+        self.folder = folder
+        self.act = act
+        self.times = times
+
+    def __call__(self, sample):
+        if sample.index == 20 and len(list(self.folder.iterdir())) < self.times:
+            (self.folder / str(os.getpid())).touch()
+            self.act()
+        return sample.index
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory():
+    raise MemoryError("no room for a picture")
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (killed, "a data worker was ended by SIGKILL, as the system does when main memory is out"),
+        (out_of_memory, "a data worker failed: MemoryError: no room for a picture"),
+    ],
+)
+def test_a_data_worker_that_ends_is_started_again_once_and_nothing_is_lost(
+    reds, tmp_path, caplog, act, said
+):
+    expected = batches(open_loader(reds), epochs=2)
+    before = signal.getsignal(signal.SIGCHLD)
+    with caplog.at_level(logging.WARNING):
+        loader = open_loader(reds, workers=2, decode=Once(tmp_path, act, times=1))
+        assert batches(loader, epochs=2) == expected
+    (record,) = caplog.records
+    assert record.getMessage() == f"rank 0: {said}; the data workers are started again"
+    assert not loader.quarantined, "it is no fault of a sample"
+    assert signal.getsignal(signal.SIGCHLD) == before, "torch's raises in the middle of a step"
+    with pytest.raises(ShardError, match=f"{said}, a second time in epoch 0: take fewer workers"):
+        batches(open_loader(reds, workers=2, decode=Once(tmp_path, act, times=3)), epochs=2)

@@ -3,8 +3,9 @@ results go there.
 
 `first` trains a run without interruption, goes on with one begun by a single process, begins one
 for others, trains two with a loss that is not finite on rank 1 alone, one of them with a loss
-scaler, and is killed in the middle of an epoch. `second` goes on with the killed one, and stops by
-a signal that rank 1 alone gets. `three` goes on with what one began.
+scaler, and is killed in the middle of an epoch. `second` goes on with the killed one where rank 1
+does not see its folder, trains one with samples that cannot be read, is given two configs, and
+stops by a signal that rank 1 alone gets. `three` goes on with what one began.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.config.schema import Config
+from harness.errors import ConfigError
 from harness.train import engine
 from harness.train.engine import Engine
 from harness.train.run import run
@@ -95,7 +98,16 @@ def main(root: Path, stage: str) -> None:
         config = make_config(
             root, root / "clip", root / "t5", name, dev=name == "killed", **settings
         )
-        run(config, resume, [last, *observers])
+        run(changed(config), resume, [last, *observers])
+
+    def changed(config: Config) -> Config:
+        update: dict[str, object] = {}
+        if config.name == "torn":
+            sets = ({"path": str(root / "torn-set")},)
+            update = {"data": Config(name="-", data={"train": sets}).data}
+        if stage == "second" and rank == 1 and config.name in ("killed", "torn"):
+            update["out"] = str(root / "elsewhere")
+        return config.model_copy(update=update)
 
     def note(name: str, value: object = None) -> None:
         weights = hashlib.sha256(
@@ -128,6 +140,12 @@ def main(root: Path, stage: str) -> None:
     else:
         train("killed", resume="auto")
         note("killed")
+        train("torn", epochs=1)
+        with pytest.raises(ConfigError) as refused:
+            train("differs", clip_norm=1.0 + rank, max_steps=1)
+        with pytest.raises(ConfigError) as nowhere:
+            train("differs", resume=str(root / "nowhere"))
+        note("differs", [str(refused.value), str(nowhere.value)])
         try:
             train("stopped", AtStep(3, lambda: signalled(signal.SIGTERM)))
         except SystemExit as left:

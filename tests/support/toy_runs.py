@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,22 @@ def texts(index: int, captions: bool = True, questions: bool = True) -> tuple[Te
     )
 
 
-def make_shards(out: Path, count: int, split: str = "train", first: int = 0, **kinds: bool) -> Path:
-    """Writes `count` pictures in shards of four."""
+def make_shards(
+    out: Path,
+    count: int,
+    split: str = "train",
+    first: int = 0,
+    unreadable: Collection[int] = (),
+    **kinds: bool,
+) -> Path:
+    """Writes `count` pictures in shards of four; those `unreadable` are none."""
     write_shards(
         (
-            (Record(f"{i:04d}", "toy", split, str(i), texts(i, **kinds)), picture(i), "png")
+            (
+                Record(f"{i:04d}", "toy", split, str(i), texts(i, **kinds)),
+                b"no picture" if i in unreadable else picture(i),
+                "png",
+            )
             for i in range(first, first + count)
         ),
         out,

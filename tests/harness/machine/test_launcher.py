@@ -5,16 +5,20 @@ of each.
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.config.load import shipped
 from harness.errors import ConfigError
 from harness.machine import launcher
+from harness.machine.accelerated import cause
+from harness.machine.heartbeat import HUNG
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():
@@ -76,19 +80,51 @@ def test_a_failed_run_gives_back_its_own_words_and_no_traceback_of_the_launcher(
         "import sys\nprint('harness: no', file=sys.stderr)\nsys.exit(2)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert launcher.launch([], 1, module="probe") != 0
+    assert launcher.launch([], 1, module="probe") == 2
     assert capfd.readouterr().err == "harness: no\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, processes):
+def test_a_run_that_the_system_kills_is_one_sentence(tmp_path, monkeypatch, capfd, processes):
+    (tmp_path / "probe.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ.get('RANK', '1') == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launcher.launch([], processes, module="probe") == 128 + signal.SIGKILL
+    who = "the run" if processes == 1 else "rank 1"
+    said = capfd.readouterr().err
+    assert said.startswith(f"harness: {who} was ended by SIGKILL, as the system does when")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank"),
+    [
+        ({0: 1, 1: -9}, 1),  # the system killed one; the other lost its connection
+        ({0: -15, 1: 2}, 1),  # torchrun stopped the first
+        ({0: HUNG, 1: -9}, 0),  # the second hung, and torchrun killed it in the end
+        ({0: 143, 1: -9}, 0),  # the same, after a SIGTERM
+    ],
+)
+def test_of_several_that_failed_the_cause_is_told(codes, rank):
+    assert cause(codes) == rank
+
+
+@pytest.mark.parametrize("way", ["terminated", "killed"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launch_that_is_terminated_or_killed_lets_the_run_save(tmp_path, processes, way):
     (tmp_path / "probe.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "rank = os.environ.get('RANK', '0')\n"
         "def stop(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved' + "
         "rank).touch()\n    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path(sys.argv[1], 'started' + rank).touch()\n"
+        "from harness.machine.parent import watch_parent\n"
+        "watch_parent()\n"
+        "pathlib.Path(sys.argv[1], 'started' + rank).write_text(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
     program = (
@@ -101,13 +137,40 @@ def test_a_terminated_launch_lets_the_run_save_and_waits_for_it(tmp_path, proces
         "PYTHONPATH": f"{tmp_path}:{os.getcwd()}",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    started = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment)
+    line = [sys.executable, "-c", program, str(tmp_path)]
+    started = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("started*"))) < processes and time.monotonic() < deadline:
         time.sleep(0.05)
-    started.terminate()
-    assert started.wait(30) == 143
-    assert len(list(tmp_path.glob("saved*"))) == processes
+    run = [psutil.Process(int(file.read_text())) for file in tmp_path.glob("started*")]
+    if way == "terminated":
+        started.terminate()
+    else:
+        started.kill()
+    said = started.communicate(timeout=30)[1]  # at the end of all that write to it
+    assert said == "", "no screen of torchrun's"
+    assert started.returncode == (143 if way == "terminated" else -signal.SIGKILL)
+    assert len(list(tmp_path.glob("saved*"))) == len(run) == processes
+    psutil.wait_procs(run, timeout=10)
+    assert not any(process.is_running() for process in run)
+
+
+def test_a_run_whose_launcher_alone_is_killed_saves_and_ends(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    program = (
+        "import os, signal, time\n"
+        "from harness.machine.parent import watch_parent\n"
+        f"os.environ['HARNESS_PARENT'] = '{run.pid}'\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(143))\n"
+        "watch_parent()\n"
+        "time.sleep(60)\n"
+    )
+    # Its parent is not the process that it is told of: that one has ended before it could look.
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    orphan = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    run.kill()
+    run.wait()
+    assert orphan.wait(30) == 143
 
 
 # ---- the files, read by us, by accelerate and by DeepSpeed ---------------------------------------
@@ -303,7 +366,7 @@ def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeyp
     processes = 1 if launch.single else 2
     line, environment = launcher.command([], processes, launch=launch, environment=given)
     started, args = accelerated(
-        Path(line[line.index("--config_file") + 1]), *line[6 : line.index("-m", 3)]
+        Path(line[line.index("--config_file") + 1]), *line[5 : line.index("-m", 3)]
     )
     assert ("ACCELERATE_USE_CPU" in environment) is (launch.zero_stage is None)
     assert "ACCELERATE_USE_DEEPSPEED" not in environment  # accelerate sets it

@@ -237,7 +237,9 @@ def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(
     config_of, tmp_path, monkeypatch, capfd
 ):
     slept = []
-    monkeypatch.setenv("RANK", "1")
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+    for name, value in {**torchrun, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(time, "sleep", slept.append)
     assert main([str(tmp_path / "nope.yaml")]) == 2
     assert slept == [3]

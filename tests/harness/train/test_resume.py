@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -18,9 +19,10 @@ from harness.errors import ConfigError
 from harness.machine.launcher import launch
 from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
+from harness.train import between_steps
 from harness.train import run as train
 from rank_program import AtStep, NotFinite, SamplesRead, with_scaler
-from toy_runs import losses, make_config
+from toy_runs import losses, make_config, make_shards
 
 
 def config_of(root, name, **settings):
@@ -79,6 +81,14 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(root, whole)
     killed_at(7, config)  # mid second epoch; the newest checkpoint is that of step 6
     assert checkpoints.newest(config.out_dir).step == 6
     train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_a_data_worker_that_is_killed_is_started_again_and_the_run_keeps_its_bits(root, whole):
+    config = config_of(root, "worker-killed", dev=False)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": 2})})
+    kill = AtStep(1, lambda: psutil.Process().children()[0].kill())
+    train.run(config, observers=[kill])
     same_run(config.out_dir, whole)
 
 
@@ -149,16 +159,46 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
     closed = []
     config = config_of(root, "terminated")
     with monkeypatch.context() as patch:
-        # When the flags of step 4 are known.
-        terminate = AtStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # When the flags of step 1 are known.
+        terminate = AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         patch.setattr(train.JournalTracker, "close", lambda self, status: closed.append(status))
         with pytest.raises(SystemExit) as left:
             train.run(config, observers=[terminate])
     assert (left.value.code, closed) == (143, ["KILLED"])
-    assert checkpoints.newest(config.out_dir).step == 5
-    assert not (config.out_dir / "answers" / "step-000005.html").exists()
+    assert checkpoints.newest(config.out_dir).step == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train.run(config, "auto")
+    same_run(config.out_dir, whole)
+
+
+def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch_and_nothing_is_lost(
+    root, whole, monkeypatch
+):
+    config = config_of(root, "evaluated", evaluate_every=3)
+    evaluation = config.evaluation.model_copy(update={"batch_images": 1})
+    config = config.model_copy(update={"evaluation": evaluation})
+    evaluate_model = between_steps.evaluate_model
+    batches = []
+
+    def signalled(*given, progress, **named):
+        def seen(*done):
+            batches.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+            progress(*done)
+
+        return evaluate_model(*given, progress=seen, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(between_steps, "evaluate_model", signalled)
+        with pytest.raises(SystemExit) as left:
+            train.run(config)
+    assert left.value.code == 143
+    assert len(batches) == 1
+    assert checkpoints.newest(config.out_dir).step == 3  # where no checkpoint was due
+    page = config.out_dir / "answers" / "step-000003.html"
+    assert not page.exists()
+    train.run(config, "auto")
+    assert page.exists()  # made up for
     same_run(config.out_dir, whole)
 
 
@@ -244,11 +284,15 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
 # ---- several processes: three launches, judged by the files they leave ---------------------------
 
 
+UNREADABLE = (3, 6, 9)
+
+
 @pytest.fixture(scope="module")
 def launched(root, whole):
     """Runs the stages of rank_program.py: two on two processes, one on three."""
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
+    make_shards(root / "torn-set", 12, unreadable=UNREADABLE)
     environment = {
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
@@ -275,6 +319,23 @@ def test_two_processes_killed_and_resumed_equal_two_that_were_not(root):
     same_run(root / "killed", root / "two")
     first, second = results(root, "first"), results(root, "second")
     assert first[0]["two"] == first[1]["two"] == second[0]["killed"] == second[1]["killed"]
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_rank_that_does_not_see_the_output_folder_reads_and_writes_through_rank_0(root):
+    same_run(root / "killed", root / "two")  # rank 1 went on with rank 0's checkpoint
+    assert not (root / "elsewhere").exists()
+    named = (root / "torn" / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["index"] for line in named) == list(UNREADABLE)
+
+
+@pytest.mark.usefixtures("launched")
+def test_ranks_with_another_config_are_refused_by_the_keys_name_on_all_of_them(root):
+    said = [result["differs"][1] for result in results(root, "second")]
+    assert said[0] == said[1]
+    assert "train.clip_norm is 1.0 on rank 0 and 2.0 on rank 1" in said[0][0]
+    assert "there is no such folder" in said[0][1]  # what rank 0 alone can tell
+    assert not (root / "differs").exists()
 
 
 @pytest.mark.usefixtures("launched")
@@ -337,4 +398,4 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(root):
     second = results(root, "second")
     assert [result["stopped"][1] for result in second] == [143, 143]
     assert second[0]["stopped"][0] == second[1]["stopped"][0]
-    assert checkpoints.newest(root / "stopped").step == 4
+    assert checkpoints.newest(root / "stopped").step == 3
