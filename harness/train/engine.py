@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import nn
 
 from harness.config.schema import TrainConfig
@@ -161,6 +162,10 @@ class Engine:
         """Sums over all ranks, in fp64, as one all-reduce."""
         packed = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         return (self.accelerator.reduce(packed, "sum") if self.world_size > 1 else packed).tolist()
+
+    def gather(self, text: str) -> list[str]:
+        """Returns what each rank has to say."""
+        return gather_object([text])
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
