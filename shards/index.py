@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 
 from shards.files import ShardError, is_remote, join, write_whole
 from shards.manifest import FORMAT, INDEX, SIDECAR, SIDECAR_1, SKIPPED, Manifest
+from shards.remote import Patience, patiently
 from shards.sidecar import Indexing, Progress, write_index
 
 
@@ -94,6 +95,11 @@ def upgrade_index(
     return new
 
 
+def _listed(folder: str) -> list[str]:
+    system, path = fsspec.core.url_to_fs(folder)
+    return [entry.rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)]
+
+
 def _find_tars(source: str) -> tuple[str, list[str]]:
     """Returns the folder and the sorted names of its tars."""
     if source.endswith(".tar"):
@@ -105,10 +111,9 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
             )
         return folders.pop() or ".", [location.rpartition("/")[2] for location in locations]
     try:
-        system, path = fsspec.core.url_to_fs(source)
-        found = [entry.rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)]
-    except (OSError, ImportError, ValueError) as error:
-        raise ShardError(f"{source} cannot be listed: {error}") from error
+        found = patiently(lambda: _listed(source), source, Patience())
+    except FileNotFoundError as error:
+        raise ShardError(f"{source} cannot be listed: it does not exist") from error
     names = sorted(name for name in found if name.endswith(".tar"))
     if not names:
         raise ShardError(f"{source} holds no .tar files")

@@ -21,9 +21,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shards.cache import Cache
-from shards.files import ShardError, is_remote
+from shards.files import ShardError, UnreachableError, is_remote
 from shards.manifest import Manifest
 from shards.read import Reader, Sample
+from shards.remote import Patience
 from shards.stream import FirstOf, Mixture, Order, StreamState, deal
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Loader:
     last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or
     is dropped. decode: Sample -> its new payload, called where the sample is read. workers:
     processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote sets.
-    quarantine: a JSONL file that names what cannot be read.
+    quarantine: a JSONL file that names what cannot be read. patience: with what does not answer.
 
     Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through
     the cache.
@@ -75,9 +76,10 @@ class Loader:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         quarantine: Path | None = None,
+        patience: Patience | None = None,
     ):
-        cache = Cache.at(cache_dir, cache_bytes)
-        self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
+        cache = Cache.at(cache_dir, cache_bytes, patience)
+        self.manifests = tuple(Manifest.open(str(path), cache, patience) for path in paths)
         self.global_batch = global_batch
         self.last_batch = last_batch
         self.rank = rank
@@ -155,7 +157,8 @@ class Loader:
         `state.position` equals `samples`. All ranks get the same number of steps, some of them
         perhaps empty. A sample that cannot be read has weight 0 and no payload. Closing the
         generator (`contextlib.closing`) ends the workers. Raises ShardError for a state of another
-        order, and when nothing of a set can be read any more.
+        order, and when nothing of a set can be read any more; UnreachableError when the data do
+        not answer.
         """
         if state is not None and state.digest not in (self.digest, self._earlier):
             raise ShardError(
@@ -176,6 +179,8 @@ class Loader:
         while True:
             try:
                 for step, samples in self._read(state, epochs):
+                    if isinstance(samples, UnreachableError):
+                        raise samples
                     self._account(samples)
                     rest = self.samples - step.stop
                     ended = self.last_batch == "drop" and rest < self.global_batch
@@ -342,13 +347,16 @@ class _Reading(Dataset):
         self.world_size = world_size
         self.fill_to = fill_to
 
-    def __getitem__(self, step: Step) -> tuple[Step, list[Sample]]:
+    def __getitem__(self, step: Step) -> tuple[Step, list[Sample] | UnreachableError]:
         size = step.stop - step.start
         mine = deal(max(size, self.fill_to), self.rank, self.world_size)
         start = step.start + min(mine.start, size)
         stop = step.start + min(mine.stop, size)
         picks = self.mixture.picks(step.epoch, start, stop).tolist()
-        samples = [self._read(*pick) for pick in picks]
+        try:
+            samples = [self._read(*pick) for pick in picks]
+        except UnreachableError as error:
+            return step, error  # raised in a worker it would come with a traceback in its message
         fillers = mine.stop - mine.start - len(samples)
         samples += [_no_sample(-1, -1) for _ in range(fillers)]
         return step, samples
@@ -361,7 +369,7 @@ class _Reading(Dataset):
             if self.decode is not None:
                 sample.payload = self.decode(sample)
             return sample
-        except MemoryError:  # no fault of this sample
+        except (MemoryError, UnreachableError):  # no fault of this sample
             raise
         # Whatever a damaged file makes a decoder raise (Pillow alone: six types) costs that sample,
         # not the run.

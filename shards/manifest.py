@@ -1,8 +1,8 @@
 """What a set of shards holds: `index.json` (the shards, their sizes and hashes) and its sidecar
 `samples.bin`.
 
-A folder or fsspec URL -> Manifest. The sidecar is memory-mapped, one row a sample in shard order,
-so that a set of any size is opened in little memory. Its columns: offset and size (bytes of the
+A folder or fsspec URL -> Manifest. The sidecar stays a file, one row a sample in shard order, so
+that a set of any size is opened in little memory. Its columns: offset and size (bytes of the
 sample in its tar, first header to last byte), texts, targets, characters, crc (zlib.crc32 over the
 contents of its members in tar order); of payload and text (record or caption) offset and size of
 the content, their extensions, and members_crc (payload, then text); key. Format 1 (`index.bin`)
@@ -15,16 +15,18 @@ import builtins
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import fsspec
 import numpy as np
 
-from shards.files import FileInfo, ShardError, is_count, is_remote, join
+from shards.files import FileInfo, ShardError, UnreachableError, is_count, is_remote, join
+from shards.remote import Descriptor, Patience, fetch, open_stream
 
 if TYPE_CHECKING:
     from shards.cache import Cache
@@ -38,6 +40,7 @@ SIDECAR_1 = (
 )
 SKIPPED = "skipped.jsonl"
 MAX_KEY_BYTES = 255
+_WINDOW = 4 << 20  # bytes of the sidecar that are read at a time
 _FIGURES = [
     *((name, "<u8") for name in ("offset", "size")),
     *((name, "<u4") for name in ("texts", "targets", "characters", "crc")),
@@ -65,7 +68,7 @@ class ShardInfo(FileInfo):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A set of shards as its index describes it. Picklable: a worker process maps the sidecar
+    """A set of shards as its index describes it. Picklable: a worker process opens the sidecar
     anew.
     """
 
@@ -83,16 +86,23 @@ class Manifest:
     format: int = FORMAT
     format_1_digest: str | None = None  # what states of runs before format 2 call this set
     cache: Cache | None = field(default=None, repr=False, compare=False)
+    patience: Patience = field(default=Patience(), repr=False, compare=False)
 
     @classmethod
-    def open(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
+    def open(
+        cls,
+        path_or_url: str | os.PathLike,
+        cache: Cache | None = None,
+        patience: Patience | None = None,
+    ) -> Manifest:
         """Reads the index and checks the sidecar's hash and the size of every local file it names.
 
-        The sidecar of a remote set is fetched into `cache`, or into memory without one. Raises
-        ShardError for a folder that is missing, has no index, or does not match it. The shards' own
-        hashes are for `verify` to check.
+        The sidecar of a remote set is fetched into `cache`, or into a temporary file without one.
+        `patience` is the cache's where it is not given. Raises ShardError for a folder that is
+        missing, has no index, or does not match it. The shards' own hashes are for `verify` to
+        check.
         """
-        manifest = cls.read_index(path_or_url, cache)
+        manifest = cls.read_index(path_or_url, cache, patience)
         if problems := manifest.file_problems():
             more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
             raise ShardError(problems[0] + more)
@@ -100,17 +110,25 @@ class Manifest:
         return manifest
 
     @classmethod
-    def read_index(cls, path_or_url: str | os.PathLike, cache: Cache | None = None) -> Manifest:
+    def read_index(
+        cls,
+        path_or_url: str | os.PathLike,
+        cache: Cache | None = None,
+        patience: Patience | None = None,
+    ) -> Manifest:
         """Reads `index.json` alone. Raises ShardError if it is missing, malformed or was changed by
         hand.
         """
         folder = os.fspath(path_or_url).removeprefix("file://")
         where = join(folder, INDEX)
+        patience = patience or (cache.patience if cache else Patience())
         try:
-            document = json.loads(_fetch(where))
+            document = json.loads(fetch(where, patience))
         except FileNotFoundError as error:
             raise ShardError(_no_index(folder)) from error
-        except (OSError, ValueError) as error:
+        except ShardError:
+            raise
+        except ValueError as error:
             raise ShardError(f"{where} cannot be read as JSON: {error}") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found not in (1, FORMAT):
@@ -124,6 +142,7 @@ class Manifest:
                 sidecar_file=_info(FileInfo, document["sidecar"]),
                 files=tuple(_info(FileInfo, file) for file in document["files"]),
                 cache=cache,
+                patience=patience,
                 format_1_digest=document.get("format_1_digest"),
                 **{name: document[name] for name in _PLAIN},
             )
@@ -218,9 +237,9 @@ class Manifest:
         return join(self.base or self.folder, self.shards[shard].name)
 
     @cached_property
-    def sidecar(self) -> np.ndarray:
-        """Returns a structured array with a row for each sample (see the module). Raises ShardError
-        if it is that of another set.
+    def sidecar(self) -> Rows:
+        """Returns a row for each sample (see the module). Raises ShardError if it is that of
+        another set.
         """
         info = self.sidecar_file
         dtype = sidecar_dtype(self.key_bytes, self.format)
@@ -229,18 +248,25 @@ class Manifest:
             raise ShardError(
                 f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}"
             )
-        opened: int | str = where
-        if remote := is_remote(self.folder):
-            if self.cache is None:
-                return np.frombuffer(self.read_file(info.name), dtype)
-            opened = self.cache.open(where, info.bytes, info.sha256)
-        with open(opened, "rb") as file:
-            if not remote:  # the cache checks the hash itself
-                _check_hash(where, hashlib.file_digest(file, "sha256").hexdigest(), info)
-            return np.memmap(file, dtype, mode="r")
+        if not is_remote(self.folder):
+            file = Descriptor.open(where, self.patience)
+        elif self.cache is not None:  # which checks the hash itself
+            number = self.cache.open(where, info.bytes, info.sha256)
+            return Rows(
+                Descriptor(number, str(self.cache.folder / info.sha256), self.patience),
+                dtype,
+                self.samples,
+            )
+        else:
+            file = _copied(where, self.patience)
+        digest = hashlib.sha256()
+        for start in range(0, info.bytes, _WINDOW):
+            digest.update(file.read(min(_WINDOW, info.bytes - start), start))
+        _check_hash(where, digest.hexdigest(), info)
+        return Rows(file, dtype, self.samples)
 
     def key(self, index: int) -> str:
-        return self.sidecar["key"][index].decode()
+        return self.sidecar[index]["key"].decode()
 
     def read_file(self, name: str) -> builtins.bytes:
         """Returns a small file of the set (`controls.safetensors`), whole. Raises ShardError if it
@@ -251,20 +277,64 @@ class Manifest:
         if info is None:
             raise ShardError(f"{join(self.folder, INDEX)} names no file {name}")
         try:
-            data = _fetch(where)
-        except OSError as error:
-            raise ShardError(f"{where} cannot be read: {error}") from error
+            data = fetch(where, self.patience)
+        except FileNotFoundError as error:
+            raise ShardError(f"{where} cannot be read: it does not exist") from error
         _check_hash(where, hashlib.sha256(data).hexdigest(), info)
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memmap would be a copy of the whole file.
-        mapped = isinstance(self.__dict__.get("sidecar"), np.memmap)
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if not (mapped and name == "sidecar")
-        }
+        # An open file does not travel.
+        return {name: value for name, value in self.__dict__.items() if name != "sidecar"}
+
+
+class Rows:
+    """The rows of a sidecar, read where they are asked for and never mapped: a file that was cut
+    short meanwhile is an error then, and no SIGBUS.
+    """
+
+    def __init__(self, file: Descriptor, dtype: np.dtype, count: int):
+        self._file = file
+        self.dtype = dtype
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> np.void: ...
+    @overload
+    def __getitem__(self, index: slice | str) -> np.ndarray: ...
+    def __getitem__(self, index: int | slice | str) -> np.void | np.ndarray:
+        """Returns a row, the rows [start, stop), or a column of all rows.
+
+        Raises UnreachableError where the file has become shorter: no sample is to blame for that.
+        """
+        if isinstance(index, str):
+            return self._column(index)
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self._count)
+            return self._read(start, max(0, stop - start))
+        return self._read(range(self._count)[index], 1)[0]
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        width = self.dtype.itemsize
+        try:
+            data = self._file.read(count * width, start * width)
+        except UnreachableError:
+            raise
+        except ShardError as error:
+            raise UnreachableError(
+                f"{self._file.path} was changed while it was in use: {error}"
+            ) from error
+        return np.frombuffer(data, self.dtype)
+
+    def _column(self, name: str) -> np.ndarray:
+        column = np.empty(self._count, self.dtype[name])
+        step = max(1, _WINDOW // self.dtype.itemsize)
+        for start in range(0, self._count, step):
+            column[start : start + step] = self[start : start + step][name]
+        return column
 
 
 _PLAIN = ("format", "kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
@@ -275,9 +345,13 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fetch(location: str) -> bytes:
-    with fsspec.open(location, "rb") as file:
-        return file.read()
+def _copied(location: str, patience: Patience) -> Descriptor:
+    """Returns a remote file as a temporary one, which has no name and goes with its descriptor."""
+    stream, _ = open_stream(location, patience)
+    with stream, tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file, _WINDOW)
+        file.flush()
+        return Descriptor(os.dup(file.fileno()), location, patience)
 
 
 def _check_hash(where: str, found: str, info: FileInfo) -> None:

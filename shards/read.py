@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shards.cache import Cache
-from shards.files import ShardError, is_remote
+from shards.files import ShardError, UnreachableError, is_remote
 from shards.manifest import Manifest
 from shards.record import Record, RecordError, Text
+from shards.remote import Descriptor
 from shards.tar import groups
 
 PAYLOADS = {
@@ -70,7 +71,7 @@ class Reader:
         self.set_index = set_index
         self._cache = cache or manifest.cache
         self._max_open = max_open
-        self._open: dict[int, _Descriptor] = {}  # least recently used first
+        self._open: dict[int, Descriptor] = {}  # least recently used first
         if self._cache is None and is_remote(manifest.location(0)):
             raise ShardError(
                 f"{manifest.location(0)} is remote: reading it needs a cache folder "
@@ -88,7 +89,7 @@ class Reader:
         return self._sample(index, _walked)
 
     def _sample(
-        self, index: int, contents_of: Callable[[int, np.void], dict[str, bytes]]
+        self, index: int, contents_of: Callable[[Descriptor, np.void], dict[str, bytes]]
     ) -> Sample:
         manifest = self.manifest
         if not 0 <= index < manifest.samples:
@@ -98,15 +99,17 @@ class Reader:
         key = row["key"].decode()
         descriptor = self._descriptor(shard)  # held, so that it stays open while it is read
         try:
-            contents = contents_of(descriptor.number, row)
+            contents = contents_of(descriptor, row)
             parsed = parse_sample(key, contents, manifest.kind, manifest.dataset, manifest.split)
+        except UnreachableError:
+            raise
         except (ShardError, RecordError) as error:
             place = f"{manifest.location(shard)}, offset {row['offset']}, key {key}"
             raise ShardError(f"{place}: {error}") from error
         name = parsed.payload
         return Sample(parsed.record, contents[name], name, self.set_index, index)
 
-    def _descriptor(self, shard: int) -> _Descriptor:
+    def _descriptor(self, shard: int) -> Descriptor:
         found = self._open.pop(shard, None)
         if found is None:
             # A shard that was evicted from the cache lives on while it is open: let go of it before
@@ -116,15 +119,13 @@ class Reader:
                     self._open.pop(other, None)
             info = self.manifest.shards[shard]
             location = self.manifest.location(shard)
-            try:
-                if is_remote(location):
-                    assert self._cache is not None  # checked when the reader was made
-                    number = self._cache.open(location, info.bytes, info.sha256)
-                else:
-                    number = os.open(location, os.O_RDONLY)
-                found = _Descriptor(number)
-            except OSError as error:
-                raise ShardError(f"{location} cannot be opened: {error}") from error
+            if is_remote(location):
+                assert self._cache is not None  # checked when the reader was made
+                number = self._cache.open(location, info.bytes, info.sha256)
+                kept = str(self._cache.folder / info.sha256)
+                found = Descriptor(number, kept, self.manifest.patience)
+            else:
+                found = Descriptor.open(location, self.manifest.patience)
         self._open[shard] = found
         return found
 
@@ -132,20 +133,20 @@ class Reader:
         return {**self.__dict__, "_open": {}}
 
 
-def _by_members(descriptor: int, row: np.void) -> dict[str, bytes]:
+def _by_members(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     """Reads payload and text alone, from where format 2 says they are."""
-    payload = _pread(descriptor, int(row["payload_size"]), int(row["payload_offset"]))
-    text = _pread(descriptor, int(row["text_size"]), int(row["text_offset"]))
+    payload = descriptor.read(int(row["payload_size"]), int(row["payload_offset"]))
+    text = descriptor.read(int(row["text_size"]), int(row["text_offset"]))
     _check_crc(zlib.crc32(text, zlib.crc32(payload)), int(row["members_crc"]))
     return {row["payload_extension"].decode(): payload, row["text_extension"].decode(): text}
 
 
-def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
+def _walked(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     """Reads a whole sample, header by header."""
     begin = int(row["offset"])
     size = int(row["size"])
     key = row["key"].decode()
-    data = _pread(descriptor, size, begin)
+    data = descriptor.read(size, begin)
     contents: dict[str, bytes] = {}
     crc = 0
     for group in groups(
@@ -157,13 +158,6 @@ def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
         crc = group.crc
     _check_crc(crc, int(row["crc"]))
     return contents
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    if len(data) < size:
-        raise ShardError(f"the file ends after {len(data)} of {size} bytes: it is truncated")
-    return data
 
 
 def _check_crc(found: int, expected: int) -> None:
@@ -183,16 +177,6 @@ def records(paths: Iterable[str], cache: Cache | None = None) -> Iterator[Record
                 record = reader.read(index).record
                 assert record is not None  # a read gives one, or raises
                 yield record
-
-
-class _Descriptor:
-    """A file descriptor that is closed with its last user."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def __del__(self):
-        os.close(self.number)
 
 
 class Parsed(NamedTuple):

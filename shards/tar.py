@@ -18,9 +18,8 @@ from itertools import groupby
 from operator import attrgetter
 from typing import BinaryIO
 
-import fsspec
-
 from shards.files import ShardError
+from shards.remote import Patience, open_stream
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -178,14 +177,12 @@ class OnePass:
 
 
 @contextmanager
-def open_shard(location: str) -> Iterator[tuple[OnePass, int]]:
+def open_shard(location: str, patience: Patience | None = None) -> Iterator[tuple[OnePass, int]]:
     """Opens a shard as (one-pass reader, its size in bytes)."""
     try:
-        system, path = fsspec.core.url_to_fs(location)
-        size = system.size(path)
-        file = system.open(path, "rb", block_size=4 << 20)
-    except (OSError, ImportError) as error:
-        raise ShardError(f"{location} cannot be opened: {error}") from error
+        file, size = open_stream(location, patience or Patience())
+    except FileNotFoundError as error:
+        raise ShardError(f"{location} cannot be opened: it does not exist") from error
     with file:
         if size is None:
             raise ShardError(f"{location}: the server does not say how large it is")

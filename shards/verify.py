@@ -131,7 +131,7 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
     except (ShardError, RecordError) as error:
         return [f"{place}: {error}"]
     found = row_of(group, parsed)
-    for name, value in zip(row.dtype.names[:-1], found, strict=False):  # format 1 has fewer
+    for name, value in zip((row.dtype.names or ())[:-1], found, strict=False):  # format 1 has fewer
         if value != row[name]:
             return [f"{place}: the record has {value!s} {name}, the index says {row[name]}"]
     name = parsed.payload

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from webdataset import TarWriter
@@ -53,6 +53,7 @@ def write_shards(
     bad record. On any error OUT is as it was before.
     """
     out = Path(out)
+    settle(out)
     if out.exists() and not overwrite:
         if (out / INDEX).exists():
             raise ShardError(
@@ -82,13 +83,53 @@ def write_shards(
 
 
 def _put_in_place(beside: Path, out: Path) -> None:
-    old = out.with_name(f"{out.name}.old.{os.getpid()}")
-    if replaces := out.exists():  # what was there goes only when the new one stands
+    old = _aside(out, "replaced")
+    if out.exists():  # what was there goes only when the new one stands
         os.rename(out, old)
     os.rename(beside, out)
-    if replaces:
-        shutil.rmtree(old)
     sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def add_to(beside: Path, out: Path) -> None:
+    """Moves all that lies in `beside` into the folder `out`, or into its place if it is not there.
+
+    A process killed in it leaves a folder whose name says so: `settle` does the rest.
+    """
+    if out.exists():
+        adding = _aside(out, "adding")
+        os.rename(beside, adding)
+        _move_all(adding, out)
+    else:
+        os.rename(beside, out)
+
+
+def settle(out: Path) -> None:
+    """Ends what a killed process left between two renames: a set that was to be replaced stands
+    again, one that was to be added is there whole, what was replaced is gone.
+    """
+    replaced = _aside(out, "replaced")
+    if replaced.exists():
+        if out.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, out)
+    adding = _aside(out, "adding")
+    if adding.exists():
+        _move_all(adding, out)
+
+
+def _aside(out: Path, what: Literal["replaced", "adding"]) -> Path:
+    out = Path(os.path.abspath(out))
+    return out.with_name(f".{out.name}.{what}")
+
+
+def _move_all(adding: Path, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    for path in sorted(adding.iterdir()):
+        os.replace(path, out / path.name)
+    adding.rmdir()
+    sync(out)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from harness.ablate.experiment import Ablation, Child
 from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config, EvaluationConfig
+from harness.data.images import cache_of
 from harness.evaluate import vqa
 from harness.machine.devices import cores
 from harness.machine.launcher import gpus
@@ -48,7 +49,7 @@ def write(
 
     `config`: of the experiment as a whole; its `evaluation` and the cache of its `data` are used.
     """
-    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
+    cache = cache_of(config)
     observed = observe([child for child in children if child.finished], cache)
     report = facts(ablation, children, errors, observed, config.evaluation)
     write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode())

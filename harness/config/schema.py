@@ -68,6 +68,9 @@ class DataConfig(Section):
     cache_dir: str | None = None  # a local folder for remote shards, which need one
     cache_gb: Above0 = 20.0  # 10^9 bytes that it may hold; at least two windows
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
+    # Times in a row that a file is asked for before the run saves and stops; 7: 30 s of pauses.
+    read_attempts: Positive = 7
+    read_timeout: Above0 = 60.0  # seconds that one answer of a remote file may take
 
 
 class VisionConfig(Section):

@@ -16,7 +16,9 @@ import safetensors.numpy
 from PIL import Image, UnidentifiedImageError
 
 from harness.config.schema import Config, VisionConfig
+from shards.cache import Cache
 from shards.images import FORMATS, on_white, upright
+from shards.remote import Patience
 
 Mode = Literal["crop", "squash", "whole"]
 MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
@@ -125,4 +127,15 @@ def reading(config: Config) -> dict[str, Any]:
         "decode": ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         "cache_dir": config.data.cache_dir,
         "cache_bytes": int(config.data.cache_gb * 1e9),
+        "patience": patience_of(config),
     }
+
+
+def patience_of(config: Config) -> Patience:
+    """Returns how long a config lets its data be waited for."""
+    return Patience(config.data.read_attempts, config.data.read_timeout)
+
+
+def cache_of(config: Config) -> Cache | None:
+    """Returns the cache that a config gives its remote sets; None: it names no folder."""
+    return Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9, patience_of(config))

@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from harness.checks import check_vision
 from harness.config.schema import Config
 from harness.data.collate import Collator
-from harness.data.images import ImageDecoder
+from harness.data.images import ImageDecoder, cache_of, patience_of
 from harness.data.prompts import template
 from harness.doctor.findings import Finding, State, error, ok, warning
-from harness.doctor.machine import GB, Gpu, disk
+from harness.doctor.machine import Gpu, disk
 from harness.errors import ConfigError
 from harness.machine.launcher import Launch
 from harness.machine.precision import choose
@@ -34,7 +34,6 @@ from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
 from harness.tracking.store import database, store_uri, without_password
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
-from shards.cache import Cache
 from shards.manifest import Manifest
 from shards.read import Reader
 
@@ -51,7 +50,7 @@ SCALES = (0.1, 10.0)  # image tokens against word embeddings, root mean squares
 
 def first_sample(key: str, path: str, config: Config) -> Finding:
     """Decodes the first and the last sample of a set. Raises ShardError, ImageError."""
-    manifest = Manifest.open(path, Cache.at(config.data.cache_dir, config.data.cache_gb * GB))
+    manifest = Manifest.open(path, cache_of(config), patience_of(config))
     reader = Reader(manifest)
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     shapes = {decode(reader.read(index)).shape for index in (0, manifest.samples - 1)}

@@ -18,6 +18,7 @@ from harness import checkpoint as checkpoints
 from harness.config.load import changed_by
 from harness.config.schema import Config
 from harness.data.features import check_encoder
+from harness.data.images import cache_of, patience_of
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER
 from harness.evaluate.floor import Majority, epochs_trained, training_records
@@ -145,8 +146,8 @@ def _task(
         raise ConfigError(
             f"{run_dir}: its config names no data.test; give the shards to score with --data DIR"
         )
-    cache = Cache.at(config.data.cache_dir, config.data.cache_gb * 1e9)
-    manifests = [Manifest.open(path, cache) for path in paths]
+    cache = cache_of(config)
+    manifests = [Manifest.open(path, cache, patience_of(config)) for path in paths]
     newest = checkpoints.newest(home)
     changed = []
     if newest and newest.path != found.path:

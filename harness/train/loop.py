@@ -19,14 +19,26 @@ from harness.train.between_steps import BetweenSteps, save
 from harness.train.clock import Clock
 from harness.train.guards import RunGuard
 from harness.train.state import Run
-from harness.train.step import StepLog, StepTaker
+from harness.train.step import StepLog, StepTaker, fetched
+from shards.files import UnreachableError
 
 
 def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     """Steps until the last epoch or `max_steps`, or until a signal came; all ranks alike.
 
-    Returns the signal's number, 0 without one. Raises GuardError.
+    Returns the signal's number, 0 without one. Raises GuardError, and UnreachableError after saving
+    what was learnt until the data did not answer.
     """
+    try:
+        return _steps(run, stop_asked)
+    except UnreachableError as error:
+        save(run)
+        raise UnreachableError(
+            f"{error}; the run is saved after step {run.state.step}: go on with --resume auto"
+        ) from error
+
+
+def _steps(run: Run, stop_asked: Callable[[], int]) -> int:
     global_batches = run.loader.iterate(run.state.stream, run.config.train.epochs)
     taker = StepTaker(run, stop_asked)
     guard = RunGuard(run)
@@ -39,7 +51,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     heart = run.engine.heart
     heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
     with run.terminal.progress(taker.last_step, run.state.step), closing(global_batches) as batches:
-        for stream, samples in batches:
+        for stream, samples in fetched(batches, run.state.stream):
             clock.waited()
             heart.doing(f"takes step {run.state.step + 1}")
             step = taker.take(stream, samples)

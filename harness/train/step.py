@@ -6,7 +6,7 @@ samples of this rank -> micro-batches -> loss and gradients -> weights moved -> 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
 from harness.train.together import SharedQuarantine
+from shards.files import UnreachableError
 from shards.loader import Loader
 from shards.read import Sample
 from shards.stream import StreamState
@@ -40,16 +41,25 @@ class StepTaker:
         images_of_rank = math.ceil(config.train.global_batch / run.engine.world_size)
         self.micro_steps = math.ceil(images_of_rank / config.train.micro_batch)
 
-    def take(self, stream: StreamState, samples: Sequence[Sample]) -> StepResult:
-        """Learns from this rank's `samples`; `stream`: where the run stands after them."""
+    def take(self, stream: StreamState, samples: Sequence[Sample] | UnreachableError) -> StepResult:
+        """Learns from this rank's `samples`; `stream`: where the run stands after them.
+
+        Raises UnreachableError, on all ranks alike, where one has that in place of its samples.
+        """
         run = self.run
         engine = run.engine
         state = run.state
+        failure = ""
+        if isinstance(samples, UnreachableError):
+            failure = str(samples)
+            samples = []
         real = micro_batches(samples, self.collate, run.config.train.micro_batch)
         batches = real + [self.filler] * (self.micro_steps - len(real))
+        weight, images, targets, failures = engine.sum([*_totals(real), failure != ""])
+        if failures:
+            raise UnreachableError(next(filter(None, engine.gather(failure))))
         for observer in run.observers:
             observer.batches_made(run, samples, batches)
-        weight, images, targets = engine.sum(_totals(real))
         # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
         share = self._gradients(batches, max(weight, 1e-8))
@@ -85,6 +95,16 @@ class StepTaker:
                 engine.backward(loss)
             share += loss.item()
         return share
+
+
+def fetched(
+    batches: Iterable[tuple[StreamState, list[Sample]]], state: StreamState
+) -> Iterator[tuple[StreamState, list[Sample] | UnreachableError]]:
+    """Yields the batches; if data do not answer, that as the last: the other ranks have to hear."""
+    try:
+        yield from batches
+    except UnreachableError as error:
+        yield state, error
 
 
 class StepLog:
