@@ -7,7 +7,7 @@ the sample's headers): damaged bytes are noticed on every read.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 import zlib
@@ -21,11 +21,11 @@ import numpy as np
 from shards.cache import Cache
 from shards.files import ShardError, is_remote
 from shards.manifest import Manifest
-from shards.record import Record, RecordError, Text
+from shards.record import Record, RecordError, Text, parse_json
 from shards.tar import groups
 
 PAYLOADS = {
-    "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe"),
     "features": ("safetensors",),
 }
 
@@ -153,6 +153,8 @@ def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
     ):
         if group.key != key:
             raise ShardError(f"found a member of {group.key}")
+        if group.problem:
+            raise ShardError(group.problem)
         contents = group.contents
         crc = group.crc
     _check_crc(crc, int(row["crc"]))
@@ -228,26 +230,32 @@ def parse_sample(
         captions = captions or [contents.get("txt", b"").decode()]
     except ValueError as error:
         raise ShardError(f"its text cannot be read: {error}") from error
-    strings = [text.strip() for text in captions if isinstance(text, str)]
-    targets = tuple(filter(None, strings))
+    targets = tuple(filter(None, map(str.strip, captions)))
     if not targets:
         raise ShardError(
             'no text: neither a record nor a "caption" in .json, nor a caption in .txt'
         )
     text = Text(id=key, task="caption", targets=targets)
-    name = re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./"))
-    record = Record(name, dataset, split, key, (text,))
+    record = Record(_clean(key.removeprefix("./")), dataset, split, key, (text,))
     record.check()
     return Parsed(record, extension, source)
 
 
-def _captions(contents: Mapping[str, bytes]) -> list[Any]:
-    """Returns the "caption" of .json as a list; none is not an error yet."""
-    try:
-        document = json.loads(contents.get("json", b"null"))
-    except ValueError as error:
-        raise ShardError(f"its text cannot be read: {error}") from error
+def _clean(key: str) -> str:
+    """Returns the key of a record: what else than letters and digits stands in a tar's key becomes
+    "_", with a hash behind, since two keys may differ in that alone.
+    """
+    name = re.sub(r"[^A-Za-z0-9_\-]", "_", key)
+    return name if name == key else f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _captions(contents: Mapping[str, bytes]) -> list[str]:
+    """Returns the "caption" of .json as a list; none is not an error yet, but no text is."""
+    document = parse_json(contents.get("json", b"null"))
     found = document.get("caption") if isinstance(document, dict) else None
-    if isinstance(found, list):
-        return found
-    return [found] if found else []
+    if found is None:
+        return []
+    for text in (texts := found if isinstance(found, list) else [found]):
+        if not isinstance(text, str):
+            raise RecordError(f'its "caption" is {found!r:.60}, expected a text or a list of texts')
+    return list(filter(None, texts))

@@ -124,6 +124,8 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
             f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they "
             "are damaged"
         ]
+    if group.problem:
+        return [f"{place}: {group.problem}"]
     try:
         parsed = parse_sample(
             group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
@@ -178,6 +180,9 @@ def _strangers(manifest: Manifest) -> list[str]:
     known = {INDEX, SIDECAR, SKIPPED, manifest.sidecar_file.name} | {
         info.name for info in (*manifest.shards, *manifest.files)
     }
+    # What img2dataset writes beside each tar.
+    stems = [info.name.removesuffix(".tar") for info in manifest.shards]
+    known |= {f"{stem}{end}" for stem in stems for end in ("_stats.json", ".parquet")}
     found = sorted(path.name for path in Path(manifest.folder).iterdir() if path.name not in known)
     return [f"{join(manifest.folder, name)} is not named in {INDEX}" for name in found]
 
