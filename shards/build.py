@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from shards.files import ShardError, write_whole
@@ -149,12 +148,12 @@ def prepare_image(
 ) -> tuple[bytes, str, str]:
     """Returns an image file as (payload, extension, what was changed or "").
 
-    Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage
-    (mostly OSError). The bytes stay as they are when plain decoding to RGB shows the picture people
+    Raises ValueError for too many pixels, and what Pillow raises for damage (mostly OSError). The
+    bytes stay as they are when plain decoding to RGB shows the picture people
     see. Else it is encoded anew, JPEG as JPEG (quality 95), the others as PNG: EXIF rotation
-    applied, transparency laid on white, CMYK to RGB, 16-bit grey to 8, the first frame of an
-    animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is brought
-    down to it (Lanczos, JPEG).
+    applied, transparency laid on white, CMYK to RGB, grey of more than 8 bits to 8, the first
+    frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is
+    brought down to it (Lanczos, JPEG).
     """
 
     def check_size(width: int, height: int) -> None:
@@ -162,7 +161,7 @@ def prepare_image(
             raise ValueError(f"{width}x{height} pixels, more than {max_pixels}")
 
     image, form, changed = upright(data, check_size)
-    image = _eight_bits(image, changed)
+    _note_colours(image, changed)
     if form not in _EXTENSIONS:
         changed.append(form)
     shrink = short_side is not None and min(image.size) > short_side
@@ -183,22 +182,14 @@ def prepare_image(
     return encoded.getvalue(), "png", ", ".join(changed)
 
 
-def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
-    """Returns the picture in a mode that converts to RGB without loss of sense; adds to `changed`
-    why its bytes alone would not show it.
-    """
-    if image.mode.startswith("I;16"):
-        changed.append("16-bit")
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range")
+def _note_colours(image: Image.Image, changed: list[str]) -> None:
+    """Adds to `changed` what plain decoding to RGB would not show."""
     if image.mode == "CMYK":
         changed.append("CMYK")
     elif image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A").tobytes()
         if alpha.strip(b"\xff"):  # somewhere it is not opaque
             changed.append("transparency")
-    return image
 
 
 def _load(name: str, options: dict[str, Any]) -> Source:

@@ -6,7 +6,6 @@ is extracted.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
@@ -17,12 +16,11 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from shards.files import ShardError, is_remote, join
-from shards.images import upright
+from shards.images import on_white, upright
 from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
 from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
@@ -145,7 +143,7 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
     """Raises ShardError unless the payload is what the set promises."""
     if manifest.kind == "images":
         try:
-            upright(sample.payload)
+            on_white(upright(sample.payload)[0])
         except Exception as error:  # Pillow's decoders raise what they like
             raise ShardError(
                 f"the image cannot be decoded: {str(error).split(' <_io')[0]}"
@@ -202,7 +200,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
 
     `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`)
     is counted on at most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read`
-    says on how many.
+    says on how many. `unreadable` counts those of them that cannot be read, or decoded.
     """
     manifest = Manifest.open(folder)
     reader = Reader(manifest)
@@ -210,16 +208,20 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
     measured = set(_spread(manifest.samples, 1_000) if manifest.kind == "images" else ())
     tasks: dict[str, dict[str, Any]] = {}
     sizes: Counter[str] = Counter()
+    unreadable = 0
     for index in sorted(measured.union(read)):
-        sample = reader.read(index)
-        assert sample.record is not None  # a read gives one, or raises
-        for text in sample.record.texts:
+        try:
+            sample = reader.read(index)
+            if index in measured:
+                sizes["{}x{}".format(*upright(sample.payload)[0].size)] += 1
+        except Exception:  # Pillow's decoders raise what they like; `verify` says what
+            unreadable += 1
+            continue
+        for text in sample.known.texts:
             task = tasks.setdefault(text.task, {"texts": 0, "prompt": [], "target": []})
             task["texts"] += 1
             task["target"] += map(len, text.targets)
             task["prompt"] += [len(text.prompt)] if text.prompt else []
-        if index in measured:
-            sizes["{}x{}".format(*Image.open(io.BytesIO(sample.payload)).size)] += 1
     for task in tasks.values():
         task["targets"] = len(task["target"])
         for name in ("prompt", "target"):
@@ -231,7 +233,8 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
         **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
         "targets": int(manifest.sidecar["targets"].sum(dtype=np.int64)),
-        "records_read": len(measured.union(read)),
+        "records_read": len(measured.union(read)) - unreadable,
+        "unreadable": unreadable,
         "tasks": tasks,
         "image_sizes": dict(sizes.most_common(10)),
         "images_measured": sizes.total(),
