@@ -28,7 +28,7 @@ from PIL import Image
 from shards.files import ShardError, write_whole
 from shards.images import on_white, upright
 from shards.manifest import SKIPPED
-from shards.record import Record
+from shards.record import Record, RecordError
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
@@ -36,6 +36,7 @@ from shards.sources.source import (
     NO_SPLIT,
     TEXT_WITHOUT_IMAGE,
     UNDECODABLE,
+    UNUSABLE_TEXT,
 )
 from shards.write import folder_beside, write_shards
 
@@ -65,6 +66,7 @@ class Summary:
     undecodable_images: int
     images_in_no_split: int
     empty_texts: int
+    unusable_texts: int
     reencoded_images: int
     notes: dict[str, int]  # what is odd and was kept, or was asked to be left out
 
@@ -113,7 +115,9 @@ def build(
                     "bytes": made.bytes,
                 }
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
-        write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
+        # A file's name may be no UTF-8.
+        text = "".join(f"{line}\n" for line in lines)
+        write_whole(beside / SKIPPED, text.encode("utf-8", "backslashreplace"))
         if out.exists():
             for name in (*splits, SKIPPED):
                 os.replace(beside / name, out / name)
@@ -138,6 +142,7 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
         undecodable_images=things[UNDECODABLE],
         images_in_no_split=things[NO_SPLIT],
         empty_texts=texts[EMPTY_TEXT],
+        unusable_texts=texts[UNUSABLE_TEXT],
         reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
         notes={note: n for note, n in source.notes.items() if n},
     )
@@ -242,27 +247,22 @@ def _samples(
     ones go to `skipped`.
     """
 
-    def prepare(path: str) -> tuple[bytes, str, str] | str:
-        try:
-            return prepare_image(source.images.read(path), *image_options)
-        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            return reason.split(" <_io")[0]  # an address in memory, another in every build
-
-    waiting: deque[tuple[Item, Future[tuple[bytes, str, str] | str]]] = deque()
+    waiting: deque[tuple[Item, Future[tuple[bytes, str, str]]]] = deque()
     rest = iter(items)
     usable = 0
     for done in range(1, len(items) + 1):
         while len(waiting) < 64 and (item := next(rest, None)):
-            waiting.append((item, pool.submit(prepare, item.image)))
+            waiting.append((item, pool.submit(_prepare, source, item, image_options)))
         item, future = waiting.popleft()
-        result = future.result()
-        if isinstance(result, str):
-            source.skip(UNDECODABLE, item.image, result, split, len(item.record.texts))
+        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
+        if error := future.exception():
+            kind = UNUSABLE_TEXT if isinstance(error, RecordError) else UNDECODABLE
+            reason = f"{type(error).__name__}: {error}"
+            reason = reason.split(" <_io")[0]  # an address in memory, another in every build
+            source.skip(kind, item.image, reason, split, len(item.record.texts))
         else:
             usable += 1
-            payload, extension, changed = result
+            payload, extension, changed = future.result()
             source.notes[_ANEW + changed] += bool(changed)
             yield item.record, payload, extension
         progress(done, len(items))
@@ -271,6 +271,14 @@ def _samples(
         raise ShardError(
             f"no image of the split {split} can be used; the last: {last.name}, {last.reason}"
         )
+
+
+def _prepare(
+    source: Source, item: Item, image_options: tuple[int | None, int]
+) -> tuple[bytes, str, str]:
+    item.record.check()
+    item.record.to_json()  # a text that cannot be written costs its sample
+    return prepare_image(source.images.read(item.image), *image_options)
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:
