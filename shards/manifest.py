@@ -143,6 +143,14 @@ class Manifest:
             )
         return manifest
 
+    def check_texts(self) -> None:
+        """Raises ShardError for a set whose records hold no text at all: nothing can be learnt."""
+        if not self.texts:
+            raise ShardError(
+                f"{self.folder}: none of its {self.samples} records has a text: build or index the "
+                "set again, with captions or questions"
+            )
+
     def file_problems(self) -> list[str]:
         """Returns a sentence for each local file that is missing or has another size than the index
         says.

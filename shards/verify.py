@@ -16,9 +16,8 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
+from shards.features import read_features
 from shards.files import ShardError, is_remote, join
 from shards.images import on_white, upright
 from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
@@ -149,16 +148,7 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
                 f"the image cannot be decoded: {str(error).split(' <_io')[0]}"
             ) from error
         return
-    try:
-        patches_PD = load_safetensors(sample.payload)["patches_PD"]
-    except (KeyError, SafetensorError) as error:
-        raise ShardError(f"the features cannot be read: {error}") from error
-    encoder = manifest.encoder or {}
-    shape = encoder.get("tokens", patches_PD.shape[0]), encoder.get("width", patches_PD.shape[-1])
-    if patches_PD.shape != shape or not np.isfinite(patches_PD).all():
-        raise ShardError(
-            f"patches_PD has shape {patches_PD.shape}, expected {shape} and finite values"
-        )
+    read_features(sample.payload, manifest.encoder)
 
 
 def _problem(check: Callable[[], object]) -> list[str]:

@@ -68,6 +68,9 @@ class DataConfig(Section):
     cache_dir: str | None = None  # a local folder for remote shards, which need one
     cache_gb: Above0 = 20.0  # 10^9 bytes that it may hold; at least two windows
     max_image_pixels: Positive = 50_000_000  # larger images are refused as damaged or hostile
+    # Share of a set's images of an epoch that may be unreadable (at least 20 of them, at most half)
+    # before the run saves and stops; 1: go on whatever is lost.
+    max_unreadable: Fraction = 0.001
 
 
 class VisionConfig(Section):

@@ -15,7 +15,7 @@ from harness.evaluate import vqa
 from harness.evaluate.predict import results
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from shards.cache import Cache
-from shards.files import write_whole
+from shards.files import ShardError, write_whole
 from shards.manifest import Manifest
 from shards.read import Reader
 
@@ -93,7 +93,10 @@ def draw_answers(
     reader = Reader(manifest, cache)
     items = []
     for number in range(min(PICTURES, manifest.samples)):
-        sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
+        try:
+            sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
+        except ShardError:  # the evaluation has counted and named it
+            continue
         record = sample.known
         text = record.texts[number % len(record.texts)]
         answer = said.get((record.key, text.id))

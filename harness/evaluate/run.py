@@ -105,6 +105,7 @@ def _loader(
         list(paths),
         global_batch=config.evaluation.batch_images,
         quarantine=quarantine,
+        max_unreadable=config.data.max_unreadable,  # a score of the rest would be another set's
         **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
     )
 

@@ -20,12 +20,14 @@ from harness.train.clock import Clock
 from harness.train.guards import RunGuard
 from harness.train.state import Run
 from harness.train.step import StepLog, StepTaker
+from harness.train.unreadable import check_unreadable
 
 
 def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     """Steps until the last epoch or `max_steps`, or until a signal came; all ranks alike.
 
-    Returns the signal's number, 0 without one. Raises GuardError.
+    Returns the signal's number, 0 without one. Raises GuardError, and ShardError for too many
+    images that cannot be read.
     """
     global_batches = run.loader.iterate(run.state.stream, run.config.train.epochs)
     taker = StepTaker(run, stop_asked)
@@ -48,6 +50,7 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
             if step.stops:  # who stops a run may give it seconds: the checkpoint, and no more
                 save(run)
                 return stop_asked() or signal.SIGTERM
+            check_unreadable(run, step)
             between.do_what_is_due()
             if is_end:
                 break

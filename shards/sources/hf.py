@@ -157,7 +157,7 @@ def _add_row(
     if columns.question and columns.answer:
         answers = tuple(_strings(row[columns.answer]))
         asked = _strings(row[columns.question])
-        question = " ".join(asked) if all(map(is_text, asked)) else asked
+        question: Any = " ".join(asked) if all(map(is_text, asked)) else asked
         if source.takes(question, answers, f"row {number}", split):
             group.questions.append((question, answers, {name: row[name] for name in kept}))
     return True
