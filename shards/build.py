@@ -262,7 +262,8 @@ def _samples(
             source.skip(kind, item.image, reason, split, len(item.record.texts))
         else:
             usable += 1
-            payload, extension, changed = future.result()
+            prepared = future.result()
+            payload, extension, changed = prepared
             source.notes[_ANEW + changed] += bool(changed)
             yield item.record, payload, extension
         progress(done, len(items))

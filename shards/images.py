@@ -61,7 +61,8 @@ def _eight_bits(image: Image.Image, is_inverted: bool) -> Image.Image:
     known = np.isfinite(grey)
     if not known.any():
         raise ValueError("no pixel is a number")
-    least, most = grey[known].min(), grey[known].max()
+    least = grey[known].min()
+    most = grey[known].max()
     ends = [end for end in _ENDS.get(image.mode, (65535.0,)) if most <= end]
     black, white = (0.0, ends[0]) if least >= 0 and ends else (least, most)
     transparent = grey == image.info.get("transparency", np.nan)

@@ -109,12 +109,11 @@ class Loader:
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
-        self.images_of_sets = [mixture.images_of(s) for s in range(len(self.manifests))]
-        self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
+        # (set, index) of what could not be read -> why
+        self.quarantined: dict[tuple[int, int], str] = {}
         self.unreadable = 0  # how often one came
         self.faults: Counter[Fault] = Counter()  # of all of them
         self._quarantine = Quarantine(quarantine)
-        self._known: set[tuple[int, int]] = set()
         self._max_unreadable = max_unreadable
         self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
@@ -256,16 +255,15 @@ class Loader:
         now = [a + b for a, b in zip(before, self.unreadable_in(samples), strict=True)]
         self._in_epoch = (epoch, now)
         if too_many := self.too_many_unreadable(now, self._max_unreadable):
-            raise ShardError(f"{too_many} ({summary(self.faults)})")
+            raise ShardError(f"{too_many}; found: {summary(self.faults)}")
 
     def too_many_unreadable(self, counts: Sequence[float], share: float) -> str:
         """Says of which sets more images of an epoch than may be could not be read; "" if of none.
         `counts`: by set.
         """
         words = []
-        for manifest, images, count in zip(
-            self.manifests, self.images_of_sets, counts, strict=True
-        ):
+        for place, (manifest, count) in enumerate(zip(self.manifests, counts, strict=True)):
+            images = self._reading.mixture.images_of(place)
             most = most_unreadable(images, share)
             if count > most:
                 words.append(f"{count:.0f} of {images} in {manifest.folder}, {most} may be")
@@ -285,9 +283,8 @@ class Loader:
                 "rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, error
             )
         name = (sample.set_index, sample.index)
-        if name not in self._known and len(self._known) < NAMED:
-            self._known.add(name)
-            self.quarantined.append((*name, error))
+        if name not in self.quarantined and len(self.quarantined) < NAMED:
+            self.quarantined[name] = error
             key = self.manifests[sample.set_index].key(sample.index)
             self._quarantine.add(folder, sample.index, key, error)
         self._in_a_row[sample.set_index] += 1

@@ -56,32 +56,35 @@ class Quarantine:
         self._read_to = 0
         self._named: set[tuple[str, int]] = set()
 
-    def add(self, folder: str, index: int, key: str, error: str) -> bool:
-        """Tells whether the sample is new, and then names it in the file."""
-        self._read_others()
-        if (folder, index) in self._named or len(self._named) >= NAMED:
-            return False
-        self._named.add((folder, index))
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            line = {"set": folder, "index": index, "key": key, "error": error}
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                # one short write: ranks do not mix lines
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return True
-
-    def _read_others(self) -> None:
-        """Reads what earlier processes and other ranks have named since the last look."""
-        if self._path is None or not self._path.is_file():
+    def add(self, folder: str, index: int, key: str, error: str) -> None:
+        """Names the sample, unless it is named."""
+        if self._path is None:
             return
-        with self._path.open("rb") as file:
+        is_torn = self._read_others(self._path)
+        if (folder, index) in self._named or len(self._named) >= NAMED:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"set": folder, "index": index, "key": key, "error": error}
+        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            # one short write: ranks do not mix lines
+            file.write("\n" * is_torn + json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _read_others(self, path: Path) -> bool:
+        """Reads what earlier processes, other ranks and this one have named since the last look.
+
+        Tells whether the last line was torn by a kill.
+        """
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
             file.seek(self._read_to)
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # still being written
+                    return True
                 self._read_to += len(line)
                 try:
                     row = json.loads(line)
                     self._named.add((row["set"], row["index"]))
                 except (ValueError, TypeError, KeyError):
-                    continue  # torn by a kill: its sample is named again
+                    continue  # torn: its sample is named again
+        return False

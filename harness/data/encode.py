@@ -134,7 +134,7 @@ def _encoded(
 
 def _skipped_lines(loader: Loader) -> bytes:
     lines = []
-    for _, index, error in loader.quarantined:
+    for (_, index), error in loader.quarantined.items():
         key = loader.manifests[0].key(index)
         # Without the folder that the error begins with: the same images give the same bytes
         # wherever they lie.

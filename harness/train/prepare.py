@@ -76,9 +76,9 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
     """
     collate = Collator.of(config, model.tokenizer)
     with closing(make_loader(config, None).iterate(epochs=1)) as steps:
-        samples, whole = next(
-            ((samples, batch) for _, samples in steps if (batch := collate(samples))), ([], None)
-        )
+        for _, samples in steps:
+            if whole := collate(samples):
+                break
     if whole:
         batches = micro_batches(samples, collate, config.train.micro_batch)
         patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
