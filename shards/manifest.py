@@ -110,7 +110,7 @@ class Manifest:
             document = json.loads(_fetch(where))
         except FileNotFoundError as error:
             raise ShardError(_no_index(folder)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ShardError(f"{where} cannot be read as JSON: {error}") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found not in (1, FORMAT):
@@ -127,21 +127,34 @@ class Manifest:
                 format_1_digest=document.get("format_1_digest"),
                 **{name: document[name] for name in _PLAIN},
             )
+            manifest._check_types()
             digest = document["digest"]
-        except (KeyError, TypeError, ValueError) as error:
+            expected = manifest.digest
+            if found == 1:
+                manifest = manifest.with_format_1_digest(manifest.sidecar_file)
+                expected = manifest.format_1_digest or ""
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ShardError(
                 f"{where} is not a complete index: {error!r}; build or index the set again"
             ) from error
-        expected = manifest.digest
-        if found == 1:
-            manifest = manifest.with_format_1_digest(manifest.sidecar_file)
-            expected = manifest.format_1_digest or ""
         if digest != expected:
             raise ShardError(
                 f"{where} says digest {digest}, its content gives {expected}: "
                 "it was changed by hand"
             )
         return manifest
+
+    def _check_types(self) -> None:
+        """Raises ValueError for a field that holds something else than an index does."""
+        texts = (self.kind, self.dataset, self.split, self.base or "", self.format_1_digest or "")
+        if not all(type(text) is str for text in texts) or self.kind not in ("images", "features"):
+            raise ValueError("kind, dataset, split, base or format_1_digest is no text")
+        if not isinstance(self.encoder, dict | None):
+            raise ValueError("encoder is no mapping")
+        if not is_count(self.skipped) or not is_count(self.key_bytes):
+            raise ValueError("skipped or key_bytes is no count")
+        if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
+            raise ValueError("key_bytes is not between 1 and 255, or base is no place")
 
     def check_texts(self) -> None:
         """Raises ShardError for a set whose records hold no text at all: nothing can be learnt."""
@@ -248,7 +261,7 @@ class Manifest:
             return np.memmap(file, dtype, mode="r")
 
     def key(self, index: int) -> str:
-        return self.sidecar["key"][index].decode()
+        return self.sidecar["key"][index].decode(errors="replace")
 
     def read_file(self, name: str) -> builtins.bytes:
         """Returns a small file of the set (`controls.safetensors`), whole. Raises ShardError if it
@@ -303,7 +316,7 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
             raise ValueError(f"{item.name} is {value!r}, not a count")
         if item.type == "str" and type(value) is not str:
             raise ValueError(f"{item.name} is {value!r}, not a string")
-    if "/" in info.name or info.name in ("", ".", ".."):
+    if "/" in info.name or "\0" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info
 

@@ -85,6 +85,6 @@ class Quarantine:
                 try:
                     row = json.loads(line)
                     self._named.add((row["set"], row["index"]))
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue  # torn: its sample is named again
         return False

@@ -95,9 +95,10 @@ class Reader:
             raise IndexError(f"sample {index} of {manifest.folder}, which has {manifest.samples}")
         row = manifest.sidecar[index]
         shard = int(manifest.starts.searchsorted(index, side="right")) - 1
-        key = row["key"].decode()
+        key = manifest.key(index)
         descriptor = self._descriptor(shard)  # held, so that it stays open while it is read
         try:
+            _check_inside(row, manifest.shards[shard].bytes)
             contents = contents_of(descriptor.number, row)
             parsed = parse_sample(key, contents, manifest.kind, manifest.dataset, manifest.split)
         except (ShardError, RecordError) as error:
@@ -144,7 +145,7 @@ def _walked(descriptor: int, row: np.void) -> dict[str, bytes]:
     """Reads a whole sample, header by header."""
     begin = int(row["offset"])
     size = int(row["size"])
-    key = row["key"].decode()
+    key = row["key"].decode(errors="replace")
     data = _pread(descriptor, size, begin)
     contents: dict[str, bytes] = {}
     crc = 0
@@ -166,6 +167,17 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     if len(data) < size:
         raise ShardError(f"the file ends after {len(data)} of {size} bytes: it is truncated")
     return data
+
+
+def _check_inside(row: np.void, size: int) -> None:
+    """Raises ShardError for a row of another shard, before as much memory is asked for."""
+    for part in ("", "payload_", "text_"):
+        if f"{part}size" in (row.dtype.names or ()):
+            end = int(row[f"{part}offset"]) + int(row[f"{part}size"])
+            if end > size:
+                raise ShardError(
+                    f"the index says that it ends at {end}, the shard has {size} bytes"
+                )
 
 
 def _check_crc(found: int, expected: int) -> None:

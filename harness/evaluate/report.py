@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.predict import results
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
@@ -59,6 +60,20 @@ def write_report(
     predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
     files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
     return report, [*files, write_json(out / SCORES, report)]
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Returns the report that an evaluation left. Raises ConfigError where it is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures = dict(report.get("tasks", {})).values()
+        is_one = all(isinstance(place, str) for place in report["data"])
+        is_one = is_one and all(isinstance(figure, dict) for figure in figures)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not what `harness evaluate` leaves: {error!r}") from error
+    if not is_one:
+        raise ConfigError(f"{path} is not what `harness evaluate` leaves: move it away")
+    return report
 
 
 def draw_curves(home: Path, out: Path) -> list[Path]:
