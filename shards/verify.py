@@ -49,7 +49,11 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
         for key, n in zip(*counted, strict=True)
         if n > 1
     ]
-    left_out = _left_out(manifest)
+    try:
+        left_out = _left_out(manifest)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        where = join(manifest.folder, SKIPPED)
+        return [*problems, f"{where} does not name what the index left out: {error!r}"]
     for shard, info in enumerate(manifest.shards):
         if is_remote(manifest.location(shard)) or Path(manifest.location(shard)).is_file():
             problems += _verify_shard(manifest, shard, left_out[info.name], on_progress)

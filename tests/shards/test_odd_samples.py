@@ -14,7 +14,7 @@ from shards.manifest import Manifest
 from shards.read import Reader
 from shards.record import Record, RecordError, Text
 from shards.tar import members
-from shards.verify import verify
+from shards.verify import stats, verify
 
 DEEP = b"[" * 100_000
 CAPTION = {"id": "0", "task": "caption", "targets": ["a dog"]}
@@ -133,6 +133,31 @@ def test_what_a_mac_adds_is_left_out_and_does_not_tear_samples_apart(tmp_path):
     ]
     assert [line["key"] for line in left_out] == ["./._a.jpg", "./._a.txt", "./.DS_Store"]
     assert all("Mac" in line["reason"] for line in left_out)
+
+
+def test_a_list_of_what_was_left_out_that_is_damaged_is_a_problem_of_the_set(tmp_path):
+    index_of(tmp_path, [("a.jpg", jpeg())])
+    for content in (b"[1]\n", b"{}\n", b'{"shard": "y.tar", "offset": 1}\n', b"[" * 9000):
+        (tmp_path / "set" / "skipped.jsonl").write_bytes(content)
+        assert "skipped.jsonl does not name what" in verify(tmp_path / "set")[-1]
+    (tmp_path / "set" / "skipped.jsonl").unlink()
+    assert "skipped.jsonl does not name what" in verify(tmp_path / "set")[-1]
+
+
+def test_stats_count_what_cannot_be_read_and_go_on(tmp_path):
+    files = [
+        (f"{n}.{end}", data) for n in range(3) for end, data in (("jpg", jpeg()), ("txt", b"x"))
+    ]
+    folder = make_tar(
+        tmp_path / "set" / "x.tar", [*files, ("9.jpg", b"no picture"), ("9.txt", b"x")]
+    )
+    index_shards(folder, "mine", "train")
+    offset = int(Manifest.open(folder).sidecar["payload_offset"][1])
+    data = bytearray((folder / "x.tar").read_bytes())
+    data[offset] ^= 1
+    (folder / "x.tar").write_bytes(data)
+    found = stats(folder)
+    assert (found["records_read"], found["unreadable"], found["images_measured"]) == (2, 2, 2)
 
 
 def test_keys_that_differ_only_outside_ascii_are_two_samples(tmp_path):
