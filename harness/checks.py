@@ -155,6 +155,7 @@ def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> N
     try:
         # The sidecar of a remote set may be large: the run fetches it into its cache.
         manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
+        manifest.check_texts()
         if manifest.kind == "features":
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:

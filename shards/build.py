@@ -23,13 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from shards.files import ShardError, write_whole
 from shards.images import on_white, upright
 from shards.manifest import SKIPPED
-from shards.record import Record
+from shards.record import Record, RecordError
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
@@ -37,6 +36,7 @@ from shards.sources.source import (
     NO_SPLIT,
     TEXT_WITHOUT_IMAGE,
     UNDECODABLE,
+    UNUSABLE_TEXT,
 )
 from shards.write import add_to, folder_beside, settle, write_shards
 
@@ -66,6 +66,7 @@ class Summary:
     undecodable_images: int
     images_in_no_split: int
     empty_texts: int
+    unusable_texts: int
     reencoded_images: int
     notes: dict[str, int]  # what is odd and was kept, or was asked to be left out
 
@@ -115,7 +116,9 @@ def build(
                     "bytes": made.bytes,
                 }
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
-        write_whole(beside / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
+        # A file's name may be no UTF-8.
+        text = "".join(f"{line}\n" for line in lines)
+        write_whole(beside / SKIPPED, text.encode("utf-8", "backslashreplace"))
         add_to(beside, out)
     return _summary(found, out, splits)
 
@@ -136,6 +139,7 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
         undecodable_images=things[UNDECODABLE],
         images_in_no_split=things[NO_SPLIT],
         empty_texts=texts[EMPTY_TEXT],
+        unusable_texts=texts[UNUSABLE_TEXT],
         reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
         notes={note: n for note, n in source.notes.items() if n},
     )
@@ -146,12 +150,12 @@ def prepare_image(
 ) -> tuple[bytes, str, str]:
     """Returns an image file as (payload, extension, what was changed or "").
 
-    Raises ValueError for too many pixels or a mode without range, and what Pillow raises for damage
-    (mostly OSError). The bytes stay as they are when plain decoding to RGB shows the picture people
+    Raises ValueError for too many pixels, and what Pillow raises for damage (mostly OSError). The
+    bytes stay as they are when plain decoding to RGB shows the picture people
     see. Else it is encoded anew, JPEG as JPEG (quality 95), the others as PNG: EXIF rotation
-    applied, transparency laid on white, CMYK to RGB, 16-bit grey to 8, the first frame of an
-    animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is brought
-    down to it (Lanczos, JPEG).
+    applied, transparency laid on white, CMYK to RGB, grey of more than 8 bits to 8, the first
+    frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is
+    brought down to it (Lanczos, JPEG).
     """
 
     def check_size(width: int, height: int) -> None:
@@ -159,7 +163,7 @@ def prepare_image(
             raise ValueError(f"{width}x{height} pixels, more than {max_pixels}")
 
     image, form, changed = upright(data, check_size)
-    image = _eight_bits(image, changed)
+    _note_colours(image, changed)
     if form not in _EXTENSIONS:
         changed.append(form)
     shrink = short_side is not None and min(image.size) > short_side
@@ -180,22 +184,14 @@ def prepare_image(
     return encoded.getvalue(), "png", ", ".join(changed)
 
 
-def _eight_bits(image: Image.Image, changed: list[str]) -> Image.Image:
-    """Returns the picture in a mode that converts to RGB without loss of sense; adds to `changed`
-    why its bytes alone would not show it.
-    """
-    if image.mode.startswith("I;16"):
-        changed.append("16-bit")
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range")
+def _note_colours(image: Image.Image, changed: list[str]) -> None:
+    """Adds to `changed` what plain decoding to RGB would not show."""
     if image.mode == "CMYK":
         changed.append("CMYK")
     elif image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A").tobytes()
         if alpha.strip(b"\xff"):  # somewhere it is not opaque
             changed.append("transparency")
-    return image
 
 
 def _load(name: str, options: dict[str, Any]) -> Source:
@@ -248,27 +244,23 @@ def _samples(
     ones go to `skipped`.
     """
 
-    def prepare(path: str) -> tuple[bytes, str, str] | str:
-        try:
-            return prepare_image(source.images.read(path), *image_options)
-        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            return reason.split(" <_io")[0]  # an address in memory, another in every build
-
-    waiting: deque[tuple[Item, Future[tuple[bytes, str, str] | str]]] = deque()
+    waiting: deque[tuple[Item, Future[tuple[bytes, str, str]]]] = deque()
     rest = iter(items)
     usable = 0
     for done in range(1, len(items) + 1):
         while len(waiting) < 64 and (item := next(rest, None)):
-            waiting.append((item, pool.submit(prepare, item.image)))
+            waiting.append((item, pool.submit(_prepare, source, item, image_options)))
         item, future = waiting.popleft()
-        result = future.result()
-        if isinstance(result, str):
-            source.skip(UNDECODABLE, item.image, result, split, len(item.record.texts))
+        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
+        if error := future.exception():
+            kind = UNUSABLE_TEXT if isinstance(error, RecordError) else UNDECODABLE
+            reason = f"{type(error).__name__}: {error}"
+            reason = reason.split(" <_io")[0]  # an address in memory, another in every build
+            source.skip(kind, item.image, reason, split, len(item.record.texts))
         else:
             usable += 1
-            payload, extension, changed = result
+            prepared = future.result()
+            payload, extension, changed = prepared
             source.notes[_ANEW + changed] += bool(changed)
             yield item.record, payload, extension
         progress(done, len(items))
@@ -277,6 +269,14 @@ def _samples(
         raise ShardError(
             f"no image of the split {split} can be used; the last: {last.name}, {last.reason}"
         )
+
+
+def _prepare(
+    source: Source, item: Item, image_options: tuple[int | None, int]
+) -> tuple[bytes, str, str]:
+    item.record.check()
+    item.record.to_json()  # a text that cannot be written costs its sample
+    return prepare_image(source.images.read(item.image), *image_options)
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:

@@ -66,6 +66,15 @@ def write_whole(path: Path, data: bytes) -> FileInfo:
     return file_info(path.name, data)
 
 
+def read_plain(path: Path) -> bytes:
+    """Returns the bytes of a plain file. Raises OSError for any other: to read a pipe that nobody
+    writes to would wait for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no plain file")
+    return path.read_bytes()
+
+
 def sync(path: Path) -> None:
     """Makes a file's bytes, or what was renamed into a folder, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)

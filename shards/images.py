@@ -1,5 +1,5 @@
-"""One decoder of images for building, checking, asking and training: encoded bytes -> the picture
-people see.
+"""One decoder of images for building, indexing, checking, asking, training and published models:
+encoded bytes -> the picture people see.
 
 Raises what Pillow raises for damage (nearly anything, mostly OSError): each caller says it in its
 own words.
@@ -10,17 +10,22 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
+import numpy as np
 from PIL import Image, ImageOps
 
 # Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112
+_PHOTOMETRIC = 262  # of TIFF; 0: the least value is white
+# Where a grey of more than 8 bits may end: white is the first that no pixel is above.
+_ENDS = {"I": (255.0, 65535.0, 2.0**32 - 1), "F": (1.0, 255.0, 65535.0)}
 
 
 def upright(
     data: bytes, check_size: Callable[[int, int], None] = lambda width, height: None
 ) -> tuple[Image.Image, str, list[str]]:
-    """Returns the first frame as a viewer turns it, its format, and what that took.
+    """Returns the first frame as a viewer turns it, with 8 bits a colour, its format, and what that
+    took.
 
     `check_size(width, height)` is called before any pixel is decoded, and may raise.
     """
@@ -35,7 +40,35 @@ def upright(
     if _orientation(image) > 1:
         image = ImageOps.exif_transpose(image)
         changed.append("EXIF rotation")
+    if image.mode.startswith(("I", "F")):
+        changed.append({"I": "32-bit", "F": "float"}.get(image.mode, "16-bit"))
+        is_inverted = getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+        image = _eight_bits(image, is_inverted)
     return image, form, changed
+
+
+def _eight_bits(image: Image.Image, is_inverted: bool) -> Image.Image:
+    """Returns a grey of 16 or 32 bits or of floats in 8 bits, which Pillow would cut off at 255.
+
+    16 bits: 65535 is white, as PNG and TIFF define it and every viewer shows it, so that pictures
+    of one camera keep their brightness to each other. Of 32 bits and floats no format says what is
+    white, and viewers go by custom: floats end at 1, else values end where 8, 16 or 32 bits do.
+    Where a value is below 0 or above all of these, the picture is a measurement, which viewers
+    show from its least to its greatest value. A float that is no number is black. Raises
+    ValueError where none is one.
+    """
+    grey = np.asarray(image).astype(np.float64)
+    known = np.isfinite(grey)
+    if not known.any():
+        raise ValueError("no pixel is a number")
+    least = grey[known].min()
+    most = grey[known].max()
+    ends = [end for end in _ENDS.get(image.mode, (65535.0,)) if most <= end]
+    black, white = (0.0, ends[0]) if least >= 0 and ends else (least, most)
+    transparent = grey == image.info.get("transparency", np.nan)
+    share = np.where(known, (grey - black) / max(white - black, np.finfo(float).tiny), 0.0)
+    eight = np.clip(256 * (1.0 - share if is_inverted else share), 0, 255)
+    return Image.fromarray(np.where(transparent, 255, eight).astype(np.uint8))
 
 
 def on_white(image: Image.Image) -> Image.Image:

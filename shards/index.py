@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,8 @@ from shards.files import ShardError, is_remote, join, write_whole
 from shards.manifest import FORMAT, INDEX, SIDECAR, SIDECAR_1, SKIPPED, Manifest
 from shards.remote import Patience, patiently
 from shards.sidecar import Indexing, Progress, write_index
+
+_COMPRESSED = re.compile(r"(.*)\.(?:tgz|tbz2|txz|tar\.(?:gz|bz2|xz|zst))")
 
 
 def index_shards(
@@ -115,6 +118,17 @@ def _find_tars(source: str) -> tuple[str, list[str]]:
     except FileNotFoundError as error:
         raise ShardError(f"{source} cannot be listed: it does not exist") from error
     names = sorted(name for name in found if name.endswith(".tar"))
+    # A tar that is there in both forms is read in the plain one.
+    compressed = sorted(
+        name
+        for name in found
+        if (match := _COMPRESSED.fullmatch(name)) and f"{match[1]}.tar" not in names
+    )
+    if compressed:
+        raise ShardError(
+            f"{source} holds {len(compressed)} compressed tars ({compressed[0]} ...), and a sample "
+            "is read by its place in a plain one: unpack them first, as with `gunzip`"
+        )
     if not names:
         raise ShardError(f"{source} holds no .tar files")
     return source.rstrip("/"), names

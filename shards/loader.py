@@ -13,6 +13,7 @@ import json
 import logging
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,15 +22,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shards.cache import Cache
+from shards.features import read_features
 from shards.files import ShardError, UnreachableError, is_remote
 from shards.manifest import Manifest
+from shards.quarantine import (
+    NAMED,
+    Fault,
+    Quarantine,
+    count_fault,
+    fault,
+    most_unreadable,
+    summary,
+)
 from shards.read import Reader, Sample
 from shards.remote import Patience
 from shards.stream import FirstOf, Mixture, Order, StreamState, deal
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 10_000  # unreadable samples kept by name; beyond that they are only counted and written
 # unreadable ones of a set without a good one between them: the set, or what decodes it, is broken
 _IN_A_ROW = 100
 
@@ -52,9 +62,12 @@ class Loader:
     is dropped. decode: Sample -> its new payload, called where the sample is read. workers:
     processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote sets.
     quarantine: a JSONL file that names what cannot be read. patience: with what does not answer.
+    max_unreadable: the share of a set's images of an epoch beyond which iterating ends with
+    ShardError, as `most_unreadable` has it; None: whoever iterates sees to it, as where several
+    ranks read.
 
-    Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through
-    the cache.
+    Raises ShardError for sets that cannot be opened, hold no text, do not belong together, or do
+    not fit through the cache.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class Loader:
         cache_bytes: int | None = None,
         quarantine: Path | None = None,
         patience: Patience | None = None,
+        max_unreadable: float | None = None,
     ):
         cache = Cache.at(cache_dir, cache_bytes, patience)
         self.manifests = tuple(Manifest.open(str(path), cache, patience) for path in paths)
@@ -99,10 +113,13 @@ class Loader:
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
-        self.quarantine = quarantine
-        self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
+        # (set, index) of what could not be read -> why
+        self.quarantined: dict[tuple[int, int], str] = {}
         self.unreadable = 0  # how often one came
-        self._known: set[tuple[int, int]] = set()
+        self.faults: Counter[Fault] = Counter()  # of all of them
+        self._quarantine = Quarantine(quarantine)
+        self._max_unreadable = max_unreadable
+        self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
 
     def _mixture(
@@ -182,6 +199,7 @@ class Loader:
                     if isinstance(samples, UnreachableError):
                         raise samples
                     self._account(samples)
+                    self._check_unreadable(step.epoch, samples)
                     rest = self.samples - step.stop
                     ended = self.last_batch == "drop" and rest < self.global_batch
                     stop = self.samples if ended else step.stop
@@ -252,17 +270,56 @@ class Loader:
             elif sample.record is not None:
                 self._in_a_row[sample.set_index] = 0
 
+    def leave_out(self, sample: Sample, reason: str) -> None:
+        """Counts and names a sample that was read and still cannot be used."""
+        place = _place(self.manifests[sample.set_index], sample.index)
+        self._count_unreadable(sample, f"{place}: {reason}")
+
+    def unreadable_in(self, samples: Sequence[Sample]) -> list[int]:
+        """Returns how many of them could not be read, by set."""
+        counts = [0] * len(self.manifests)
+        for sample in samples:
+            if sample.error is not None:
+                counts[sample.set_index] += 1
+        return counts
+
+    def _check_unreadable(self, epoch: int, samples: list[Sample]) -> None:
+        if self._max_unreadable is None:
+            return
+        before = self._in_epoch[1] if self._in_epoch[0] == epoch else [0] * len(self.manifests)
+        now = [a + b for a, b in zip(before, self.unreadable_in(samples), strict=True)]
+        self._in_epoch = (epoch, now)
+        if too_many := self.too_many_unreadable(now, self._max_unreadable):
+            raise ShardError(f"{too_many}; found: {summary(self.faults)}")
+
+    def too_many_unreadable(self, counts: Sequence[float], share: float) -> str:
+        """Says of which sets more images of an epoch than may be could not be read; "" if of none.
+        `counts`: by set.
+        """
+        words = []
+        for place, (manifest, count) in enumerate(zip(self.manifests, counts, strict=True)):
+            images = self._reading.mixture.images_of(place)
+            most = most_unreadable(images, share)
+            if count > most:
+                words.append(f"{count:.0f} of {images} in {manifest.folder}, {most} may be")
+        if not words:
+            return ""
+        return (
+            f"too many images cannot be read: {'; '.join(words)} (data.max_unreadable={share:g}; "
+            "`harness shards verify` names them all, data.max_unreadable=1 goes on without them)"
+        )
+
     def _count_unreadable(self, sample: Sample, error: str) -> None:
         self.unreadable += 1
+        folder = self.manifests[sample.set_index].folder
+        count_fault(self.faults, fault(folder, error))
         if self.unreadable.bit_count() == 1:  # the 1st, 2nd, 4th, 8th ...: a log that cannot flood
             logger.warning(
                 "rank %d: %d unreadable so far, now %s", self.rank, self.unreadable, error
             )
         name = (sample.set_index, sample.index)
-        if name not in self._known:
-            if len(self._known) < _NAMED:
-                self._known.add(name)
-                self.quarantined.append((*name, error))
+        if name not in self.quarantined and len(self.quarantined) < NAMED:
+            self.quarantined[name] = error
             self.write_down(*name, error)
         self._in_a_row[sample.set_index] += 1
         if self._in_a_row[sample.set_index] >= min(_IN_A_ROW, self.samples // self.world_size or 1):
@@ -274,12 +331,8 @@ class Loader:
 
     def write_down(self, set_index: int, index: int, error: str) -> None:
         """Names a sample in the quarantine file, also one that another rank could not read."""
-        if self.quarantine is None:
-            return
-        line = {"set": self.manifests[set_index].folder, "index": index, "error": error}
-        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-        with self.quarantine.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        manifest = self.manifests[set_index]
+        self._quarantine.add(manifest.folder, index, manifest.key(index), error)
 
     def _names(self) -> str:
         return ", ".join(manifest.folder for manifest in self.manifests)
@@ -290,6 +343,7 @@ class Loader:
         for manifest in self.manifests:
             if not manifest.samples:
                 raise ShardError(f"{manifest.folder}: the set holds no samples")
+            manifest.check_texts()
             if manifest.kind != self.manifests[0].kind:
                 raise ShardError(
                     f"{manifest.folder} holds {manifest.kind} and {self.manifests[0].folder} holds "
@@ -363,10 +417,13 @@ class _Reading(Dataset):
 
     def _read(self, set_index: int, index: int, epoch: int) -> Sample:
         reader = self.readers[set_index]
+        sample = None
         try:
             sample = reader.read(index)
             sample.epoch = epoch
-            if self.decode is not None:
+            if self.decode is not None and reader.manifest.kind == "features":
+                sample.payload = read_features(sample.payload, reader.manifest.encoder)
+            elif self.decode is not None:
                 sample.payload = self.decode(sample)
             return sample
         except (MemoryError, UnreachableError):  # no fault of this sample
@@ -375,10 +432,10 @@ class _Reading(Dataset):
         # not the run.
         except Exception as error:
             text = str(error)
-            if not isinstance(error, ShardError):  # which names the place itself
-                key = reader.manifest.key(index)
-                place = f"{reader.manifest.folder}, sample {index}, key {key}"
-                text = f"{place}: {type(error).__name__}: {text}"
+            if sample is not None or not isinstance(error, ShardError):
+                # the reader's own errors name the place themselves
+                kind = "" if isinstance(error, ShardError) else f"{type(error).__name__}: "
+                text = f"{_place(reader.manifest, index)}: {kind}{text}"
             return _no_sample(set_index, index, text)
 
 
@@ -404,6 +461,10 @@ def _watched(batches: Any) -> Iterator[tuple[Step, list[Sample]]]:
                 how += ", as the system does when main memory is out"
             raise _WorkerError(f"a data worker was ended by {how}") from error
         yield item
+
+
+def _place(manifest: Manifest, index: int) -> str:
+    return f"{manifest.folder}, sample {index}, key {manifest.key(index)}"
 
 
 def _no_sample(set_index: int, index: int, error: str | None = None) -> Sample:

@@ -128,7 +128,7 @@ class Manifest:
             raise ShardError(_no_index(folder)) from error
         except ShardError:
             raise
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ShardError(f"{where} cannot be read as JSON: {error}") from error
         found = document.get("format") if isinstance(document, dict) else None
         if found not in (1, FORMAT):
@@ -146,21 +146,42 @@ class Manifest:
                 format_1_digest=document.get("format_1_digest"),
                 **{name: document[name] for name in _PLAIN},
             )
+            manifest._check_types()
             digest = document["digest"]
-        except (KeyError, TypeError, ValueError) as error:
+            expected = manifest.digest
+            if found == 1:
+                manifest = manifest.with_format_1_digest(manifest.sidecar_file)
+                expected = manifest.format_1_digest or ""
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ShardError(
                 f"{where} is not a complete index: {error!r}; build or index the set again"
             ) from error
-        expected = manifest.digest
-        if found == 1:
-            manifest = manifest.with_format_1_digest(manifest.sidecar_file)
-            expected = manifest.format_1_digest or ""
         if digest != expected:
             raise ShardError(
                 f"{where} says digest {digest}, its content gives {expected}: "
                 "it was changed by hand"
             )
         return manifest
+
+    def _check_types(self) -> None:
+        """Raises ValueError for a field that holds something else than an index does."""
+        texts = (self.kind, self.dataset, self.split, self.base or "", self.format_1_digest or "")
+        if not all(type(text) is str for text in texts) or self.kind not in ("images", "features"):
+            raise ValueError("kind, dataset, split, base or format_1_digest is no text")
+        if not isinstance(self.encoder, dict | None):
+            raise ValueError("encoder is no mapping")
+        if not is_count(self.skipped) or not is_count(self.key_bytes):
+            raise ValueError("skipped or key_bytes is no count")
+        if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
+            raise ValueError("key_bytes is not between 1 and 255, or base is no place")
+
+    def check_texts(self) -> None:
+        """Raises ShardError for a set whose records hold no text at all: nothing can be learnt."""
+        if not self.texts:
+            raise ShardError(
+                f"{self.folder}: none of its {self.samples} records has a text: build or index the "
+                "set again, with captions or questions"
+            )
 
     def file_problems(self) -> list[str]:
         """Returns a sentence for each local file that is missing or has another size than the index
@@ -266,7 +287,7 @@ class Manifest:
         return Rows(file, dtype, self.samples)
 
     def key(self, index: int) -> str:
-        return self.sidecar[index]["key"].decode()
+        return self.sidecar[index]["key"].decode(errors="replace")
 
     def read_file(self, name: str) -> builtins.bytes:
         """Returns a small file of the set (`controls.safetensors`), whole. Raises ShardError if it
@@ -369,7 +390,7 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
             raise ValueError(f"{item.name} is {value!r}, not a count")
         if item.type == "str" and type(value) is not str:
             raise ValueError(f"{item.name} is {value!r}, not a string")
-    if "/" in info.name or info.name in ("", ".", ".."):
+    if "/" in info.name or "\0" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info
 

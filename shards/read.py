@@ -7,7 +7,7 @@ the sample's headers): damaged bytes are noticed on every read.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 import zlib
@@ -21,12 +21,12 @@ import numpy as np
 from shards.cache import Cache
 from shards.files import ShardError, UnreachableError, is_remote
 from shards.manifest import Manifest
-from shards.record import Record, RecordError, Text
+from shards.record import Record, RecordError, Text, parse_json
 from shards.remote import Descriptor
 from shards.tar import groups
 
 PAYLOADS = {
-    "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe"),
     "features": ("safetensors",),
 }
 
@@ -96,9 +96,10 @@ class Reader:
             raise IndexError(f"sample {index} of {manifest.folder}, which has {manifest.samples}")
         row = manifest.sidecar[index]
         shard = int(manifest.starts.searchsorted(index, side="right")) - 1
-        key = row["key"].decode()
+        key = manifest.key(index)
         descriptor = self._descriptor(shard)  # held, so that it stays open while it is read
         try:
+            _check_inside(row, manifest.shards[shard].bytes)
             contents = contents_of(descriptor, row)
             parsed = parse_sample(key, contents, manifest.kind, manifest.dataset, manifest.split)
         except UnreachableError:
@@ -145,7 +146,7 @@ def _walked(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     """Reads a whole sample, header by header."""
     begin = int(row["offset"])
     size = int(row["size"])
-    key = row["key"].decode()
+    key = row["key"].decode(errors="replace")
     data = descriptor.read(size, begin)
     contents: dict[str, bytes] = {}
     crc = 0
@@ -154,10 +155,23 @@ def _walked(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     ):
         if group.key != key:
             raise ShardError(f"found a member of {group.key}")
+        if group.problem:
+            raise ShardError(group.problem)
         contents = group.contents
         crc = group.crc
     _check_crc(crc, int(row["crc"]))
     return contents
+
+
+def _check_inside(row: np.void, size: int) -> None:
+    """Raises ShardError for a row of another shard, before as much memory is asked for."""
+    for part in ("", "payload_", "text_"):
+        if f"{part}size" in (row.dtype.names or ()):
+            end = int(row[f"{part}offset"]) + int(row[f"{part}size"])
+            if end > size:
+                raise ShardError(
+                    f"the index says that it ends at {end}, the shard has {size} bytes"
+                )
 
 
 def _check_crc(found: int, expected: int) -> None:
@@ -212,26 +226,32 @@ def parse_sample(
         captions = captions or [contents.get("txt", b"").decode()]
     except ValueError as error:
         raise ShardError(f"its text cannot be read: {error}") from error
-    strings = [text.strip() for text in captions if isinstance(text, str)]
-    targets = tuple(filter(None, strings))
+    targets = tuple(filter(None, map(str.strip, captions)))
     if not targets:
         raise ShardError(
             'no text: neither a record nor a "caption" in .json, nor a caption in .txt'
         )
     text = Text(id=key, task="caption", targets=targets)
-    name = re.sub(r"[^A-Za-z0-9_\-]", "_", key.removeprefix("./"))
-    record = Record(name, dataset, split, key, (text,))
+    record = Record(_clean(key.removeprefix("./")), dataset, split, key, (text,))
     record.check()
     return Parsed(record, extension, source)
 
 
-def _captions(contents: Mapping[str, bytes]) -> list[Any]:
-    """Returns the "caption" of .json as a list; none is not an error yet."""
-    try:
-        document = json.loads(contents.get("json", b"null"))
-    except ValueError as error:
-        raise ShardError(f"its text cannot be read: {error}") from error
+def _clean(key: str) -> str:
+    """Returns the key of a record: what else than letters and digits stands in a tar's key becomes
+    "_", with a hash behind, since two keys may differ in that alone.
+    """
+    name = re.sub(r"[^A-Za-z0-9_\-]", "_", key)
+    return name if name == key else f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _captions(contents: Mapping[str, bytes]) -> list[str]:
+    """Returns the "caption" of .json as a list; none is not an error yet, but no text is."""
+    document = parse_json(contents.get("json", b"null"))
     found = document.get("caption") if isinstance(document, dict) else None
-    if isinstance(found, list):
-        return found
-    return [found] if found else []
+    if found is None:
+        return []
+    for text in (texts := found if isinstance(found, list) else [found]):
+        if not isinstance(text, str):
+            raise RecordError(f'its "caption" is {found!r:.60}, expected a text or a list of texts')
+    return list(filter(None, texts))

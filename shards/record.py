@@ -18,12 +18,38 @@ TASKS: tuple[str, ...] = ("caption", "vqa")
 # WebDataset splits a member's name at the first dot, and a slash would make folders: neither may be
 # in a key.
 _KEY = re.compile(r"[A-Za-z0-9_\-]+")
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: a lone surrogate
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class RecordError(ValueError):
     """A record that breaks the format; the message names the key and the field."""
 
     is_for_user = True  # as ShardError
+
+
+def parse_json(data: bytes) -> Any:
+    """Returns what a JSON file of a sample says. Raises RecordError where nothing can be made of
+    it: no UTF-8, no JSON, nested too deep, or a text with half of a character in it, which can be
+    neither tokenized nor written.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        document = json.loads(text)
+        if _ESCAPED_HALF.search(text):  # mostly a sound pair: only the whole document can tell
+            _as_json(document)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"its JSON {data[:80]!r} cannot be read: {error}") from error
+    return document
+
+
+def is_text(value: object) -> bool:
+    """Tells whether it is a string of whole characters."""
+    return isinstance(value, str) and not _HALF.search(value)
+
+
+def _as_json(document: Any) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +86,26 @@ class Record:
         return sum(len(text.prompt or "") + sum(map(len, text.targets)) for text in self.texts)
 
     def to_json(self) -> bytes:
-        """Returns UTF-8 JSON, the same bytes for the same record."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        """Returns UTF-8 JSON, the same bytes for the same record. Raises RecordError for a `meta`
+        that JSON cannot hold, and for half a character in any text.
+        """
+        try:
+            return _as_json(asdict(self))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RecordError(f"record {self.key} cannot be written as JSON: {error}") from error
 
     @classmethod
     def from_json(cls, data: bytes) -> Record:
         """Raises RecordError, naming the key and the field, for anything that is not a record."""
+        document = parse_json(data)
         try:
-            document = json.loads(data)
-            texts = tuple(
-                Text(t["id"], t["task"], tuple(t["targets"]), t.get("prompt"), t.get("meta") or {})
-                for t in document["texts"]
-            )
+            texts = tuple(map(_text, document["texts"]))
             record = cls(
                 document["key"], document["dataset"], document["split"], document["image_id"], texts
             )
         except KeyError as error:
             raise RecordError(f"the record {data[:80]!r} has no field {error}") from error
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
             raise RecordError(f"the record {data[:80]!r} cannot be read: {error}") from error
         record.check()
         return record
@@ -95,6 +123,8 @@ class Record:
                 raise RecordError(
                     f"record {self.key}: {name} is {getattr(self, name)!r}, not a string"
                 )
+        if not self.texts:
+            raise RecordError(f"record {self.key}: 'texts' is empty")
         seen: set[str] = set()
         for text in self.texts:
             where = f"record {self.key}, text {text.id!r}"
@@ -103,16 +133,35 @@ class Record:
                     f"{where}: the id must be a string that occurs once in the record"
                 )
             seen.add(text.id)
-            if text.task not in TASKS:
-                raise RecordError(
-                    f"{where}: task is {text.task!r}, expected one of {', '.join(TASKS)}"
-                )
-            if text.task == "vqa" and not (isinstance(text.prompt, str) and text.prompt.strip()):
-                raise RecordError(
-                    f"{where}: a vqa text needs its question in 'prompt', found {text.prompt!r}"
-                )
-            filled = [isinstance(t, str) and bool(t.strip()) for t in text.targets]
-            # An annotator of VQAv2 may have left an answer empty: it is kept, since the scores
-            # count all ten.
-            if not (any(filled) if text.task == "vqa" else filled and all(filled)):
-                raise RecordError(f"{where}: 'targets' holds an empty text or none at all")
+            _check_text(text, where)
+
+
+def _check_text(text: Text, where: str) -> None:
+    """Raises RecordError unless its fields have their types and there is something to learn."""
+    if text.task not in TASKS:
+        raise RecordError(f"{where}: task is {text.task!r}, expected one of {', '.join(TASKS)}")
+    if not isinstance(text.meta, dict):
+        raise RecordError(f"{where}: 'meta' is {text.meta!r:.60}, expected a mapping")
+    if not isinstance(text.prompt, str | None):
+        raise RecordError(f"{where}: 'prompt' is {text.prompt!r:.60}, expected a text")
+    if text.task == "vqa" and not (text.prompt and text.prompt.strip()):
+        raise RecordError(
+            f"{where}: a vqa text needs its question in 'prompt', found {text.prompt!r}"
+        )
+    for target in text.targets:
+        if not isinstance(target, str):
+            raise RecordError(f"{where}: 'targets' holds {target!r:.60}, which is no text")
+    filled = [bool(target.strip()) for target in text.targets]
+    # An annotator of VQAv2 may have left an answer empty: it is kept, since the scores count all
+    # ten.
+    if not (any(filled) if text.task == "vqa" else filled and all(filled)):
+        raise RecordError(f"{where}: 'targets' holds an empty text or none at all")
+
+
+def _text(fields: Any) -> Text:
+    """Reads a text of `to_json`'s document. Raises KeyError, TypeError or RecordError."""
+    targets = fields["targets"]
+    if not isinstance(targets, list):  # a string would be taken for a list of letters
+        raise RecordError(f"'targets' is {targets!r:.60}, expected a list of texts")
+    meta = {} if fields.get("meta") is None else fields["meta"]
+    return Text(fields["id"], fields["task"], tuple(targets), fields.get("prompt"), meta)

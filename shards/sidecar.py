@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from shards.manifest import (
 )
 from shards.read import Parsed, parse_sample
 from shards.record import RecordError
-from shards.tar import Group, groups, open_shard
+from shards.tar import Group, Member, groups, open_shard
 
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
 
@@ -53,7 +54,8 @@ class Indexing:
         texts = 0
         with open_shard(location) as (read, size):
             try:
-                for group in groups(read, size):
+                on_stray = partial(self._leave_out, name, "a file that a Mac adds to archives")
+                for group in groups(read, size, on_stray=on_stray):
                     texts += self._add_sample(group, name)
             except ShardError as error:
                 raise ShardError(f"{location}: {error}") from error
@@ -63,23 +65,26 @@ class Indexing:
     def _add_sample(self, group: Group, shard: str) -> int:
         """Returns how many texts it has; 0 if it is left out."""
         self._must_be_new(group.key, group.start)
+        key = group.key.encode()
         try:
+            if group.problem:
+                raise ShardError(group.problem)
+            if len(key) > MAX_KEY_BYTES:
+                raise ShardError(f"its key has {len(key)} bytes, at most {MAX_KEY_BYTES} can be")
             parsed = parse_sample(group.key, group.contents, **self._described)
         except (ShardError, RecordError) as error:
-            where = {"shard": shard, "offset": group.start, "key": group.key}
-            self.skipped.append({**where, "reason": str(error)})
+            self._leave_out(shard, str(error), group)
             return 0
         if parsed.record.key != group.key:
             self._must_be_new(parsed.record.key, group.start)
-        key = group.key.encode()
-        if len(key) > MAX_KEY_BYTES:
-            raise ShardError(
-                f"the key {group.key!r} has {len(key)} bytes, at most {MAX_KEY_BYTES} are possible"
-            )
         self._keys.append(key)
         self._rows += np.array((*row_of(group, parsed), b""), _ONE).tobytes()
         self._on_progress(1)
         return len(parsed.record.texts)
+
+    def _leave_out(self, shard: str, reason: str, what: Group | Member) -> None:
+        where = {"shard": shard, "offset": what.start, "key": what.key}
+        self.skipped.append({**where, "reason": reason})
 
     def _must_be_new(self, key: str, offset: int) -> None:
         if key in self._seen:

@@ -215,8 +215,13 @@ class Mixture:
                     "a set"
                 )
             shares = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is meant as 7/10
+        self._shares = [share / sum(shares) for share in shares]
         scale = math.lcm(*(share.denominator for share in shares))
         self._interleave = Interleave([int(share * scale) for share in shares])
+
+    def images_of(self, s: int) -> int:
+        """Says how many picks of an epoch are of set `s`, give or take one."""
+        return round(self._shares[s] * self.samples)
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Returns positions [start, stop) of an epoch: int64 [stop - start, 3] of set, index in the
@@ -260,6 +265,10 @@ class FirstOf:
     def indices_of(self, s: int) -> np.ndarray:
         """Says which samples of set `s` are among them."""
         return self._picks[self._picks[:, 0] == s, 1]
+
+    def images_of(self, s: int) -> int:
+        """Returns what `Mixture.images_of` does."""
+        return len(self.indices_of(s))
 
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Returns what `Mixture.picks` does."""

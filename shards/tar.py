@@ -16,35 +16,53 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import BinaryIO
 
-from shards.files import ShardError
+from shards.files import ShardError, is_remote
 from shards.remote import Patience, open_stream
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_IGNORED = (tarfile.DIRTYPE, tarfile.XGLTYPE)  # a folder; comments on the whole archive
+# a folder; comments on the whole archive; the name of what a link leads to
+_IGNORED = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_DESCRIPTIONS = (*_IGNORED, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_WITHOUT_CONTENT = (
+    *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE),
+    tarfile.DIRTYPE,
+)
+# No file has a size of more than 20 digits; what else stands there is nonsense, and the header's
+# own size holds.
 _PAX = re.compile(rb"^[0-9]+ (path|size)=(.*)$", re.MULTILINE)
+_SIZE = re.compile(rb"[0-9]{1,20}")
+_LONGEST_DESCRIPTION = 1 << 20  # bytes of a long name, or of PAX fields
+# What a Mac adds to every archive: no files of the set.
+_OF_A_MAC = re.compile(r"(?:.*/|)(?:\._[^/]*|\.DS_Store)", re.DOTALL)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # WebDataset: the key ends at the first dot
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in a tar: its first header is at `start`, its content at `offset`."""
+    """A file in a tar: its first header is at `start`, its content at `offset`. `problem` says why
+    it cannot be one of a sample.
+    """
 
     key: str
     extension: str
     start: int
     offset: int
     size: int
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """The adjacent files of one key: one sample, from its first header at `start` to its last byte
-    at `end`. `crc` is that of all contents in tar order.
+    at `end`. `crc` is that of all contents in tar order. `problem` says why it cannot be used: it
+    holds a link, or two files of one name.
     """
 
     key: str
@@ -53,25 +71,40 @@ class Group:
     crc: int
     members: dict[str, Member]  # by extension, as the contents
     contents: dict[str, bytes]
+    problem: str
 
 
 def groups(
-    read: Callable[[int, int], bytes], end: int, begin: int = 0, whole: bool = True
+    read: Callable[[int, int], bytes],
+    end: int,
+    begin: int = 0,
+    whole: bool = True,
+    on_stray: Callable[[Member], None] = lambda member: None,
 ) -> Iterator[Group]:
-    """Walks as `members` does. Raises ShardError also for two files of one name in a sample."""
-    for key, run in groupby(members(read, end, begin, whole), attrgetter("key")):
+    """Walks as `members` does. `on_stray` is told of what a Mac added, which no group holds."""
+
+    def files() -> Iterator[Member]:
+        for member in members(read, end, begin, whole):
+            if _OF_A_MAC.fullmatch(member.key):
+                on_stray(member)
+            else:
+                yield member
+
+    for key, run in groupby(files(), attrgetter("key")):
         found: dict[str, Member] = {}
         contents: dict[str, bytes] = {}
         crc = 0
+        problem = ""
         for member in run:
             name = member.extension
+            problem = problem or member.problem
             if name in found:
-                raise ShardError(f"{key}.{name} occurs twice, again at offset {member.start}")
-            found[name] = member
+                problem = f"{key}.{name} occurs twice, again at offset {member.start}"
+            found.setdefault(name, member)
             contents[name] = read(member.offset, member.size)
             crc = zlib.crc32(contents[name], crc)
         start = next(iter(found.values())).start
-        yield Group(key, start, member.offset + member.size, crc, found, contents)
+        yield Group(key, start, member.offset + member.size, crc, found, contents, problem)
 
 
 def members(
@@ -80,8 +113,9 @@ def members(
     """Walks the 512-byte headers of a tar, or of one sample of it, from `begin` to `end` by
     `read(offset, n)`.
 
-    Offsets only grow. Understands ustar, GNU and PAX names. `whole`: the tar must close with its
-    end marker. Raises ShardError naming the offset of what is not a sound header of a plain file.
+    Offsets only grow. Understands ustar, GNU and PAX names; bytes of a name that are not UTF-8 are
+    read as `\\xff`. `whole`: the tar must close with its end marker. Raises ShardError naming the
+    offset of what is not a sound header.
     """
     offset = begin
     start = name = length = None
@@ -91,50 +125,62 @@ def members(
             return _check_rest(read, offset, end)
         info = _header(header, offset)
         start = offset if start is None else start
-        plain = info.type in _PLAIN
-        content = length if plain and length is not None else info.size
+        is_file = info.type not in _DESCRIPTIONS
         offset += BLOCK
+        content = info.size
+        if info.type in _WITHOUT_CONTENT:
+            content = 0
+        elif is_file and length is not None and offset + length <= end:
+            content = length
         if content < 0 or offset + content > end:
             raise ShardError(
                 f"the data ends inside the member {info.name!r} at offset {start}: "
                 "the shard is damaged"
             )
-        if plain:
-            path = name or info.name
-            match = _NAME.fullmatch(path)
-            key = match[1] if match else path
-            extension = match[2].lower() if match else ""
-            yield Member(key, extension, start, offset, content)
+        if is_file:
+            yield _member(name or info.name, info.type, start, offset, content)
             start = name = length = None
-        elif info.type == tarfile.GNUTYPE_LONGNAME:  # what follows describes the next header
-            name = _decoded(read(offset, content).rstrip(b"\0"))
-        elif info.type == tarfile.XHDTYPE:
-            described = dict(_PAX.findall(read(offset, content)))
-            name = _decoded(described.get(b"path", b"")) or None
-            length = int(described[b"size"]) if b"size" in described else None
         elif info.type in _IGNORED:
             start = None
+        elif content > _LONGEST_DESCRIPTION:
+            raise ShardError(f"the name of the member at offset {start} has {content} bytes")
+        elif info.type == tarfile.GNUTYPE_LONGNAME:  # what follows describes the next header
+            name = _decoded(read(offset, content))
         else:
-            raise ShardError(
-                f"the member {info.name!r} at offset {start} is a link or special file, "
-                "not a plain one"
-            )
+            described = dict(_PAX.findall(read(offset, content)))
+            name = _decoded(described.get(b"path", b""))
+            size = described.get(b"size", b"")
+            length = int(size) if _SIZE.fullmatch(size) else None
         offset += -(-content // BLOCK) * BLOCK
     if whole:
         raise ShardError(f"the tar ends at {end} without its end marker: it is truncated")
 
 
+def _member(path: str, kind: bytes, start: int, offset: int, size: int) -> Member:
+    match = _NAME.fullmatch(path)
+    key = match[1] if match else path
+    extension = match[2].lower() if match else ""
+    problem = "" if kind in _PLAIN else f"the member {path!r} is a link or special file"
+    return Member(key, extension, start, offset, size, problem)
+
+
 def _header(data: bytes, offset: int) -> tarfile.TarInfo:
     try:
-        return tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+        return tarfile.TarInfo.frombuf(data, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
+        for magic, name in _COMPRESSED.items():
+            if offset == 0 and data.startswith(magic):
+                raise ShardError(
+                    f"it is compressed ({name}), and a sample is read by its place in a plain tar: "
+                    "unpack the file first, as with `gunzip`, and leave the tar"
+                ) from error
         raise ShardError(
             f"no valid tar header at offset {offset} ({error}): the shard is damaged"
         ) from error
 
 
 def _decoded(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
+    return name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
 def _check_rest(read: Callable[[int, int], bytes], offset: int, size: int) -> None:
@@ -179,6 +225,8 @@ class OnePass:
 @contextmanager
 def open_shard(location: str, patience: Patience | None = None) -> Iterator[tuple[OnePass, int]]:
     """Opens a shard as (one-pass reader, its size in bytes)."""
+    if not is_remote(location) and Path(location).exists() and not Path(location).is_file():
+        raise ShardError(f"{location} is no plain file")  # to open a FIFO would wait for ever
     try:
         file, size = open_stream(location, patience or Patience())
     except FileNotFoundError as error:

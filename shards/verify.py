@@ -6,7 +6,6 @@ is extracted.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
@@ -17,12 +16,10 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
+from shards.features import read_features
 from shards.files import ShardError, is_remote, join
-from shards.images import upright
+from shards.images import on_white, upright
 from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
 from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
@@ -52,7 +49,11 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
         for key, n in zip(*counted, strict=True)
         if n > 1
     ]
-    left_out = _left_out(manifest)
+    try:
+        left_out = _left_out(manifest)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        where = join(manifest.folder, SKIPPED)
+        return [*problems, f"{where} does not name what the index left out: {error!r}"]
     for shard, info in enumerate(manifest.shards):
         if is_remote(manifest.location(shard)) or Path(manifest.location(shard)).is_file():
             problems += _verify_shard(manifest, shard, left_out[info.name], on_progress)
@@ -124,6 +125,8 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
             f"{place}: the bytes have crc {group.crc:08x}, expected {int(row['crc']):08x}: they "
             "are damaged"
         ]
+    if group.problem:
+        return [f"{place}: {group.problem}"]
     try:
         parsed = parse_sample(
             group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
@@ -143,22 +146,13 @@ def _decode(manifest: Manifest, sample: Sample) -> None:
     """Raises ShardError unless the payload is what the set promises."""
     if manifest.kind == "images":
         try:
-            upright(sample.payload)
+            on_white(upright(sample.payload)[0])
         except Exception as error:  # Pillow's decoders raise what they like
             raise ShardError(
                 f"the image cannot be decoded: {str(error).split(' <_io')[0]}"
             ) from error
         return
-    try:
-        patches_PD = load_safetensors(sample.payload)["patches_PD"]
-    except (KeyError, SafetensorError) as error:
-        raise ShardError(f"the features cannot be read: {error}") from error
-    encoder = manifest.encoder or {}
-    shape = encoder.get("tokens", patches_PD.shape[0]), encoder.get("width", patches_PD.shape[-1])
-    if patches_PD.shape != shape or not np.isfinite(patches_PD).all():
-        raise ShardError(
-            f"patches_PD has shape {patches_PD.shape}, expected {shape} and finite values"
-        )
+    read_features(sample.payload, manifest.encoder)
 
 
 def _problem(check: Callable[[], object]) -> list[str]:
@@ -178,6 +172,9 @@ def _strangers(manifest: Manifest) -> list[str]:
     known = {INDEX, SIDECAR, SKIPPED, manifest.sidecar_file.name} | {
         info.name for info in (*manifest.shards, *manifest.files)
     }
+    # What img2dataset writes beside each tar.
+    stems = [info.name.removesuffix(".tar") for info in manifest.shards]
+    known |= {f"{stem}{end}" for stem in stems for end in ("_stats.json", ".parquet")}
     found = sorted(path.name for path in Path(manifest.folder).iterdir() if path.name not in known)
     return [f"{join(manifest.folder, name)} is not named in {INDEX}" for name in found]
 
@@ -197,7 +194,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
 
     `samples`, `texts`, `targets` and `bytes` are exact. What needs the records themselves (`tasks`)
     is counted on at most 100,000 of them, evenly spread, `image_sizes` on 1,000; `records_read`
-    says on how many.
+    says on how many. `unreadable` counts those of them that cannot be read, or decoded.
     """
     manifest = Manifest.open(folder)
     reader = Reader(manifest)
@@ -205,16 +202,20 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
     measured = set(_spread(manifest.samples, 1_000) if manifest.kind == "images" else ())
     tasks: dict[str, dict[str, Any]] = {}
     sizes: Counter[str] = Counter()
+    unreadable = 0
     for index in sorted(measured.union(read)):
-        sample = reader.read(index)
-        assert sample.record is not None  # a read gives one, or raises
-        for text in sample.record.texts:
+        try:
+            sample = reader.read(index)
+            if index in measured:
+                sizes["{}x{}".format(*upright(sample.payload)[0].size)] += 1
+        except Exception:  # Pillow's decoders raise what they like; `verify` says what
+            unreadable += 1
+            continue
+        for text in sample.known.texts:
             task = tasks.setdefault(text.task, {"texts": 0, "prompt": [], "target": []})
             task["texts"] += 1
             task["target"] += map(len, text.targets)
             task["prompt"] += [len(text.prompt)] if text.prompt else []
-        if index in measured:
-            sizes["{}x{}".format(*Image.open(io.BytesIO(sample.payload)).size)] += 1
     for task in tasks.values():
         task["targets"] = len(task["target"])
         for name in ("prompt", "target"):
@@ -226,7 +227,8 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
         **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
         "targets": int(manifest.sidecar["targets"].sum(dtype=np.int64)),
-        "records_read": len(measured.union(read)),
+        "records_read": len(measured.union(read)) - unreadable,
+        "unreadable": unreadable,
         "tasks": tasks,
         "image_sizes": dict(sizes.most_common(10)),
         "images_measured": sizes.total(),

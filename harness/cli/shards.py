@@ -240,6 +240,7 @@ def _summary(summary: Summary) -> str:
         "undecodable_images",
         "images_in_no_split",
         "empty_texts",
+        "unusable_texts",
     )
     left_out = ", ".join(f"{getattr(summary, name):,} {name.replace('_', ' ')}" for name in counts)
     lines.append(f"left out: {left_out}; each is named in {summary.skipped}")

@@ -34,7 +34,9 @@ def at_their_new_place(document: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(document)
     for key, sections in OLD_PLACES.items():
         old = _taken(changed, sections, key)
-        changed["known_mistakes"] = {**(changed.get("known_mistakes") or {}), **old}
+        new = changed.get("known_mistakes") or {}
+        if old and isinstance(new, Mapping):
+            changed["known_mistakes"] = {**new, **old}
     return changed
 
 

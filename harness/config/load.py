@@ -51,12 +51,10 @@ def changed_by(document: Mapping[str, Any], overrides: Sequence[str], file: Path
 def read_yaml(file: Path) -> dict[str, Any]:
     """Returns the mapping that a YAML file holds. Raises ConfigError naming the file."""
     try:
-        document = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        why = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
-        raise ConfigError(f"{file}: is not YAML: {why}") from error
+    document = _parsed(text, f"{file}: is not YAML")
     if not isinstance(document, dict):
         raise ConfigError(
             f"{file}: found {short(document)}, expected a mapping of keys such as name, data, model"
@@ -95,12 +93,7 @@ def parse_override(override: str) -> Override:
     parts = given[0].strip().split(".")
     if len(given) < 2 or not all(parts):
         raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=2")
-    try:
-        return Override(parts, yaml.load(given[1], Loader=_StrictLoader))
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}"
-        ) from error
+    return Override(parts, _parsed(given[1], f"override {override!r}: the value is not YAML"))
 
 
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -141,6 +134,22 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
+
+
+def _parsed(text: str, wrong: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    # yaml's own, and what it lets through: of dates and tagged values that are none, of depth.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as e:
+        why = " ".join(str(e).replace(' in "<unicode string>",', ",").split())
+        raise ConfigError(f"{wrong}: {why}") from e
 
 
 class _StrictLoader(yaml.SafeLoader):

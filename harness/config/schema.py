@@ -71,6 +71,9 @@ class DataConfig(Section):
     # Times in a row that a file is asked for before the run saves and stops; 7: 30 s of pauses.
     read_attempts: Positive = 7
     read_timeout: Above0 = 60.0  # seconds that one answer of a remote file may take
+    # Share of a set's images of an epoch that may be unreadable (at least 20 of them, at most half)
+    # before the run saves and stops; 1: go on whatever is lost.
+    max_unreadable: Fraction = 0.001
 
 
 class VisionConfig(Section):

@@ -68,9 +68,9 @@ def encode_set(
 
     device: none means the GPU where there is one. precision: as `train.precision`, for the encoder
     alone; the features are stored as float16. progress: called with (images done, images in all).
-    workers: processes that decode images. An image that cannot be read is left out, logged and
-    named in OUT/skipped.jsonl (see `skipped`). Raises ShardError or ConfigError for sets and
-    encoders that cannot be used; then OUT is as it was before.
+    workers: processes that decode images. An image that cannot be read, or whose features do not
+    fit, is left out, logged and named in OUT/skipped.jsonl (see `skipped`). Raises ShardError or
+    ConfigError for sets and encoders that cannot be used; then OUT is as it was before.
     """
     decoder = ImageDecoder.of(vision, max_image_pixels)
     loader = Loader(
@@ -114,14 +114,18 @@ def _encoded(
     for _, batch in loader.iterate(epochs=1):
         readable = [sample for sample in batch if sample.error is None]
         features_IPD = encode(np.stack([s.payload for s in readable])) if readable else ()
-        for sample, features_PD in zip(readable, features_IPD, strict=True):
-            record = sample.record
-            assert record is not None  # it was read
-            if not np.isfinite(features_PD).all():
-                raise ConfigError(
-                    f"{source.folder}, key {record.key}: the features of {vision.id} do not fit "
-                    f"into float16; choose another model.vision.layer than {vision.layer}"
-                )
+        fit = [bool(np.isfinite(features_PD).all()) for features_PD in features_IPD]
+        why = f"the features of {vision.id} do not fit into float16"
+        if readable and not any(fit) and (len(fit) > 1 or not done):
+            raise ConfigError(
+                f"{source.folder}, key {readable[0].known.key}: {why}; choose another "
+                f"model.vision.layer than {vision.layer}"
+            )
+        for sample, features_PD, fits in zip(readable, features_IPD, fit, strict=True):
+            if not fits:
+                loader.leave_out(sample, why)
+                continue
+            record = sample.known
             yield record, safetensors.numpy.save({"patches_PD": features_PD}), "safetensors"
         done += len(batch)
         if progress:
@@ -130,7 +134,7 @@ def _encoded(
 
 def _skipped_lines(loader: Loader) -> bytes:
     lines = []
-    for _, index, error in loader.quarantined:
+    for (_, index), error in loader.quarantined.items():
         key = loader.manifests[0].key(index)
         # Without the folder that the error begins with: the same images give the same bytes
         # wherever they lie.

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import safetensors.numpy
 from PIL import Image, UnidentifiedImageError
 
 from harness.config.schema import Config, VisionConfig
 from shards.cache import Cache
+from shards.features import read_features
 from shards.images import FORMATS, on_white, upright
 from shards.remote import Patience
 
@@ -103,17 +103,12 @@ class ImageDecoder:
         return cls(vision.image_size, MODES[vision.kind], max_pixels)
 
     def __call__(self, sample: Encoded) -> np.ndarray:
-        """Raises ImageError, or safetensors' own error for a damaged feature payload."""
+        """Raises ImageError, or ShardError for features that are none."""
         if sample.extension != "safetensors":
             return decode_image(
                 sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode
             )
-        tensors = safetensors.numpy.load(sample.payload)
-        if "patches_PD" not in tensors:
-            raise ImageError(
-                f"the features hold {', '.join(tensors) or 'nothing'}, expected patches_PD"
-            )
-        return tensors["patches_PD"]
+        return read_features(sample.payload)
 
 
 def reading(config: Config) -> dict[str, Any]:

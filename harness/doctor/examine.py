@@ -226,7 +226,8 @@ def texts(config: Config) -> Iterator[Finding]:
             batches += micro_batches(samples, collate, config.train.micro_batch)
     if loader.quarantined:
         count = len(loader.quarantined)
-        found = f"{count} of the first {images} cannot be used: {loader.quarantined[0][2]}"
+        first = next(iter(loader.quarantined.values()))
+        found = f"{count} of the first {images} cannot be used: {first}"
         state: State = "warning" if batches else "error"
         yield Finding("images", state, found, "`harness shards verify` names them all")
     if not batches:

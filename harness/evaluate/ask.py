@@ -12,6 +12,7 @@ from harness.errors import ConfigError
 from harness.evaluate.run_on_disk import load_model
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
+from shards.files import read_plain
 from shards.read import Sample
 from shards.record import Record, Text
 
@@ -38,7 +39,7 @@ def one_picture(
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     text = Text("asked", "vqa" if prompt else "caption", ("unknown",), prompt)
     record = Record("asked", "asked", "asked", "asked", (text,))
-    sample = Sample(record, Path(image).read_bytes(), "image", 0, 0)
+    sample = Sample(record, read_plain(Path(image)), "image", 0, 0)
     try:
         sample.payload = decode(sample)
     except ValueError as error:

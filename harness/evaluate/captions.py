@@ -28,7 +28,7 @@ from harness.evaluate.bootstrap import (
     resampled_sums,
 )
 from harness.evaluate.ptb import tokenise
-from harness.evaluate.vqa import ScoreError, read_pairs, refuse
+from harness.evaluate.vqa import OTHER_SHAPE, ScoreError, read_pairs, refuse
 
 MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 _N = 4
@@ -267,7 +267,7 @@ def read_references(path: Path) -> dict[str, list[str]]:
                 found[image_id].append(str(annotation["caption"]))
             else:
                 unknown.append(image_id)
-    except (ValueError, TypeError, KeyError) as error:
+    except OTHER_SHAPE as error:
         raise ScoreError(
             f'{path} is not a COCO caption file of "images" and "annotations": {error!r}'
         ) from error

@@ -8,7 +8,6 @@ resamples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, image_rows, percentile, resampled_sums
 from harness.evaluate.measures import TASKS
+from harness.evaluate.report import read_scores
 from shards.files import is_remote
 from shards.read import records
 
@@ -118,7 +118,7 @@ def runs(
     Reads the result files that `harness evaluate` left in RUN/evaluation. Raises ConfigError,
     ShardError.
     """
-    evaluated = [_evaluated(run_a), _evaluated(run_b)]
+    evaluated = [evaluation_of(run_a), evaluation_of(run_b)]
     truths, references = _test_texts(data or evaluated[0][1])
     found: dict[str, dict[str, Compared]] = {}
     of_vqa = [said(folder, "vqa") for folder, _ in evaluated]
@@ -135,14 +135,14 @@ def runs(
     return found
 
 
-def _evaluated(run: Path) -> tuple[Path, list[str]]:
+def evaluation_of(run: Path) -> tuple[Path, list[str]]:
     """Returns the folder of a run's result files, and the sets they are about."""
     folder = run if (run / "scores.json").is_file() else run / FOLDER
     if not (folder / "scores.json").is_file():
         raise ConfigError(
             f"{run} holds no {FOLDER}/scores.json; run `harness evaluate {run}` first"
         )
-    return folder, json.loads((folder / "scores.json").read_text(encoding="utf-8"))["data"]
+    return folder, read_scores(folder / "scores.json")["data"]
 
 
 def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tuple[str, ...]]]:

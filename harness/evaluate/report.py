@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.predict import results
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from shards.cache import Cache
-from shards.files import write_whole
+from shards.files import ShardError, write_whole
 from shards.manifest import Manifest
 from shards.read import Reader
 
@@ -61,6 +62,20 @@ def write_report(
     return report, [*files, write_json(out / SCORES, report)]
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """Returns the report that an evaluation left. Raises ConfigError where it is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        figures = dict(report.get("tasks", {})).values()
+        is_one = all(isinstance(place, str) for place in report["data"])
+        is_one = is_one and all(isinstance(figure, dict) for figure in figures)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not what `harness evaluate` leaves: {error!r}") from error
+    if not is_one:
+        raise ConfigError(f"{path} is not what `harness evaluate` leaves: move it away")
+    return report
+
+
 def draw_curves(home: Path, out: Path) -> list[Path]:
     """Draws the losses on training and dev images by step into OUT/loss.png; [] without any."""
     journal = home / "metrics.jsonl"
@@ -93,7 +108,10 @@ def draw_answers(
     reader = Reader(manifest, cache)
     items = []
     for number in range(min(PICTURES, manifest.samples)):
-        sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
+        try:
+            sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
+        except ShardError:  # the evaluation has counted and named it
+            continue
         record = sample.known
         text = record.texts[number % len(record.texts)]
         answer = said.get((record.key, text.id))

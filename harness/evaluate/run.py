@@ -105,6 +105,7 @@ def _loader(
         list(paths),
         global_batch=config.evaluation.batch_images,
         quarantine=quarantine,
+        max_unreadable=config.data.max_unreadable,  # a score of the rest would be another set's
         **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
     )
 
@@ -239,13 +240,18 @@ def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> 
         vqa.VQATruth(
             question_id="/".join(p.id),
             answers=p.references,
-            answer_type=p.meta.get("answer_type"),
-            question_type=p.meta.get("question_type"),
+            answer_type=_group(p.meta.get("answer_type")),
+            question_type=_group(p.meta.get("question_type")),
             image_id="/".join((p.dataset, p.split, p.key)),
         )
         for p in predictions
     ]
     return vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
+
+
+def _group(name: Any) -> str | None:
+    """Returns the name of a group of questions, which a set made elsewhere may give as anything."""
+    return None if name is None else str(name)
 
 
 def score_captions(

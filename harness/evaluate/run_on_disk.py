@@ -6,7 +6,6 @@ beside its floors, test images with their answers, the loss curves.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from harness.evaluate.report import (
     folder,
     names,
     page,
+    read_scores,
     variant,
     write_json,
     write_report,
@@ -180,10 +180,10 @@ def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
     """
     if not scores.exists():
         return None
-    earlier = json.loads(scores.read_text())
+    earlier = read_scores(scores)
     if earlier["data"] != list(paths):
         return None
-    return earlier["tasks"].get("vqa", {}).get("text_only_accuracy")
+    return earlier.get("tasks", {}).get("vqa", {}).get("text_only_accuracy")
 
 
 def load_model(

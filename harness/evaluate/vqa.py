@@ -62,6 +62,10 @@ _PERIODS_STRIPPED = (
 )
 
 
+# What reading a JSON file of another shape raises.
+OTHER_SHAPE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 class ScoreError(ConfigError):
     """Predictions that cannot be scored against these questions; the message names the question
     ids.
@@ -245,7 +249,7 @@ def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[s
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         pairs = [(str(entry[key]), str(entry[value])) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
+    except OTHER_SHAPE as error:
         raise ScoreError(
             f'{path} is not a list of {{"{key}": ..., "{value}": ...}}: {error!r}'
         ) from error
@@ -265,7 +269,7 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
             str(q["question_id"])
             for q in json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except OTHER_SHAPE as error:
         raise ScoreError(
             f'{questions} is not an official file of "questions": {error!r}'
         ) from error
@@ -274,13 +278,13 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
             VQATruth(
                 question_id=str(a["question_id"]),
                 answers=tuple(str(given["answer"]) for given in a["answers"]),
-                answer_type=a.get("answer_type"),
-                question_type=a.get("question_type"),
+                answer_type=_class(a.get("answer_type")),
+                question_type=_class(a.get("question_type")),
                 image_id=str(a["image_id"]),
             )
             for a in json.loads(Path(annotations).read_text(encoding="utf-8"))["annotations"]
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except OTHER_SHAPE as error:
         raise ScoreError(
             f'{annotations} is not an official file of "annotations": {error!r}'
         ) from error
@@ -300,6 +304,12 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
         f"which {questions} does not ask",
     )
     return truths
+
+
+def _class(name: Any) -> str | None:
+    if not isinstance(name, str | None):
+        raise TypeError(f"{name!r:.60} is no class of questions")
+    return name
 
 
 def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

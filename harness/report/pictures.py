@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.files import write_whole
+from shards.images import on_white, upright
 
 # colours
 RIGHT = "#1a7f37"
@@ -60,8 +61,7 @@ def thumbnail(image: bytes | Image.Image | None, side: int) -> Image.Image:
     """Returns the whole image, in RGB, its longer edge `side` pixels; a grey square for None."""
     if image is None:
         return Image.new("RGB", (side, side), "#d0d7de")
-    picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-    picture = picture.convert("RGB")
+    picture = on_white(upright(image)[0] if isinstance(image, bytes) else image)
     scale = side / max(picture.size)
     return picture.resize(
         [max(1, round(edge * scale)) for edge in picture.size], Image.Resampling.LANCZOS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from harness import checkpoint as checkpoints
@@ -12,6 +12,7 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.state import Run
+from shards.files import ShardError
 
 
 class BetweenSteps:
@@ -87,7 +88,8 @@ def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> boo
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
     are not there yet. Returns whether a signal came, which ends it at the next batch. Raises
-    GuardError as `stop_if_image_ignored` says.
+    GuardError as `stop_if_image_ignored` says, and ShardError for a dev set that cannot be scored;
+    saves before the latter.
     """
     config = run.config
 
@@ -100,9 +102,10 @@ def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> boo
     wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
     wanted = run.engine.sum([wanted_here])[0]
     result = None
+    failure = None
     with run.engine.gathered_weights() if wanted else nullcontext():
         if wanted_here:
-            with suppress(_CutOffError):
+            try:
                 result = evaluate_model(
                     run.model,
                     [dev.path for dev in config.data.dev],
@@ -112,10 +115,19 @@ def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> boo
                     progress=go_on,
                     epochs=run.epochs,
                 )
+            except _CutOffError:
+                pass
+            except ShardError as error:  # the others wait below: all end alike
+                failure = error
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    is_ignored, stops = run.engine.sum([bool(ignored), stop_asked() > 0])
+    is_ignored, stops, has_failed = run.engine.sum(
+        [bool(ignored), stop_asked() > 0, failure is not None]
+    )
+    if has_failed:
+        _save_once(run)
+        raise failure or ShardError("the main process cannot score the dev sets")
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
@@ -139,6 +151,13 @@ def _tell(run: Run, result: Evaluation) -> str:
             if use.verdict == "image ignored":
                 ignored = f"{task}: {use.reason}"
     return ignored
+
+
+def _save_once(run: Run) -> None:
+    """Saves, unless this step is saved; all ranks alike."""
+    is_saved = checkpoints.place(run.config.out_dir, run.state.step).exists()
+    if not run.engine.sum([run.engine.is_main and is_saved])[0]:
+        save(run)
 
 
 def save(run: Run) -> None:

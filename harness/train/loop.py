@@ -20,14 +20,15 @@ from harness.train.clock import Clock
 from harness.train.guards import RunGuard
 from harness.train.state import Run
 from harness.train.step import StepLog, StepTaker, fetched
+from harness.train.unreadable import check_unreadable
 from shards.files import UnreachableError
 
 
 def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     """Steps until the last epoch or `max_steps`, or until a signal came; all ranks alike.
 
-    Returns the signal's number, 0 without one. Raises GuardError, and UnreachableError after saving
-    what was learnt until the data did not answer.
+    Returns the signal's number, 0 without one. Raises GuardError, UnreachableError where data do
+    not answer, and ShardError for too many images that cannot be read; saves before the latter two.
     """
     try:
         return _steps(run, stop_asked)
@@ -63,6 +64,7 @@ def _steps(run: Run, stop_asked: Callable[[], int]) -> int:
             if step.stops:  # who stops a run may give it seconds: the checkpoint, and no more
                 save(run)
                 return stop_asked() or signal.SIGTERM
+            check_unreadable(run, step)
             if between.do_what_is_due():
                 return stop_asked() or signal.SIGTERM
             if is_end:

@@ -14,6 +14,7 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import check_encoder
 from harness.data.images import reading
+from harness.errors import GuardError
 from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
@@ -69,16 +70,24 @@ def build_model(
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
-    """Gives the bridge its start values, from the first global batch.
+    """Gives the bridge its start values, from the first global batch with something to learn.
 
-    Every rank reads all of it, so that all start alike.
+    Every rank reads all of it, so that all start alike. Raises GuardError for patch tokens that are
+    not finite: the bridge would begin, and be saved, as NaN.
     """
     collate = Collator.of(config, model.tokenizer)
-    with closing(make_loader(config, None).iterate()) as steps:
-        samples = next(steps)[1]
-    if whole := collate(samples):
+    with closing(make_loader(config, None).iterate(epochs=1)) as steps:
+        for _, samples in steps:
+            if whole := collate(samples):
+                break
+    if whole:
         batches = micro_batches(samples, collate, config.train.micro_batch)
         patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
+        if not patches_IPD.isfinite().all():
+            raise GuardError(
+                f"what {config.model.vision.id} makes of the first images is not finite: ask for "
+                "train.precision=fp32, or another model.vision.layer"
+            )
         model.bridge.calibrate(*model.bridge_inputs(whole.to(model.device), patches_IPD))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -27,11 +28,22 @@ class TrainState:
     step: int = 0  # optimizer steps, skipped ones included
     skipped: int = 0
     skipped_in_a_row: int = 0
+    # Images of this epoch that could not be read, by set.
+    unreadable: list[int] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> TrainState:
         """Returns the state that a checkpoint's state.json holds under `train`."""
         return cls(**{**saved, "stream": StreamState.from_json(saved["stream"])})
+
+    def advance(self, stream: StreamState, unreadable: Sequence[float]) -> None:
+        """Moves on by a step, after which the data stands at `stream`; `unreadable`: its images
+        that could not be read, by set.
+        """
+        earlier = self.unreadable if stream.epoch == self.stream.epoch else []
+        self.unreadable = [int(a + b) for a, b in zip_longest(earlier, unreadable, fillvalue=0)]
+        self.step += 1
+        self.stream = stream
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class StepResult:
     quarantined: float  # samples that could not be read, so far
     truncated: float  # texts that were cut, so far
     stops: bool  # some rank was asked to stop
+    unreadable: Sequence[float] = ()  # images of this step that could not be read, by set
 
 
 class Observer:

@@ -64,22 +64,23 @@ class StepTaker:
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
         share = self._gradients(batches, max(weight, 1e-8))
         # One packed tensor decides for all ranks alike.
-        loss, not_finite, stops, quarantined, truncated = engine.sum(
+        loss, not_finite, stops, quarantined, truncated, *unreadable = engine.sum(
             [
                 share,
                 not math.isfinite(share),
                 self.stop_asked() > 0,
                 len(run.loader.quarantined),
                 self.collate.truncated.total(),
+                *run.loader.unreadable_in(samples),
             ]
         )
         self.quarantine.share(quarantined)
         rate = learning_rate(run.config.train, state.step, self.planned_steps)
         norm = engine.step(rate, skip=not_finite > 0)
-        state.step += 1
-        state.stream = stream
+        state.advance(stream, unreadable)
         result = StepResult(
-            batches, loss, norm, rate, images, targets, quarantined, truncated, stops > 0
+            *(batches, loss, norm, rate, images, targets, quarantined, truncated, stops > 0),
+            unreadable=unreadable,
         )
         for observer in run.observers:
             observer.step_taken(run, result)

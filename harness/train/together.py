@@ -8,7 +8,7 @@ the others what they lack. What is sent is bytes and JSON, never a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -178,8 +178,9 @@ class SharedQuarantine:
         if self.engine.world_size == 1 or total == self._total:
             return
         self._total = total
-        new: Sequence[Any] = self.loader.quarantined[self._sent :]
-        self._sent += len(new)
-        for rank, entries in enumerate(gathered(list(new), self.engine)):
+        named = list(self.loader.quarantined.items())
+        new = [[*place, error] for place, error in named[self._sent :]]
+        self._sent = len(named)
+        for rank, entries in enumerate(gathered(new, self.engine)):
             for entry in entries if rank and self.engine.is_main else ():
                 self.loader.write_down(*entry)

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from shards.files import ShardError
-from shards.record import Text
+from shards.record import Text, is_text
 from shards.sources.source import (
-    EMPTY_TEXT,
     IMAGE_WITHOUT_TEXT,
     TEXT_WITHOUT_IMAGE,
     Source,
     check_limit,
-    is_empty,
     keys_of,
 )
 
@@ -120,9 +118,6 @@ class _Columns:
                 )
         return [name for _, name in wanted]
 
-    def strings(self, name: str, row: Mapping[str, Any], number: int) -> list[str]:
-        return _strings(row[name], f"{self.where}, row {number}, column {name}")
-
 
 def _add_row(
     number: int,
@@ -136,7 +131,7 @@ def _add_row(
     limit: int | None,
 ) -> bool:
     """Adds what a row says to the group of its image. Returns False where --limit is reached."""
-    captions = [text for name in columns.captions for text in columns.strings(name, row, number)]
+    captions = [text for name in columns.captions for text in _strings(row[name])]
     try:
         image, digest = images.add(number, row[columns.image])
     except ValueError as error:
@@ -160,12 +155,10 @@ def _add_row(
         )
     group.captions += source.clean(captions, f"row {number}", split)
     if columns.question and columns.answer:
-        answers = tuple(columns.strings(columns.answer, row, number))
-        question = " ".join(columns.strings(columns.question, row, number))
-        if is_empty(question, answers):
-            why = "the question or its answers are empty"
-            source.skip(EMPTY_TEXT, f"row {number}", why, split, 1)
-        else:
+        answers = tuple(_strings(row[columns.answer]))
+        asked = _strings(row[columns.question])
+        question: Any = " ".join(asked) if all(map(is_text, asked)) else asked
+        if source.takes(question, answers, f"row {number}", split):
             group.questions.append((question, answers, {name: row[name] for name in kept}))
     return True
 
@@ -341,16 +334,14 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _strings(value: Any, where: str) -> list[str]:
+def _strings(value: Any) -> list[Any]:
     """Returns as a list a text, a list of texts, or VQAv2's {"answer": text} of each annotator;
-    None is no text. ShardError else.
+    None is no text. What else there is stays, for the source to name.
     """
-    if isinstance(value, str):
-        return [value]
     if value is None:
         return []
     if isinstance(value, Mapping) and "answer" in value:
-        return _strings(value["answer"], where)
+        return _strings(value["answer"])
     if isinstance(value, list | tuple):
-        return [text for element in value for text in _strings(element, where)]
-    raise ShardError(f"{where}: found {value!r:.60}, expected a text or a list of texts")
+        return [text for element in value for text in _strings(element)]
+    return [value]

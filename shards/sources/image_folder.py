@@ -8,22 +8,20 @@ same image.
 
 from __future__ import annotations
 
-import json
 import posixpath
 from pathlib import Path
 from typing import Annotated, Any
 
 from shards.files import ShardError
-from shards.record import Text
+from shards.record import RecordError, Text, parse_json
 from shards.sources.source import (
-    EMPTY_TEXT,
     IMAGE_WITHOUT_TEXT,
+    UNUSABLE_TEXT,
     Images,
     ImagesAt,
     Source,
-    is_empty,
     keys_of,
-    read_text,
+    read_bytes,
 )
 
 _FIELDS = ("image", "text", "captions", "question", "answers", "id", "split")
@@ -33,17 +31,23 @@ def load(
     images: ImagesAt,
     jsonl: Annotated[Path, "A text a line: image, and caption, or question and answers."],
 ) -> Source:
-    """Reads the lines, in which paths of images are relative to `images`. ShardError, naming the
-    line, for one that is not of the form above, an id given twice, an image in two splits.
+    """Reads the lines, in which paths of images are relative to `images`. A line that is not of
+    the form above is left out and named. ShardError, naming the line, for an id given twice and an
+    image in two splits.
     """
     source = Source("image_folder", Images(images))
     lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
     ids: dict[str, int] = {}
-    for n, line in enumerate(read_text(jsonl, "--jsonl").split("\n"), 1):
+    for n, line in enumerate(read_bytes(jsonl, "--jsonl").splitlines(), 1):
         if not line.strip():
             continue
-        row = _read_line(line, where := f"--jsonl {jsonl}, line {n}")
-        path = posixpath.normpath(row["image"])
+        where = f"--jsonl {jsonl}, line {n}"
+        try:
+            row = _read_line(line)
+        except RecordError as error:
+            source.skip(UNUSABLE_TEXT, f"line {n}", str(error), texts=1)
+            continue
+        path = source.files.find(row["image"], exact=True) or posixpath.normpath(row["image"])
         split = row["split"]
         lines_of.setdefault(path, []).append((n, row))
         first, other = lines_of[path][0]
@@ -82,49 +86,39 @@ def _texts(
     for n, row in lines:
         given = str(row.get("id", "")) or None
         if "question" not in row:
-            found = source.clean(_strings(row.get("captions", row.get("text"))), path, row["split"])
+            many = _listed(row["captions" if "captions" in row else "text"])
+            found = source.clean(many, path, row["split"])
             if given is None:
                 captions.extend(found)
             elif found:
                 texts.append(Text(given, "caption", found))
             continue
-        answers = tuple(_strings(row["answers"]))
+        answers = tuple(_listed(row["answers"]))
         text_id = given or f"{key}-{questions}"
         questions += 1
-        if is_empty(row["question"], answers):
-            why = f"the question or its answers are empty (line {n})"
-            source.skip(EMPTY_TEXT, path, why, row["split"], 1)
-        else:
+        if source.takes(row["question"], answers, f"{path}, line {n}", row["split"]):
             texts.append(Text(text_id, "vqa", answers, row["question"]))
     return ([Text(key, "caption", tuple(captions))] if captions else []) + texts
 
 
-def _strings(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _read_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ShardError(f"{where} is not JSON: {error}") from error
+def _read_line(line: bytes) -> dict[str, Any]:
+    """Returns its fields. Raises RecordError where it is not of the form above; whether the texts
+    are texts is for the source to see.
+    """
+    row = parse_json(line)
     if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"]:
-        raise ShardError(f"{where} has no field 'image' with the path of an image")
+        raise RecordError("it has no field 'image' with the path of an image")
     row.setdefault("split", "train")
     if not isinstance(row["split"], str) or not isinstance(row.get("id", ""), str | int):
-        raise ShardError(f"{where}: 'split' must be a text, 'id' a text or a whole number")
+        raise RecordError("'split' must be a text, 'id' a text or a whole number")
     kinds = [name for name in ("text", "captions", "question") if name in row]
     if len(kinds) != 1 or ("answers" in row) != (kinds == ["question"]):
-        raise ShardError(
-            f"{where} needs exactly one of 'text', 'captions', or 'question' with 'answers'; "
+        raise RecordError(
+            "it needs exactly one of 'text', 'captions', or 'question' with 'answers'; "
             f"found {', '.join(row)}"
         )
-    name = "answers" if kinds == ["question"] else kinds[0]
-    many = _strings(row[name])
-    if not isinstance(many, list) or not all(isinstance(text, str) for text in many):
-        raise ShardError(
-            f"{where}: '{name}' must be a text or a list of texts, found {str(row[name])[:60]}"
-        )
-    if not isinstance(row.get("question", ""), str):
-        raise ShardError(f"{where}: 'question' must be a text, found {str(row['question'])[:60]}")
     return row

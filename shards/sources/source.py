@@ -12,6 +12,7 @@ import json
 import os
 import posixpath
 import re
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,17 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from shards.files import ShardError
-from shards.record import Record, Text
+from shards.files import ShardError, read_plain
+from shards.read import PAYLOADS
+from shards.record import Record, Text, is_text
 
 ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in PAYLOADS["images"])
 
 # The kinds of dirt, as `skipped.jsonl` names them; the build adds UNDECODABLE.
 IMAGE_WITHOUT_TEXT = "image without text"
 TEXT_WITHOUT_IMAGE = "text without image"
 EMPTY_TEXT = "empty text"
+UNUSABLE_TEXT = "unusable text"  # no text at all: a number, a list, half a character
 NO_SPLIT = "in no split"
 UNDECODABLE = "undecodable image"
 
@@ -83,7 +86,7 @@ class Source:
         self.splits.setdefault(split, []).append(Item(record, image))
 
     def add_captions(
-        self, name: str, captions: list[str], split: str, key: str, image_id: str | None = None
+        self, name: str, captions: list[Any], split: str, key: str, image_id: str | None = None
     ) -> bool:
         """Adds the image called `name` with its captions, or says why not. `image_id`: by default
         the key.
@@ -99,12 +102,8 @@ class Source:
         return bool(targets)
 
     def find(self, name: str, split: str | None, texts: int, exact: bool = False) -> str | None:
-        """Returns the image's path (`exact`: `name` is it, not a file name alone); else its texts
-        are left out, and named.
-        """
-        path = name if exact else self.files.find(name)
-        if path not in self.files.names:
-            path = None
+        """Returns the image's path (see `Images.find`); else its texts are left out, and named."""
+        path = self.files.find(name, exact)
         if path is None:
             self.skip(
                 TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
@@ -124,12 +123,16 @@ class Source:
             if path not in self._found and among(path):
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
 
-    def clean(self, captions: Iterable[str], name: str, split: str | None) -> tuple[str, ...]:
-        """Returns captions without outer whitespace; empty ones are left out and named, odd ones
-        kept and counted.
+    def clean(self, captions: Iterable[Any], name: str, split: str | None) -> tuple[str, ...]:
+        """Returns captions without outer whitespace; empty ones and what is no text are left out
+        and named, odd ones kept and counted.
         """
-        kept = []
+        kept: list[str] = []
         for caption in captions:
+            if not is_text(caption):
+                why = f"the caption is {caption!r:.60}, not a text"
+                self.skip(UNUSABLE_TEXT, name, why, split, texts=1)
+                continue
             trimmed = caption.strip()
             if not trimmed:
                 self.skip(EMPTY_TEXT, name, "the caption is empty", split, texts=1)
@@ -139,6 +142,21 @@ class Source:
             self.notes["captions that repeat another one of their image, kept"] += trimmed in kept
             kept.append(trimmed)
         return tuple(kept)
+
+    def takes(self, question: Any, answers: Iterable[Any], name: str, split: str | None) -> bool:
+        """Tells whether there are a question and an answer; else they are left out, and named."""
+        answers = list(answers)
+        odd = [text for text in (question, *answers) if not is_text(text)]
+        if odd:
+            why = f"its question or an answer is {odd[0]!r:.60}, not a text"
+            self.skip(UNUSABLE_TEXT, name, why, split, texts=1)
+        elif not question.strip():
+            self.skip(EMPTY_TEXT, name, "its question is empty", split, texts=1)
+        elif not any(answer.strip() for answer in answers):
+            self.skip(EMPTY_TEXT, name, "all its answers are empty", split, texts=1)
+        else:
+            return True
+        return False
 
     @property
     def files(self) -> Images:
@@ -190,37 +208,68 @@ class Images:
         )
         if not self.names:
             raise ShardError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        tops = {name.partition("/")[0] for name in self.names}
+        self._top = f"{tops.pop()}/" if len(tops) == 1 else ""  # the one folder that holds all
+        self._by_path: dict[str, list[str]] = {}
         self._by_basename: dict[str, list[str]] = {}
         for name in self.names:
-            self._by_basename.setdefault(posixpath.basename(name), []).append(name)
+            self._by_path.setdefault(_folded(name), []).append(name)
+            self._by_basename.setdefault(_folded(posixpath.basename(name)), []).append(name)
 
-    def find(self, filename: str) -> str | None:
-        """Returns the path of the one file called `filename`, in whatever subfolder; ShardError if
-        there are two.
+    def find(self, name: str, exact: bool = False) -> str | None:
+        """Returns the path of the image that is called `name`; ShardError if there are two.
+
+        `exact`: a path in the folder; the place of the folder may stand before it. Else a file's
+        name may be enough, in whatever subfolder. Upper and lower case, and the two ways to write
+        an accent in Unicode, are told apart only where both are there.
         """
-        found = self._by_basename.get(filename, [])
+        wanted = posixpath.normpath(name.replace("\\", "/"))
+        tries = []
+        if exact or "/" in wanted:
+            if name in self.names:
+                return name
+            parts = wanted.split("/")
+            own = (self.place.resolve().name, self.place.stem)
+            tails = ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if part in own]
+            paths = [top + path for path in (wanted, *tails) for top in ("", self._top)]
+            tries += [self._by_path.get(_folded(path), []) for path in paths]
+        if not exact:
+            tries.append(self._by_basename.get(_folded(posixpath.basename(wanted)), []))
+        found = next(filter(None, tries), [])
+        same = [path for path in found if path.endswith(wanted)]
+        found = same or found
         if len(found) > 1:
             raise ShardError(
-                f"{self.place} holds two images called {filename}: {found[0]} and {found[1]}"
+                f"{self.place} holds two images called {name}: {found[0]} and {found[1]}"
             )
         return found[0] if found else None
 
     def read(self, path: str) -> bytes:
-        return self._zip.read(path) if self._zip else (self.place / path).read_bytes()
+        return self._zip.read(path) if self._zip else read_plain(self.place / path)
 
     def close(self) -> None:
         if self._zip:
             self._zip.close()
 
 
-def read_text(path: str | os.PathLike[str], flag: str) -> str:
-    """Returns a whole UTF-8 file (a byte order mark is dropped); ShardError names `flag`, the
-    option that gave the path.
-    """
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def read_bytes(path: str | os.PathLike[str], flag: str) -> bytes:
+    """Returns a whole file; ShardError names `flag`, the option that gave the path."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return read_plain(Path(path))
     except OSError as error:
-        raise ShardError(f"{flag} {path} cannot be read: {error.strerror}") from error
+        why = error.strerror or "it is no plain file"
+        raise ShardError(f"{flag} {path} cannot be read: {why}") from error
+
+
+def read_text(path: str | os.PathLike[str], flag: str) -> str:
+    """Returns a whole UTF-8 file (a byte order mark is dropped), as `read_bytes` does."""
+    try:
+        text = read_bytes(path, flag).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as any reader of text gives it
     except UnicodeDecodeError as error:
         raise ShardError(
             f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}"
@@ -233,7 +282,9 @@ def read_json(
     """Returns a JSON document, or ShardError; `hook` is json's object_hook."""
     try:
         return json.loads(read_text(path, flag), object_hook=hook)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ShardError):
+            raise
         raise ShardError(f"{flag} {path} is not JSON: {error}") from error
 
 
@@ -254,7 +305,10 @@ def rows_of(document: Any, name: str, keys: tuple[str, ...], where: str) -> list
 
 
 def unique(ids: Iterable[Any], what: str) -> None:
-    """Raises ShardError naming the first id that occurs twice."""
+    """Raises ShardError naming the first id that occurs twice, or is a list or a mapping."""
+    ids = list(ids)
+    if odd := [i for i in ids if isinstance(i, list | dict)]:
+        raise ShardError(f"{what} {odd[0]!r:.60} is neither a number nor a text")
     counts = Counter(ids)
     twice = [i for i, n in counts.items() if n > 1]
     if twice:
@@ -262,11 +316,6 @@ def unique(ids: Iterable[Any], what: str) -> None:
             f"{what} {twice[0]} occurs {counts[twice[0]]} times ({len(twice)} such ids); ids "
             "must be unique"
         )
-
-
-def is_empty(question: str, answers: Iterable[str]) -> bool:
-    """Tells whether the question, or every answer to it, is blank."""
-    return not question.strip() or not any(answer.strip() for answer in answers)
 
 
 def check_limit(limit: int | None) -> None:
@@ -292,5 +341,6 @@ def keys_of(paths: Iterable[str]) -> dict[str, str]:
             keys[path] = stem
         else:
             clean = re.sub(r"[^A-Za-z0-9_\-]+", "_", posixpath.splitext(path)[0]).strip("_")
-            keys[path] = f"{clean[-60:]}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+            unique_bytes = path.encode("utf-8", "backslashreplace")
+            keys[path] = f"{clean[-60:]}-{hashlib.sha256(unique_bytes).hexdigest()[:8]}"
     return keys

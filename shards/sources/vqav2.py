@@ -15,13 +15,11 @@ from typing import Annotated, Any
 from shards.files import ShardError
 from shards.record import Text
 from shards.sources.source import (
-    EMPTY_TEXT,
     IMAGE_WITHOUT_TEXT,
     Images,
     ImagesAt,
     Source,
     check_limit,
-    is_empty,
     order_of,
     read_json,
     rows_of,
@@ -94,11 +92,7 @@ def _text(
     number = question["question_id"]
     answers = tuple(annotation["answers"])
     prompt = question["question"]
-    if not all(isinstance(text, str) for text in (prompt, *answers)):
-        raise ShardError(f"question {number}: its question and every answer must be a text")
-    if is_empty(prompt, answers):
-        what = "all its answers are empty" if prompt.strip() else "its question is empty"
-        source.skip(EMPTY_TEXT, str(number), what, split, texts=1)
+    if not source.takes(prompt, answers, str(number), split):
         return None
     source.notes["questions with other than ten answers, kept"] += len(answers) != 10
     other = partner.get(number)

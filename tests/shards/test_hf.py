@@ -219,7 +219,6 @@ def test_a_data_set_of_the_hub_reads_no_file_of_this_machine_and_asks_no_other_s
             {"text_columns": ["caption"], "image_column": "picture"},
             r"--image-column picture: .* It has image, caption",
         ),
-        ({"text_columns": ["image"]}, r"row 0, column image: found .*expected a text"),
         ({}, r"needs --text-columns, or --question-column and --answer-column"),
         ({"question_column": "caption"}, r"belong together"),
         ({"text_columns": ["caption"], "limit": 0}, r"--limit is 0"),

@@ -245,7 +245,7 @@ def test_what_cannot_be_read_has_weight_0_is_counted_named_and_logged(tmp_path, 
     assert all(s.payload is None and s.error for s in bad)
     assert {s.index for s in bad} == {0, 10, 33, 34}
     assert loader.unreadable == len(bad) == 8
-    assert sorted((s, i) for s, i, _ in loader.quarantined) == [(0, 0), (0, 10), (0, 33), (0, 34)]
+    assert sorted(loader.quarantined) == [(0, 0), (0, 10), (0, 33), (0, 34)]
     lines = [
         json.loads(line)
         for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()

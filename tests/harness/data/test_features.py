@@ -165,6 +165,30 @@ def test_features_beyond_float16_are_refused_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_one_image_whose_features_do_not_fit_is_left_out_and_named(
+    image_set, vision, tmp_path, monkeypatch
+):
+    tower = load_vision(vision)
+    forward = tower.network.forward
+    seen = []
+
+    def overflow(pixels):
+        made = forward(pixels)
+        if not seen:
+            made[1] = 1e6
+        seen.append(made)
+        return made
+
+    monkeypatch.setattr(tower.network, "forward", overflow)
+    monkeypatch.setattr("harness.data.encode.load_vision", lambda config: tower)
+    monkeypatch.setattr("harness.data.encode.Encoder.controls", lambda encoder: b"")
+    made = encode_set(image_set.folder, tmp_path / "train", vision, batch_images=4)
+    left_out = {line["key"]: line["reason"] for line in skipped(Manifest.open(made.folder))}
+    assert made.samples == IMAGES - 2
+    assert set(left_out) == {"image-01", DAMAGED}
+    assert "do not fit into float16" in left_out["image-01"]
+
+
 def test_an_existing_set_is_not_overwritten_unasked(feature_set, image_set, vision):
     with pytest.raises(ShardError, match="already holds shards"):
         encode_set(image_set.folder, feature_set.folder, vision)

@@ -3,6 +3,7 @@ shards.
 """
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -328,6 +329,9 @@ def test_a_picture_can_be_asked_about(setting, tmp_path):
     picture.write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"picture\.png"):
         ask(config.out_dir, picture)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match=r"pipe\.png is no plain file"):
+        ask(config.out_dir, tmp_path / "pipe.png")
 
 
 def test_what_cannot_be_scored_is_refused_by_name(setting, tmp_path):
