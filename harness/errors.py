@@ -1,6 +1,6 @@
 """Errors whose message is a sentence for the user, and that sentence for any error.
 
-Imports nothing of harness and of shards.
+Imports nothing of shards.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from pathlib import Path
+
+from harness.redact import clean
 
 NAME = "vl-harness"  # of the distribution; it is on no index
 EXTRA_OF = {
@@ -28,14 +30,17 @@ class GuardError(RuntimeError):
 
 
 def explain(error: BaseException) -> str | None:
-    """Returns the one sentence for a user's error, None for a bug, which deserves its traceback."""
+    """Returns the one sentence for a user's error, None for a bug, which deserves its traceback.
+
+    It holds no secret and nothing that a terminal would obey.
+    """
     files = FileNotFoundError | NotADirectoryError | IsADirectoryError
     if isinstance(error, files) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
+        return clean(f"{error.filename}: {error.strerror.lower()}")
     # The marker, in place of their classes: errors of shards are told too.
     is_told = isinstance(error, ConfigError | GuardError | OSError)
     if is_told or getattr(error, "is_for_user", False):
-        return " ".join(str(error).split())
+        return clean(" ".join(str(error).split()))
     missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     extra = EXTRA_OF.get(missing.partition(".")[0])
     return f"{missing} is not installed: {install_command(extra)}" if extra else None

@@ -49,7 +49,8 @@ class Loader:
     last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or
     is dropped. decode: Sample -> its new payload, called where the sample is read. workers:
     processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote sets.
-    quarantine: a JSONL file that names what cannot be read.
+    quarantine: a JSONL file that names what cannot be read. mask: takes the secrets out of
+    what is written there: a place may be a URL with a password.
 
     Raises ShardError for sets that cannot be opened, do not belong together, or do not fit through
     the cache.
@@ -74,6 +75,7 @@ class Loader:
         cache_dir: str | Path | None = None,
         cache_bytes: int | None = None,
         quarantine: Path | None = None,
+        mask: Callable[[str], str] = str,
     ):
         cache = Cache.at(cache_dir, cache_bytes)
         self.manifests = tuple(Manifest.open(str(path), cache) for path in paths)
@@ -97,6 +99,7 @@ class Loader:
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
         self.quarantine = quarantine
+        self._mask = mask
         self.quarantined: list[tuple[int, int, str]] = []  # (set, index, error), each sample once
         self.unreadable = 0  # how often one came
         self._known: set[tuple[int, int]] = set()
@@ -231,9 +234,9 @@ class Loader:
                 self.quarantined.append((*name, error))
             if self.quarantine is not None:
                 line = {
-                    "set": self.manifests[sample.set_index].folder,
+                    "set": self._mask(self.manifests[sample.set_index].folder),
                     "index": sample.index,
-                    "error": error,
+                    "error": self._mask(error),
                 }
                 self.quarantine.parent.mkdir(parents=True, exist_ok=True)
                 with self.quarantine.open("a", encoding="utf-8") as file:

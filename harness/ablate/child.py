@@ -13,17 +13,20 @@ from pathlib import Path
 from harness.ablate.experiment import CONFIG
 from harness.errors import explain
 from harness.machine.launcher import launch
+from harness.redact import guard_output, say
 
 
 def main() -> None:
     """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
+    guard_output()
     out = sys.argv[1]
     try:
         code = launch([str(Path(out, CONFIG)), "--resume", "auto"])
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
-        sys.exit(f"harness: {sentence}")
+        say(f"harness: {sentence}", sys.stderr)
+        sys.exit(1)
     if code:
         sys.exit(code)
     # In this one's place, so that a signal reaches it; and torch is imported where it is used.

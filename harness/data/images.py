@@ -16,6 +16,7 @@ import safetensors.numpy
 from PIL import Image, UnidentifiedImageError
 
 from harness.config.schema import Config, VisionConfig
+from harness.redact import masked
 from shards.images import FORMATS, on_white, upright
 
 Mode = Literal["crop", "squash", "whole"]
@@ -125,4 +126,5 @@ def reading(config: Config) -> dict[str, Any]:
         "decode": ImageDecoder.of(config.model.vision, config.data.max_image_pixels),
         "cache_dir": config.data.cache_dir,
         "cache_bytes": int(config.data.cache_gb * 1e9),
+        "mask": masked,
     }

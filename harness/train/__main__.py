@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from harness.checks import check_before_launch
 from harness.config.load import load
 from harness.errors import explain
+from harness.redact import guard_output, say
 from harness.train.run import run
 
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
+    guard_output()
     rank = os.environ.get("RANK", "0")
     try:
         config = load(given.config, given.overrides)
@@ -34,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
         speaker = "harness" if rank == "0" else f"harness, rank {rank}"
-        print(f"{speaker}: {sentence}", file=sys.stderr)
+        say(f"{speaker}: {sentence}", sys.stderr)
         return 2
     if rank == "0":
-        print(f"checkpoint: {last}")
+        say(f"checkpoint: {last}")
     return 0
 
 
