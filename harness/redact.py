@@ -42,7 +42,7 @@ _FORMS = [
         r"(?<![\w/:@.+-])[A-Za-z][\w.+-]{0,100}:(?!//)(?P<secret>[^\s/'\"]{1,1000})@(?=[\w\[])",
         r"(?i)%3A%2F%2F(?P<secret>\S{1,1000}?)%40",
         # headers, also as an error message or the repr of a dictionary has them
-        r"(?i)authorization[\"']?\s*[:=]\s*b?[\"']?"
+        r"(?i)authorization[\"']?\s*[:=]\s*(?:b(?=[\"']))?[\"']?"
         r"(?P<secret>(?:(?:bearer|basic|digest|token|negotiate)\s+)?[^\s\"',;}]+)",
         r"(?i)\bbearer\s+(?P<secret>[\w.~+/=%-]{6,})",
         r"\b[Bb]asic\s+(?P<secret>(?=\S{0,1000}[A-Z0-9=])[\w+/=-]{8,})",

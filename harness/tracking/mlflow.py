@@ -113,15 +113,19 @@ class Sender:
         """Sends what is not there yet. Raises whatever the store does."""
         if self._client is None:
             self._connect()
-        while not self._adds_only and not self.gives_up and self._send_batch():
-            pass
-        while self.jobs and not self.gives_up:
+        while not self._adds_only and self._send_batch():
+            self._check_still_wanted()
+        while self.jobs:
+            self._check_still_wanted()
             job = json.loads(self.jobs[0].read_bytes())
             self._unless_refused(partial(self._send, job), _name(job))
             self.jobs.popleft().unlink(missing_ok=True)
             self.things += 1
-        if not self.gives_up:
-            self._send_system()
+        self._send_system()
+
+    def _check_still_wanted(self) -> None:
+        if self.gives_up:
+            raise TimeoutError("the run waits no longer")
 
     def left(self) -> str:
         """Says what is not sent yet; "" for nothing."""
@@ -136,7 +140,7 @@ class Sender:
     def _send(self, job: Mapping[str, Any]) -> None:
         kind = job["kind"]
         if kind == "figures":
-            self._log_rows([job["row"]])
+            self._log_rows([job["row"]], {})
         elif kind == "tags":
             self._set_tags(job["tags"])
         elif kind == "table":
@@ -167,12 +171,13 @@ class Sender:
         once (same times).
         """
         rows, offset = read_rows(self._folder / METRICS, self._sent, MAX_METRICS)
-        self._log_rows(rows)
+        self._log_rows(rows, self._there)
         more = offset > self._sent
         self._sent = offset
         return more
 
-    def _log_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _log_rows(self, rows: Sequence[Mapping[str, Any]], there: Mapping[str, int]) -> None:
+        """`there`: the last step of each figure that is not to be sent again."""
         from mlflow.entities import Metric
 
         metrics, infinite = [], {}
@@ -180,7 +185,7 @@ class Sender:
             for name, value in row["values"].items():
                 key = re.sub(r"[^\w\-. :/]", "_", name)[:250]
                 value = float(value)
-                if row["step"] <= self._there.get(key, -1):
+                if row["step"] <= there.get(key, -1):
                     continue
                 if math.isinf(
                     value
@@ -277,6 +282,7 @@ class Sender:
         key = self._told["key"]
         if made := client.search_runs([place], f"tags.`harness.key` = '{key}'", max_results=1):
             return made[0]
+        self._check_still_wanted()
         tags = {**self._told["source"], "harness.key": key}
         return client.create_run(place, self._told["time"], tags, self._told["name"])
 
@@ -459,7 +465,7 @@ class MLflowTracker(JournalTracker):
         try:
             self._sender.send_all()
         except Exception as error:
-            if not self._why:
+            if not self._why and not self._sender.gives_up:
                 self._why = why(error)
                 log.warning(
                     "the MLflow store %s does not take this run's figures (%s): training goes on, "
