@@ -16,7 +16,7 @@ from mlflow_server import MlflowServer
 from secret_forms import BASIC, FORMS, SECRET
 from shards.record import Record
 from shards.write import write_shards
-from toy_runs import make_config, texts
+from toy_runs import make_config, picture, texts
 
 PLACE = f"token={SECRET}"  # in the path of a set: a local folder stands for a URL here
 
@@ -27,13 +27,14 @@ def world(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
     root = tmp_path_factory.mktemp("searched")
     given = tmp_path_factory.mktemp("given")  # what the user wrote holds secrets, and may
     plain = make_config(given / PLACE, tiny_clip_folder, tiny_t5_folder, "run")
-    bad = (Record("b", "toy", "bad", "b", texts(1)), b"no picture", "png")
-    write_shards([bad], given / PLACE / "bad", dataset="toy", split="bad")
+    images = [b"no picture", *map(picture, (1, 2, 3))]
+    records = [(Record(f"{n}", "toy", "bad", f"{n}", texts(n)), images[n], "png") for n in range(4)]
+    write_shards(records, given / PLACE / "bad", dataset="toy", split="bad")
     server = MlflowServer(root)
     document = plain.model_dump(mode="json")
     document["data"]["train"].append({"path": str(given / PLACE / "bad")})
     document["data"]["test"] = document["data"]["dev"]
-    document["train"] |= {"max_steps": 1, "evaluate_every": None}
+    document["train"] |= {"global_batch": 18, "epochs": 1, "evaluate_every": None}
     uri = f"http://me:{SECRET}@{server.address}"
     document["tracking"] = {
         "kind": "mlflow",
@@ -84,9 +85,9 @@ def test_a_run_an_evaluation_and_a_server_that_echoes_leave_no_secret(world):
     assert f"tracking.uri=http://***@{server.address}" in run.data.tags["mlflow.source.name"]
     assert "***" in (out / "quarantine.jsonl").read_text()
 
-    resumed = harness(root, "train", file, f"out={out}", "train.max_steps=2", "--resume", "auto")
+    resumed = harness(root, "train", file, f"out={out}", "train.epochs=2", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr.decode()[-2000:]
-    assert b"from here on train.max_steps is 2" in resumed.stderr
+    assert b"from here on train.epochs is 2" in resumed.stderr
     assert b"tracking.uri is" not in resumed.stderr, "masked or not, it is the same"
 
     masked_set = harness(root, "evaluate", out)

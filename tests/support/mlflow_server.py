@@ -47,6 +47,12 @@ class MlflowServer:
         client = MlflowClient(self.uri)
         return client.search_runs([e.experiment_id for e in client.search_experiments()])
 
+    def steps(self, run_id: str, key: str) -> list[int]:
+        """Returns the steps of a figure as often as they are there."""
+        return sorted(
+            metric.step for metric in MlflowClient(self.uri).get_metric_history(run_id, key)
+        )
+
     def close(self) -> None:
         self.released.set()
         self._server.shutdown()
