@@ -76,7 +76,8 @@ def resumed(toy: Toy, before: str = "", needs: str = "") -> Seen:
 
 
 def ended(code: int, process: Process) -> str:
-    return f"code {code}" + (f": {process.last_words}" if code else "")
+    words = process.last_words.replace(f"{process.log.parent}/", "")
+    return f"code {code}" + (f": {words}" if code else "")
 
 
 def newest(toy: Toy) -> Path:
@@ -179,8 +180,10 @@ def quarantined(toy: Toy) -> str:
 @fault("escape sequences in captions and questions", "none reaches the terminal or a log raw")
 def _(toy: Toy, draw: random.Random) -> Seen:
     hostile = "\x1b]0;owned\x07\x1b[31mred\x9b1m\u202e"
-    texts = (Text("q", "vqa", (hostile,) * 10, f"what {hostile}?"),)
-    records = ((Record(f"{n}", "toy", "dev", f"{n}", texts), picture(n), "png") for n in range(4))
+    texts = [(Text(f"{n}", "vqa", (hostile,) * 10, f"what {hostile}?"),) for n in range(4)]
+    records = [
+        (Record(f"{n}", "toy", "dev", f"{n}", texts[n]), picture(n), "png") for n in range(4)
+    ]
     dev = toy.folder / "sets" / "hostile"
     write_shards(records, dev, dataset="toy", split="dev")
     code, process = toy.run(data__dev=[{"path": str(dev)}])

@@ -1,9 +1,8 @@
 """Toy runs in processes of their own, to be broken: what benchmarks/faults.py and soak.py share.
 
 A `Toy` has tiny models, sets and the digest of a run that nothing interrupted; `start` forks a
-process that trains (imports are done once, so that a start takes a second). `launched` trains on
-several processes through the launcher, with a fault in one rank: as a program this module is what
-they run.
+process that trains (imports are done once, so that a start takes a second), or one that launches
+several ranks, with a fault in one of them: as a program this module is what they run.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from safetensors.torch import load_file
 
 from harness import checkpoint as checkpoints
 from harness.machine.launcher import launch
-from harness.redact import guard_output
 from harness.train import __main__ as program
 from harness.train.run import run
 from harness.train.state import Observer
@@ -36,6 +34,7 @@ from tiny_models import tiny_clip, tiny_t5
 from toy_runs import make_config
 
 SECONDS = 300  # a toy run that takes longer hangs
+SUPPORT = Path(__file__).resolve().parent
 RANK_FAULT = "TOY_RANK_FAULT"  # KIND:STEP:RANK
 
 
@@ -88,9 +87,12 @@ class Process:
         deadline = time.monotonic() + seconds
         while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:
+                for _ in range(3):  # the third ends a launcher's ranks
+                    os.kill(self.pid, signal.SIGTERM)
+                    time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise TimeoutError(f"it hung for {seconds:g} s, then it was ended")
+                raise TimeoutError(f"it hung for {seconds:g} s: {self.last_words}")
             time.sleep(0.005)
         return os.waitstatus_to_exitcode(ended[1])
 
@@ -99,9 +101,14 @@ class Process:
         return self.log.read_text(errors="replace")
 
     @property
-    def last_words(self) -> str:
+    def sentence(self) -> str:
+        """The last sentence of harness; "" for a run that said none, or had a traceback."""
         sentences = [line for line in self.said.splitlines() if line.startswith("harness")]
-        return (sentences or self.said.splitlines() or ["nothing"])[-1][:300]
+        return sentences[-1][:300] if sentences and "Traceback" not in self.said else ""
+
+    @property
+    def last_words(self) -> str:
+        return self.sentence or (self.said.splitlines() or ["nothing"])[-1][:300]
 
 
 class Toy:
@@ -134,12 +141,13 @@ class Toy:
         *arguments: str,
         fault: str = "",
         step: int = 0,
+        ranks: int = 1,
         environment: Mapping[str, str] | None = None,
         before: Callable[[], object] = lambda: None,
         **changes: object,
     ) -> Process:
-        """Starts `harness.train CONFIG *arguments`; `fault` at `step` is one of FAULTS. `before` is
-        called in the new process, for instance to set a limit.
+        """Starts `harness.train CONFIG *arguments`; `fault` at `step` is one of FAULTS, of several
+        `ranks` in the last. `before` is called in the new process, for instance to set a limit.
         """
         file = self.config(**changes)
         log = self.folder / f"log-{len(list(self.folder.glob('log-*')))}.txt"
@@ -152,9 +160,12 @@ class Toy:
             os.dup2(descriptor, 2)
             os.environ.update(environment or {})
             before()
-            if fault:
-                program.run = partial(run, observers=[AtStep(step, FAULTS[fault])])
-            code = program.main([str(file), *arguments])
+            if ranks > 1:
+                os.environ[RANK_FAULT] = f"{fault}:{step}:{ranks - 1}"
+                os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
+                code = launch([str(file), *arguments], ranks, module="toy_process")
+            else:
+                code = train([str(file), *arguments], fault, step)
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 1
         except BaseException as error:
@@ -184,15 +195,6 @@ class Toy:
         """Tells whether the run ended as the uninterrupted one did, moments included."""
         return digest(self.out) == (self.shared / "digest").read_text()
 
-    def launched(self, kind: str, step: int, rank: int, *overrides: str) -> int:
-        """Trains on two processes with a fault in one; returns the launcher's exit code."""
-        os.environ[RANK_FAULT] = f"{kind}:{step}:{rank}"
-        try:
-            arguments = [str(self.config()), *overrides]
-            return launch(arguments, 2, module="toy_process")
-        finally:
-            del os.environ[RANK_FAULT]
-
 
 def logged(out: Path) -> int:
     """Returns the last step in the journal; 0 without any."""
@@ -215,7 +217,7 @@ def digest(out: Path) -> str:
     return sums.hexdigest()
 
 
-def make_shared(root: Path) -> Path:
+def make_shared(root: Path, ranks: int = 1) -> Path:
     """Makes what all toys share: tiny models, sets, a config, and the digest of the run that
     nothing interrupts.
     """
@@ -224,26 +226,25 @@ def make_shared(root: Path) -> Path:
     config = make_config(shared / "sets", tiny_clip(shared / "clip"), tiny_t5(shared / "t5"))
     (shared / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     whole = Toy(shared, root / "whole")
-    code, process = whole.run()
+    code, process = whole.run(ranks=ranks)
     if code:
         raise RuntimeError(f"the run that nothing interrupts ended with {code}: {process.said}")
     (shared / "digest").write_text(digest(whole.out))
     return shared
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Trains as one rank of several, with the fault that the environment names."""
-    kind, step, rank = os.environ.get(RANK_FAULT, "::").split(":")
-    if kind and os.environ["RANK"] == rank:
-        program.run = partial(run, observers=[AtStep(int(step), FAULTS[kind])])
-    guard_output()
+def train(arguments: Sequence[str], fault: str, step: int) -> int:
+    """Trains in this process, with a fault; returns the exit code."""
+    if fault:
+        program.run = partial(run, observers=[AtStep(step, FAULTS[fault])])
     return program.main(list(arguments))
 
 
 if __name__ == "__main__":
     code = 1
     try:
-        code = main(sys.argv[1:])
+        kind, step, rank = os.environ[RANK_FAULT].split(":")
+        code = train(sys.argv[1:], kind if os.environ["RANK"] == rank else "", int(step))
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     except BaseException as error:
