@@ -180,10 +180,10 @@ def quarantined(toy: Toy) -> str:
 @fault("escape sequences in captions and questions", "none reaches the terminal or a log raw")
 def _(toy: Toy, draw: random.Random) -> Seen:
     hostile = "\x1b]0;owned\x07\x1b[31mred\x9b1m\u202e"
-    texts = [(Text(f"{n}", "vqa", (hostile,) * 10, f"what {hostile}?"),) for n in range(4)]
-    records = [
-        (Record(f"{n}", "toy", "dev", f"{n}", texts[n]), picture(n), "png") for n in range(4)
-    ]
+    records = []
+    for name in "0123":
+        text = Text(name, "vqa", (hostile,) * 10, f"what {hostile}?")
+        records.append((Record(name, "toy", "dev", name, (text,)), picture(int(name)), "png"))
     dev = toy.folder / "sets" / "hostile"
     write_shards(records, dev, dataset="toy", split="dev")
     code, process = toy.run(data__dev=[{"path": str(dev)}])

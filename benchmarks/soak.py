@@ -6,7 +6,7 @@
 A run is broken one to three times: its process is killed or breaks itself at a random step, a shard
 is damaged and mended, the tracking server comes and goes. Then `--resume auto` goes on until the
 last step. Bit-equal: weights and moments at the end have the sha256 of the run that nothing
-interrupted. Named: it ended by itself, in time, with a sentence that says why. Exit code 1 where
+interrupted, and MLflow holds each step once. Named: it ended by itself, in time, with a sentence that says why. Exit code 1 where
 neither holds.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from harness.report.pictures import markdown_table
+from harness.tracking.tracker import sync
 from mlflow_server import MlflowServer
 from toy_process import FAULTS, Process, Toy, make_shared
 
@@ -84,10 +86,8 @@ class Soak:
         process = toy.start("--resume", "auto", tracking=self.tracking())
         toy.wait_for(process, self.draw.randint(0, 8))
         time.sleep(self.draw.random() / 10)
-        try:
+        with suppress(ProcessLookupError):  # it was quicker
             os.kill(process.pid, number)
-        except ProcessLookupError:  # it was quicker
-            pass
         return self.ended(number.name, process.wait(), process)
 
     def shard_broken(self, toy: Toy) -> int:
@@ -129,7 +129,7 @@ class Soak:
             for kind in injected:
                 self.kinds.setdefault(kind, Kind()).times += 1
                 self.breaks[kind](toy)
-            problem = self.finish(toy)
+            problem = self.finish(toy) or self.tracked(toy)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         self.count(injected, problem)
@@ -144,6 +144,12 @@ class Soak:
             if code == 0:
                 return "" if toy.is_bit_equal() else "other weights"
         return f"ended with {code} each time: {process.last_words}"
+
+    def tracked(self, toy: Toy) -> str:
+        """Says what is wrong with the steps in MLflow, once all is sent."""
+        sync(toy.out)
+        steps = self.server.steps((toy.out / "mlflow_run_id").read_text(), "train/loss")
+        return "" if steps == list(range(1, 9)) else f"MLflow holds the steps {steps}"
 
     def count(self, injected: list[str], problem: str) -> None:
         for kind in injected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ class MlflowServer:
         # The handlers of mlflow hold one store for the whole process.
         place = (folder / "artifacts").as_uri()
         handlers._tracking_store = SqlAlchemyStore(f"sqlite:///{folder}/server.db", place)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.delay = 0.0
         self.echoes = False
         self.requests = 0
