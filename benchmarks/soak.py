@@ -4,10 +4,10 @@
     python benchmarks/soak.py --ranks 2 --times 10            # five failures of one of two ranks
 
 A run is broken one to three times: its process is killed or breaks itself at a random step, a shard
-is damaged and mended, the tracking server comes and goes. Then `--resume auto` goes on until the
+is cut off and mended, the tracking server comes and goes. Then `--resume auto` goes on until the
 last step. Bit-equal: weights and moments at the end have the sha256 of the run that nothing
-interrupted, and MLflow holds each step once. Named: it ended by itself, in time, with a sentence that says why. Exit code 1 where
-neither holds.
+interrupted, and MLflow holds each step once. Named: it ended by itself, in time, with a sentence
+that says why. Exit code 1 where runs ended otherwise.
 """
 
 from __future__ import annotations
