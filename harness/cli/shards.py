@@ -127,6 +127,11 @@ def index(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
         )
     for place in places:
+        if "://" in place and masked(place) != place:
+            raise ShardError(
+                f"{masked(place)}: the index names the place of its shards, and a secret in it would "
+                "be written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
+            )
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         folder = os.path.dirname(where) if where.endswith(".tar") else where
         above = os.path.basename(os.path.dirname(folder))
