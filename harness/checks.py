@@ -16,11 +16,13 @@ import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
 from harness.config.keys import flatten
+from harness.config.load import check_revealed
 from harness.config.schema import Config
 from harness.data import prompts
 from harness.data.features import check_encoder
 from harness.errors import ConfigError, install_command
 from harness.machine import launcher
+from harness.redact import masked_document
 from harness.tracking.tracker import check_tracking
 from shards.files import ShardError, is_remote
 from shards.manifest import Kind, Manifest
@@ -48,6 +50,8 @@ def checks_before_launch(
     Later ones build on what earlier ones found.
     """
     kinds: dict[str, Kind] = {}
+    texts = {k: v for k, v in flatten(config).items() if k != "tracking.uri"}  # store_uri's
+    yield "config", partial(check_revealed, texts, "give the whole one, as KEY=VALUE")
     yield "tracking.kind", partial(check_tracking, config)
     for part in needs:
         yield f"data.{part}", partial(_check_some, config, part)
@@ -110,7 +114,7 @@ def changes(found: Checkpoint, config: Config) -> list[str]:
     Raises ConfigError for another model.
     """
     before = flatten(Config(**found.state["config"]))
-    now = flatten(config)
+    now = masked_document(flatten(config))  # as it is stored, so that no secret is told
     sentences = []
     for key in sorted(before.keys() | now.keys()):
         old = before.get(key)

@@ -35,6 +35,7 @@ from harness.evaluate.report import floors, model_rows
 from harness.evaluate.run_on_disk import evaluate_run, model_facts
 from harness.machine.launcher import gpus, launch
 from harness.model.vlm import VisionLanguageModel
+from harness.redact import clean
 from harness.report.pictures import markdown_table
 from harness.report.progress import bars
 from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
@@ -129,7 +130,7 @@ def run(out: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(clean(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def show(report: dict[str, Any], out: Path, config: Config) -> None:

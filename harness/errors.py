@@ -1,6 +1,6 @@
 """Errors whose message is a sentence for the user, and that sentence for any error.
 
-Imports nothing of harness and of shards.
+Imports nothing of shards.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from pathlib import Path
+
+from harness.redact import clean
 
 NAME = "vl-harness"  # of the distribution; it is on no index
 EXTRA_OF = {
@@ -30,10 +32,13 @@ class GuardError(RuntimeError):
 
 
 def explain(error: BaseException) -> str | None:
-    """Returns the one sentence for a user's error, None for a bug, which deserves its traceback."""
+    """Returns the one sentence for a user's error, None for a bug, which deserves its traceback.
+
+    It holds no secret and nothing that a terminal would obey.
+    """
     files = FileNotFoundError | NotADirectoryError | IsADirectoryError
     if isinstance(error, files) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
+        return clean(f"{error.filename}: {error.strerror.lower()}")
     # The marker, in place of their classes: errors of shards are told too.
     is_told = isinstance(error, ConfigError | GuardError | OSError)
     if type(error).__name__ == "OutOfMemoryError":  # torch's; in training more is known
@@ -43,7 +48,7 @@ def explain(error: BaseException) -> str | None:
     way = f"{missing} is not installed: {install_command(extra)}" if extra else None
     if is_told or getattr(error, "is_for_user", False):
         sentence = " ".join(str(error).split())
-        return f"{sentence}: {way}" if way else sentence
+        return clean(f"{sentence}: {way}" if way else sentence)
     return way
 
 

@@ -64,7 +64,8 @@ class Loader:
     quarantine: a JSONL file that names what cannot be read. patience: with what does not answer.
     max_unreadable: the share of a set's images of an epoch beyond which iterating ends with
     ShardError, as `most_unreadable` has it; None: whoever iterates sees to it, as where several
-    ranks read.
+    ranks read. mask: takes the secrets out of what is written: a place may be a URL with a
+    password.
 
     Raises ShardError for sets that cannot be opened, hold no text, do not belong together, or do
     not fit through the cache.
@@ -91,6 +92,7 @@ class Loader:
         quarantine: Path | None = None,
         patience: Patience | None = None,
         max_unreadable: float | None = None,
+        mask: Callable[[str], str] = str,
     ):
         cache = Cache.at(cache_dir, cache_bytes, patience)
         self.manifests = tuple(Manifest.open(str(path), cache, patience) for path in paths)
@@ -113,6 +115,7 @@ class Loader:
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
+        self._mask = mask
         # (set, index) of what could not be read -> why
         self.quarantined: dict[tuple[int, int], str] = {}
         self.unreadable = 0  # how often one came
@@ -332,7 +335,8 @@ class Loader:
     def write_down(self, set_index: int, index: int, error: str) -> None:
         """Names a sample in the quarantine file, also one that another rank could not read."""
         manifest = self.manifests[set_index]
-        self._quarantine.add(manifest.folder, index, manifest.key(index), error)
+        folder = self._mask(manifest.folder)
+        self._quarantine.add(folder, index, manifest.key(index), self._mask(error))
 
     def _names(self) -> str:
         return ", ".join(manifest.folder for manifest in self.manifests)

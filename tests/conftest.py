@@ -29,6 +29,7 @@ SLOW = (
     "test_published",
     "test_quantise",
     "test_resume",
+    "test_secrets",
     "test_verdicts",
     "test_zero",
 )

@@ -14,19 +14,22 @@ from harness.ablate.experiment import CONFIG
 from harness.errors import explain
 from harness.machine.launcher import launch
 from harness.machine.parent import PARENT, watch_parent
+from harness.redact import guard_output, say
 
 
 def main() -> None:
     """Trains through the launcher, going on from the newest checkpoint, then scores data.test."""
     runner = {name: os.environ[name] for name in (PARENT,) if name in os.environ}
     watch_parent()
+    guard_output()
     out = sys.argv[1]
     try:
         code = launch([str(Path(out, CONFIG)), "--resume", "auto"])
     except Exception as error:
         if (sentence := explain(error)) is None:
             raise
-        sys.exit(f"harness: {sentence}")
+        say(f"harness: {sentence}", sys.stderr)
+        sys.exit(1)
     if code:
         sys.exit(code)
     # In this one's place, so that a signal reaches it and it knows the same parent; and torch is

@@ -21,6 +21,7 @@ from harness.config.schema import EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import TASKS
+from harness.redact import revealed
 from harness.tracking.journal import METRICS
 from shards.cache import Cache
 from shards.read import records
@@ -57,7 +58,7 @@ def observe(finished: Sequence[Child], cache: Cache | None = None) -> list[Obser
     by_test: dict[tuple[str, ...], dict[Child, Any]] = defaultdict(dict)
     for child in finished:
         evaluation = json.loads((child.out / SCORES).read_text())
-        by_test[tuple(evaluation["data"])][child] = evaluation["tasks"]
+        by_test[tuple(revealed(evaluation["data"]))][child] = evaluation["tasks"]
     found = []
     for paths, evaluations in by_test.items():
         for task, asked in read_texts(paths, cache).items():

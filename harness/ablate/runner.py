@@ -35,6 +35,8 @@ from harness.machine.devices import cores
 from harness.machine.launcher import gpus
 from harness.machine.parent import as_parent
 from harness.machine.signals import stop_requests
+from harness.redact import clean, for_children, masked_document
+from harness.redact import say as tell
 from harness.tracking.tracker import open_tracker, recorded_run_id, store_uri
 
 POLL_SECONDS = 0.2
@@ -68,7 +70,7 @@ def run(
     out: Path | None = None,
     jobs: int = 1,
     start: Start | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tell,
 ) -> dict[str, Any]:
     """Runs what is not finished, `jobs` children at a time, and returns what OUT/report.json holds.
 
@@ -125,7 +127,7 @@ def refused(children: Sequence[Child]) -> dict[Child, str]:
                 check_before_launch(config, ("train", "test"))
             except Exception as error:
                 raised.append(error)
-                errors[child] = explain(error) or repr(error)
+                errors[child] = explain(error) or clean(repr(error))
     if raised and len(raised) == sum(child.after is None for child in children):
         raise raised[0]
     return errors
@@ -139,8 +141,8 @@ def check_same(child: Child, config: Config) -> None:
     """
     if not (child.out / CONFIG).exists():
         return
-    before = flatten(load_config(child.out / CONFIG))
-    for key, now in flatten(config).items():
+    before = masked_document(flatten(load_config(child.out / CONFIG)))
+    for key, now in masked_document(flatten(config)).items():
         free = key in ("out", "model.init_from") or key.startswith("tracking.")
         if not free and before.get(key) != now:
             raise ConfigError(
@@ -188,7 +190,7 @@ def run_all(
         try:
             write_config(ready, tracking)
         except ConfigError as error:
-            errors[ready] = str(error)
+            errors[ready] = clean(str(error))
             continue
         slot = slots.pop(0)
         process = start(ready, environment(jobs, slot))
@@ -213,10 +215,10 @@ def write_config(child: Child, tracking: Sequence[str]) -> None:
 
 
 def environment(jobs: int, slot: int) -> dict[str, str]:
-    """Returns the environment of a child among `jobs` at a time: its share of the cores, and one
-    GPU where there are several children.
+    """Returns the environment of a child among `jobs` at a time: its share of the cores, one GPU
+    where there are several children, and the secrets that its config holds masked.
     """
-    changed = dict(os.environ)
+    changed = dict(os.environ) | for_children()
     if jobs > 1:
         changed.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
         if count := gpus():
@@ -240,7 +242,7 @@ def last_words(log: Path) -> str:
     text = log.read_text(errors="replace").strip() or "no output"
     end = re.split(r"^Traceback", text, flags=re.MULTILINE)[-1]
     sentences = re.findall(r"^harness: (.*)", end, re.MULTILINE)
-    return (sentences or text.splitlines())[-1].strip()[:500]
+    return clean((sentences or text.splitlines())[-1].strip())[:500]
 
 
 def summary(child: Child) -> str:

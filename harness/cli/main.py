@@ -23,6 +23,7 @@ from harness.cli.score import compare
 from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
 from harness.machine.parent import watch_parent
+from harness.redact import guard_output, masked_document, say, show
 
 START = "Start"
 DATA = "Data and models to start from"
@@ -65,7 +66,7 @@ def _version(asked: bool) -> None:
     if asked:
         from harness import __version__
 
-        print(f"harness {__version__}")
+        say(f"harness {__version__}")
         raise typer.Exit
 
 
@@ -105,9 +106,9 @@ def config(
     from harness.config import reference
 
     if defaults:
-        print(reference.defaults(), end="")
+        show(reference.defaults(), end="")
     elif markdown:
-        print(reference.page(), end="")
+        show(reference.page(), end="")
     else:
         reference.show(reference.chosen(key))
 
@@ -146,7 +147,7 @@ def train(
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
     check_resume(loaded, resume)
     check_before_launch(loaded)
-    check(loaded, launch_file, processes, lambda line: print(line, file=sys.stderr), force)
+    check(loaded, launch_file, processes, lambda line: say(line, sys.stderr), force)
     arguments = [config, *(overrides or ())]
     if resume:
         arguments += ["--resume", resume]
@@ -173,7 +174,7 @@ def plan(
 
     loaded = load(config, overrides or ())
     made = plan(loaded, device, read_launch(launch, zero_stage), processes)
-    print(json.dumps(made.to_json(), indent=2) if as_json else made.table())
+    show(json.dumps(made.to_json(), indent=2) if as_json else made.table())
     raise typer.Exit(0 if made.fits else 1)
 
 
@@ -209,7 +210,8 @@ def doctor(
     with told("checking") as progress:
         found = diagnose(loaded, launched, processes, overfit, progress)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+        document = masked_document([asdict(finding) for finding in found])
+        show(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         findings.show(found)
     raise typer.Exit(findings.failed(found))
@@ -260,9 +262,9 @@ def evaluate(
     from harness.evaluate.report import table
 
     if as_json:
-        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+        show(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
-        print(table(*reports))
+        show(table(*reports))
 
 
 def _evaluated(
@@ -337,6 +339,29 @@ def ablate(
     raise typer.Exit(1 if report["failed"] else 0)
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: harness sync runs/mine")
+def sync(
+    run: Annotated[Path, typer.Argument(help="The folder of a run or of an ablation.")],
+    override: Annotated[
+        list[str] | None, typer.Argument(metavar="tracking.uri=URI", help="In place of the run's.")
+    ] = None,
+) -> None:
+    """Sends MLflow what a run could not send while it went on.
+
+    A store with a password: set MLFLOW_TRACKING_URI, or give tracking.uri=URI.
+    """
+    from harness.config.load import parse_override
+    from harness.errors import ConfigError
+    from harness.tracking.tracker import sync
+
+    uri = None
+    for given in override or ():
+        if not given.startswith("tracking.uri="):
+            raise ConfigError(f"{given}: a run is sent as it is, only tracking.uri can be given")
+        uri = str(parse_override(given).value)
+    say(f"{run}: sent {sync(run, uri)}")
+
+
 @app.command(
     rich_help_panel=LOOK,
     epilog='Example: harness ask runs/mine --image a.jpg --prompt "What color is it?"',
@@ -357,7 +382,7 @@ def ask(
         raise ConfigError(f"--image {image}: there is no such file")
     from harness.evaluate.ask import ask
 
-    print(ask(run, image, prompt))
+    show(ask(run, image, prompt))
 
 
 @app.command(
@@ -402,7 +427,7 @@ def base_lm(
         make(data, beside, loaded, kind=kind, **size, progress=progress)
         beside.rename(out)
     made = f"tokenizer and {kind} of width {d_model}, {layers} + {layers} layers"
-    print(f"{out}: {made}; use it by model.lm.kind={kind} model.lm.id={out}")
+    say(f"{out}: {made}; use it by model.lm.kind={kind} model.lm.id={out}")
 
 
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
@@ -416,6 +441,7 @@ app.command(
 def main() -> None:
     """The entry point."""
     watch_parent()
+    guard_output()
     try:
         app(prog_name="harness")
     except Exception as error:
@@ -424,7 +450,7 @@ def main() -> None:
         sentence = None if os.environ.get("HARNESS_DEBUG") == "1" else explain(error)
         if sentence is None:
             raise
-        print(f"harness: {sentence}", file=sys.stderr)
+        say(f"harness: {sentence}", sys.stderr)
         sys.exit(2)
 
 

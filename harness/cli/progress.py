@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from harness.redact import clean
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -42,7 +44,7 @@ def bar() -> Iterator[Progress]:
 def told(title: str) -> Iterator[Callable[..., None]]:
     """Shows a bar that is told (done, of how many)."""
     with bar() as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(clean(title), total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 
 
@@ -50,5 +52,5 @@ def told(title: str) -> Iterator[Callable[..., None]]:
 def counted(title: str) -> Iterator[Callable[[int], None]]:
     """Shows a bar without a known end, told the samples done since the last call."""
     with bar() as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(clean(title), total=None)
         yield lambda samples: progress.advance(task, samples)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.progress import HELP
+from harness.redact import say, show
 
 if TYPE_CHECKING:
     from harness.evaluate.bootstrap import Interval
@@ -50,7 +51,7 @@ def score_vqa(
         groups = {
             k: {n: i.to_dict() for n, i in v.items()} for k, v in found.items() if k != "overall"
         }
-        print(json.dumps({"overall": found["overall"].to_dict(), **groups}, indent=2))
+        show(json.dumps({"overall": found["overall"].to_dict(), **groups}, indent=2))
         return
     rows = {"overall": found["overall"]}
     for kind in ("answer type", "question type"):
@@ -58,7 +59,7 @@ def score_vqa(
             f"{kind} {name}": i
             for name, i in sorted(found[f"per_{kind.replace(' ', '_')}"].items())
         }
-    print(_table(rows, f"VQA accuracy %, {len(grades):,} questions"), end="")
+    show(_table(rows, f"VQA accuracy %, {len(grades):,} questions"), end="")
 
 
 @app.command(
@@ -84,16 +85,14 @@ def score_captions(
     if partial:
         described = {image: texts for image, texts in wanted.items() if image in said}
         if left := len(wanted) - len(described):
-            print(
-                f"harness: {left:,} of {len(wanted):,} images are not described and left out",
-                file=sys.stderr,
-            )
+            left_out = f"{left:,} of {len(wanted):,} images are not described and left out"
+            say(f"harness: {left_out}", sys.stderr)
         wanted = described
     found = captions.score(said, wanted).with_intervals()
     if as_json:
-        print(json.dumps({name: interval.to_dict() for name, interval in found.items()}, indent=2))
+        show(json.dumps({name: interval.to_dict() for name, interval in found.items()}, indent=2))
     else:
-        print(_table(found, f"captions, {len(wanted):,} images"), end="")
+        show(_table(found, f"captions, {len(wanted):,} images"), end="")
 
 
 def compare(
@@ -134,14 +133,14 @@ def compare(
     else:
         found = pairs.runs(a, b, data)
     if as_json:
-        print(
+        show(
             json.dumps(
                 {task: {k: c.to_dict() for k, c in of.items()} for task, of in found.items()},
                 indent=2,
             )
         )
         return
-    print(*(_compared(task, of) for task, of in found.items()), sep="\n", end="")
+    show("\n".join(_compared(task, of) for task, of in found.items()), end="")
 
 
 def _table(figures: dict[str, Interval], title: str) -> str:

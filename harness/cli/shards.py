@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from harness.cli.progress import HELP, bar, counted, told
+from harness.redact import masked, say, show
 
 if TYPE_CHECKING:
     from shards.build import Summary
@@ -119,13 +120,18 @@ def index(
         for place in places:
             with counted(f"indexing {place}") as count:
                 made = upgrade_index(place, on_progress=count)
-            print(f"{made.folder}: its index has format {made.format}")
+            say(f"{made.folder}: its index has format {made.format}")
         return
     if out and len(places) > 1:
         raise ShardError(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
         )
     for place in places:
+        if "://" in place and masked(place) != place:
+            raise ShardError(
+                f"{masked(place)}: the index names the place of its shards, and a secret in it would "
+                "be written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
+            )
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         folder = os.path.dirname(where) if where.endswith(".tar") else where
         above = os.path.basename(os.path.dirname(folder))
@@ -137,7 +143,7 @@ def index(
             if made.skipped
             else ""
         )
-        print(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
+        say(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
 
 
 @app.command(epilog="Example: harness shards verify data/mine/train")
@@ -150,10 +156,10 @@ def verify(sets: Sets) -> None:
         with counted(f"verifying {place}") as count:
             problems = verify(place, on_progress=count)
         for problem in problems:
-            print(f"harness: {problem}", file=sys.stderr)
+            say(f"harness: {problem}", sys.stderr)
         failed = failed or bool(problems)
         if not problems:
-            print(f"{place}: everything is as its index says")
+            say(f"{place}: everything is as its index says")
     if failed:
         raise typer.Exit(2)
 
@@ -163,8 +169,9 @@ def stats(sets: Sets) -> None:
     """Counts, lengths and sizes, as JSON."""
     from shards.verify import stats
 
-    found = {place: stats(place) for place in sets}
-    print(json.dumps(found if len(sets) > 1 else found[sets[0]], indent=2, ensure_ascii=False))
+    found = [stats(place) for place in sets]
+    by_place = dict(zip(map(masked, sets), found, strict=True))
+    show(json.dumps(by_place if len(sets) > 1 else found[0], indent=2, ensure_ascii=False))
 
 
 @app.command(
@@ -206,7 +213,7 @@ def features(
             size = f"{made.samples:,} samples, {made.bytes / 1e6:,.1f} MB"
             encoder = made.encoder or {}
             lines.append(f"{made.folder}: {size}, made by {encoder.get('id')}; {left_out}")
-    print(*lines, sep="\n")
+    say("\n".join(lines))
 
 
 def _build(
@@ -224,7 +231,7 @@ def _build(
         summary = build(
             source, out, short_side=short_side, workers=workers, progress=show, **options
         )
-    print(_summary(summary))
+    say(_summary(summary))
 
 
 def _summary(summary: Summary) -> str:

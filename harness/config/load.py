@@ -15,6 +15,7 @@ from harness.config.known_mistakes import at_their_new_place
 from harness.config.mistakes import explain_mistake, short
 from harness.config.schema import Config, Section
 from harness.errors import ConfigError
+from harness.redact import MASK, masked_document, remember, revealed
 
 S = TypeVar("S", bound="Section")
 
@@ -44,7 +45,8 @@ def changed_by(document: Mapping[str, Any], overrides: Sequence[str], file: Path
 
     Keys of an older version are moved first, so that overrides decide by either name.
     """
-    changed = apply_overrides(at_their_new_place(document), overrides)
+    changed = apply_overrides(revealed(at_their_new_place(document)), overrides)
+    remember(changed)
     return validated(Config, changed, file, overrides)
 
 
@@ -129,11 +131,21 @@ def _place(at: Any, part: str, override: str, where: str) -> str | int:
 
 def dump(config: Config) -> str:
     """Returns the whole config, defaults included, as YAML that `load` reads back to an
-    equal one.
+    equal one, its secrets masked.
     """
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
-    )
+    return yaml.safe_dump(for_disk(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_revealed(texts: Mapping[str, Any], way: str) -> None:
+    """Raises ConfigError for the first text, by key, that was stored without its secret."""
+    for key, value in texts.items():
+        if isinstance(value, str) and MASK in value:
+            raise ConfigError(f"{key} was stored without its secret ({value}): {way}")
+
+
+def for_disk(config: Config) -> dict[str, Any]:
+    """Returns the config as a JSON document, its secrets masked: what may be written."""
+    return masked_document(config.model_dump(mode="json"))
 
 
 def _parsed(text: str, wrong: str) -> Any:

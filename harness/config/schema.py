@@ -233,6 +233,8 @@ class TrackingConfig(Section):
     experiment: str = "harness"  # MLflow's
     run_name: str | None = None  # null: the config's name
     parent_run_id: str | None = None  # the MLflow run whose child this is; `harness ablate` sets it
+    # Seconds that the end of a run waits in all for the store; `harness sync RUN` sends the rest.
+    last_wait: From0 = 30.0
 
 
 class Config(Section):

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from harness.config.schema import Config, VisionConfig
+from harness.redact import masked
 from shards.cache import Cache
 from shards.features import read_features
 from shards.images import FORMATS, on_white, upright
@@ -123,6 +124,7 @@ def reading(config: Config) -> dict[str, Any]:
         "cache_dir": config.data.cache_dir,
         "cache_bytes": int(config.data.cache_gb * 1e9),
         "patience": patience_of(config),
+        "mask": masked,
     }
 
 

@@ -32,7 +32,8 @@ from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
-from harness.tracking.store import database, store_uri, without_password
+from harness.redact import clean
+from harness.tracking.store import database, store_uri
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
 from shards.manifest import Manifest
 from shards.read import Reader
@@ -186,7 +187,7 @@ def tracking(config: Config) -> Finding:
     if config.tracking.kind == "none":
         return ok("MLflow", "not used: figures go to metrics.jsonl alone")
     uri = store_uri(config)
-    shown = without_password(uri)
+    shown = clean(uri)
     try:
         if uri.startswith("sqlite"):
             file = database(uri)
@@ -203,7 +204,7 @@ def tracking(config: Config) -> Finding:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
         return ok("MLflow", f"{shown} answers")
     except Exception as problem:  # every kind of store has exceptions of its own
-        reason = without_password(" ".join(str(problem).split()))[:200]
+        reason = clean(" ".join(str(problem).split()))[:200]
         return warning(
             "MLflow",
             f"{shown} does not answer: {reason}",

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import explain
+from harness.redact import clean
 
 State = Literal["OK", "warning", "error"]
 COLOURS: dict[State, str] = {"OK": "green", "warning": "yellow", "error": "red"}
@@ -73,7 +74,8 @@ def show(findings: Sequence[Finding]) -> None:
     table = Table("check", "", "found", "fix")
     for finding in findings:
         state = Text(finding.state, COLOURS[finding.state])
-        table.add_row(Text(finding.name), state, Text(finding.found), Text(finding.fix))
+        found = Text(clean(finding.found))
+        table.add_row(Text(finding.name), state, found, Text(clean(finding.fix)))
     console.print(table)
     counts = {state: sum(finding.state == state for finding in findings) for state in COLOURS}
     console.print(f"{counts['error']} errors, {counts['warning']} warnings, {counts['OK']} OK")

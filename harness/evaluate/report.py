@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.predict import results
+from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from shards.cache import Cache
 from shards.files import ShardError, write_whole
@@ -51,7 +52,7 @@ def write_report(
     report = {
         "checkpoint": checkpoint,
         "step": step,
-        "data": list(paths),
+        "data": masked_document(list(paths)),
         "images": evaluation.images,
         "unreadable": evaluation.unreadable,
         "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
@@ -170,7 +171,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
 
 def variant(limit: int | None, overrides: Sequence[str]) -> list[str]:
     """Returns what an evaluation did otherwise than its config says."""
-    return ([f"first-{limit}"] if limit else []) + list(overrides)
+    return ([f"first-{limit}"] if limit else []) + masked_document(list(overrides))
 
 
 def names(manifests: Sequence[Manifest]) -> list[str]:

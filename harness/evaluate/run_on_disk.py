@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from harness import checkpoint as checkpoints
-from harness.config.load import changed_by
+from harness.config.keys import flatten
+from harness.config.load import changed_by, check_revealed, parse_override
 from harness.config.schema import Config
 from harness.data.features import check_encoder
 from harness.data.images import cache_of, patience_of
@@ -37,13 +38,15 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
+from harness.redact import masked, masked_document
 from harness.report.terminal import part_rows
 from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
 from shards.files import write_whole
 from shards.manifest import Manifest
 
-CHANGEABLE = ("generate.", "evaluation.", "data.")  # of a run's config, when it is scored
+# Of a run's config, when it is scored.
+CHANGEABLE = ("generate.", "evaluation.", "data.", "tracking.uri=")
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ def _task(
         raise ConfigError(
             f"{run_dir}: its config names no data.test; give the shards to score with --data DIR"
         )
+    by_key = {f"data.test.{place}.path": path for place, path in enumerate(paths)}
+    check_revealed(by_key, "give the whole one, as --override KEY=VALUE")
     cache = cache_of(config)
     manifests = [Manifest.open(path, cache, patience_of(config)) for path in paths]
     newest = checkpoints.newest(home)
@@ -154,9 +159,18 @@ def _task(
         changed.append(found.path.name)
     if paths != tested:
         changed += names(manifests)
-    changed += variant(limit, overrides)
+    changed += variant(limit, [given for given in overrides if not _only_reveals(given, document)])
     out = Path(out or home / FOLDER / folder(changed))
     return _Task(found, home, config, paths, manifests, cache, out, not changed)
+
+
+def _only_reveals(override: str, document: dict[str, Any]) -> bool:
+    """Tells whether an override changes nothing that is scored: it names the tracking store, or
+    gives what was stored without its secret.
+    """
+    key = ".".join(parse_override(override).parts)
+    value = masked(str(parse_override(override).value))
+    return key == "tracking.uri" or flatten(Config(**document)).get(key) == value
 
 
 def model_facts(model: VisionLanguageModel) -> dict[str, int]:
@@ -181,7 +195,7 @@ def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
     if not scores.exists():
         return None
     earlier = read_scores(scores)
-    if earlier["data"] != list(paths):
+    if earlier["data"] != masked_document(list(paths)):
         return None
     return earlier.get("tasks", {}).get("vqa", {}).get("text_only_accuracy")
 

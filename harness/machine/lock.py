@@ -174,7 +174,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Returns what tells apart boots, and containers that have numbers of processes of their own."""
+    """Returns what tells boots apart, and containers that number processes by themselves."""
     parts = [os.uname().nodename]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

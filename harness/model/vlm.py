@@ -41,6 +41,7 @@ from harness.model.language.t5 import T5Language
 from harness.model.pretrained import without_weights
 from harness.model.start import start_from
 from harness.model.vision import VisionTower, load_vision
+from harness.redact import masked_document
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class VisionLanguageModel(PreTrainedModel):
             vision = load_vision(config.model.vision)
             encoder = vision.identity()
         own = VLMConfig(
-            model=config.model.model_dump(mode="json"),
+            model=masked_document(config.model.model_dump(mode="json")),
             prompts=config.prompts.model_dump(mode="json"),
             generate=config.generate.model_dump(mode="json"),
             encoder=encoder,

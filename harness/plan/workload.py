@@ -138,11 +138,16 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _samples(manifest: Manifest, count: int) -> list[Sample]:
-    """Returns records spread evenly over a set, without their images."""
+    """Returns records spread evenly over a set, without their images.
+
+    The run itself names those that cannot be read.
+    """
     reader = Reader(manifest)
     places = np.unique(
         np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int)
     )
-    return [
-        replace(reader.read(int(place)), payload=np.zeros((1, 1, 3), np.uint8)) for place in places
-    ]
+    found = []
+    for place in places:
+        with suppress(ShardError):
+            found.append(replace(reader.read(int(place)), payload=np.zeros((1, 1, 3), np.uint8)))
+    return found

@@ -18,7 +18,7 @@ def bars(
 ) -> Progress:
     """Returns bars to be used as a context; nothing is drawn where `shows` is False."""
     return Progress(
-        TextColumn(indent + "{task.description}"),
+        TextColumn(indent + "{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

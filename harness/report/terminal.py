@@ -15,9 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from harness.model.language.quantise import quantised_layers
+from harness.redact import clean, printable
 from harness.report.pictures import Shown
 
 LINE_SECONDS = 10.0  # between two lines of a log
@@ -88,6 +90,7 @@ class Terminal:
             self.say(f"step {step}/{total}  {shown}")
 
     def say(self, message: str) -> None:
+        message = clean(message)
         if self.console.is_terminal:
             # A notebook erases nothing: a short line would end in the bar it is written over.
             message = message.ljust(self.console.width)
@@ -107,5 +110,6 @@ class Terminal:
         self.say("answers to the same images")
         table = Table("prompt", "truth", "answer")
         for item in items:
-            table.add_row(item.prompt, item.expected, item.said)
-        self.console.print(table, markup=False)
+            texts = (item.prompt, item.expected, item.said)
+            table.add_row(*(Text(printable(text)) for text in texts))
+        self.console.print(table)

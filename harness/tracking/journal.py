@@ -50,35 +50,40 @@ class Journal:
         self._file = self.path.open("ab")
         if keep is None and lines and not lines[-1].endswith(b"\n"):
             self._file.write(b"\n")
-        self.size_at_open = self._file.tell()
 
-    def write(self, values: Mapping[str, float], step: int) -> None:
+    def write(self, values: Mapping[str, float], step: int) -> dict[str, Any] | None:
+        """Writes the figures that are new and returns the line as a document; None: there are
+        none.
+        """
         new = {key: float(value) for key, value in values.items() if step > self.last.get(key, -1)}
         row = {
             k: v if math.isfinite(v) else str(v) for k, v in new.items()
         }  # "nan", "inf": JSON has no word for them
-        if row:
-            line = json.dumps({"step": step, "time": int(time.time() * 1000), "values": row})
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-
-    def read(self, offset: int, most: int) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines from `offset` on, until they hold `most` figures, and the offset behind
-        them.
-        """
-        rows: list[dict[str, Any]] = []
-        count = 0
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            while count < most and (line := file.readline()).endswith(b"\n"):
-                offset += len(line)
-                if row := _parsed(line):
-                    rows.append(row)
-                    count += len(row["values"])
-        return rows, offset
+        if not row:
+            return None
+        document = {"step": step, "time": int(time.time() * 1000), "values": row}
+        self._file.write(json.dumps(document).encode() + b"\n")
+        self._file.flush()
+        return document
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_rows(path: Path, offset: int, most: float) -> tuple[list[dict[str, Any]], int]:
+    """Returns whole lines of a journal from `offset` on, until they hold `most` figures, and the
+    offset behind them.
+    """
+    rows: list[dict[str, Any]] = []
+    count = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        while count < most and (line := file.readline()).endswith(b"\n"):
+            offset += len(line)
+            if row := _parsed(line):
+                rows.append(row)
+                count += len(row["values"])
+    return rows, offset
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -102,9 +107,12 @@ class JournalTracker:
         self._told = False
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._write(values, step)
+
+    def _write(self, values: Mapping[str, float], step: int) -> dict[str, Any] | None:
         if self._journal:
             try:
-                self._journal.write(values, step)
+                return self._journal.write(values, step)
             except OSError as error:  # a full disk must not end a run that may outlast it
                 if not self._told:
                     log.warning(
@@ -113,6 +121,7 @@ class JournalTracker:
                         error,
                     )
                 self._told = True
+        return None
 
     def predictions(
         self, items: Sequence[Shown], step: int, folder: str = "answers"

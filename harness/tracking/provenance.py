@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from harness.redact import masked
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -30,10 +32,10 @@ PACKAGES = (
 MAX_DIGEST = 36  # characters, mlflow 3.17; the whole one is a tag of the input
 
 
-def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
-    """Returns the `mlflow.entities.DatasetInput` of each set: its place, size and digest."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
+def dataset_inputs(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, str]]]:
+    """Returns what makes an `mlflow.entities.DatasetInput` of each set: its place, size and
+    digest.
+    """
     inputs = []
     for manifest in manifests:
         size = {
@@ -42,24 +44,21 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[Any]:
             "shards": len(manifest.shards),
         }
         size["bytes"] = sum(shard.bytes for shard in manifest.shards)
-        dataset = Dataset(
-            name=f"{manifest.dataset}/{manifest.split}",
-            digest=manifest.digest[:MAX_DIGEST],
-            source_type="local",
-            source=json.dumps({"uri": manifest.folder}),
-            profile=json.dumps(size),
-        )
-        tags = [
-            InputTag("mlflow.data.context", manifest.split),
-            InputTag("sha256", manifest.digest),
-        ]
-        inputs.append(DatasetInput(dataset, tags))
+        dataset = {
+            "name": f"{manifest.dataset}/{manifest.split}",
+            "digest": manifest.digest[:MAX_DIGEST],
+            "source_type": "local",
+            "source": json.dumps({"uri": masked(manifest.folder)}),
+            "profile": json.dumps(size),
+        }
+        tags = {"mlflow.data.context": manifest.split, "sha256": manifest.digest}
+        inputs.append({"dataset": dataset, "tags": tags})
     return inputs
 
 
 def source_tags() -> dict[str, str]:
     tags = {
-        "mlflow.source.name": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "mlflow.source.name": shlex.join(map(masked, [Path(sys.argv[0]).name, *sys.argv[1:]])),
         "mlflow.source.type": "LOCAL",
     }
     try:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
+from harness.redact import clean
 from harness.report.pictures import Shown
 from harness.tracking.journal import Journal, JournalTracker
-from harness.tracking.mlflow import RUN_ID, MLflowTracker
-from harness.tracking.store import database, store_uri, without_password
+from harness.tracking.mlflow import RUN_ID, MLflowTracker, send
+from harness.tracking.store import database, store_uri
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -44,7 +45,8 @@ SCHEMES = (
 class Tracker(Protocol):
     """Where the loop reports to. No method waits for a store; none raises because of one."""
 
-    run_id: str | None  # None: there is no run (yet)
+    @property
+    def run_id(self) -> str | None: ...  # None: there is no run (yet)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def predictions(
@@ -75,20 +77,39 @@ def open_tracker(
     """
     check_tracking(config)
     adds_only = run_id is not None and resume_step is None
+    resumes = resume_step is not None and (run_id is not None or resume_step > 0)
     journal = Journal(config.out_dir, None if adds_only else (resume_step or 0))
     if config.tracking.kind == "none":
         return JournalTracker(config.out_dir, journal)
-    # (!) By default one call to a server that does not answer blocks for 246 s.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run calls nobody
+    _limit_mlflow()
     import mlflow  # noqa: F401  seconds; here, on the calling thread, so that a broken installation is seen
 
+    return MLflowTracker(
+        config, journal, run_id, resumes=resumes, facts=facts or {}, datasets=datasets
+    )
+
+
+def sync(folder: Path, uri: str | None = None) -> str:
+    """Sends what a run's folder holds and its store lacks; says what that was. Raises ConfigError.
+
+    `uri`: in place of the stored one.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError("harness sync needs mlflow, which is not installed: pip install mlflow")
+    _limit_mlflow()
+    return send(folder, uri)
+
+
+def _limit_mlflow() -> None:
+    """Sets what mlflow reads from the environment, unless the user did, and what it logs."""
+    # (!) By default one call to a server that does not answer blocks for 246 s. None is repeated
+    # by the client: of a run that was made without an answer there would be two.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a training run calls nobody
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with its password
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MLflowTracker(
-        config, journal, run_id, adds_only=adds_only, facts=facts or {}, datasets=datasets
-    )
 
 
 def check_tracking(config: Config) -> None:
@@ -108,7 +129,7 @@ def check_tracking(config: Config) -> None:
     } - {"file-plugin"}
     if scheme not in (*SCHEMES, *plugins):
         key = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
-        found = without_password(store_uri(config))
+        found = clean(store_uri(config))
         raise ConfigError(
             f"{key} is {found}, expected a database or a server, such as sqlite:///mlflow.db or "
             "http://HOST"
@@ -130,7 +151,7 @@ def ui_command(config: Config, run_id: str | None = None) -> str:
     uri = store_uri(config)
     page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith("http"):
-        return f"python -m webbrowser {shlex.quote(without_password(uri).rstrip('/') + page)}"
+        return f"python -m webbrowser {shlex.quote(clean(uri).rstrip('/') + page)}"
     if uri.startswith("sqlite:////"):  # shorter from where the user is
         uri = (
             f"sqlite:///{os.path.relpath(database(uri))}"
@@ -141,5 +162,5 @@ def ui_command(config: Config, run_id: str | None = None) -> str:
     beside = Path(sys.executable).with_name("mlflow")
     if beside.exists() and not shutil.which(program):  # an environment that is not activated
         program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-    store = shlex.quote(without_password(uri))
+    store = shlex.quote(clean(uri))
     return f"{shlex.quote(program)} ui --workers 1 --backend-store-uri {store}  # then open http://127.0.0.1:5000{page}"

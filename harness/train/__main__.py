@@ -13,6 +13,7 @@ from harness.config.load import load
 from harness.errors import ConfigError, explain
 from harness.machine.parent import watch_parent
 from harness.machine.ranks import settle
+from harness.redact import guard_output, say
 from harness.train.failures import explain_failure
 from harness.train.run import run
 
@@ -29,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
     given = parser.parse_args(arguments)
     watch_parent()
+    guard_output()
     try:
         launcher = settle(os.environ)
     except ConfigError as error:  # every process was started alike, and none knows its rank
-        print(f"harness: {error}", file=sys.stderr)
+        say(f"harness: {error}", sys.stderr)
         return 2
     rank = os.environ.get("RANK", "0")
     config = None
@@ -54,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank != "0":
             time.sleep(3)  # what concerns all ranks is said by the first, whose end ends this one
         speaker = "harness" if rank == "0" else f"harness, rank {rank}"
-        print(f"{speaker}: {sentence}", file=sys.stderr)
+        say(f"{speaker}: {sentence}", sys.stderr)
         return code
     if rank == "0":
-        print(f"checkpoint: {last}")
+        say(f"checkpoint: {last}")
     return 0
 
 

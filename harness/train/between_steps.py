@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 from harness import checkpoint as checkpoints
+from harness.config.load import for_disk
 from harness.errors import GuardError
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
@@ -171,7 +172,7 @@ def save(run: Run) -> None:
             "step": run.state.step,
             "train": asdict(run.state),
             "scaler": engine.scaler_state(),
-            "config": run.config.model_dump(mode="json"),
+            "config": for_disk(run.config),
             "run_id": run.tracker.run_id,
             "world_size": engine.world_size,
         }

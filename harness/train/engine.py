@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import gather_object
 from torch import nn
 
 from harness.config.schema import TrainConfig
@@ -172,10 +171,6 @@ class Engine:
             return packed.tolist()
         with self.heart.waiting():
             return self.accelerator.reduce(packed, "sum").tolist()
-
-    def gather(self, text: str) -> list[str]:
-        """Returns what each rank has to say."""
-        return gather_object([text])
 
     def wait(self) -> None:
         with self.heart.waiting():

@@ -17,7 +17,7 @@ from harness.train.clock import Clock, memory_mb
 from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
-from harness.train.together import SharedQuarantine
+from harness.train.together import SharedQuarantine, gathered
 from shards.files import UnreachableError
 from shards.loader import Loader
 from shards.read import Sample
@@ -57,7 +57,7 @@ class StepTaker:
         batches = real + [self.filler] * (self.micro_steps - len(real))
         weight, images, targets, failures = engine.sum([*_totals(real), failure != ""])
         if failures:
-            raise UnreachableError(next(filter(None, engine.gather(failure))))
+            raise UnreachableError(next(filter(None, gathered(failure, engine))))
         for observer in run.observers:
             observer.batches_made(run, samples, batches)
         # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.

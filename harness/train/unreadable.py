@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from accelerate.utils import gather_object
-
 from harness.train.between_steps import save
 from harness.train.state import Run, StepResult
+from harness.train.together import gathered
 from shards.files import ShardError
 from shards.quarantine import count_fault, summary
 
@@ -24,8 +23,9 @@ def check_unreadable(run: Run, step: StepResult) -> None:
         return
     save(run)
     faults: Counter = Counter()
-    for fault, n in gather_object(list(run.loader.faults.items())):
-        count_fault(faults, fault, n)
+    for rank in gathered(list(run.loader.faults.items()), run.engine):
+        for (folder, kind), n in rank:
+            count_fault(faults, (folder, kind), n)
     raise ShardError(
         f"stopped after step {run.state.step}, which is saved: {too_many}; found: {summary(faults)}"
     )

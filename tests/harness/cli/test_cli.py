@@ -225,3 +225,29 @@ def test_a_second_run_into_the_same_folder_is_refused_before_it_starts(harness, 
     (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
     said = refused(harness("train", "flickr8k_t4", f"out={tmp_path}"))
     assert "go on with --resume auto" in said
+
+
+def test_an_answer_and_a_figure_are_shown_without_what_a_terminal_would_obey(
+    harness, monkeypatch, tmp_path
+):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    monkeypatch.setattr("harness.checks.check_run", lambda run: None)
+    monkeypatch.setattr("harness.evaluate.ask.ask", lambda *_: "a\x1b]0;owned\x07 [red]dog")
+    assert harness("ask", tmp_path, "--image", tmp_path / "a.jpg") == (
+        0,
+        "a\\u001b]0;owned\\u0007 [red]dog\n",
+        "",
+    )
+    code, _, said = harness("evaluate", f"{tmp_path}/\x1b[2Jrun")
+    assert code == 2
+    assert "\\u001b[2Jrun is not a folder" in said
+
+
+def test_a_url_with_a_secret_is_not_indexed_since_the_index_would_hold_it(harness, tmp_path):
+    code, _, said = harness(
+        "shards", "index", "https://me:opensesame@host/set", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "https://***@host/set" in said
+    assert "opensesame" not in said
+    assert not list(tmp_path.iterdir())

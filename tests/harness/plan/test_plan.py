@@ -65,6 +65,15 @@ def room(needed: int) -> int:
     return int((needed + 1000) / devices.FREE_SHARE)
 
 
+def test_a_damaged_sample_is_left_out_of_the_texts_that_are_looked_at(
+    tmp_path, tiny_clip_folder, tiny_t5_folder
+):
+    config = make_config(tmp_path, tiny_clip_folder, tiny_t5_folder)
+    shard = sorted((tmp_path / "train").glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"XXXX", 1))
+    assert workload(config).source == "the texts of 13 images of the shards"
+
+
 @pytest.mark.parametrize("tuning", ["qlora", "lora", "full", "frozen"])
 def test_bytes_of_weights_are_those_of_the_loaded_model_part_by_part(config, tuning):
     config = changed(config, lm={"tuning": tuning})

@@ -238,9 +238,8 @@ def test_a_server_that_does_not_answer_neither_stops_nor_stalls_the_run(tmp_path
 
 
 def test_close_gives_up_on_a_call_that_hangs(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 0.5)
-    tracker = open_tracker(make_config(tmp_path, store))
-    monkeypatch.setattr(tracker, "_send_batch", lambda: time.sleep(3))
+    tracker = open_tracker(make_config(tmp_path, store, last_wait=0.5))
+    monkeypatch.setattr(tracker._sender, "_send_batch", lambda: time.sleep(3))
     tracker.metrics({"loss": 1.0}, 1)
     begun = time.monotonic()
     tracker.close()
@@ -250,7 +249,7 @@ def test_close_gives_up_on_a_call_that_hangs(tmp_path, store, monkeypatch):
 def test_retries_are_limited_unless_the_user_says_otherwise(tmp_path, store, monkeypatch):
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     open_tracker(make_config(tmp_path, store)).close()
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
     open_tracker(make_config(tmp_path, store)).close()
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"

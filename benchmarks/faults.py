@@ -1,0 +1,287 @@
+"""Injects faults into real runs at toy size: what was promised, and what was seen.
+
+    python benchmarks/faults.py [--json] [--only WORD] [--seed 0]
+
+Each fault has a fresh folder with sets and a run of its own, in a process of its own; "bit-equal"
+means that weights and moments at the end have the sha256 of those of a run that nothing
+interrupted. Another fault is another function under FAULTS: a Toy in, (as promised?, what was seen)
+out. Exit code 1 where a promise was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from harness import checkpoint as checkpoints
+from harness.report.pictures import markdown_table
+from harness.tracking.tracker import sync
+from mlflow_server import MlflowServer
+from shards.record import Record, Text
+from shards.write import write_shards
+from toy_process import Process, Toy, make_shared
+from toy_runs import picture
+
+Seen = tuple[bool, str]  # as promised?, in words
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a run, and what is promised."""
+
+    name: str
+    promise: str
+    inject: Callable[[Toy, random.Random], Seen]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault that was injected."""
+
+    fault: str
+    promise: str
+    seen: str
+    kept: bool
+    seconds: float
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(name: str, promise: str) -> Callable[[Callable[[Toy, random.Random], Seen]], None]:
+    """Registers the function under it."""
+    return lambda inject: FAULTS.append(Fault(name, promise, inject))
+
+
+def resumed(toy: Toy, before: str = "", needs: str = "") -> Seen:
+    """Goes on with a run and says how it ended; `needs`: words that it must say on the way."""
+    code, process = toy.resume()
+    equal = toy.is_bit_equal()
+    told = needs in process.said
+    seen = f"{before}resumed: {'bit-equal' if equal else 'other weights'}, code {code}"
+    return equal and told and not code, seen + (f", told: {needs}" if needs and told else "")
+
+
+def ended(code: int, process: Process) -> str:
+    words = process.last_words.replace(f"{process.log.parent}/", "")
+    return f"code {code}" + (f": {words}" if code else "")
+
+
+def newest(toy: Toy) -> Path:
+    found = checkpoints.newest(toy.out)
+    assert found, "the run saved nothing"
+    return found.path
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+@fault("SIGKILL at a random moment", "resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    process = toy.start()
+    toy.wait_for(process, step := draw.randint(1, 7))
+    time.sleep(draw.random() / 20)
+    os.kill(process.pid, signal.SIGKILL)
+    return resumed(toy, f"killed about step {step} ({process.wait()}), ")
+
+
+@fault("SIGKILL while a checkpoint is written", "the older one is whole, resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    process = toy.start()
+    toy.wait_for(process, 3)
+    while not list(toy.out.glob("checkpoints/.writing-*")):
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return resumed(toy, f"left {newest(toy).name}, ")
+
+
+@fault("SIGTERM", "saves the step, code 143, resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    code, _process = toy.run(fault="SIGTERM", step=(step := draw.randint(1, 6)))
+    saved = newest(toy).name
+    kept, seen = resumed(toy, f"code {code}, saved {saved}, ")
+    return kept and code == 143 and int(saved[5:]) in (step, step + 1), seen
+
+
+for kind in ("segfault", "exit", "abort", "exception"):
+
+    @fault(f"{kind} in a step", "resumed bit-equal")
+    def _(toy: Toy, draw: random.Random, kind: str = kind) -> Seen:
+        code, _process = toy.run(fault=kind, step=draw.randint(1, 7))
+        kept, seen = resumed(toy, f"ended with {code}, ")
+        return kept and code != 0, seen
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@fault("the newest checkpoint is torn", "named, passed over, resumed bit-equal from the one before")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=5)
+    file = newest(toy) / "model" / "model.safetensors"
+    os.truncate(file, draw.randrange(file.stat().st_size))
+    return resumed(toy, needs="model.safetensors is damaged")
+
+
+@fault("a bit of the newest checkpoint flips", "named, passed over, resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=5)
+    flip(newest(toy) / checkpoints.OPTIMIZER, draw)
+    return resumed(toy, needs=f"{checkpoints.OPTIMIZER} is damaged")
+
+
+def flip(file: Path, draw: random.Random) -> None:
+    """Flips one bit."""
+    data = bytearray(file.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+@fault("a shard is cut off", "named in one sentence or in quarantine.jsonl, no traceback")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    shard = draw.choice(sorted((toy.folder / "sets" / "train").glob("*.tar")))
+    os.truncate(shard, shard.stat().st_size // 2)
+    code, process = toy.run()
+    named = shard.name in process.said + quarantined(toy)
+    return named and "Traceback" not in process.said, ended(code, process)
+
+
+@fault("bytes of an image are damaged", "costs that sample, which is named")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    shard = sorted((toy.folder / "sets" / "train").glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"XXXX", 1))
+    code, process = toy.run()
+    lines = {json.loads(line)["index"] for line in quarantined(toy).splitlines()}
+    return code == 0 and len(lines) == 1, f"{ended(code, process)}, {len(lines)} sample named"
+
+
+def quarantined(toy: Toy) -> str:
+    file = toy.out / "quarantine.jsonl"
+    return file.read_text() if file.exists() else ""
+
+
+@fault("escape sequences in captions and questions", "none reaches the terminal or a log raw")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    hostile = "\x1b]0;owned\x07\x1b[31mred\x9b1m\u202e"
+    records = []
+    for name in "0123":
+        text = Text(name, "vqa", (hostile,) * 10, f"what {hostile}?")
+        records.append((Record(name, "toy", "dev", name, (text,)), picture(int(name)), "png"))
+    dev = toy.folder / "sets" / "hostile"
+    write_shards(records, dev, dataset="toy", split="dev")
+    code, process = toy.run(data__dev=[{"path": str(dev)}])
+    raw = [each for each in "\x1b\x07\x9b\u202e" if each in process.said]
+    written_out = "\\u001b" in process.said
+    seen = f"{ended(code, process)}, raw: {raw or 'none'}, written out: {written_out}"
+    return code == 0 and not raw and written_out, seen
+
+
+# ---- tracking ------------------------------------------------------------------------------------
+
+
+def tracked(uri: str, **more: object) -> dict[str, object]:
+    return {"kind": "mlflow", "uri": uri, "last_wait": 2, **more}
+
+
+@fault("the tracking server is not there", "the run is as without one, and says what was not sent")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    code, process = toy.run(tracking=tracked("http://127.0.0.1:9"))
+    told = "was not sent" in process.said and "`harness sync" in process.said
+    equal = toy.is_bit_equal()
+    return equal and told, f"{ended(code, process)}, bit-equal: {equal}, told: {told}"
+
+
+@fault("the tracking server hangs", "the end waits tracking.last_wait; sync sends each step once")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    server = MlflowServer(toy.folder)
+    server.delay = 60.0
+    begun = time.monotonic()
+    code, process = toy.run(tracking=tracked(server.uri))
+    seconds = time.monotonic() - begun
+    server.delay = 0.0
+    sync(toy.out)
+    sync(toy.out)
+    (made,) = server.runs()
+    steps = server.steps(made.info.run_id, "train/loss")
+    server.close()
+    once = steps == list(range(1, 9))
+    seen = f"{seconds:.0f} s, not sent: {'was not sent' in process.said}, steps later: {steps}"
+    return code == 0 and once and seconds < 60, seen
+
+
+@fault("a password in tracking.uri", "stands in no file, no log and not in the database")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    server = MlflowServer(toy.folder)
+    uri = server.uri.replace("//", "//me:PLANTEDs3cr3t@")
+    code, process = toy.run(environment={"MLFLOW_TRACKING_URI": uri}, tracking=tracked(None))
+    server.close()
+    files = [path for path in toy.folder.rglob("*") if path.is_file()]
+    found = [path.name for path in files if b"PLANTED" in path.read_bytes()]
+    seen = f"{ended(code, process)}, {len(files)} files searched, in: {found or 'none'}"
+    return code == 0 and not found, seen
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def injected(each: Fault, shared: Path, folder: Path, draw: random.Random) -> Row:
+    """Injects one fault; whatever goes wrong on the way is seen too."""
+    begun = time.monotonic()
+    try:
+        kept, seen = each.inject(Toy(shared, folder), draw)
+    except Exception as error:
+        kept = False
+        seen = f"{type(error).__name__}: {error}"
+    return Row(each.name, each.promise, seen, kept, round(time.monotonic() - begun, 1))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--only", default="", metavar="WORD", help="faults whose name holds it")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and places")
+    given = parser.parse_args()
+    draw = random.Random(given.seed)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+        root = Path(place)
+        shared = make_shared(root)
+        for number, each in enumerate(FAULTS):
+            if given.only in each.name:
+                print(f"{each.name} ...", file=sys.stderr)
+                rows.append(injected(each, shared, root / f"{number:02d}", draw))
+    broken = sum(not row.kept for row in rows)
+    if given.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        cells = [
+            [row.fault, row.promise, row.seen, "kept" if row.kept else "BROKEN", row.seconds]
+            for row in rows
+        ]
+        print(markdown_table(cells, ["fault", "promise", "seen", "", "s"]))
+        print(
+            f"{len(rows)} faults, {broken} promises broken; {os.cpu_count()} cores, "
+            f"{platform.machine()}, Python {platform.python_version()}"
+        )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
