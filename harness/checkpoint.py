@@ -212,19 +212,20 @@ def _named(out: Path, which: str) -> Checkpoint:
 
 def best(out: Path) -> Path | None:
     """Returns the checkpoint that best.json names; None where it names none that is there."""
+    name = pointed_to(out)
+    return next((path for path in _by_step(out) if path.name == name), None)
+
+
+def pointed_to(out: Path) -> str | None:
+    """Returns the name that best.json has, whether that is there or not."""
     file = out / FOLDER / BEST
     pointer = _json(file) if file.is_file() else None
-    if not isinstance(pointer, dict):
-        return None
-    there = [path for path in _by_step(out) if path.name == pointer.get("checkpoint")]
-    return there[0] if there else None
+    return pointer.get("checkpoint") if isinstance(pointer, dict) else None
 
 
-def point_to_best(out: Path, step: int | None, metric: str, value: float) -> None:
-    """Writes best.json, whole or not at all; step None: removes it, since there is no best."""
+def point_to_best(out: Path, step: int, metric: str, value: float) -> None:
+    """Writes best.json, whole or not at all."""
     file = out / FOLDER / BEST
-    if step is None:
-        return file.unlink(missing_ok=True)
     beside = file.with_name(f".writing-{BEST}")
     named = {"checkpoint": place(out, step).name, "metric": metric, "value": value}
     beside.write_text(json.dumps(named, indent=1))

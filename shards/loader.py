@@ -111,7 +111,8 @@ class Loader:
         parts += [] if images is None else [images]  # so that older states still fit
         self.digest = _order_digest([m.digest for m in self.manifests], parts)
         # what a state of a run calls this order that was begun when indexes had format 1
-        self._earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
+        earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
+        self.digests = (self.digest, earlier)
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
@@ -180,7 +181,7 @@ class Loader:
         order, and when nothing of a set can be read any more; UnreachableError when the data do
         not answer.
         """
-        if state is not None and state.digest not in (self.digest, self._earlier):
+        if state is not None and state.digest not in self.digests:
             raise ShardError(
                 f"the stream state belongs to order {state.digest}, this is {self.digest} "
                 f"({self._names()}): resume with the same sets, weights, seed, window_shards and "

@@ -121,6 +121,9 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on from a checkpoint.")
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; the earlier run is moved aside.")
+    ] = False,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
     force: Annotated[
@@ -135,6 +138,7 @@ def train(
     from harness.config.load import load
     from harness.errors import ConfigError
     from harness.machine import launcher
+    from harness.machine.lock import refuse_if_held
     from harness.plan.plan import check
 
     loaded = load(config, overrides or ())
@@ -145,12 +149,18 @@ def train(
             "multi_gpu (DDP)"
         )
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
-    check_resume(loaded, resume)
+    if resume and restart:
+        raise ConfigError("--resume goes on and --restart begins anew: give one of them")
+    refuse_if_held(loaded.out_dir)
+    if not restart:
+        check_resume(loaded, resume)
     check_before_launch(loaded)
     check(loaded, launch_file, processes, lambda line: say(line, sys.stderr), force)
     arguments = [config, *(overrides or ())]
     if resume:
         arguments += ["--resume", resume]
+    if restart:
+        arguments.append("--restart")
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 
@@ -238,6 +248,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Images to show, where the data are features."),
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Scores a run, published models or both, with the verdict.
@@ -257,7 +270,14 @@ def evaluate(
     for place in data or ():
         Manifest.read_index(place)
     reports = _evaluated(
-        run, data, model or (), load_in_4bit, limit=limit, given=override or (), pictures=pictures
+        run,
+        data,
+        model or (),
+        load_in_4bit,
+        limit=limit,
+        given=override or (),
+        pictures=pictures,
+        which=checkpoint,
     )
     from harness.evaluate.report import table
 
@@ -276,6 +296,7 @@ def _evaluated(
     limit: int | None,
     given: Sequence[str],
     pictures: str | None,
+    which: str | None,
 ) -> list[dict[str, Any]]:
     """Returns the report of the run, then those of the published models on the same sets."""
     reports = []
@@ -286,7 +307,13 @@ def _evaluated(
             # A run keeps its prompts where published models are asked with others.
             own = [key for key in given if not (models and key.startswith("prompts."))]
             report = evaluate_run(
-                run, data, limit=limit, overrides=own, pictures=pictures, progress=progress
+                run,
+                data,
+                which=which,
+                limit=limit,
+                overrides=own,
+                pictures=pictures,
+                progress=progress,
             )
             reports.append(report)
         for name in models:

@@ -175,6 +175,13 @@ class GenerateConfig(Section):
     vqa: DecodingConfig = DecodingConfig(max_new_tokens=10)
 
 
+class EarlyStopConfig(Section):
+    """When a run has stopped getting better."""
+
+    metric: str  # a figure of the dev sets, as dev/CIDEr
+    patience: Positive = 3  # evaluations without a better one
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -197,7 +204,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False  # less memory: activations are computed twice
     evaluate_every: Positive | None = None  # steps; null: at the end of each epoch
     save_every: Positive | None = None  # steps; null: at the end of each epoch
-    keep_checkpoints: Positive = 2  # the newest so many
+    keep_checkpoints: Positive = 2  # the newest so many, and the best one
     log_every: Positive = 10  # steps
     max_skipped_in_a_row: Positive = 10  # steps that are not finite before the run stops
     # Steps between looks of the gate at few images; null: at evaluations alone.
@@ -207,6 +214,18 @@ class TrainConfig(Section):
     # told with what it did last; a stopped process is silent, a busy one is not.
     rank_warning_seconds: Above0 = 60
     rank_timeout_seconds: Above0 = 300  # the same until the run is ended
+    # A checkpoint also after so many minutes, written while training goes on; less often where
+    # that would cost more than 3.5% of the time; null: by steps and epochs alone.
+    save_minutes: Above0 | None = 10.0
+    # A figure of the dev sets, as dev/CIDEr, by which the best checkpoint is kept too.
+    keep_best: str | None = None
+    # {metric: dev/CIDEr, patience: 3}: end after so many evaluations without a better figure.
+    early_stop: EarlyStopConfig | None = None
+    # A folder elsewhere, as s3://BUCKET/RUN, to which every checkpoint is copied.
+    copy_to: str | None = None
+    copy_wait: From0 = 60.0  # seconds that the end of a run waits for the last copy
+    # What --resume does over shards that are others now; changed: goes on at the next epoch.
+    resume_data: Literal["same", "changed"] = "same"
 
 
 class EvaluationConfig(Section):

@@ -84,7 +84,7 @@ def overfit(
     Raises ConfigError where nothing is trainable or nothing is there to learn.
     """
     run = _run_without_chance(config, images)
-    taker = StepTaker(run, stop_asked=lambda: 0)
+    taker = StepTaker(run, stop_asked=lambda: 0, save_due=lambda: False)
     samples = _samples(run, images)
     whole = taker.collate(samples)
     if whole is None:

@@ -68,6 +68,7 @@ def evaluate_run(
     data: Sequence[str] | None = None,
     out: Path | None = None,
     *,
+    which: str | None = None,
     limit: int | None = None,
     overrides: Sequence[str] = (),
     text_only_accuracy: float | None = None,
@@ -76,14 +77,15 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores a run's newest checkpoint on `data`, or on the config's `data.test`.
 
-    `run_dir`: a run's folder or one checkpoint of it. `out`: RUN/evaluation. `limit`: so many
+    `run_dir`: a run's folder or one checkpoint of it. `which`: newest, best or a step of the run.
+    `out`: RUN/evaluation. `limit`: so many
     images, the same for every model. `overrides`: `key=value` of the run's generate, evaluation and
     data, for instance to choose the beams on the dev set. With either, on other data or for an
     older checkpoint, `out` is a folder in RUN/evaluation that says so, and nothing goes to the
     tracker. `pictures`: the set of images to show, where the data are features. Returns what
     scores.json holds. Raises ConfigError, ShardError.
     """
-    task = _task(Path(run_dir), data, out, limit, overrides)
+    task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     config = task.config
     model = load_model(task.found, config, with_vision=task.manifests[0].kind == "images")
     for manifest in task.manifests:
@@ -126,14 +128,13 @@ def _leave(
 
 
 def _task(
-    run_dir: Path,
+    found: checkpoints.Checkpoint,
     data: Sequence[str] | None,
     out: Path | None,
     limit: int | None,
     overrides: Sequence[str],
 ) -> _Task:
     """Returns what was asked for. Raises ConfigError, ShardError."""
-    found = checkpoints.at(run_dir)
     home = found.path.parent.parent
     for given in overrides:
         if not given.startswith(CHANGEABLE):
@@ -142,12 +143,12 @@ def _task(
                 "be given"
             )
     document = {**found.state["config"], "out": str(home)}
-    config = changed_by(document, overrides, run_dir)
+    config = changed_by(document, overrides, home)
     tested = [test.path for test in config.data.test]
     paths = list(data or tested)
     if not paths:
         raise ConfigError(
-            f"{run_dir}: its config names no data.test; give the shards to score with --data DIR"
+            f"{home}: its config names no data.test; give the shards to score with --data DIR"
         )
     by_key = {f"data.test.{place}.path": path for place, path in enumerate(paths)}
     check_revealed(by_key, "give the whole one, as --override KEY=VALUE")

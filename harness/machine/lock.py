@@ -29,8 +29,11 @@ POLL_SECONDS = 2.0
 class RunLock:
     """The right to write into an output folder, until `release` or the end of this process."""
 
-    def __init__(self, path: Path, descriptor: int, holder: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, descriptor: int, holder: dict[str, Any], made_folder: bool
+    ) -> None:
         self.path = path
+        self._made_folder = made_folder
         self._descriptor = descriptor
         self._holder = holder
         self._ended = threading.Event()
@@ -47,6 +50,7 @@ class RunLock:
         watched, and taken over when it is not renewed. Raises ConfigError where another run has it.
         """
         path = out / FILE
+        made_folder = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -54,7 +58,8 @@ class RunLock:
             except FileExistsError:
                 _remove_stale(path, waits, say)
                 continue
-            return cls(path, number, {"what": what, "host": os.uname().nodename, **_this_process()})
+            holder = {"what": what, "host": os.uname().nodename, **_this_process()}
+            return cls(path, number, holder, made_folder)
 
     def check(self) -> None:
         """Raises ConfigError where the folder was removed, or another run has taken it over."""
@@ -78,6 +83,8 @@ class RunLock:
         with suppress(ConfigError, OSError):
             self.check()
             self.path.unlink()
+            if self._made_folder:
+                self.path.parent.rmdir()  # where a run that was refused has left nothing
         os.close(self._descriptor)
 
     def _keep(self) -> None:

@@ -66,6 +66,11 @@ class Journal:
         self._file.flush()
         return document
 
+    def history(self, name: str) -> dict[int, float]:
+        """Returns a figure's values by step, as far as they were written."""
+        rows, _ = read_rows(self.path, 0, math.inf)
+        return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
+
     def close(self) -> None:
         self._file.close()
 
@@ -122,6 +127,9 @@ class JournalTracker:
                     )
                 self._told = True
         return None
+
+    def history(self, name: str) -> dict[int, float]:
+        return self._journal.history(name) if self._journal else {}
 
     def predictions(
         self, items: Sequence[Shown], step: int, folder: str = "answers"

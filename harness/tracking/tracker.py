@@ -49,6 +49,7 @@ class Tracker(Protocol):
     def run_id(self) -> str | None: ...  # None: there is no run (yet)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def history(self, name: str) -> dict[int, float]: ...  # step -> value; {} on other ranks
     def predictions(
         self, items: Sequence[Shown], step: int, folder: str = "answers"
     ) -> Path | None: ...

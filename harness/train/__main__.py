@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", help="auto, or a checkpoint's folder")
+    parser.add_argument("--restart", action="store_true", help="move an earlier run aside")
     given = parser.parse_args(arguments)
     watch_parent()
     guard_output()
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{size} processes, as {launcher} has started them", file=sys.stderr)
         config = load(given.config, given.overrides)
         check_before_launch(config)
-        last = run(config, given.resume)
+        last = run(config, given.resume, restart=given.restart)
     except Exception as error:
         code = 1
         sentence = explain_failure(error, config, rank)

@@ -60,7 +60,9 @@ class Best:
             self._check("early_stop.metric", asked.metric, figures)
         history = self.run.tracker.history(asked.metric)
         best = _best(asked.metric, history)
-        since = sum(step > best for step in history) if best is not None else 0
+        if best is None:
+            return ""
+        since = sum(step > best for step in history)
         if since < asked.patience:
             return ""
         return (

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from typing import NamedTuple
 
-from harness import checkpoint as checkpoints
-from harness.config.load import for_disk
 from harness.errors import GuardError
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
-from harness.train.state import Run
+from harness.train.saving import Saver
+from harness.train.state import Run, StepResult
 from shards.files import ShardError
+
+
+class Due(NamedTuple):
+    """What came of the work between two steps."""
+
+    stops: bool = False  # a signal has cut it off
+    ends: bool = False  # train.early_stop
 
 
 class BetweenSteps:
     """All that a config asks for after a step; all ranks alike."""
 
-    def __init__(self, run: Run, last_step: int, stop_asked: Callable[[], int]) -> None:
+    def __init__(
+        self, run: Run, saver: Saver, last_step: int, stop_asked: Callable[[], int]
+    ) -> None:
         self.run = run
+        self.saver = saver
         self.stop_asked = stop_asked
         self.last_step = last_step
         self._small: SmallSet | None = None  # made when it is first needed
@@ -32,32 +41,51 @@ class BetweenSteps:
         is_end = step >= self.last_step
         if step and (is_end or self._is_evaluation_due()):
             # the earlier process may have been killed inside it
-            evaluate(run, self.stop_asked, again=False)
-        if is_end:
+            self._evaluate(is_saved=True, again=False)
+        why = self.saver.best.has_stopped()
+        has_stopped = run.engine.sum([why != ""])[0] > 0
+        if is_end or has_stopped:
             run.terminal.say(
                 f"nothing is left to do: {run.config.out_dir} stands at step {step} "
-                f"of {self.last_step}"
+                f"of {self.last_step}{'; ' if why else ''}{why}"
             )
-        return is_end
+        return is_end or has_stopped
 
-    def do_what_is_due(self) -> bool:
-        """Saves first: a crash in the evaluation then loses nothing. Returns whether a signal has
-        cut the evaluation off; what was learnt is saved then.
-        """
+    def do_what_is_due(self, step: StepResult) -> Due:
+        """Saves first: a crash in the evaluation then loses nothing."""
         run = self.run
         train = run.config.train
+        self.saver.check()
         is_end = run.state.step == self.last_step
-        saves = is_end or self._is_due(train.save_every)
+        saves = is_end or step.saves or self._is_due(train.save_every)
         if saves:
-            save(run)
+            self.saver.save(at_once=is_end)
         if is_end or self._is_evaluation_due():
-            stops = evaluate(run, self.stop_asked)
-            if stops and not saves:
-                save(run)
-            return stops
+            due = self._evaluate(saves)
+            if due.stops or due.ends:
+                self.saver.save_once()
+            return due
         if train.image_use_every and run.config.data.dev and self._is_due(train.image_use_every):
             self._look()
-        return False
+        return Due()
+
+    def _evaluate(self, is_saved: bool, again: bool = True) -> Due:
+        """Evaluates, keeps the best checkpoint, and tells whether the run has got no better."""
+        run = self.run
+        best = self.saver.best
+        try:
+            stops, figures = evaluate(run, self.stop_asked, again)
+        except ShardError:
+            self.saver.save_once()
+            raise
+        is_best = figures is not None and best.is_new(figures)
+        why = best.has_stopped(figures) if figures is not None else ""
+        is_best_here, ends = run.engine.sum([is_best, why != ""])
+        if is_best_here:
+            self.saver.keep_as_best(is_saved)
+        if why:
+            run.terminal.say(why)
+        return Due(stops, ends > 0)
 
     def _is_due(self, every: int | None) -> bool:
         """Tells whether `every` steps are over; None: whether an epoch is."""
@@ -84,13 +112,15 @@ class _CutOffError(Exception):
     """An evaluation that a signal came into."""
 
 
-def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> bool:
+def evaluate(
+    run: Run, stop_asked: Callable[[], int], again: bool = True
+) -> tuple[bool, Mapping[str, float] | None]:
     """Scores on the dev sets, and answers for the same images as always.
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
-    are not there yet. Returns whether a signal came, which ends it at the next batch. Raises
-    GuardError as `stop_if_image_ignored` says, and ShardError for a dev set that cannot be scored;
-    saves before the latter.
+    are not there yet. Returns whether a signal came, which ends it at the next batch, and on the
+    main process the figures. Raises GuardError as `stop_if_image_ignored` says, and ShardError for
+    a dev set that cannot be scored.
     """
     config = run.config
 
@@ -127,19 +157,22 @@ def evaluate(run: Run, stop_asked: Callable[[], int], again: bool = True) -> boo
         [bool(ignored), stop_asked() > 0, failure is not None]
     )
     if has_failed:
-        _save_once(run)
         raise failure or ShardError("the main process cannot score the dev sets")
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
             f"({ignored})"
         )
-    return stops > 0
+    return stops > 0, _figures(result) if result else None
+
+
+def _figures(result: Evaluation) -> dict[str, float]:
+    return {**result.metrics(), "unreadable_samples": result.unreadable}
 
 
 def _tell(run: Run, result: Evaluation) -> str:
     """Shows and tracks the scores. Returns why images count as ignored, "" where they do not."""
-    figures = {**result.metrics(), "unreadable_samples": result.unreadable}
+    figures = _figures(result)
     run.track("dev", figures)
     run.tracker.predictions(result.shown_images, run.state.step)
     words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -152,38 +185,3 @@ def _tell(run: Run, result: Evaluation) -> str:
             if use.verdict == "image ignored":
                 ignored = f"{task}: {use.reason}"
     return ignored
-
-
-def _save_once(run: Run) -> None:
-    """Saves, unless this step is saved; all ranks alike."""
-    is_saved = checkpoints.place(run.config.out_dir, run.state.step).exists()
-    if not run.engine.sum([run.engine.is_main and is_saved])[0]:
-        save(run)
-
-
-def save(run: Run) -> None:
-    """Gathers on all ranks, writes on one."""
-    engine = run.engine
-    engine.heart.doing(f"saves step {run.state.step}", alone=engine.is_main)
-    weights = engine.trained_state()
-    optimizer = engine.optimizer_state()
-    if engine.is_main:
-        document = {
-            "step": run.state.step,
-            "train": asdict(run.state),
-            "scaler": engine.scaler_state(),
-            "config": for_disk(run.config),
-            "run_id": run.tracker.run_id,
-            "world_size": engine.world_size,
-        }
-        written = checkpoints.write(
-            run.config.out_dir,
-            run.state.step,
-            lambda folder: run.model.save_pretrained(folder, weights),
-            optimizer,
-            document,
-        )
-        keep = run.config.train.keep_checkpoints
-        checkpoints.prune(run.config.out_dir, run.state.step, keep)
-        run.tracker.checkpoint(written.path, written.digest, run.state.step)
-    engine.wait()

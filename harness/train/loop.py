@@ -15,37 +15,38 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 
-from harness.train.between_steps import BetweenSteps, save
+from harness.train.between_steps import BetweenSteps
 from harness.train.clock import Clock
 from harness.train.guards import RunGuard
+from harness.train.saving import Saver
 from harness.train.state import Run
 from harness.train.step import StepLog, StepTaker, fetched
 from harness.train.unreadable import check_unreadable
 from shards.files import UnreachableError
 
 
-def loop(run: Run, stop_asked: Callable[[], int]) -> int:
+def loop(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     """Steps until the last epoch or `max_steps`, or until a signal came; all ranks alike.
 
     Returns the signal's number, 0 without one. Raises GuardError, UnreachableError where data do
     not answer, and ShardError for too many images that cannot be read; saves before the latter two.
     """
     try:
-        return _steps(run, stop_asked)
+        return _steps(run, saver, stop_asked)
     except UnreachableError as error:
-        save(run)
+        saver.save_once()
         raise UnreachableError(
             f"{error}; the run is saved after step {run.state.step}: go on with --resume auto"
         ) from error
 
 
-def _steps(run: Run, stop_asked: Callable[[], int]) -> int:
+def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     global_batches = run.loader.iterate(run.state.stream, run.config.train.epochs)
-    taker = StepTaker(run, stop_asked)
+    taker = StepTaker(run, stop_asked, saver.is_due)
     guard = RunGuard(run)
     clock = Clock()
     log = StepLog(run, clock)
-    between = BetweenSteps(run, taker.last_step, stop_asked)
+    between = BetweenSteps(run, saver, taker.last_step, stop_asked)
     if between.is_nothing_left():
         return stop_asked()
     run.model.train()
@@ -62,12 +63,13 @@ def _steps(run: Run, stop_asked: Callable[[], int]) -> int:
             if is_end:
                 guard.check_frozen()
             if step.stops:  # who stops a run may give it seconds: the checkpoint, and no more
-                save(run)
+                saver.save(at_once=True)
                 return stop_asked() or signal.SIGTERM
-            check_unreadable(run, step)
-            if between.do_what_is_due():
+            check_unreadable(run, saver, step)
+            due = between.do_what_is_due(step)
+            if due.stops:
                 return stop_asked() or signal.SIGTERM
-            if is_end:
+            if is_end or due.ends:
                 break
             clock.restart()
             heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)

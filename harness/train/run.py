@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import checkpoint as checkpoints
 from harness.checkpoint import Checkpoint
-from harness.checks import changes, check_resume
+from harness.checks import changes
 from harness.config.schema import Config
 from harness.machine.signals import stop_requests
 from harness.report.terminal import Terminal, part_rows
@@ -17,48 +17,59 @@ from harness.train.engine import Engine
 from harness.train.engines import make_engine
 from harness.train.loop import loop
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
+from harness.train.resume import OutFolder, stream_now
+from harness.train.saving import Saver
 from harness.train.state import Observer, Run, TrainState
 from harness.train.together import check_alike, checkpoint_of_rank_0
 from shards.manifest import Manifest
 from shards.stream import StreamState
 
 
-def run(config: Config, resume: str | None = None, observers: Sequence[Observer] = ()) -> Path:
+def run(
+    config: Config,
+    resume: str | None = None,
+    observers: Sequence[Observer] = (),
+    *,
+    restart: bool = False,
+) -> Path:
     """Trains and returns the last checkpoint's folder.
 
-    `resume`: auto, a run's folder or a checkpoint's. `observers` are told of every step.
-    Raises ConfigError, ShardError, OSError or GuardError. After SIGTERM or SIGINT: saves, and
-    raises SystemExit with 128 + the signal's number.
+    `resume`: auto, a run's folder or a checkpoint's. `observers` are told of every step. `restart`:
+    an earlier run in the same folder is moved aside. Raises ConfigError, ShardError, OSError or
+    GuardError. After SIGTERM or SIGINT: saves, and raises SystemExit with 128 + the signal's
+    number.
     """
-    this = _set_up(config, resume, observers)
-    status = "FAILED"
+    engine = make_engine(config.train)
+    terminal = Terminal(engine.is_main)
+    folder = OutFolder(config, resume, restart, terminal.say)
     try:
-        with stop_requests() as stop_asked:
-            number = loop(this, stop_asked)
-        status = "KILLED" if number else "FINISHED"
+        with checkpoint_of_rank_0(folder.begin, engine) as found:
+            this = _made(config, resume, observers, engine, terminal, found)
+        number = _trained(this, folder)
     finally:
-        this.tracker.close(status)
-    # when the main process has reported everything: a launcher ends all as soon as one has failed
-    this.engine.close()
+        folder.release()
     last = checkpoints.place(config.out_dir, this.state.step)
     if number:
         name = signal.Signals(number).name
-        this.terminal.say(f"stopped by {name} after step {this.state.step}, which is saved: {last}")
+        terminal.say(f"stopped by {name} after step {this.state.step}, which is saved: {last}")
         raise SystemExit(128 + number)
     return last
 
 
-def _set_up(config: Config, resume: str | None, observers: Sequence[Observer]) -> Run:
-    """Returns the run as it stands before its next step."""
-    engine = make_engine(config.train)
-    terminal = Terminal(engine.is_main)
-
-    def find() -> Checkpoint | None:
-        check_resume(config, resume)
-        return checkpoints.find(config.out_dir, resume, terminal.say)
-
-    with checkpoint_of_rank_0(find, engine) as found:
-        return _made(config, resume, observers, engine, terminal, found)
+def _trained(this: Run, folder: OutFolder) -> int:
+    """Trains to the end and closes all. Returns the number of the signal that stopped it, or 0."""
+    saver = Saver(this, folder.lock, folder.copies)
+    status = "FAILED"
+    try:
+        with stop_requests() as stop_asked:
+            number = loop(this, saver, stop_asked)
+        status = "KILLED" if number else "FINISHED"
+    finally:
+        saver.close()
+        this.tracker.close(status)
+    # when the main process has reported everything: a launcher ends all as soon as one has failed
+    this.engine.close()
+    return number
 
 
 def _made(
@@ -81,6 +92,7 @@ def _made(
     if found:  # before prepare: an engine may keep copies of the weights of its own
         model.load_trained(found.model)
         state = TrainState.from_json(found.state["train"])
+        state.stream = stream_now(found, loader, config, terminal.say)
         terminal.say(f"going on after step {state.step} from {found.path}")
     elif not config.model.init_from:
         calibrate(model, config)

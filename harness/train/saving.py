@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from harness import checkpoint as checkpoints
-from harness.checkpoint import Checkpoint
+from harness.config.load import for_disk
 from harness.errors import ConfigError
 from harness.machine.lock import RunLock
 from harness.train.best import Best
 from harness.train.copies import Copies
+from harness.train.resume import data_facts
 from harness.train.state import Run
 
 MOST_OF_THE_TIME = 0.035  # that saving by the clock may cost a run; else it comes less often
@@ -34,7 +35,6 @@ class Saver:
         self.lock = lock
         self.copies = copies
         self.best = Best(run)
-        self.step = run.state.step  # of the newest checkpoint, or where the run began
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._written_seconds = 0.0  # what the last one took the thread, and of a processor
@@ -43,6 +43,7 @@ class Saver:
         self._blocked = 0.0  # seconds that training has waited for all of them
         self._minutes = run.config.train.save_minutes
         self._put_off(60 * (self._minutes or 0))
+        self.best.point()  # where an earlier process was killed before it could
 
     def is_due(self) -> bool:
         """Tells whether the time for one has come; the main process's clock decides."""
@@ -56,6 +57,7 @@ class Saver:
         training, and one that cannot be written is told and tried again.
         """
         run = self.run
+        run.engine.heart.doing(f"saves step {run.state.step}", alone=run.engine.is_main)
         began = time.monotonic()
         if self._thread:
             self._thread.join()
@@ -69,10 +71,26 @@ class Saver:
             if at_once:
                 self._thread.join()
                 self.check(is_last=True)
-        self.step = run.state.step
         self._note_cost(time.monotonic() - began)
         if at_once:
             run.engine.wait()
+
+    def save_once(self) -> None:
+        """Saves at once, unless this step is saved; all ranks alike."""
+        if self._thread:
+            self._thread.join()
+        run = self.run
+        is_saved = checkpoints.place(run.config.out_dir, run.state.step).exists()
+        if not run.engine.sum([run.engine.is_main and is_saved])[0]:
+            self.save(at_once=True)
+
+    def keep_as_best(self, is_saved: bool) -> None:
+        """Has best.json name this step, saving it where that was not done; all ranks alike."""
+        if not is_saved:
+            return self.save()  # which points too
+        if self._thread:
+            self._thread.join()
+        self.best.point()
 
     def check(self, is_last: bool = False) -> None:
         """Raises what makes it useless to train on: a folder that is gone, or another run's.
@@ -114,7 +132,9 @@ class Saver:
             written = checkpoints.write(out, step, save_model, optimizer, document)
             self.best.point()
             checkpoints.prune(out, step, run.config.train.keep_checkpoints)
-            self._tell(written)
+            run.tracker.checkpoint(written.path, written.digest, written.step)
+            if self.copies:
+                self.copies.add(written.path)
         except ConfigError as error:
             self._error = error
         except Exception as error:
@@ -126,11 +146,6 @@ class Saver:
             )
         self._written_seconds = time.monotonic() - began
         self._cpu_seconds = time.thread_time()
-
-    def _tell(self, written: Checkpoint) -> None:
-        self.run.tracker.checkpoint(written.path, written.digest, written.step)
-        if self.copies:
-            self.copies.add(written.path)
 
     def _note_cost(self, blocked: float) -> None:
         """Logs what saving costs, and makes it rarer where that is too much.
@@ -173,8 +188,8 @@ def _document(run: Run) -> dict[str, Any]:
         "step": run.state.step,
         "train": asdict(run.state),
         "scaler": run.engine.scaler_state(),
-        "config": run.config.model_dump(mode="json"),
-        "data": [data_facts(manifest) for manifest in run.loader.manifests],
+        "config": for_disk(run.config),
+        "data": data_facts(run.loader),
         "run_id": run.tracker.run_id,
         "world_size": run.engine.world_size,
     }

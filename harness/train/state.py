@@ -59,6 +59,7 @@ class StepResult:
     quarantined: float  # samples that could not be read, so far
     truncated: float  # texts that were cut, so far
     stops: bool  # some rank was asked to stop
+    saves: bool = False  # it is time for a checkpoint
     unreadable: Sequence[float] = ()  # images of this step that could not be read, by set
 
 

@@ -27,9 +27,12 @@ from shards.stream import StreamState
 class StepTaker:
     """The maker of the run's steps: each leaves `run.state` one step older."""
 
-    def __init__(self, run: Run, stop_asked: Callable[[], int]) -> None:
+    def __init__(
+        self, run: Run, stop_asked: Callable[[], int], save_due: Callable[[], bool]
+    ) -> None:
         self.run = run
         self.stop_asked = stop_asked
+        self.save_due = save_due
         config = run.config
         self.collate = Collator.of(config, run.model.tokenizer)
         self.quarantine = SharedQuarantine(run.loader, run.engine)
@@ -64,11 +67,12 @@ class StepTaker:
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
         share = self._gradients(batches, max(weight, 1e-8))
         # One packed tensor decides for all ranks alike.
-        loss, not_finite, stops, quarantined, truncated, *unreadable = engine.sum(
+        loss, not_finite, stops, saves, quarantined, truncated, *unreadable = engine.sum(
             [
                 share,
                 not math.isfinite(share),
                 self.stop_asked() > 0,
+                self.save_due(),
                 len(run.loader.quarantined),
                 self.collate.truncated.total(),
                 *run.loader.unreadable_in(samples),
@@ -81,6 +85,7 @@ class StepTaker:
         result = StepResult(
             *(batches, loss, norm, rate, images, targets, quarantined, truncated, stops > 0),
             unreadable=unreadable,
+            saves=saves > 0,
         )
         for observer in run.observers:
             observer.step_taken(run, result)

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.train.between_steps import save
+from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
 from harness.train.together import gathered
 from shards.files import ShardError
 from shards.quarantine import count_fault, summary
 
 
-def check_unreadable(run: Run, step: StepResult) -> None:
+def check_unreadable(run: Run, saver: Saver, step: StepResult) -> None:
     """Raises ShardError, with what is wrong by set and kind, once this step took the run beyond
     `data.max_unreadable`; saves first. All ranks alike.
     """
@@ -21,7 +21,7 @@ def check_unreadable(run: Run, step: StepResult) -> None:
     too_many = run.loader.too_many_unreadable(run.state.unreadable, share)
     if not too_many or not any(step.unreadable):  # a resumed run whose data was mended goes on
         return
-    save(run)
+    saver.save_once()
     faults: Counter = Counter()
     for rank in gathered(list(run.loader.faults.items()), run.engine):
         for (folder, kind), n in rank:

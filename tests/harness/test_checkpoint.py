@@ -6,6 +6,7 @@ import builtins
 import itertools
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,21 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_half_written(tmp_path, monk
     assert names(tmp_path) == ["step-000001"]
 
 
+def test_a_file_larger_than_may_be_is_an_error_of_the_system_too(tmp_path):
+    """As a full disk: safetensors tells it by an error of its own, which is no OSError."""
+    write(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            checkpoints.write(
+                tmp_path, 2, save_model, {"exp_avg/x": torch.zeros(100_000)}, {"step": 2}
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["step-000001"]
+
+
 def test_what_does_not_read_back_does_not_become_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: _spoil(tmp_path))
     with pytest.raises(OSError, match=r"does not read back: optimizer.safetensors is damaged"):
@@ -169,12 +185,101 @@ def test_prune_keeps_the_newest_also_past_a_million_steps_and_clears_leftovers(t
     assert checkpoints.newest(tmp_path).step == 1_000_000
 
 
-def test_a_future_that_is_run_again_is_removed_once_the_new_one_is_written(tmp_path):
-    for step in (2, 4, 6):
+def test_a_future_that_is_run_again_is_moved_aside_and_not_removed(tmp_path):
+    written = [write(tmp_path, step) for step in (2, 4, 6)]
+    said = []
+    checkpoints.settle(tmp_path, written[0], said.append)
+    assert checkpoints.newest(tmp_path).step == 2
+    (aside,) = (tmp_path / "checkpoints").glob("earlier-future-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["step-000004", "step-000006"]
+    assert f"moved aside, to {aside}: step-000004, step-000006" in said[0]
+
+
+def test_what_a_folder_held_of_another_run_is_moved_aside_before_one_goes_on_from_elsewhere(
+    tmp_path,
+):
+    for step in (2, 4):
+        write(tmp_path / "own", step)
+    checkpoints.settle(tmp_path / "own", write(tmp_path / "other", 3), lambda sentence: None)
+    assert checkpoints.newest(tmp_path / "own") is None
+    assert len(list((tmp_path / "own").rglob("step-*"))) == 2
+
+
+@pytest.mark.parametrize("keep", [1, 3, 10])
+@pytest.mark.parametrize("written", [1, 2, 5])
+def test_as_many_checkpoints_as_are_asked_for_are_kept(tmp_path, keep, written):
+    for step in range(1, written + 1):
         write(tmp_path, step)
+        checkpoints.prune(tmp_path, step, keep)
+    expected = [f"step-{step:06d}" for step in range(max(1, written - keep + 1), written + 1)]
+    assert names(tmp_path) == expected
+
+
+def test_damaged_checkpoints_are_moved_aside_and_not_counted(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    for step in (3, 4):
+        (checkpoints.place(tmp_path, step) / "model" / "model.safetensors").write_bytes(b"w")
+    write(tmp_path, 5)
+    checkpoints.prune(tmp_path, 5, keep=3)
+    (aside,) = (tmp_path / "checkpoints").glob("damaged-*")
+    assert names(tmp_path) == [aside.name, "step-000001", "step-000002", "step-000005"]
+
+
+def test_one_that_was_just_written_and_the_best_are_never_removed(tmp_path):
+    for step in (1, 2, 3, 9):
+        write(tmp_path, step)
+    checkpoints.point_to_best(tmp_path, 1, "dev/CIDEr", 0.5)
+    checkpoints.prune(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["best.json", "step-000001", "step-000002", "step-000009"]
+    assert checkpoints.at(tmp_path, "best").step == 1
+    assert checkpoints.at(tmp_path, "2").step == checkpoints.at(tmp_path, "step-000002").step == 2
+    assert checkpoints.at(tmp_path, "newest").step == 9
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_by_name(tmp_path):
     write(tmp_path, 3)
-    checkpoints.prune(tmp_path, 3, keep=2)
-    assert names(tmp_path) == ["step-000002", "step-000003"]
+    with pytest.raises(ConfigError, match=r"best\.json.*train\.keep_best=dev/CIDEr"):
+        checkpoints.at(tmp_path, "best")
+    with pytest.raises(ConfigError, match=r"--checkpoint 7: .* holds step-000003; expected newest"):
+        checkpoints.at(tmp_path, "7")
+
+
+def test_only_damaged_checkpoints_are_refused_and_not_begun_over(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step).path / "state.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 checkpoints .* begin anew with --restart"
+    ):
+        checkpoints.find(tmp_path, "auto")
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[1]", "5", "null", "{}", "[]", "[" * 100_000),
+        *('{"state.json": 3, "optimizer.safetensors": 4}', "\0", '"aaa'),
+    ],
+    ids=["list", "number", "null", "empty", "empty list", "deep", "numbers", "zero", "cut"],
+)
+def test_a_list_of_files_that_is_none_is_damage_that_is_passed_over(tmp_path, text):
+    write(tmp_path, 1)
+    (write(tmp_path, 2).path / "files.json").write_text(text)
+    said = []
+    assert checkpoints.find(tmp_path, "auto", said.append).step == 1
+    assert "is damaged" in said[0]
+
+
+@pytest.mark.parametrize("state", ["[]", "null", "{}", '{"step": "two"}', "{" * 100_000])
+def test_a_state_that_is_none_is_damage_also_where_its_hash_is_right(tmp_path, state):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2).path
+    (folder / "state.json").write_text(state)
+    files = json.loads((folder / "files.json").read_text())
+    files["state.json"] = checkpoints.fact(folder / "state.json")
+    (folder / "files.json").write_text(json.dumps(files))
+    assert checkpoints.find(tmp_path, "auto").step == 1
 
 
 def test_moments_and_state_come_back_as_they_were_and_the_digest_names_them(tmp_path):

@@ -273,10 +273,11 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
     shutil.copytree(whole, out)
     config = config_of(root, "again", dev=False, max_steps=7)
     train.run(config, str(checkpoints.place(out, 6)))
-    assert [path.name for path in sorted(out.glob("checkpoints/*"))] == [
+    assert [path.name for path in sorted(out.glob("checkpoints/step-*"))] == [
         "step-000006",
         "step-000007",
     ]
+    assert len(list(out.glob("checkpoints/earlier-future-*/step-000008"))) == 1
     train.run(config_of(root, "again", dev=False), "auto")
     same_bits(final(out), final(whole))
 
