@@ -19,7 +19,6 @@ from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.record import Record, Text
 from shards.remote import Patience
-from shards.verify import verify
 from shards.write import write_shards
 
 SAMPLES = 9
@@ -97,8 +96,7 @@ def keys(paths, tmp_path, **other):
     return sorted(s.record.key if s.record else s.error for s in samples)
 
 
-def test_a_set_at_s3_is_verified_indexed_and_streamed(there, tmp_path):
-    assert verify(there) == []
+def test_a_set_at_s3_is_indexed_and_streamed(there, tmp_path):
     indexed = index_shards(there, "toy", "train", out=tmp_path / "mine")
     assert indexed.digest == Manifest.open(there).digest
     expected = [f"key{n:02d}" for n in range(SAMPLES)]
