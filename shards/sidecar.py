@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.files import ShardError, file_info, write_whole
+from shards.files import ShardError, UnreachableError, file_info, write_whole
 from shards.manifest import (
     INDEX,
     MAX_KEY_BYTES,
@@ -55,6 +55,8 @@ class Indexing:
             try:
                 for group in groups(read, size):
                     texts += self._add_sample(group, name)
+            except UnreachableError:  # which names it
+                raise
             except ShardError as error:
                 raise ShardError(f"{location}: {error}") from error
             samples = len(self._keys) - before

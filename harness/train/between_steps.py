@@ -11,6 +11,7 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.state import Run
+from shards.files import UnreachableError
 
 
 class BetweenSteps:
@@ -72,27 +73,34 @@ def evaluate(run: Run, again: bool = True) -> None:
     """Scores on the dev sets, and answers for the same images as always.
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
-    are not there yet. Raises GuardError as `stop_if_image_ignored` says.
+    are not there yet. Raises GuardError as `stop_if_image_ignored` says; UnreachableError, on all
+    ranks, where the sets do not answer.
     """
     config = run.config
     page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
     wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
     wanted = run.engine.sum([wanted_here])[0]
     result = None
+    failure = ""  # of the data, which the other ranks have to hear: all save then
     with run.engine.gathered_weights() if wanted else nullcontext():
         if wanted_here:
-            result = evaluate_model(
-                run.model,
-                [dev.path for dev in config.data.dev],
-                config,
-                limit=config.evaluation.dev_images,
-                counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-                epochs=run.epochs,
-            )
+            try:
+                result = evaluate_model(
+                    run.model,
+                    [dev.path for dev in config.data.dev],
+                    config,
+                    limit=config.evaluation.dev_images,
+                    counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+                    epochs=run.epochs,
+                )
+            except UnreachableError as error:
+                failure = str(error)
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    is_ignored = run.engine.sum([bool(ignored)])[0]
+    is_ignored, failures = run.engine.sum([bool(ignored), failure != ""])
+    if failures:
+        raise UnreachableError(next(filter(None, run.engine.gather(failure))))
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "

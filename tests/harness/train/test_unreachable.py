@@ -80,7 +80,11 @@ def test_one_rank_without_data_stops_all_and_they_save(root, monkeypatch):
     supporting = [str(ROOT), str(ROOT / "tests" / "support")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(supporting))
     launch([str(root)], 2, module="unreachable_rank_program")
-    for rank in (0, 1):
-        told = (root / f"{rank}-told.txt").read_text()
-        assert told.startswith("the network of rank 1 is down; the run is saved after step 3")
-    assert checkpoints.newest(root / "ranks").step == 3
+    for name, step, reason in (
+        ("ranks", 3, "the network of rank 1 is down"),
+        ("dev-ranks", 3, "the dev set of rank 0 does not answer"),
+    ):
+        for rank in (0, 1):
+            told = (root / f"{name}-{rank}.txt").read_text()
+            assert told.startswith(f"{reason}; the run is saved after step {step}")
+        assert checkpoints.newest(root / name).step == step
