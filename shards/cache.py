@@ -35,9 +35,8 @@ class Cache:
         self.max_bytes = int(max_bytes)
         self.patience = patience or Patience()
         self._lock = self.folder / ".lock"
-        # A file found wrong before that is tried anew: it may have been mended since.
-        self._since = time.time() - 1  # the clock of files is a little behind
-        self._take_folder()
+        # A file found wrong before this moment is tried anew: it may have been mended since.
+        self._since = self._take_folder()
 
     @classmethod
     def at(
@@ -49,7 +48,8 @@ class Cache:
         """Returns None where one of them is not given: then only local sets can be read."""
         return cls(folder, int(max_bytes), patience) if folder and max_bytes else None
 
-    def _take_folder(self) -> None:
+    def _take_folder(self) -> float:
+        """Returns when that was, by the clock of the folder's own files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         marker = self.folder / MARKER
         if not marker.exists():
@@ -59,7 +59,8 @@ class Cache:
                     f"{self.folder} is there and is no cache of harness (it has no {MARKER}): "
                     "name another data.cache_dir"
                 )
-            marker.touch()
+        marker.touch()
+        return marker.stat().st_mtime
 
     def open(self, url: str, size: int, sha256: str) -> int:
         """Returns a file descriptor for reading, the caller's to close; downloads what is not
@@ -191,11 +192,12 @@ class Cache:
         stream, _ = open_stream(url, self.patience)
         with stream:
             while chunk := stream.read(1 << 20):
-                rest = memoryview(chunk)[: max(0, size - offset)]
-                while rest:
-                    rest = rest[os.pwrite(number, rest, offset) :]
-                offset += len(chunk)
                 digest.update(chunk)
+                kept = memoryview(chunk)[: max(0, size - offset)]
+                done = 0
+                while done < len(kept):
+                    done += os.pwrite(number, kept[done:], offset + done)
+                offset += len(chunk)
         return offset, digest.hexdigest()
 
     def _must_not_be_bad(self, path: Path) -> None:

@@ -402,6 +402,12 @@ def _no_index(folder: str) -> str:
         return f"{where} does not exist: index the shards there with `harness shards index`"
     path = Path(folder)
     if not path.is_dir():
+        replaced = path.absolute().with_name(f".{path.name}.replaced")
+        if replaced.is_dir():
+            return (
+                f"{folder} was being replaced when its process was killed: the old set lies at "
+                f"{replaced}; run the same command again, or move it back"
+            )
         return f"there is no folder of shards at {folder}: build one with `harness shards build`"
     splits = sorted(child.parent.name for child in path.glob(f"*/{INDEX}"))
     if splits:

@@ -12,7 +12,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -183,14 +182,16 @@ def _check_crc(found: int, expected: int) -> None:
 
 def records(paths: Iterable[str], cache: Cache | None = None) -> Iterator[Record]:
     """Yields those of all samples of these sets, in order, less those that cannot be read: whoever
-    scores them has named them.
+    scores them has named them. Raises UnreachableError.
     """
     for reader in [Reader(Manifest.open(path, cache)) for path in paths]:
         for index in range(reader.manifest.samples):
-            with suppress(ShardError):
-                record = reader.read(index).record
-                assert record is not None  # a read gives one, or raises
-                yield record
+            try:
+                yield reader.read(index).known
+            except UnreachableError:
+                raise
+            except ShardError:
+                continue
 
 
 class Parsed(NamedTuple):

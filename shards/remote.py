@@ -63,7 +63,7 @@ def patiently(ask: Callable[[], T], location: str, patience: Patience) -> T:
             return _in_time(ask, patience.seconds) if is_remote(location) else ask()
         except Exception as error:  # every fsspec back end has exceptions of its own
             kind = _kind(error)
-            words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            words = _words(error)
             if kind == "absent":
                 raise FileNotFoundError(2, "it does not exist", location) from error
             if kind == "unknown":
@@ -123,6 +123,12 @@ def _kind(error: BaseException) -> Literal["absent", "refused", "unknown", "pass
     return "passing"
 
 
+def _words(error: Exception) -> str:
+    # "not found" hides what was: a status, a time-out
+    reason = next((e for e in _chain(error) if not isinstance(e, _NOT_THERE)), error)
+    return f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
@@ -135,11 +141,11 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = getattr(response, "status_code", None)
-    for value in (found, getattr(error, "status", None), getattr(error, "code", None)):
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
-    return None
+        names = ("status", "code")
+        found = getattr(response, "status_code", None) or next(
+            (getattr(error, name) for name in names if hasattr(error, name)), None
+        )
+    return found if isinstance(found, int) and 100 <= found < 600 else None
 
 
 def _advice(location: str) -> str:

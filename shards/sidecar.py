@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.files import ShardError, file_info, write_whole
+from shards.files import ShardError, UnreachableError, file_info, write_whole
 from shards.manifest import (
     INDEX,
     MAX_KEY_BYTES,
@@ -57,6 +57,8 @@ class Indexing:
                 on_stray = partial(self._leave_out, name, "a file that a Mac adds to archives")
                 for group in groups(read, size, on_stray=on_stray):
                     texts += self._add_sample(group, name)
+            except UnreachableError:  # which names it
+                raise
             except ShardError as error:
                 raise ShardError(f"{location}: {error}") from error
             samples = len(self._keys) - before

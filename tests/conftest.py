@@ -30,6 +30,7 @@ SLOW = (
     "test_quantise",
     "test_resume",
     "test_secrets",
+    "test_unreachable",
     "test_verdicts",
     "test_zero",
 )

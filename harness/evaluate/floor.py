@@ -102,8 +102,8 @@ def trained_on(config: Config, evaluated: Sequence[Manifest]) -> frozenset[tuple
     """
     names = {(manifest.dataset, manifest.split) for manifest in evaluated}
     return frozenset(
-        (manifest.dataset, manifest.split, manifest.key(index))
+        (manifest.dataset, manifest.split, key.decode())
         for manifest in training_sets(config)
         if (manifest.dataset, manifest.split) in names
-        for index in range(manifest.samples)
+        for key in manifest.sidecar["key"].tolist()
     )

@@ -12,7 +12,8 @@ from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
-from shards.files import ShardError
+from harness.train.together import gathered
+from shards.files import ShardError, UnreachableError
 
 
 class Due(NamedTuple):
@@ -119,8 +120,8 @@ def evaluate(
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
     are not there yet. Returns whether a signal came, which ends it at the next batch, and on the
-    main process the figures. Raises GuardError as `stop_if_image_ignored` says, and ShardError for
-    a dev set that cannot be scored.
+    main process the figures. Raises GuardError as `stop_if_image_ignored` says; on all ranks
+    ShardError for a dev set that cannot be scored, UnreachableError for one that does not answer.
     """
     config = run.config
 
@@ -153,11 +154,13 @@ def evaluate(
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    is_ignored, stops, has_failed = run.engine.sum(
-        [bool(ignored), stop_asked() > 0, failure is not None]
+    is_silent = isinstance(failure, UnreachableError)
+    is_ignored, stops, has_failed, is_silent_somewhere = run.engine.sum(
+        [bool(ignored), stop_asked() > 0, failure is not None, is_silent]
     )
     if has_failed:
-        raise failure or ShardError("the main process cannot score the dev sets")
+        words = next(filter(None, gathered(str(failure or ""), run.engine)))
+        raise (UnreachableError if is_silent_somewhere else ShardError)(words)
     if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "

@@ -4,10 +4,13 @@ leaves nothing.
 
 import io
 import json
+import os
+import shutil
 import struct
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,3 +380,38 @@ def test_the_real_vqav2_subset_is_built_in_two_calls(tmp_path, shared_data):
         assert (summary.total("records"), summary.undecodable_images) == (100, 0)
     record = Record.from_json(members(tmp_path / "vqav2" / "val")["000000000042.json"])
     assert record.texts[0].prompt == "What color are the gym shoes?"
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_build_killed_while_it_adds_splits_is_finished_by_the_next_call(
+    tmp_path, flickr_images, call
+):
+    out = tmp_path / "out"
+
+    def add():
+        build("flickr8k", out, images=flickr_images, captions=TOKEN, splits=FLICKR8K)
+
+    add()
+    whole = {path.name: members(path) for path in out.iterdir() if path.is_dir()}
+    lines = skipped(out)
+    for split in whole:
+        shutil.rmtree(out / split)
+    child = os.fork()
+    if not child:
+        real = os.replace
+        calls = iter(range(1, call))
+
+        def counted(source, target):
+            if Path(target).parent == out and next(calls, None) is None:
+                os._exit(9)
+            return real(source, target)
+
+        os.replace = counted
+        add()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with pytest.raises(ShardError, match="is there already"):
+        add()
+    assert {path.name: members(path) for path in out.iterdir() if path.is_dir()} == whole
+    assert skipped(out) == lines
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".out")]

@@ -113,6 +113,41 @@ def test_an_existing_set_is_replaced_only_when_asked(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def killed(act, name, call):
+    """Runs `act` in a process of its own that ends hard at the n-th call of os.NAME."""
+    child = os.fork()
+    if not child:
+        real = getattr(os, name)
+        calls = iter(range(1, call))
+
+        def counted(*given, **named):
+            if next(calls, None) is None:
+                os._exit(9)
+            return real(*given, **named)
+
+        setattr(os, name, counted)
+        act()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize(("name", "call"), [("rename", 1), ("rename", 2), ("rmdir", 1)])
+def test_a_process_killed_while_it_replaces_a_set_leaves_one_that_the_next_call_settles(
+    tmp_path, name, call
+):
+    write(tmp_path / "a", map(captioned, range(3)))
+    killed(lambda: write(tmp_path / "a", map(captioned, range(4)), overwrite=True), name, call)
+    if not (tmp_path / "a").exists():
+        with pytest.raises(ShardError, match=r"was being replaced.*lies at .*\.a\.replaced"):
+            Manifest.open(tmp_path / "a")
+    with pytest.raises(ShardError, match="already holds shards"):
+        write(tmp_path / "a", map(captioned, range(5)))
+    assert Manifest.open(tmp_path / "a").samples == (4 if name == "rmdir" else 3)
+    write(tmp_path / "a", map(captioned, range(5)), overwrite=True)
+    assert Manifest.open(tmp_path / "a").samples == 5
+    assert os.listdir(tmp_path) == ["a"], "nothing stays for ever"
+
+
 def test_a_folder_with_other_files_is_refused_and_an_empty_one_taken(tmp_path):
     (tmp_path / "a").mkdir()
     write(tmp_path / "a", map(captioned, range(3)))
