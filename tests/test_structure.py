@@ -3,7 +3,7 @@
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -178,8 +178,19 @@ def tokens_of(name: str) -> int:
     return sum(
         token.type not in NOT_COUNTED
         and not (token.type == tokenize.STRING and token.start[0] in docstrings)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        for token in whole_strings(tokenize.generate_tokens(io.StringIO(text).readline))
     )
+
+
+def whole_strings(tokens: Iterable[tokenize.TokenInfo]) -> Iterator[tokenize.TokenInfo]:
+    """Yields an f-string as one token, which Python 3.12 and later take apart."""
+    depth = 0
+    for token in tokens:
+        kind = tokenize.tok_name[token.type]
+        depth -= kind == "FSTRING_END"
+        if not depth and kind != "FSTRING_START":
+            yield token
+        depth += kind == "FSTRING_START"
 
 
 def size() -> dict[str, int]:

@@ -130,7 +130,17 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
         answer = normalise(answer)
         answers = [normalise(a) for a in answers]
     matches = sum(a == answer for a in answers)
-    return sum(min(1.0, (matches - (a == answer)) / 3) for a in answers) / len(answers)
+    return added(min(1.0, (matches - (a == answer)) / 3) for a in answers) / len(answers)
+
+
+def added(values: Iterable[float]) -> float:
+    """Returns the sum from left to right, as in the official program's Python: from 3.12 on,
+    `sum` corrects its rounding, and a figure of VQAv2 gets another last digit.
+    """
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def most_common(answers: Iterable[str]) -> str:
@@ -225,7 +235,7 @@ def intervals(
 
 def percent(values: Sequence[float]) -> float:
     """Returns the mean in percent with the official rounding."""
-    return round(100 * float(sum(values)) / len(values), 2)
+    return round(100 * added(values) / len(values), 2)
 
 
 def refuse(found: str, ids: Sequence[str], wrong: str) -> None:

@@ -28,7 +28,8 @@ from harness.machine.signals import STOPS
 
 HUNG = 75  # exit code of a run that was ended because a rank is silent: sysexits' "try again"
 AFTER_STOP = 15.0  # seconds that a silent rank is given once the run was asked to stop
-PERIOD = 1.0  # seconds between two beats, less where the limits are short
+# Seconds between two beats: more where many ranks share the store, less where limits are short.
+PERIOD = 1.0
 SLEPT = 10.0  # seconds in which this process itself cannot have run: then nobody is judged
 
 
@@ -55,7 +56,7 @@ class Heartbeat:
         self.rank = rank
         self.tell_after = tell_after
         self.end_after = end_after
-        self.period = min(PERIOD, tell_after / 4)
+        self.period = min(PERIOD * max(1, world_size / 64), tell_after / 4)
         self.now = Sign(time.monotonic(), host=socket.gethostname(), doing="sets up")
         self._keys = []
         self._signs = {r: Sign(time.monotonic()) for r in range(world_size) if r != rank}
@@ -141,15 +142,14 @@ class Heartbeat:
         waited = now - self.now.heard
         unreachable = now - self._exchanged
         silent = {rank: min(waited, now - sign.heard) for rank, sign in self._signs.items()}
-        others = [sign for rank, sign in self._signs.items() if silent[rank] < self.tell_after]
         if unreachable >= self.tell_after:  # no rank can be judged, but the one that has the store
             silent = {0: min(waited, unreachable)} if self.rank and _is_store_of_rank_0() else {}
-            others = []
         limit = AFTER_STOP if self._signals else self.end_after
         ended = [rank for rank, seconds in silent.items() if seconds >= limit]
         suspects = {rank for rank, seconds in silent.items() if seconds >= self.tell_after}
         speaks = self.rank == min({self.rank, *self._signs} - suspects - set(ended))
-        if ended and not self.now.alone and not any(sign.alone for sign in others):
+        others = [self._signs[rank] for rank in silent if rank not in ended]
+        if ended and not any(sign.alone for sign in (self.now, *others)):
             self._end(ended[0], silent[ended[0]], speaks)
         for rank in suspects if speaks else ():
             self._tell(rank, "silent", silent[rank], "the others wait for it")
@@ -163,26 +163,22 @@ class Heartbeat:
         sign = self._signs[rank]
         if (rank, what) not in self._told:  # once, until this rank gets on
             self._told.add((rank, what))
-            self._say(
-                f"rank {rank} on {sign.host} has been {what} for {seconds:.0f} s, last: "
-                f"{sign.doing}; {and_so}"
-            )
+            sentence = f"rank {rank} on {sign.host} has been {what} for {seconds:.0f} s, last: "
+            _say(f"{sentence}{sign.doing}; {and_so}", self.rank)
 
     def _end(self, rank: int, seconds: float, speaks: bool) -> None:
         sign = self._signs[rank]
         if speaks:
             reason = "the run was asked to stop" if self._signals else "train.rank_timeout_seconds"
-            self._say(
+            _say(
                 f"the run ends: rank {rank} on {sign.host} has been silent for {seconds:.0f} s "
                 f"while the others wait for it ({reason}); what it did last: {sign.doing}. It is "
-                "stopped or stuck; go on with --resume auto"
+                "stopped or stuck; go on with --resume auto",
+                self.rank,
             )
         else:
             time.sleep(2)  # a launcher ends all with the first
         os._exit(128 + self._signals[0] if self._signals else HUNG)
-
-    def _say(self, sentence: str) -> None:
-        _say(sentence, self.rank)
 
     # ---- signals, whose handlers in Python wait until the main thread is back from its meeting ---
 

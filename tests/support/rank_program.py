@@ -23,6 +23,7 @@ import pytest
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
+from harness.machine.parent import watch_parent
 from harness.train import engine
 from harness.train.engine import Engine
 from harness.train.run import run
@@ -89,6 +90,7 @@ def with_scaler(patch=setattr) -> None:
 
 
 def main(root: Path, stage: str) -> None:
+    watch_parent()
     rank = int(os.environ["RANK"])
     results: dict[str, object] = {}
     last = LastModel()
