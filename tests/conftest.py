@@ -20,6 +20,7 @@ SLOW = (
     "test_configs_run",
     "test_demo",
     "test_doctor_machine",
+    "test_faults",
     "test_fp16",
     "test_launcher",
     "test_loop",

@@ -129,8 +129,8 @@ def index(
     for place in places:
         if "://" in place and masked(place) != place:
             raise ShardError(
-                f"{masked(place)}: the index names the place of its shards, and a secret in it would "
-                "be written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
+                f"{masked(place)}: the index names the place of its shards, and its secret would be "
+                "written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
             )
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         folder = os.path.dirname(where) if where.endswith(".tar") else where
