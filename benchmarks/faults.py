@@ -1,6 +1,6 @@
 """Injects faults into real runs at toy size: what was promised, and what was seen.
 
-    python benchmarks/faults.py [--json] [--only WORD] [--seed 0]
+    python benchmarks/faults.py [--json] [--only WORD ...] [--seed 0]
 
 Each fault has a fresh folder with sets and a run of its own, in a process of its own; "bit-equal"
 means that weights and moments at the end have the sha256 of those of a run that nothing
@@ -255,7 +255,7 @@ def injected(each: Fault, shared: Path, folder: Path, draw: random.Random) -> Ro
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--only", default="", metavar="WORD", help="faults whose name holds it")
+    parser.add_argument("--only", nargs="*", metavar="WORD", help="faults with one in their names")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and places")
     given = parser.parse_args()
     draw = random.Random(given.seed)
@@ -264,7 +264,7 @@ def main() -> int:
         root = Path(place)
         shared = make_shared(root)
         for number, each in enumerate(FAULTS):
-            if given.only in each.name:
+            if not given.only or any(word in each.name for word in given.only):
                 print(f"{each.name} ...", file=sys.stderr)
                 rows.append(injected(each, shared, root / f"{number:02d}", draw))
     broken = sum(not row.kept for row in rows)
