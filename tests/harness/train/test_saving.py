@@ -1,5 +1,5 @@
-"""Checkpoints of real runs: by the clock, beside training, the best one, on a full disk, in a folder
-that goes away, over data that are others now.
+"""Checkpoints of real runs: by the clock, beside training, the best one, on a full disk, in a
+folder that goes away, over data that are others now.
 """
 
 import json
