@@ -118,9 +118,15 @@ def _kind(error: BaseException) -> Literal["absent", "refused", "unknown", "pass
         return "absent"
     if isinstance(error, ImportError | ValueError):
         return "unknown"
-    if any(isinstance(e, PermissionError) or "Credential" in type(e).__name__ for e in chain):
+    if any(map(_is_refusal, chain)):
         return "refused"
     return "passing"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tells of errors that say it without a status: of a disk, of botocore and google, of gcsfs."""
+    is_named_so = "Credential" in type(error).__name__ or str(error).startswith("Forbidden")
+    return is_named_so or isinstance(error, PermissionError)
 
 
 def _words(error: Exception) -> str:
@@ -141,10 +147,9 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        names = ("status", "code")
-        found = getattr(response, "status_code", None) or next(
-            (getattr(error, name) for name in names if hasattr(error, name)), None
-        )
+        # aiohttp's errors of parsing have a `code` that nobody sent
+        name = "code" if type(error).__module__.startswith("gcsfs") else "status"
+        found = getattr(response, "status_code", None) or getattr(error, name, None)
     return found if isinstance(found, int) and 100 <= found < 600 else None
 
 

@@ -75,7 +75,7 @@ ALL = [f"key{n:02d}" for n in range(SAMPLES)]
 @pytest.mark.parametrize("fault", [503, 429, 500, "cut", "reset", "hang"])
 def test_what_fails_in_passing_is_asked_for_again_and_no_sample_is_lost(server, tmp_path, fault):
     for name in FILES:
-        # a failed attempt is a HEAD and a GET, of which aiohttp asks again once where it was reset
+        # an attempt is a HEAD and a GET; what was reset aiohttp itself asks for again, once
         server.next[name] = [fault] * (3 if fault == "hang" else 6)
     patience = Patience(attempts=4, seconds=0.3 if fault == "hang" else 5.0)
     loaded = loader(server, tmp_path, patience)
