@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.files import ShardError, UnreachableError
-from shards.remote import Patience, open_stream
+from shards.remote import Patience, Stream
 
 FOLDER = "harness-shards"  # inside the folder that a user names: nothing beside it is touched
 MARKER = ".harness-cache"  # an empty file: the folder is ours
@@ -170,16 +170,16 @@ class Cache:
         """Fills the file; what is not there, or is wrong each time, is marked as bad."""
         for _ in range(_DOWNLOADS):
             try:
-                found, digest = self._copy(url, number, size)
+                found = self._copy(url, number, size)
             except FileNotFoundError:
                 problem = f"{url} does not exist"
                 break
-            if (found, digest) == (size, path.name):
+            if found == (size, path.name):
                 return os.fsync(number)
             what = (
-                f"{found} bytes, expected {size}"
-                if found != size
-                else f"sha256 {digest}, expected {path.name}"
+                f"{found[0]} bytes, expected {size}"
+                if found[0] != size
+                else f"sha256 {found[1]}, expected {path.name}"
             )
             problem = f"{url} has {what}: it is not the indexed file"
         path.with_suffix(".bad").write_text(problem)
@@ -189,8 +189,7 @@ class Cache:
         """Returns how many bytes there are and their sha256; no more than `size` are kept."""
         digest = hashlib.sha256()
         offset = 0
-        stream, _ = open_stream(url, self.patience)
-        with stream:
+        with Stream(url, self.patience) as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
                 kept = memoryview(chunk)[: max(0, size - offset)]

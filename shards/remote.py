@@ -158,7 +158,7 @@ def _advice(location: str) -> str:
     return f": its credentials are taken from {names}" if names else ""
 
 
-class _Stream(io.RawIOBase):
+class _Raw(io.RawIOBase):
     """A file from its beginning; after a failure it is opened anew and goes on where it was."""
 
     def __init__(self, location: str, patience: Patience):
@@ -192,7 +192,9 @@ class _Stream(io.RawIOBase):
                 raise EOFError(f"it ended after {self._position} of {self.size} bytes")
             return file, data
 
-        self._file, data = patiently(ask, self._location, self._patience)
+        answer = patiently(ask, self._location, self._patience)
+        self._file = answer[0]
+        data = answer[1]
         self._position += len(data)
         buffer[: len(data)] = data
         return len(data)
@@ -203,19 +205,21 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def open_stream(location: str, patience: Patience) -> tuple[io.BufferedReader, int | None]:
-    """Opens a file for one pass. Returns it and its size in bytes, None where that is not told.
+class Stream(io.BufferedReader):
+    """A file for one pass; `size` in bytes, None where that is not told.
 
     Opening and reading raise as `patiently` does.
     """
-    stream = _Stream(location, patience)
-    return io.BufferedReader(stream, _BLOCK), stream.size
+
+    def __init__(self, location: str, patience: Patience):
+        raw = _Raw(location, patience)
+        super().__init__(raw, _BLOCK)
+        self.size = raw.size
 
 
 def fetch(location: str, patience: Patience) -> bytes:
     """Returns a small file, whole. Raises as `patiently` does."""
-    stream, _ = open_stream(location, patience)
-    with stream:
+    with Stream(location, patience) as stream:
         return stream.read()
 
 

@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import BinaryIO
 
 from shards.files import ShardError
-from shards.remote import Patience, open_stream
+from shards.remote import Patience, Stream
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -180,10 +180,10 @@ class OnePass:
 def open_shard(location: str, patience: Patience | None = None) -> Iterator[tuple[OnePass, int]]:
     """Opens a shard as (one-pass reader, its size in bytes)."""
     try:
-        file, size = open_stream(location, patience or Patience())
+        file = Stream(location, patience or Patience())
     except FileNotFoundError as error:
         raise ShardError(f"{location} cannot be opened: it does not exist") from error
     with file:
-        if size is None:
+        if file.size is None:
             raise ShardError(f"{location}: the server does not say how large it is")
-        yield OnePass(file), size
+        yield OnePass(file), file.size

@@ -98,10 +98,10 @@ def evaluate(run: Run, again: bool = True) -> None:
         run.engine.wait()
     ignored = _tell(run, result) if result else ""
     run.model.train()
-    is_ignored, failures = run.engine.sum([bool(ignored), failure != ""])
-    if failures:
+    told = run.engine.sum([bool(ignored), failure != ""])
+    if told[1]:
         raise UnreachableError(next(filter(None, run.engine.gather(failure))))
-    if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
+    if told[0] and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
             f"({ignored})"
