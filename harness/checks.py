@@ -19,6 +19,7 @@ from harness.config.keys import flatten
 from harness.config.schema import Config
 from harness.data import prompts
 from harness.data.features import check_encoder
+from harness.data.images import patience_of
 from harness.errors import ConfigError, install_command
 from harness.machine import launcher
 from harness.tracking.tracker import check_tracking
@@ -154,7 +155,8 @@ def _check_some(config: Config, part: str) -> None:
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
     try:
         # The sidecar of a remote set may be large: the run fetches it into its cache.
-        manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
+        opened = Manifest.read_index if is_remote(path) else Manifest.open
+        manifest = opened(path, patience=patience_of(config))
         if manifest.kind == "features":
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:

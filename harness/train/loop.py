@@ -32,6 +32,8 @@ def loop(run: Run, stop_asked: Callable[[], int]) -> int:
     try:
         return _steps(run, stop_asked)
     except UnreachableError as error:
+        if not run.state.step:
+            raise
         save(run)
         raise UnreachableError(
             f"{error}; the run is saved after step {run.state.step}: go on with --resume auto"
