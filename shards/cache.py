@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.files import ShardError, UnreachableError
@@ -138,17 +138,17 @@ class Cache:
         """
         while True:
             with self._locked():
-                entries = [
-                    (entry, entry.stat())
-                    for entry in self.folder.iterdir()
-                    if entry != part and _OURS.fullmatch(entry.name)
-                ]
+                entries = []
+                for entry in self.folder.iterdir():
+                    if entry != part and _OURS.fullmatch(entry.name):
+                        with suppress(FileNotFoundError):  # a download that another gave up
+                            entries.append((entry, entry.stat()))
                 taken = sum(stat.st_size for _, stat in entries)
                 for entry, stat in sorted(entries, key=lambda item: item[1].st_mtime_ns):
                     if taken + size <= self.max_bytes:
                         break
                     if entry.suffix != ".part" or self._abandoned(entry):
-                        entry.unlink()
+                        entry.unlink(missing_ok=True)
                         taken -= stat.st_size
                 if taken + size <= self.max_bytes:
                     return os.ftruncate(number, size)
@@ -157,7 +157,10 @@ class Cache:
     @staticmethod
     def _abandoned(part: Path) -> bool:
         """Tells whether the process that downloaded it has died: then nobody holds its lock."""
-        number = os.open(part, os.O_RDWR)
+        try:
+            number = os.open(part, os.O_RDWR)
+        except FileNotFoundError:
+            return True
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -182,7 +185,8 @@ class Cache:
                 else f"sha256 {found[1]}, expected {path.name}"
             )
             problem = f"{url} has {what}: it is not the indexed file"
-        path.with_suffix(".bad").write_text(problem)
+        with self._locked():
+            path.with_suffix(".bad").write_text(problem)
         raise ShardError(problem)
 
     def _copy(self, url: str, number: int, size: int) -> tuple[int, str]:

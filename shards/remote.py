@@ -54,8 +54,7 @@ class Patience:
 def patiently(ask: Callable[[], T], location: str, patience: Patience) -> T:
     """Returns what `ask` gives, asked again with growing, random pauses while it fails in passing.
 
-    Raises FileNotFoundError for what is not there, ShardError for a kind of URL that cannot be
-    read, UnreachableError for all else.
+    Raises FileNotFoundError for what is not there, UnreachableError for all else.
     """
     is_anew = False
     for attempt in count(1):
@@ -67,7 +66,7 @@ def patiently(ask: Callable[[], T], location: str, patience: Patience) -> T:
             if kind == "absent":
                 raise FileNotFoundError(2, "it does not exist", location) from error
             if kind == "unknown":
-                raise ShardError(f"{location} cannot be read: {error}") from error
+                raise UnreachableError(f"{location} cannot be read: {error}") from error
             if kind == "refused" and (is_anew or not is_remote(location)):
                 raise UnreachableError(f"{location} is refused ({words}){_advice(location)}") from (
                     error
