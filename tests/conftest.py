@@ -28,6 +28,7 @@ SLOW = (
     "test_published",
     "test_quantise",
     "test_resume",
+    "test_unreadable",
     "test_verdicts",
     "test_zero",
 )
