@@ -58,6 +58,13 @@ def test_a_sample_is_named_once_by_whoever_meets_it_and_a_torn_line_costs_nothin
     Quarantine(None).add("set", 1, "one", "nowhere to be named")
 
 
+def test_a_full_disk_stops_no_run(tmp_path, caplog):
+    (tmp_path / "full").symlink_to("/dev/full")
+    Quarantine(tmp_path / "full").add("set", 1, "one", "it is damaged")
+    Quarantine(tmp_path / "full" / "below").add("set", 1, "one", "it is damaged")
+    assert [("cannot name one of set" in record.message) for record in caplog.records] == [True] * 2
+
+
 def test_faults_are_one_kind_where_they_differ_by_sample_alone():
     faults: Counter = Counter()
     for n in range(3):
