@@ -298,7 +298,7 @@ def targets() -> dict[str, Target]:
         "tar walk": bytes_target(tars, walk),
         "tar to index": bytes_target(tars, index),
         "index": json_target(index_of, manifest),
-        "sidecar": Target(st.binary(max_size=300), sidecar, own),
+        "sidecar": bytes_target([Manifest.open(_a_set()).sidecar.tobytes()], sidecar),
         "config": Target(damaged(yamls) | _configs(), config, (ConfigError,), yamls),
         "override": bytes_target(overrides, override, (ConfigError,)),
         "results": json_target(results_of, results, (ConfigError,)),
