@@ -34,6 +34,7 @@ SLOW = (
     "test_saving",
     "test_secrets",
     "test_unreachable",
+    "test_unreadable",
     "test_verdicts",
     "test_zero",
 )

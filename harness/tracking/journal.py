@@ -40,7 +40,7 @@ class Journal:
         kept = [
             (line, row)
             for line in lines
-            if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)
+            if (row := parsed_row(line)) and (keep is None or row["step"] <= keep > 0)
         ]
         if keep is not None and len(kept) < len(lines):  # a line torn by a kill goes too
             write_whole(self.path, b"".join(line for line, _ in kept))
@@ -85,13 +85,14 @@ def read_rows(path: Path, offset: int, most: float) -> tuple[list[dict[str, Any]
         file.seek(offset)
         while count < most and (line := file.readline()).endswith(b"\n"):
             offset += len(line)
-            if row := _parsed(line):
+            if row := parsed_row(line):
                 rows.append(row)
                 count += len(row["values"])
     return rows, offset
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed_row(line: bytes) -> dict[str, Any] | None:
+    """Returns a line's step and values; None for a line that a kill has torn."""
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) and isinstance(row["values"], dict) else None
