@@ -30,6 +30,8 @@ HUNG = 75  # exit code of a run that was ended because a rank is silent: sysexit
 AFTER_STOP = 15.0  # seconds that a silent rank is given once the run was asked to stop
 # Seconds between two beats: more where many ranks share the store, less where limits are short.
 PERIOD = 1.0
+SAVING = "checkpoint"  # the thread that writes one beside training, which is waited for
+SAVING_SECONDS = 20.0
 SLEPT = 10.0  # seconds in which this process itself cannot have run: then nobody is judged
 
 
@@ -178,6 +180,9 @@ class Heartbeat:
             )
         else:
             time.sleep(2)  # a launcher ends all with the first
+        for thread in threading.enumerate():
+            if thread.name == SAVING:
+                thread.join(SAVING_SECONDS)
         os._exit(128 + self._signals[0] if self._signals else HUNG)
 
     # ---- signals, whose handlers in Python wait until the main thread is back from its meeting ---

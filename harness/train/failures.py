@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 from harness.config.schema import Config
+from harness.errors import GuardError
 from harness.train.engine import wanted_world_size
 
 GPU_MEMORY = ("out of memory", "ALLOC_FAILED")  # CUDA's, HIP's, cuBLAS's and cuDNN's words
@@ -25,6 +26,8 @@ def explain_failure(error: BaseException, config: Config | None, rank: str) -> s
 
     Rank 0 alone asks the plan how large a micro-batch may be, which takes seconds.
     """
+    if isinstance(error, GuardError):  # a sentence of ours, whatever words are in it
+        return None
     text = " ".join(str(error).split())
     is_error_of_torch = isinstance(error, RuntimeError)
     on_gpu = isinstance(error, torch.OutOfMemoryError) or (

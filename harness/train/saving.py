@@ -17,6 +17,7 @@ import torch
 from harness import checkpoint as checkpoints
 from harness.config.load import for_disk
 from harness.errors import ConfigError
+from harness.machine.heartbeat import SAVING
 from harness.machine.lock import RunLock
 from harness.train.best import Best
 from harness.train.copies import Copies
@@ -66,7 +67,7 @@ class Saver:
         optimizer = _copied(run.engine.optimizer_state())
         if run.engine.is_main:
             write = partial(self._write, run.state.step, weights, optimizer, _document(run))
-            self._thread = threading.Thread(target=write, name="checkpoint")
+            self._thread = threading.Thread(target=write, name=SAVING)
             self._thread.start()
             if at_once:
                 self._thread.join()

@@ -37,12 +37,14 @@ def sent_by(source: int, data: bytes, engine: Engine) -> bytes:
     if engine.world_size == 1:
         return data
     size = torch.tensor([len(data)], device=engine.device)
-    distributed.broadcast(size, source)
+    with engine.heart.waiting():
+        distributed.broadcast(size, source)
     sent = torch.zeros(int(size), dtype=torch.uint8)
     if engine.rank == source and data:
         sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     sent = sent.to(engine.device)
-    distributed.broadcast(sent, source)
+    with engine.heart.waiting():
+        distributed.broadcast(sent, source)
     return sent.cpu().numpy().tobytes()
 
 

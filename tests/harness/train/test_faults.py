@@ -19,7 +19,7 @@ from harness import checkpoint as checkpoints
 from harness.ablate.experiment import CONFIG, LOG
 from harness.config.load import dump
 from harness.config.schema import Config
-from harness.errors import explain
+from harness.errors import GuardError, explain
 from harness.evaluate.predict import answers
 from harness.machine.heartbeat import HUNG
 from harness.model.vlm import VisionLanguageModel
@@ -90,6 +90,7 @@ def test_memory_that_is_out_is_one_sentence_with_what_the_plan_advises(file_of, 
         (torch.distributed.DistBackendError("NCCL error in: x"), "to another rank broke"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (KeyError("out of memory"), None),
+        (GuardError("nothing is trainable: out of memory"), None),
     ],
 )
 def test_what_failed_is_told_by_its_kind(error, said):
