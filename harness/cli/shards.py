@@ -129,7 +129,7 @@ def index(
     for place in places:
         if "://" in place and masked(place) != place:
             raise ShardError(
-                f"{masked(place)}: the index names the place of its shards, and its secret would be "
+                f"{masked(place)}: the index names the place of its shards, its secret would be "
                 "written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
             )
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
