@@ -39,7 +39,7 @@ class Outbox:
 
     @staticmethod
     def read(path: Path) -> dict[str, Any] | None:
-        """Returns a job; None where another process sent it, or where it is damaged, with a warning."""
+        """Returns a job; None where another process sent it, or, with a warning, it is damaged."""
         try:
             return dict(json.loads(path.read_bytes()))
         except FileNotFoundError:
