@@ -147,8 +147,8 @@ def _check_no_secret(place: str) -> None:
 
     if "://" in place and masked(place) != place:
         raise ShardError(
-            f"{masked(place)}: the index names the place of its shards, its secret would be written "
-            "down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
+            f"{masked(place)}: the index names the place of its shards, its secret would be "
+            "written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
         )
 
 
