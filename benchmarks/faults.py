@@ -15,6 +15,8 @@ import json
 import os
 import platform
 import random
+import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,9 +25,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
+from faulty_server import faulty_server
 from harness import checkpoint as checkpoints
 from harness.report.pictures import markdown_table
 from harness.tracking.tracker import sync
@@ -33,7 +38,7 @@ from mlflow_server import MlflowServer
 from shards.record import Record, Text
 from shards.write import write_shards
 from toy_process import Process, Toy, make_shared
-from toy_runs import picture
+from toy_runs import make_shards, picture
 
 Seen = tuple[bool, str]  # as promised?, in words
 
@@ -151,6 +156,90 @@ def flip(file: Path, draw: random.Random) -> None:
     file.write_bytes(data)
 
 
+@fault("files.json is [1], 5, null, {} or deep", "named, passed over, resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=7)
+    nonsense = draw.choice(("[1]", "5", "null", "{}", "[" * 100_000))
+    (newest(toy) / checkpoints.FILES).write_text(nonsense)
+    return resumed(toy, f"{nonsense[:6]}: ", needs=f"{checkpoints.FILES} is damaged")
+
+
+@fault("all checkpoints are damaged", "--resume auto refuses, nothing is removed; --restart")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=7)
+    for folder in toy.out.glob("checkpoints/step-*"):
+        (folder / checkpoints.STATE).write_text("{}")
+    before = len(list(toy.out.rglob("step-*")))
+    code, process = toy.resume()
+    kept = len(list(toy.out.rglob("step-*"))) == before
+    again, _ = toy.run("--restart")
+    aside = len(list(toy.out.glob("before-*/checkpoints/step-*")))
+    seen = f"{ended(code, process)}; restarted with {again}, {aside} moved aside"
+    refused = code == 2 and "--restart" in process.said
+    return refused and kept and again == 0 and aside == before and toy.is_bit_equal(), seen
+
+
+@fault("keep_checkpoints: 3, the newest damaged, resumed, SIGTERM", "the whole ones stay")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=7, train__keep_checkpoints=3)
+    os.truncate(newest(toy) / checkpoints.OPTIMIZER, 0)
+    toy.resume(fault="SIGTERM", step=5, train__keep_checkpoints=3)
+    steps = sorted(int(path.name[5:]) for path in toy.out.glob("checkpoints/step-*"))
+    kept, seen = resumed(toy, f"steps {steps}, ")
+    return kept and steps[:2] == [2, 4] and len(steps) == 3, seen
+
+
+@fault("a full disk (EFBIG) from step 3 on", "told, the older one stays, resumed bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    toy.run(train__max_steps=2)
+    code, process = toy.resume(before=limit)
+    stays = newest(toy).name
+    kept, seen = resumed(toy, f"{ended(code, process)}; {stays} stays, ")
+    told = "could not be written" in process.said and "Traceback" not in process.said
+    return kept and code == 2 and told and stays == "step-000002", seen
+
+
+@fault("the output folder is removed in a run", "an error at the next save")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    process = toy.start()
+    toy.wait_for(process, 1)
+    shutil.rmtree(toy.out)
+    code = process.wait()
+    return code == 2 and "was removed while" in process.said, ended(code, process)
+
+
+@fault("two runs in one folder", "the second is refused by name")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    first = toy.start()
+    toy.wait_for(first, 1)
+    code, process = toy.resume()
+    ends = first.wait()
+    refused = code == 2 and f"process {first.pid} on" in process.said
+    return refused and ends == 0 and toy.is_bit_equal(), ended(code, process)
+
+
+@fault("the machine is lost, train.copy_to holds copies", "an empty one goes on, bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    away = str(toy.folder / "away")
+    toy.run(fault="SIGTERM", step=5, train__copy_to=away)
+    shutil.rmtree(toy.out)
+    code, process = toy.resume(train__copy_to=away)
+    told = next((line for line in process.said.splitlines() if line.startswith("fetched")), "")
+    return code == 0 and toy.is_bit_equal(), f"{told}; bit-equal: {toy.is_bit_equal()}"
+
+
+@fault("the shards are others when a run is resumed", "refused by the set's name and difference")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    toy.run(fault="SIGKILL", step=5)
+    shutil.rmtree(toy.folder / "sets" / "train")
+    make_shards(toy.folder / "sets" / "train", 18)
+    code, process = toy.resume()
+    return code == 2 and "had 14 images, now 18" in process.said, ended(code, process)
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 
@@ -191,6 +280,64 @@ def _(toy: Toy, draw: random.Random) -> Seen:
     written_out = "\\u001b" in process.said
     seen = f"{ended(code, process)}, raw: {raw or 'none'}, written out: {written_out}"
     return code == 0 and not raw and written_out, seen
+
+
+@fault("a third of the images cannot be read", "saves, then stops with a summary; =1 goes on")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    train = toy.folder / "sets" / "torn"
+    make_shards(train, 60, unreadable=range(0, 60, 2))
+    code, process = toy.run(data__train=[{"path": str(train)}])
+    saved = newest(toy).name
+    again, _ = toy.resume(data__train=[{"path": str(train)}], data__max_unreadable=1)
+    told = "too many images cannot be read" in process.said
+    return code == 2 and told and again == 0, f"{ended(code, process)[:160]} ({saved}); =1: {again}"
+
+
+@fault("a remote set answers 503 twice a file", "nothing is lost, bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    with faulty_server(toy.folder / "sets" / "train") as server:
+        for file in (toy.folder / "sets" / "train").iterdir():
+            server.next[file.name] = [503, 503]
+        data = {"data__train": [{"path": server.url}], "data__cache_dir": str(toy.folder / "cache")}
+        code, process = toy.run(**data)
+    equal = toy.is_bit_equal()
+    return code == 0 and equal and not quarantined(toy), f"{ended(code, process)}, {equal=}"
+
+
+@fault("a remote set answers 503 for ever", "the run stops, and says which file")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    with faulty_server(toy.folder / "sets" / "train") as server:
+        for file in (toy.folder / "sets" / "train").glob("*.tar"):
+            server.always[file.name] = 503
+        data = {"data__train": [{"path": server.url}], "data__cache_dir": str(toy.folder / "cache")}
+        code, process = toy.run(data__read_attempts=2, **data)
+    return code == 2 and "503" in process.said and not quarantined(toy), ended(code, process)[:200]
+
+
+@fault("the cache folder holds a thesis", "it is not touched")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    cache = toy.folder / "cache"
+    cache.mkdir()
+    (cache / "thesis.tex").write_text("years")
+    with faulty_server(toy.folder / "sets" / "train") as server:
+        data = {"data__train": [{"path": server.url}], "data__cache_dir": str(cache)}
+        code, process = toy.run(**data)
+    there = sorted(path.name for path in cache.iterdir())
+    return code == 0 and there == [
+        "harness-shards",
+        "thesis.tex",
+    ], f"{ended(code, process)}, {there}"
+
+
+@fault("a data worker is killed", "started again once, bit-equal")
+def _(toy: Toy, draw: random.Random) -> Seen:
+    process = toy.start(data__workers=1)
+    toy.wait_for(process, 1)
+    for child in psutil.Process(process.pid).children():
+        child.kill()
+    code = process.wait()
+    told = "started again" in process.said
+    return code == 0 and toy.is_bit_equal(), f"{ended(code, process)}, told: {told}"
 
 
 # ---- tracking ------------------------------------------------------------------------------------
