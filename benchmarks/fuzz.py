@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,7 @@ class Target:
     inputs: st.SearchStrategy
     read: Callable[[bytes, Path], object]  # the input, and an empty folder
     own: tuple[type[Exception], ...]
+    sound: list[bytes] = field(default_factory=list)  # files to begin from, for fuzz_atheris.py
 
 
 def record(data: bytes, folder: Path) -> None:
@@ -278,23 +279,31 @@ def targets() -> dict[str, Target]:
     ]
     shipped = Path(__file__).parents[1] / "configs"
     yamls = [path.read_bytes() for path in sorted(shipped.glob("*.yaml"))]
-    payload = safetensors.numpy.save({"patches_PD": np.ones((2, 3), np.float16)})
+    index_of = [json.loads((_a_set() / INDEX).read_text())]
+    overrides = [b"train.epochs=2", b"data.train=[{path: x}]"]
+    images = list(_images())
+    payloads = [safetensors.numpy.save({"patches_PD": np.ones((2, 3), np.float16)})]
     named = [{"set": "set", "index": 1, "key": "k", "error": "x"}]
+
+    def json_target(documents: list[Any], read: Any, own: tuple = own) -> Target:
+        return Target(fuzzed(documents), read, own, [as_json(document) for document in documents])
+
+    def bytes_target(sound: list[bytes], read: Any, own: tuple = own) -> Target:
+        return Target(damaged(sound), read, own, sound)
+
     return {
         "none: hypothesis alone": Target(fuzzed(records), lambda data, folder: None, ()),
-        "record": Target(fuzzed(records), record, own),
-        "sample": Target(fuzzed(captions + records), sample, own),
-        "tar walk": Target(damaged(tars), walk, own),
-        "tar to index": Target(damaged(tars), index, own),
-        "index": Target(fuzzed([json.loads((_a_set() / INDEX).read_text())]), manifest, own),
-        "sidecar": Target(st.binary(max_size=300), sidecar, own),
-        "config": Target(damaged(yamls) | _configs(), config, (ConfigError,)),
-        "override": Target(
-            damaged([b"train.epochs=2", b"data.train=[{path: x}]"]), override, (ConfigError,)
-        ),
-        "results": Target(fuzzed(results_of), results, (ConfigError,)),
-        "image": Target(damaged(list(_images())), image, (ImageError,)),
-        "features": Target(damaged([payload]), features, own),
+        "record": json_target(records, record),
+        "sample": json_target(captions + records, sample),
+        "tar walk": bytes_target(tars, walk),
+        "tar to index": bytes_target(tars, index),
+        "index": json_target(index_of, manifest),
+        "sidecar": bytes_target([Manifest.open(_a_set()).sidecar.tobytes()], sidecar),
+        "config": Target(damaged(yamls) | _configs(), config, (ConfigError,), yamls),
+        "override": bytes_target(overrides, override, (ConfigError,)),
+        "results": json_target(results_of, results, (ConfigError,)),
+        "image": bytes_target(images, image, (ImageError,)),
+        "features": bytes_target(payloads, features),
         "quarantine": Target(fuzzed(named, lambda row: as_json(row) + b"\n"), quarantine, ()),
     }
 

@@ -20,6 +20,7 @@ from harness.config.load import check_revealed
 from harness.config.schema import Config
 from harness.data import prompts
 from harness.data.features import check_encoder
+from harness.data.images import patience_of
 from harness.errors import ConfigError, install_command
 from harness.machine import launcher
 from harness.redact import masked_document
@@ -158,7 +159,8 @@ def _check_some(config: Config, part: str) -> None:
 def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> None:
     try:
         # The sidecar of a remote set may be large: the run fetches it into its cache.
-        manifest = Manifest.read_index(path) if is_remote(path) else Manifest.open(path)
+        opened = Manifest.read_index if is_remote(path) else Manifest.open
+        manifest = opened(path, patience=patience_of(config))
         manifest.check_texts()
         if manifest.kind == "features":
             check_encoder(manifest, config.model.vision)

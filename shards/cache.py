@@ -8,11 +8,11 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.files import ShardError, UnreachableError
-from shards.remote import Patience, open_stream
+from shards.remote import Patience, Stream
 
 FOLDER = "harness-shards"  # inside the folder that a user names: nothing beside it is touched
 MARKER = ".harness-cache"  # an empty file: the folder is ours
@@ -138,17 +138,17 @@ class Cache:
         """
         while True:
             with self._locked():
-                entries = [
-                    (entry, entry.stat())
-                    for entry in self.folder.iterdir()
-                    if entry != part and _OURS.fullmatch(entry.name)
-                ]
+                entries = []
+                for entry in self.folder.iterdir():
+                    if entry != part and _OURS.fullmatch(entry.name):
+                        with suppress(FileNotFoundError):  # a download that another gave up
+                            entries.append((entry, entry.stat()))
                 taken = sum(stat.st_size for _, stat in entries)
                 for entry, stat in sorted(entries, key=lambda item: item[1].st_mtime_ns):
                     if taken + size <= self.max_bytes:
                         break
                     if entry.suffix != ".part" or self._abandoned(entry):
-                        entry.unlink()
+                        entry.unlink(missing_ok=True)
                         taken -= stat.st_size
                 if taken + size <= self.max_bytes:
                     return os.ftruncate(number, size)
@@ -157,7 +157,10 @@ class Cache:
     @staticmethod
     def _abandoned(part: Path) -> bool:
         """Tells whether the process that downloaded it has died: then nobody holds its lock."""
-        number = os.open(part, os.O_RDWR)
+        try:
+            number = os.open(part, os.O_RDWR)
+        except FileNotFoundError:
+            return True
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -170,27 +173,27 @@ class Cache:
         """Fills the file; what is not there, or is wrong each time, is marked as bad."""
         for _ in range(_DOWNLOADS):
             try:
-                found, digest = self._copy(url, number, size)
+                found = self._copy(url, number, size)
             except FileNotFoundError:
                 problem = f"{url} does not exist"
                 break
-            if (found, digest) == (size, path.name):
+            if found == (size, path.name):
                 return os.fsync(number)
             what = (
-                f"{found} bytes, expected {size}"
-                if found != size
-                else f"sha256 {digest}, expected {path.name}"
+                f"{found[0]} bytes, expected {size}"
+                if found[0] != size
+                else f"sha256 {found[1]}, expected {path.name}"
             )
             problem = f"{url} has {what}: it is not the indexed file"
-        path.with_suffix(".bad").write_text(problem)
+        with self._locked():
+            path.with_suffix(".bad").write_text(problem)
         raise ShardError(problem)
 
     def _copy(self, url: str, number: int, size: int) -> tuple[int, str]:
         """Returns how many bytes there are and their sha256; no more than `size` are kept."""
         digest = hashlib.sha256()
         offset = 0
-        stream, _ = open_stream(url, self.patience)
-        with stream:
+        with Stream(url, self.patience) as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
                 kept = memoryview(chunk)[: max(0, size - offset)]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from shards.files import FileInfo, ShardError, UnreachableError, is_count, is_remote, join
-from shards.remote import Descriptor, Patience, fetch, open_stream
+from shards.remote import Descriptor, Patience, Stream, fetch
 
 if TYPE_CHECKING:
     from shards.cache import Cache
@@ -122,19 +122,7 @@ class Manifest:
         folder = os.fspath(path_or_url).removeprefix("file://")
         where = join(folder, INDEX)
         patience = patience or (cache.patience if cache else Patience())
-        try:
-            document = json.loads(fetch(where, patience))
-        except FileNotFoundError as error:
-            raise ShardError(_no_index(folder)) from error
-        except ShardError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise ShardError(f"{where} cannot be read as JSON: {error}") from error
-        found = document.get("format") if isinstance(document, dict) else None
-        if found not in (1, FORMAT):
-            raise ShardError(
-                f"{where} has format {found!r}, expected 1 or {FORMAT}: build the set again"
-            )
+        document = _document(folder, patience)
         try:
             manifest = cls(
                 folder=folder,
@@ -149,7 +137,7 @@ class Manifest:
             manifest._check_types()
             digest = document["digest"]
             expected = manifest.digest
-            if found == 1:
+            if manifest.format == 1:
                 manifest = manifest.with_format_1_digest(manifest.sidecar_file)
                 expected = manifest.format_1_digest or ""
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -366,10 +354,27 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _document(folder: str, patience: Patience) -> dict[str, Any]:
+    where = join(folder, INDEX)
+    try:
+        data = fetch(where, patience)
+    except FileNotFoundError as error:
+        raise ShardError(_no_index(folder)) from error
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{where} cannot be read as JSON: {error}") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found not in (1, FORMAT):
+        raise ShardError(
+            f"{where} has format {found!r}, expected 1 or {FORMAT}: build the set again"
+        )
+    return document
+
+
 def _copied(location: str, patience: Patience) -> Descriptor:
     """Returns a remote file as a temporary one, which has no name and goes with its descriptor."""
-    stream, _ = open_stream(location, patience)
-    with stream, tempfile.TemporaryFile() as file:
+    with Stream(location, patience) as stream, tempfile.TemporaryFile() as file:
         shutil.copyfileobj(stream, file, _WINDOW)
         file.flush()
         return Descriptor(os.dup(file.fileno()), location, patience)

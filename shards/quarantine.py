@@ -6,15 +6,18 @@ A reading process's errors -> quarantine.jsonl, a summary, a bound for each set.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import Counter
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 _FEW = 20  # samples of a set that may be unreadable in an epoch, whatever the share
 _KINDS = 1000  # told apart; all others are one
 NAMED = 100_000  # samples kept by name, some 100 bytes each; beyond that they are only counted
-_PLACE = re.compile(r".*?, key .*?: ", re.DOTALL)
+_PLACE = re.compile(r"\A.*?, key .*?: ", re.DOTALL)
 _VARYING = re.compile(r"b?'[^']*'|b?\"[^\"]*\"|\b[0-9a-f]{8,}\b|[-+]?\d[\d.]*")
 
 Fault = tuple[str, str]  # folder of a set, kind of fault
@@ -57,15 +60,21 @@ class Quarantine:
         self._named: set[tuple[str, int]] = set()
 
     def add(self, folder: str, index: int, key: str, error: str) -> None:
-        """Names the sample, unless it is named."""
+        """Names the sample, unless it is named. Where the disk is full it is logged alone."""
         if self._path is None:
             return
-        is_torn = self._read_others(self._path)
+        try:
+            self._add(self._path, folder, index, key, error)
+        except OSError as problem:
+            logger.warning("%s cannot name %s of %s: %s", self._path, key, folder, problem)
+
+    def _add(self, path: Path, folder: str, index: int, key: str, error: str) -> None:
+        is_torn = self._read_others(path)
         if (folder, index) in self._named or len(self._named) >= NAMED:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         line = {"set": folder, "index": index, "key": key, "error": error}
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             # one short write: ranks do not mix lines
             file.write("\n" * is_torn + json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -138,7 +138,8 @@ def _by_members(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     payload = descriptor.read(int(row["payload_size"]), int(row["payload_offset"]))
     text = descriptor.read(int(row["text_size"]), int(row["text_offset"]))
     _check_crc(zlib.crc32(text, zlib.crc32(payload)), int(row["members_crc"]))
-    return {row["payload_extension"].decode(): payload, row["text_extension"].decode(): text}
+    names = (row[f"{part}_extension"].decode(errors="replace") for part in ("payload", "text"))
+    return dict(zip(names, (payload, text), strict=True))
 
 
 def _walked(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:

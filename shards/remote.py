@@ -54,8 +54,7 @@ class Patience:
 def patiently(ask: Callable[[], T], location: str, patience: Patience) -> T:
     """Returns what `ask` gives, asked again with growing, random pauses while it fails in passing.
 
-    Raises FileNotFoundError for what is not there, ShardError for a kind of URL that cannot be
-    read, UnreachableError for all else.
+    Raises FileNotFoundError for what is not there, UnreachableError for all else.
     """
     is_anew = False
     for attempt in count(1):
@@ -67,7 +66,7 @@ def patiently(ask: Callable[[], T], location: str, patience: Patience) -> T:
             if kind == "absent":
                 raise FileNotFoundError(2, "it does not exist", location) from error
             if kind == "unknown":
-                raise ShardError(f"{location} cannot be read: {error}") from error
+                raise UnreachableError(f"{location} cannot be read: {error}") from error
             if kind == "refused" and (is_anew or not is_remote(location)):
                 raise UnreachableError(f"{location} is refused ({words}){_advice(location)}") from (
                     error
@@ -118,9 +117,15 @@ def _kind(error: BaseException) -> Literal["absent", "refused", "unknown", "pass
         return "absent"
     if isinstance(error, ImportError | ValueError):
         return "unknown"
-    if any(isinstance(e, PermissionError) or "Credential" in type(e).__name__ for e in chain):
+    if any(map(_is_refusal, chain)):
         return "refused"
     return "passing"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tells of errors that say it without a status: of a disk, of botocore and google, of gcsfs."""
+    is_named_so = "Credential" in type(error).__name__ or str(error).startswith("Forbidden")
+    return is_named_so or isinstance(error, PermissionError)
 
 
 def _words(error: Exception) -> str:
@@ -141,10 +146,9 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        names = ("status", "code")
-        found = getattr(response, "status_code", None) or next(
-            (getattr(error, name) for name in names if hasattr(error, name)), None
-        )
+        # aiohttp's errors of parsing have a `code` that nobody sent
+        name = "code" if type(error).__module__.startswith("gcsfs") else "status"
+        found = getattr(response, "status_code", None) or getattr(error, name, None)
     return found if isinstance(found, int) and 100 <= found < 600 else None
 
 
@@ -153,7 +157,7 @@ def _advice(location: str) -> str:
     return f": its credentials are taken from {names}" if names else ""
 
 
-class _Stream(io.RawIOBase):
+class _Raw(io.RawIOBase):
     """A file from its beginning; after a failure it is opened anew and goes on where it was."""
 
     def __init__(self, location: str, patience: Patience):
@@ -187,7 +191,9 @@ class _Stream(io.RawIOBase):
                 raise EOFError(f"it ended after {self._position} of {self.size} bytes")
             return file, data
 
-        self._file, data = patiently(ask, self._location, self._patience)
+        answer = patiently(ask, self._location, self._patience)
+        self._file = answer[0]
+        data = answer[1]
         self._position += len(data)
         buffer[: len(data)] = data
         return len(data)
@@ -198,19 +204,21 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def open_stream(location: str, patience: Patience) -> tuple[io.BufferedReader, int | None]:
-    """Opens a file for one pass. Returns it and its size in bytes, None where that is not told.
+class Stream(io.BufferedReader):
+    """A file for one pass; `size` in bytes, None where that is not told.
 
     Opening and reading raise as `patiently` does.
     """
-    stream = _Stream(location, patience)
-    return io.BufferedReader(stream, _BLOCK), stream.size
+
+    def __init__(self, location: str, patience: Patience):
+        raw = _Raw(location, patience)
+        super().__init__(raw, _BLOCK)
+        self.size = raw.size
 
 
 def fetch(location: str, patience: Patience) -> bytes:
     """Returns a small file, whole. Raises as `patiently` does."""
-    stream, _ = open_stream(location, patience)
-    with stream:
+    with Stream(location, patience) as stream:
         return stream.read()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shards.files import ShardError, is_remote
-from shards.remote import Patience, open_stream
+from shards.remote import Patience, Stream
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -228,10 +228,10 @@ def open_shard(location: str, patience: Patience | None = None) -> Iterator[tupl
     if not is_remote(location) and Path(location).exists() and not Path(location).is_file():
         raise ShardError(f"{location} is no plain file")  # to open a FIFO would wait for ever
     try:
-        file, size = open_stream(location, patience or Patience())
+        file = Stream(location, patience or Patience())
     except FileNotFoundError as error:
         raise ShardError(f"{location} cannot be opened: it does not exist") from error
     with file:
-        if size is None:
+        if file.size is None:
             raise ShardError(f"{location}: the server does not say how large it is")
-        yield OnePass(file), size
+        yield OnePass(file), file.size

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.ablate.experiment import CONFIG, LOG, MODEL, SCORES, Child, children_of, load
+from harness.ablate.experiment import CONFIG, LOG, MODEL, SCORES, Ablation, Child, children_of, load
 from harness.ablate.report import write
 from harness.checks import check_before_launch
 from harness.config.keys import flatten
@@ -33,6 +33,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError, explain
 from harness.machine.devices import cores
 from harness.machine.launcher import gpus
+from harness.machine.lock import RunLock
 from harness.machine.parent import as_parent
 from harness.machine.signals import stop_requests
 from harness.redact import clean, for_children, masked_document
@@ -80,6 +81,22 @@ def run(
     """
     ablation = load(file, offline)
     out = out or Path("runs/ablations") / ablation.name
+    lock = RunLock.take(out, "harness ablate", waits=True, say=say)
+    try:
+        return _run(ablation, overrides, seeds, out, jobs, start or launched, say)
+    finally:
+        lock.release()
+
+
+def _run(
+    ablation: Ablation,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int,
+    start: Start,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     seeds = list(dict.fromkeys(seeds or ablation.seeds))
     own = (f"out={out}", f"name={ablation.name}", f"seed={seeds[0]}")
     parent = load_config(ablation.base, [*ablation.overrides, *overrides, *own])
@@ -97,7 +114,7 @@ def run(
     status = "FAILED"
     try:
         with stop_requests() as stop_asked:
-            errors |= run_all(todo, tracking, jobs, start or launched, say, stop_asked)
+            errors |= run_all(todo, tracking, jobs, start, say, stop_asked)
             number = stop_asked()
         status = "KILLED" if number else "FINISHED"
         report = write(ablation, children, errors, out, parent)
@@ -210,6 +227,9 @@ def write_config(child: Child, tracking: Sequence[str]) -> None:
             )
         overrides = [override.replace(MODEL, str(child.after)) for override in overrides]
     config = load_config(child.base, overrides)
+    if target := config.train.copy_to:  # a place for each: they would write over each other
+        own = f"train.copy_to={target.rstrip('/')}/{child.variant}/seed-{child.seed}"
+        config = load_config(child.base, [*overrides, own])
     child.out.mkdir(parents=True, exist_ok=True)
     (child.out / CONFIG).write_text(dump(config), encoding="utf-8")
 

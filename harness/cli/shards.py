@@ -127,11 +127,7 @@ def index(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
         )
     for place in places:
-        if "://" in place and masked(place) != place:
-            raise ShardError(
-                f"{masked(place)}: the index names the place of its shards, and a secret in it "
-                "would be written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
-            )
+        _check_no_secret(place)
         where = place.rstrip("/") if "://" in place else os.path.abspath(place)
         folder = os.path.dirname(where) if where.endswith(".tar") else where
         above = os.path.basename(os.path.dirname(folder))
@@ -144,6 +140,16 @@ def index(
             else ""
         )
         say(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
+
+
+def _check_no_secret(place: str) -> None:
+    from shards.files import ShardError
+
+    if "://" in place and masked(place) != place:
+        raise ShardError(
+            f"{masked(place)}: the index names the place of its shards, its secret would be "
+            "written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
+        )
 
 
 @app.command(epilog="Example: harness shards verify data/mine/train")

@@ -178,7 +178,7 @@ class GenerateConfig(Section):
 class EarlyStopConfig(Section):
     """When a run has stopped getting better."""
 
-    metric: str  # a figure of the dev sets, as dev/CIDEr
+    metric: str | None = None  # a figure of the dev sets, as dev/CIDEr; null: it never stops early
     patience: Positive = 3  # evaluations without a better one
 
 
@@ -219,8 +219,7 @@ class TrainConfig(Section):
     save_minutes: Above0 | None = 10.0
     # A figure of the dev sets, as dev/CIDEr, by which the best checkpoint is kept too.
     keep_best: str | None = None
-    # {metric: dev/CIDEr, patience: 3}: end after so many evaluations without a better figure.
-    early_stop: EarlyStopConfig | None = None
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     # A folder elsewhere, as s3://BUCKET/RUN, to which every checkpoint is copied.
     copy_to: str | None = None
     copy_wait: From0 = 60.0  # seconds that the end of a run waits for the last copy

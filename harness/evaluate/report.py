@@ -16,6 +16,7 @@ from harness.evaluate import vqa
 from harness.evaluate.predict import results
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
+from harness.tracking.journal import parsed_row
 from shards.cache import Cache
 from shards.files import ShardError, write_whole
 from shards.manifest import Manifest
@@ -82,7 +83,7 @@ def draw_curves(home: Path, out: Path) -> list[Path]:
     journal = home / "metrics.jsonl"
     if not journal.is_file():
         return []
-    rows = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    rows = list(filter(None, map(parsed_row, journal.read_bytes().splitlines())))
     series = {
         label: [(row["step"], float(row["values"][key])) for row in rows if key in row["values"]]
         for key, label in CURVES.items()

@@ -40,7 +40,7 @@ class Journal:
         kept = [
             (line, row)
             for line in lines
-            if (row := _parsed(line)) and (keep is None or row["step"] <= keep > 0)
+            if (row := parsed_row(line)) and (keep is None or row["step"] <= keep > 0)
         ]
         if keep is not None and len(kept) < len(lines):  # a line torn by a kill goes too
             write_whole(self.path, b"".join(line for line, _ in kept))
@@ -85,13 +85,14 @@ def read_rows(path: Path, offset: int, most: float) -> tuple[list[dict[str, Any]
         file.seek(offset)
         while count < most and (line := file.readline()).endswith(b"\n"):
             offset += len(line)
-            if row := _parsed(line):
+            if row := parsed_row(line):
                 rows.append(row)
                 count += len(row["values"])
     return rows, offset
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed_row(line: bytes) -> dict[str, Any] | None:
+    """Returns a line's step and values; None for a line that a kill has torn."""
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) and isinstance(row["values"], dict) else None
@@ -118,15 +119,15 @@ class JournalTracker:
         if self._journal:
             try:
                 return self._journal.write(values, step)
-            except OSError as error:  # a full disk must not end a run that may outlast it
-                if not self._told:
-                    log.warning(
-                        "%s cannot be written (%s): figures are being lost",
-                        self._journal.path,
-                        error,
-                    )
-                self._told = True
+            except OSError as error:
+                self._lost(f"{self._journal.path} cannot be written ({error}): figures")
         return None
+
+    def _lost(self, what: str) -> None:
+        """Says once what is being lost: a full disk must not end a run that may outlast it."""
+        if not self._told:
+            log.warning("%s are being lost", what)
+        self._told = True
 
     def history(self, name: str) -> dict[int, float]:
         return self._journal.history(name) if self._journal else {}
@@ -134,12 +135,17 @@ class JournalTracker:
     def predictions(
         self, items: Sequence[Shown], step: int, folder: str = "answers"
     ) -> Path | None:
-        """Writes OUT/folder/step-N.html, returns its path; None on a rank that reports nothing."""
+        """Writes OUT/folder/step-N.html, returns its path; None where it cannot be written, and on
+        a rank that reports nothing.
+        """
         if self._out is None:
             return None
-        return predictions_html(
-            items, self._out / folder / f"step-{step:06d}.html", title=f"Step {step}"
-        )
+        page = self._out / folder / f"step-{step:06d}.html"
+        try:
+            return predictions_html(items, page, title=f"Step {step}")
+        except OSError as error:
+            self._lost(f"{page} cannot be written ({error}): answers")
+            return None
 
     def artifact(self, path: Path, folder: str = "") -> None:
         pass

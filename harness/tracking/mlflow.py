@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 RUN_ID = "mlflow_run_id"
 RUN = "tracking.json"  # what MLflow is told of the run as a whole
+PARTS = ("uri", "experiment", "name", "key", "time", "source", "params", "tags", "inputs", "config")
 PERIOD = 2.0  # seconds between two batches
 # Until the run's id is known. A new database is migrated in about 3 s; a server is quick or down.
 START_SECONDS = {True: 60.0, False: 10.0}
@@ -117,10 +118,10 @@ class Sender:
             self._check_still_wanted()
         while self.jobs:
             self._check_still_wanted()
-            job = json.loads(self.jobs[0].read_bytes())
-            self._unless_refused(partial(self._send, job), _name(job))
+            if job := Outbox.read(self.jobs[0]):
+                self._unless_refused(partial(self._send, job), _name(job))
+                self.things += 1
             self.jobs.popleft().unlink(missing_ok=True)
-            self.things += 1
         self._send_system()
 
     def _check_still_wanted(self) -> None:
@@ -133,7 +134,7 @@ class Sender:
         if not self._adds_only:
             rows = read_rows(self._folder / METRICS, self._sent, math.inf)[0]
         figures = sum(len(row["values"]) for row in rows)
-        names = [_name(json.loads(job.read_bytes())) for job in list(self.jobs) if job.exists()]
+        names = [_name(job) for path in list(self.jobs) if (job := Outbox.read(path))]
         shown = names[:3] + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
         return ", ".join(([f"{figures} figures"] if figures else []) + shown)
 
@@ -398,7 +399,8 @@ class MLflowTracker(JournalTracker):
     ) -> Path | None:
         """Logs a page and a table with images, which the UI shows among the run's artifacts."""
         page = super().predictions(items, step, folder)
-        assert page is not None  # there is an output folder
+        if page is None:
+            return None
         self.artifact(page, folder)
         columns: dict[str, list[Any]] = {
             "image": [_png(item) for item in items],
@@ -437,13 +439,12 @@ class MLflowTracker(JournalTracker):
             self._put({"kind": "status", "status": status, "time": _now()})
         self._stop.set()
         self._thread.join(self._last_wait)
-        if self._thread.is_alive():
-            self._sender.gives_up = True
-            self._why = self._why or f"it takes more than {self._last_wait:g} s"
+        self._sender.gives_up = self._thread.is_alive()
         if left := self._sender.left():
+            waited = f" within {self._last_wait:g} s" if self._sender.gives_up else ""
             log.warning(
-                "the MLflow store %s (%s) was not sent %s: `harness sync %s` sends that later",
-                *(self._sender.name, self._why, left, self._folder),
+                "the MLflow store %s was not sent%s %s: `harness sync %s` sends that later",
+                *(self._sender.name, waited, left, self._folder),
             )
         super().close(status)
 
@@ -482,8 +483,9 @@ class MLflowTracker(JournalTracker):
 def read_description(folder: Path) -> dict[str, Any]:
     """Returns what a run's folder says of it for MLflow. Raises ConfigError."""
     try:
-        return dict(json.loads((folder / RUN).read_bytes()))
-    except (OSError, ValueError) as error:
+        told = json.loads((folder / RUN).read_bytes())
+        return {name: told[name] for name in PARTS}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
             f"{folder} holds no {RUN} that can be read: expected the output folder of a run with "
             "tracking.kind=mlflow"

@@ -7,11 +7,14 @@ process: of a run that was killed, or whose store did not answer, nothing is los
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from shards.files import write_whole
+
+log = logging.getLogger(__name__)
 
 FOLDER = "outbox"
 
@@ -25,7 +28,7 @@ class Outbox:
 
     def waiting(self) -> list[Path]:
         """Returns what is there, the oldest first."""
-        return sorted(self.folder.glob("[0-9]*.json"))
+        return sorted(self.folder.glob(f"{'[0-9]' * 8}-*.json"))
 
     def put(self, job: dict[str, Any]) -> Path:
         """Writes a job down. Two processes (a run and its evaluation) never take one name."""
@@ -33,6 +36,17 @@ class Outbox:
         path = self.folder / f"{self._count:08d}-{os.getpid()}.json"
         write_whole(path, json.dumps(job).encode())
         return path
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any] | None:
+        """Returns a job; None where another process sent it, or, with a warning, it is damaged."""
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, ValueError) as error:
+            log.warning("%s is damaged and reaches no store: %s", path, error)
+            return None
 
     def clear(self) -> None:
         """Removes what an earlier run in this folder left."""

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.redact import masked
-
 if TYPE_CHECKING:
     from shards.manifest import Manifest
 
@@ -48,7 +46,7 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, st
             "name": f"{manifest.dataset}/{manifest.split}",
             "digest": manifest.digest[:MAX_DIGEST],
             "source_type": "local",
-            "source": json.dumps({"uri": masked(manifest.folder)}),
+            "source": json.dumps({"uri": manifest.folder}),
             "profile": json.dumps(size),
         }
         tags = {"mlflow.data.context": manifest.split, "sha256": manifest.digest}
@@ -58,7 +56,7 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, st
 
 def source_tags() -> dict[str, str]:
     tags = {
-        "mlflow.source.name": shlex.join(map(masked, [Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "mlflow.source.name": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "mlflow.source.type": "LOCAL",
     }
     try:

@@ -54,7 +54,7 @@ class Best:
         `figures` of the evaluation that was just made. Raises ConfigError for an unknown figure.
         """
         asked = self.run.config.train.early_stop
-        if asked is None:
+        if asked.metric is None:
             return ""
         if figures is not None:
             self._check("early_stop.metric", asked.metric, figures)

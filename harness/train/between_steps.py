@@ -101,7 +101,10 @@ class BetweenSteps:
         """Asks the gate on a few dev images; the main process alone has some, the others wait."""
         run = self.run
         if run.engine.is_main and self._small is None:
-            self._small = small_set(run.model, run.config)
+            try:
+                self._small = small_set(run.model, run.config)
+            except ShardError as error:  # the next evaluation ends the run, on all ranks
+                run.terminal.say(f"no look at dev images: {error}")
         with run.engine.gathered_weights():
             if self._small:
                 uses = small_gate(run.model, self._small, run.config, run.epochs)

@@ -34,6 +34,8 @@ def loop(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     try:
         return _steps(run, saver, stop_asked)
     except UnreachableError as error:
+        if not run.state.step:
+            raise
         saver.save_once()
         raise UnreachableError(
             f"{error}; the run is saved after step {run.state.step}: go on with --resume auto"

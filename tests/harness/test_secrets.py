@@ -18,6 +18,8 @@ from shards.record import Record
 from shards.write import write_shards
 from toy_runs import make_config, picture, texts
 
+pytestmark = pytest.mark.timeout(900)  # eight real programs, one after the other
+
 PLACE = f"token={SECRET}"  # in the path of a set: a local folder stands for a URL here
 
 

@@ -58,6 +58,13 @@ def test_a_sample_is_named_once_by_whoever_meets_it_and_a_torn_line_costs_nothin
     Quarantine(None).add("set", 1, "one", "nowhere to be named")
 
 
+def test_a_full_disk_stops_no_run(tmp_path, caplog):
+    (tmp_path / "full").symlink_to("/dev/full")
+    Quarantine(tmp_path / "full").add("set", 1, "one", "it is damaged")
+    Quarantine(tmp_path / "full" / "below").add("set", 1, "one", "it is damaged")
+    assert [("cannot name one of set" in record.message) for record in caplog.records] == [True] * 2
+
+
 def test_faults_are_one_kind_where_they_differ_by_sample_alone():
     faults: Counter = Counter()
     for n in range(3):
@@ -85,3 +92,17 @@ def test_a_loader_that_is_told_a_share_ends_beyond_it_and_names_the_set(tmp_path
         batches(loader)
     batches(open_loader(bad, decode=decode, max_unreadable=1))
     batches(open_loader(bad, decode=decode))
+
+
+def test_of_several_sets_the_broken_one_is_named(tmp_path):
+    good = build(tmp_path / "good", payload=lambda n: b"some")
+    bad = build(tmp_path / "bad", name="blues", payload=lambda n: b"none")
+
+    def decode(sample):
+        if sample.payload == b"none":
+            raise OSError("no image")
+
+    with pytest.raises(ShardError) as caught:
+        batches(open_loader(good, bad, decode=decode, max_unreadable=0.001))
+    assert f"of 61 in {bad}, 20 may be" in str(caught.value)
+    assert good not in str(caught.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import Config
+from harness.errors import ConfigError
 from harness.report.pictures import Shown
 from harness.tracking import mlflow as mlflow_tracker
 from harness.tracking.mlflow import RUN
@@ -67,7 +68,7 @@ def test_the_end_of_a_run_waits_for_last_wait_in_all_and_sync_sends_the_rest_onc
         begun = time.monotonic()
         tracker.close()
         assert 0.5 < time.monotonic() - begun < 10
-    assert "was not sent 20 figures, answers/step-000020.html" in caplog.text
+    assert "was not sent within 0.6 s 20 figures, answers/step-000020.html" in caplog.text
     assert f"harness sync {out}" in caplog.text
     assert len(list((out / FOLDER).iterdir())) == 4, "page, table, tags and status, on disk"
 
@@ -179,6 +180,22 @@ def test_sync_takes_the_store_from_the_environment_or_an_override_where_the_stor
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:opensesame@{server.address}")
     assert harness("sync", out)[0] == 0
     assert len(server.runs()) == 1
+
+
+def test_a_damaged_file_of_the_outbox_is_named_and_keeps_nothing_else_back(
+    tmp_path, server, caplog
+):
+    out = tmp_path / "out"
+    open_tracker(config_of(out, NOBODY)).close()
+    for number, text in ((2, "[1]"), (3, "{torn"), (4, "5")):
+        (out / FOLDER / f"0000000{number}-1.json").write_text(text)
+    sync(out, server.uri)
+    assert caplog.text.count("is damaged and reaches no store") == 3
+    assert server.runs()[0].info.status == "FINISHED"
+    for text in ("5", "[1]", "{}", "{torn", "[" * 100_000):
+        (out / RUN).write_text(text)
+        with pytest.raises(ConfigError, match=r"holds no tracking\.json that can be read"):
+            sync(out, server.uri)
 
 
 def test_sync_names_a_folder_that_was_not_tracked_and_an_override_that_is_none(tmp_path, harness):
