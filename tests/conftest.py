@@ -22,6 +22,7 @@ SLOW = (
     "test_demo",
     "test_doctor_machine",
     "test_faults",
+    "test_process_faults",
     "test_exact_resume",
     "test_fp16",
     "test_launcher",

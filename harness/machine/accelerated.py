@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from harness.machine.heartbeat import HUNG
 from harness.machine.parent import as_parent, watch_parent
 from harness.machine.signals import STOPS, signal_run
+from harness.redact import say
 
 
 def main() -> int:
@@ -59,9 +60,9 @@ def _told(code: int, rank: int | None) -> int:
     if number not in STOPS:
         who = "the run" if rank is None else f"rank {rank}"
         memory = ", as the system does when main memory is out" if number == signal.SIGKILL else ""
-        print(
+        say(
             f"harness: {who} was ended by {number.name}{memory}; go on with --resume auto",
-            file=sys.stderr,
+            sys.stderr,
         )
     return 128 - code
 

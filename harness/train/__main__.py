@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if launcher and rank == "0":
             size = os.environ["WORLD_SIZE"]
-            print(f"{size} processes, as {launcher} has started them", file=sys.stderr)
+            say(f"{size} processes, as {launcher} has started them", sys.stderr)
         config = load(given.config, given.overrides)
         check_before_launch(config)
         last = run(config, given.resume, restart=given.restart)
