@@ -66,7 +66,9 @@ class Saver:
         weights = _copied(run.engine.trained_state())
         optimizer = _copied(run.engine.optimizer_state())
         if run.engine.is_main:
-            write = partial(self._write, run.state.step, weights, optimizer, _document(run))
+            write = partial(
+                self._write, run.state.step, weights, optimizer, _document(run), at_once
+            )
             self._thread = threading.Thread(target=write, name=SAVING)
             self._thread.start()
             if at_once:
@@ -120,6 +122,7 @@ class Saver:
         weights: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, torch.Tensor],
         document: Mapping[str, Any],
+        is_last: bool,
     ) -> None:
         """Does what the thread does for one checkpoint. Raises nothing."""
         run = self.run
@@ -141,9 +144,10 @@ class Saver:
         except Exception as error:
             self._error = error
             self._put_off(RETRY_SECONDS)
+            goes_on = f"training goes on, the next is tried in {RETRY_SECONDS:.0f} seconds"
             run.terminal.say(
                 f"the checkpoint of step {step} could not be written ({error}): the one before "
-                f"stays, training goes on, the next is tried in {RETRY_SECONDS:.0f} seconds"
+                f"stays{'' if is_last else f', {goes_on}'}"
             )
         self._written_seconds = time.monotonic() - began
         self._cpu_seconds = time.thread_time()
