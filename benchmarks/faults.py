@@ -169,9 +169,9 @@ def _(toy: Toy, draw: random.Random) -> Seen:
     toy.run(fault="SIGKILL", step=7)
     for folder in toy.out.glob("checkpoints/step-*"):
         (folder / checkpoints.STATE).write_text("{}")
-    before = len(list(toy.out.rglob("step-*")))
+    before = len(list(toy.out.glob("checkpoints/step-*")))
     code, process = toy.resume()
-    kept = len(list(toy.out.rglob("step-*"))) == before
+    kept = len(list(toy.out.glob("checkpoints/step-*"))) == before
     again, _ = toy.run("--restart")
     aside = len(list(toy.out.glob("before-*/checkpoints/step-*")))
     seen = f"{ended(code, process)}; restarted with {again}, {aside} moved aside"

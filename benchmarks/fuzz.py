@@ -185,7 +185,7 @@ def sidecar(data: bytes, folder: Path) -> None:
     made = Manifest.open(_a_set())
     for path in _a_set().glob("*.tar"):
         (folder / path.name).symlink_to(path)
-    rows = np.frombuffer(made.sidecar.tobytes(), np.uint8).copy()
+    rows = np.frombuffer((_a_set() / SIDECAR).read_bytes(), np.uint8).copy()
     rows[: len(data)] = np.frombuffer(data[: len(rows)], np.uint8)
     (folder / SIDECAR).write_bytes(rows.tobytes())
     found = replace(made, folder=str(folder))
@@ -298,7 +298,7 @@ def targets() -> dict[str, Target]:
         "tar walk": bytes_target(tars, walk),
         "tar to index": bytes_target(tars, index),
         "index": json_target(index_of, manifest),
-        "sidecar": bytes_target([Manifest.open(_a_set()).sidecar.tobytes()], sidecar),
+        "sidecar": bytes_target([(_a_set() / SIDECAR).read_bytes()], sidecar),
         "config": Target(damaged(yamls) | _configs(), config, (ConfigError,), yamls),
         "override": bytes_target(overrides, override, (ConfigError,)),
         "results": json_target(results_of, results, (ConfigError,)),

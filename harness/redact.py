@@ -120,7 +120,9 @@ def remember(document: Any) -> None:
 
 def _values(secret: str) -> set[str]:
     """Returns what else than the secret itself would tell it: USER:PASSWORD in its parts."""
-    user, _, password = secret.partition(":")
+    parts = secret.partition(":")
+    user = parts[0]
+    password = parts[2]
     pair = f"{unquote(user)}:{unquote(password)}".encode()
     return {secret, password or user, unquote(password or user), base64.b64encode(pair).decode()}
 

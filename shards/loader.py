@@ -108,23 +108,28 @@ class Loader:
         self.samples = mixture.samples
         self.steps_per_epoch = self._count_steps()
         parts = [weights, seed, window_shards, shuffle]
-        parts += [] if images is None else [images]  # so that older states still fit
-        self.digest = _order_digest([m.digest for m in self.manifests], parts)
-        # what a state of a run calls this order that was begun when indexes had format 1
-        earlier = _order_digest([m.format_1_digest for m in self.manifests], parts)
-        self.digests = (self.digest, earlier)
+        self.digests = self._digests(parts + ([] if images is None else [images]))
+        self.digest = self.digests[0]
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
-        fill_to = global_batch if last_batch == "fill" else 0
+        fill_to = global_batch * (last_batch == "fill")
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
         self._mask = mask
-        # (set, index) of what could not be read -> why
-        self.quarantined: dict[tuple[int, int], str] = {}
+        self.quarantined: dict[tuple[int, int], str] = {}  # (set, index) of the unreadable -> why
         self.unreadable = 0  # how often one came
         self.faults: Counter[Fault] = Counter()  # of all of them
         self._quarantine = Quarantine(quarantine)
         self._max_unreadable = max_unreadable
         self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
+
+    def _digests(self, parts: Sequence[Any]) -> tuple[str, str]:
+        """Returns what names this order, and what a state calls it of a run that was begun when
+        indexes had format 1; `parts` without what is not asked for, so that older states fit.
+        """
+        return (
+            _order_digest([m.digest for m in self.manifests], parts),
+            _order_digest([m.format_1_digest for m in self.manifests], parts),
+        )
 
     def _mixture(
         self,

@@ -59,6 +59,8 @@ Published = Annotated[
     list[str] | None,
     typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf."),
 ]
+Limit = Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")]
+Which = Annotated[str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -237,9 +239,7 @@ def evaluate(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="The published model, NF4.")
     ] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="So many images, the same for every model.")
-    ] = None,
+    limit: Limit = None,
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
@@ -248,9 +248,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Images to show, where the data are features."),
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
-    ] = None,
+    checkpoint: Which = None,
     as_json: AsJSON = False,
 ) -> None:
     """Scores a run, published models or both, with the verdict.
@@ -269,16 +267,13 @@ def evaluate(
         )
     for place in data or ():
         Manifest.read_index(place)
-    reports = _evaluated(
-        run,
-        data,
-        model or (),
-        load_in_4bit,
-        limit=limit,
-        given=override or (),
-        pictures=pictures,
-        which=checkpoint,
-    )
+    asked: dict[str, Any] = {
+        "limit": limit,
+        "given": override or (),
+        "pictures": pictures,
+        "which": checkpoint,
+    }
+    reports = _evaluated(run, data, model or (), load_in_4bit, **asked)
     from harness.evaluate.report import table
 
     if as_json:

@@ -23,6 +23,7 @@ from shards.files import write_whole
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+RUN_ID = "mlflow_run_id"  # a file too: MLflow's run
 
 
 class Journal:
@@ -68,7 +69,7 @@ class Journal:
 
     def history(self, name: str) -> dict[int, float]:
         """Returns a figure's values by step, as far as they were written."""
-        rows, _ = read_rows(self.path, 0, math.inf)
+        rows = read_rows(self.path, 0, math.inf)[0]
         return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.redact import clean, masked_document
 from harness.report.pictures import Shown, thumbnail
-from harness.tracking.journal import METRICS, Journal, JournalTracker, read_rows
+from harness.tracking.journal import METRICS, RUN_ID, Journal, JournalTracker, read_rows
 from harness.tracking.outbox import Outbox
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.tracking.store import database, default_database, store_uri, whole_uri
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_ID = "mlflow_run_id"
 RUN = "tracking.json"  # what MLflow is told of the run as a whole
 PARTS = ("uri", "experiment", "name", "key", "time", "source", "params", "tags", "inputs", "config")
 PERIOD = 2.0  # seconds between two batches

@@ -22,8 +22,8 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.redact import clean
 from harness.report.pictures import Shown
-from harness.tracking.journal import Journal, JournalTracker
-from harness.tracking.mlflow import RUN_ID, MLflowTracker, send
+from harness.tracking.journal import RUN_ID, Journal, JournalTracker
+from harness.tracking.mlflow import MLflowTracker, send
 from harness.tracking.store import database, store_uri
 
 if TYPE_CHECKING:

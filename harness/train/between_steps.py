@@ -75,18 +75,19 @@ class BetweenSteps:
         run = self.run
         best = self.saver.best
         try:
-            stops, figures = evaluate(run, self.stop_asked, again)
+            evaluated = evaluate(run, self.stop_asked, again)
         except ShardError:
             self.saver.save_once()
             raise
+        figures = evaluated[1]
         is_best = figures is not None and best.is_new(figures)
         why = best.has_stopped(figures) if figures is not None else ""
-        is_best_here, ends = run.engine.sum([is_best, why != ""])
-        if is_best_here:
+        told = run.engine.sum([is_best, why != ""])
+        if told[0]:
             self.saver.keep_as_best(is_saved)
         if why:
             run.terminal.say(why)
-        return Due(stops, ends > 0)
+        return Due(evaluated[0], told[1] > 0)
 
     def _is_due(self, every: int | None) -> bool:
         """Tells whether `every` steps are over; None: whether an epoch is."""
@@ -127,49 +128,53 @@ def evaluate(
     ShardError for a dev set that cannot be scored, UnreachableError for one that does not answer.
     """
     config = run.config
+    page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
+    wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
+    wanted = run.engine.sum([wanted_here])[0]
+    result: Evaluation | ShardError | None = None
+    with run.engine.gathered_weights() if wanted else nullcontext():
+        if wanted_here:
+            result = _scored(run, stop_asked)
+        run.engine.wait()
+    ignored = _tell(run, result) if isinstance(result, Evaluation) else ""
+    run.model.train()
+    has_failed = isinstance(result, ShardError)
+    is_silent = isinstance(result, UnreachableError)
+    told = run.engine.sum([bool(ignored), stop_asked() > 0, has_failed, is_silent])
+    if told[2]:  # all ranks end alike
+        words = next(filter(None, gathered(str(result) if has_failed else "", run.engine)))
+        raise (UnreachableError if told[3] else ShardError)(words)
+    if told[0] and run.epochs >= 1 and config.train.stop_if_image_ignored:
+        raise GuardError(
+            f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
+            f"({ignored})"
+        )
+    return told[1] > 0, _figures(result) if isinstance(result, Evaluation) else None
+
+
+def _scored(run: Run, stop_asked: Callable[[], int]) -> Evaluation | ShardError | None:
+    """Evaluates. Returns the error of a dev set, None where a signal came."""
+    config = run.config
 
     def go_on(done: int, images: int) -> None:
         run.engine.heart.doing(f"evaluates, {done} of {images} images done", alone=True)
         if stop_asked():
             raise _CutOffError
 
-    page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
-    wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
-    wanted = run.engine.sum([wanted_here])[0]
-    result = None
-    failure = None
-    with run.engine.gathered_weights() if wanted else nullcontext():
-        if wanted_here:
-            try:
-                result = evaluate_model(
-                    run.model,
-                    [dev.path for dev in config.data.dev],
-                    config,
-                    limit=config.evaluation.dev_images,
-                    counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-                    progress=go_on,
-                    epochs=run.epochs,
-                )
-            except _CutOffError:
-                pass
-            except ShardError as error:  # the others wait below: all end alike
-                failure = error
-        run.engine.wait()
-    ignored = _tell(run, result) if result else ""
-    run.model.train()
-    is_silent = isinstance(failure, UnreachableError)
-    is_ignored, stops, has_failed, is_silent_somewhere = run.engine.sum(
-        [bool(ignored), stop_asked() > 0, failure is not None, is_silent]
-    )
-    if has_failed:
-        words = next(filter(None, gathered(str(failure or ""), run.engine)))
-        raise (UnreachableError if is_silent_somewhere else ShardError)(words)
-    if is_ignored and run.epochs >= 1 and config.train.stop_if_image_ignored:
-        raise GuardError(
-            f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
-            f"({ignored})"
+    try:
+        return evaluate_model(
+            run.model,
+            [dev.path for dev in config.data.dev],
+            config,
+            limit=config.evaluation.dev_images,
+            counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+            progress=go_on,
+            epochs=run.epochs,
         )
-    return stops > 0, _figures(result) if result else None
+    except _CutOffError:
+        return None
+    except ShardError as error:
+        return error
 
 
 def _figures(result: Evaluation) -> dict[str, float]:

@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
 from harness import checkpoint as checkpoints
 from harness.errors import ConfigError, install_command
-from harness.tracking.journal import METRICS
-from harness.tracking.mlflow import RUN_ID
+from harness.tracking.journal import METRICS, RUN_ID
 
 SMALL = (METRICS, RUN_ID, "quarantine.jsonl", f"{checkpoints.FOLDER}/{checkpoints.BEST}")
 RETRY_SECONDS = 30.0
@@ -90,35 +89,45 @@ class Copies:
 
     def _copy(self, checkpoint: Path) -> None:
         """Copies one checkpoint, its list of files last: that makes it whole there too."""
-        system, root = opened(self.target)
+        there = opened(self.target)
         wanted = [checkpoint]
         best = checkpoints.best(self.out)
         if best is not None and best != checkpoint:
             wanted.append(best)
         for path in wanted:
-            _copy_folder(system, path, f"{root}/{checkpoints.FOLDER}/{path.name}")
+            _copy_folder(there.system, path, there.place(checkpoints.FOLDER, path.name))
         for name in SMALL:
             if (self.out / name).is_file():
-                _put(system, self.out / name, f"{root}/{name}")
-        there = steps_at(system, root)
-        kept = {*there[-self.keep :], *(path.name for path in wanted)}
-        for name in there:
+                _put(there.system, self.out / name, there.place(name))
+        steps = steps_at(there)
+        kept = {*steps[-self.keep :], *(path.name for path in wanted)}
+        for name in steps:
             if name not in kept:
-                system.rm(f"{root}/{checkpoints.FOLDER}/{name}", recursive=True)
+                there.system.rm(there.place(checkpoints.FOLDER, name), recursive=True)
 
 
-def opened(target: str) -> tuple[Any, str]:
-    """Returns the file system of a target, and the path in it. Raises ConfigError."""
+class Target(NamedTuple):
+    """A place for copies: a file system of fsspec, and the folder in it."""
+
+    system: Any
+    root: str
+
+    def place(self, *names: str) -> str:
+        return "/".join((self.root, *names))
+
+
+def opened(target: str) -> Target:
+    """Returns the place that `train.copy_to` names. Raises ConfigError."""
     scheme = target.partition("://")[0]
     try:
-        system, root = fsspec.url_to_fs(target, **_options(target))
+        found = fsspec.url_to_fs(target, **_options(target))
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         remedy = install_command(extra) if extra else str(error)
         raise ConfigError(f"train.copy_to: {scheme}:// needs a package: {remedy}") from error
     except ValueError as error:
         raise ConfigError(f"train.copy_to: {scheme}:// is unknown: {error}") from error
-    return system, root.rstrip("/")
+    return Target(found[0], found[1].rstrip("/"))
 
 
 def _options(target: str) -> dict[str, Any]:
@@ -127,13 +136,14 @@ def _options(target: str) -> dict[str, Any]:
     return {"auto_mkdir": True} if is_local else {}
 
 
-def steps_at(system: Any, root: str) -> list[str]:
+def steps_at(there: Target) -> list[str]:
     """Returns the names of the checkpoints at a target, oldest first."""
-    system.invalidate_cache()
-    folder = f"{root}/{checkpoints.FOLDER}"
-    if not system.exists(folder):
+    there.system.invalidate_cache()
+    folder = there.place(checkpoints.FOLDER)
+    if not there.system.exists(folder):
         return []
-    names = [str(path).rstrip("/").rpartition("/")[2] for path in system.ls(folder, detail=False)]
+    listed = there.system.ls(folder, detail=False)
+    names = [str(path).rstrip("/").rpartition("/")[2] for path in listed]
     steps = [name for name in names if name.removeprefix("step-").isdecimal()]
     return sorted(steps, key=lambda name: int(name.removeprefix("step-")))
 
@@ -146,17 +156,17 @@ def fetch(out: Path, target: str, say: Callable[[str], None]) -> None:
     """
     if any((out / checkpoints.FOLDER).glob("step-*")):
         return
-    system, root = opened(target)
-    names = steps_at(system, root)
+    there = opened(target)
+    names = steps_at(there)
     for name in SMALL:
-        if system.exists(f"{root}/{name}"):
+        if there.system.exists(there.place(name)):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(f"{root}/{name}", str(out / name))
+            there.system.get_file(there.place(name), str(out / name))
     best = checkpoints.pointed_to(out)
     if best in names:
-        _fetch(system, root, best, out)
+        _fetch(there, best, out)
     for name in reversed(names):
-        problem = _fetch(system, root, name, out)
+        problem = _fetch(there, name, out)
         if problem is None:
             say(f"fetched {name} from train.copy_to")
             return
@@ -165,17 +175,17 @@ def fetch(out: Path, target: str, say: Callable[[str], None]) -> None:
         raise ConfigError(f"train.copy_to: none of its {len(names)} checkpoints is whole")
 
 
-def _fetch(system: Any, root: str, name: str, out: Path) -> str | None:
+def _fetch(there: Target, name: str, out: Path) -> str | None:
     """Fetches one checkpoint. Returns what keeps it from being whole; then it is not there."""
     final = out / checkpoints.FOLDER / name
     beside = final.with_name(f".writing-{name}")
-    source = f"{root}/{checkpoints.FOLDER}/{name}"
+    source = there.place(checkpoints.FOLDER, name)
     if final.is_dir():
         return checkpoints.problems(final)
-    for file in system.find(source):
+    for file in there.system.find(source):
         local = beside / str(file).rstrip("/").removeprefix(source).lstrip("/")
         local.parent.mkdir(parents=True, exist_ok=True)
-        system.get_file(file, str(local))
+        there.system.get_file(file, str(local))
     problem = checkpoints.problems(beside)
     if problem is None:
         beside.rename(final)
@@ -211,7 +221,7 @@ def _sha256(system: Any, remote: str) -> str:
 
 def set_aside(target: str) -> None:
     """Moves a target's checkpoints aside under a dated name, as --restart does in OUT."""
-    system, root = opened(target)
-    if steps_at(system, root):
-        dated = f"{root}/before-{time.strftime('%Y%m%d-%H%M%S')}"
-        system.mv(f"{root}/{checkpoints.FOLDER}", f"{dated}/{checkpoints.FOLDER}", recursive=True)
+    there = opened(target)
+    if steps_at(there):
+        dated = there.place(f"before-{time.strftime('%Y%m%d-%H%M%S')}", checkpoints.FOLDER)
+        there.system.mv(there.place(checkpoints.FOLDER), dated, recursive=True)

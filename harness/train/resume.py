@@ -17,8 +17,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine.lock import RunLock
 from harness.redact import masked
-from harness.tracking.journal import METRICS
-from harness.tracking.mlflow import RUN_ID
+from harness.tracking.journal import METRICS, RUN_ID
 from harness.train import copies
 from harness.train.copies import Copies
 from shards.loader import Loader
@@ -90,7 +89,7 @@ class OutFolder:
                     f"train.copy_to cannot be read ({error}), and {out} holds no checkpoint: "
                     "whether the run has one there is not known; without --resume it begins anew"
                 ) from error
-        elif self.resume is None and _answer(lambda: copies.steps_at(*copies.opened(target))):
+        elif self.resume is None and _answer(lambda: copies.steps_at(copies.opened(target))):
             raise ConfigError(
                 f"train.copy_to: {masked(target)} holds checkpoints of an earlier run: go on with "
                 "--resume auto, move them aside with --restart, or choose another place"
