@@ -154,7 +154,7 @@ def test_a_state_of_format_1_goes_on_in_the_same_order_over_an_upgraded_or_rebui
     whole, _ = keys()
     as_format_1(tmp_path / "train")
     _, loader = keys()
-    earlier = loader._earlier
+    earlier = loader.digests[1]
     assert earlier != loader.digest
     state = StreamState(0, 6, earlier)  # as the version before format 2 wrote it
     for change in (lambda: None, lambda: upgrade_index(tmp_path / "train"), write):
