@@ -179,7 +179,7 @@ def _(toy: Toy, draw: random.Random) -> Seen:
     return refused and kept and again == 0 and aside == before and toy.is_bit_equal(), seen
 
 
-@fault("keep_checkpoints: 3, the newest damaged, resumed, SIGTERM", "the whole ones stay")
+@fault("keep_checkpoints: 3, the newest damaged, resumed, stopped", "the whole ones stay")
 def _(toy: Toy, draw: random.Random) -> Seen:
     toy.run(fault="SIGKILL", step=7, train__keep_checkpoints=3)
     os.truncate(newest(toy) / checkpoints.OPTIMIZER, 0)
