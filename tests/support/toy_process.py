@@ -151,6 +151,7 @@ class Toy:
         """
         file = self.config(**changes)
         log = self.folder / f"log-{len(list(self.folder.glob('log-*')))}.txt"
+        log.touch()  # here: the new process may be killed before it is there
         if pid := os.fork():
             return Process(pid, log)
         code = 99
