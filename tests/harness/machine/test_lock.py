@@ -145,6 +145,25 @@ def test_a_folder_that_was_removed_or_taken_over_is_told_to_its_holder(tmp_path)
     lock.release()
 
 
+def test_a_lock_that_another_one_took_over_a_moment_earlier_is_put_back(tmp_path, monkeypatch):
+    """The slower one moves aside what it finds, which is no longer what it has watched."""
+    of_another_machine(tmp_path)
+    watched = []
+
+    def watch(path, holder):
+        if watched:
+            raise ConfigError("it is held")
+        watched.append(holder)
+        path.unlink()
+        of_another_machine(tmp_path, host="faster")
+
+    monkeypatch.setattr(locks, "_watch", watch)
+    with pytest.raises(ConfigError, match="it is held"):
+        RunLock.take(tmp_path, "a run", waits=True, say=lambda sentence: None)
+    assert json.loads((tmp_path / locks.FILE).read_text())["host"] == "faster"
+    assert [path.name for path in tmp_path.iterdir()] == [locks.FILE]
+
+
 def test_of_two_that_take_over_at_once_one_gets_it(tmp_path, soon):
     of_another_machine(tmp_path)
     came = []

@@ -124,6 +124,7 @@ def test_a_copy_that_was_broken_off_is_no_checkpoint_and_the_one_before_is_fetch
     said = []
     fetch(tmp_path / "empty", str(tmp_path / "away"), said.append)
     assert checkpoints.newest(tmp_path / "empty").step == 1
+    assert names(tmp_path / "empty" / "checkpoints") == ["step-000001"]
     assert "passed over: step-000002 at train.copy_to is not whole" in said[0]
     (tmp_path / "away" / "checkpoints" / "step-000001" / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="none of its 2 checkpoints is whole"):
