@@ -174,7 +174,7 @@ class Soak:
             process = toy.start(*overrides, fault=kind, step=step, ranks=2)
             code = process.wait(seconds)
             found.named += bool(process.sentence)
-            again, process = toy.resume(*overrides, ranks=2)
+            again, process = toy.run(*overrides, "--resume", "auto", ranks=2)
             if code == 0 or again or not toy.is_bit_equal():
                 problem = f"ended with {code}, resumed with {again}: {process.last_words}"
         except TimeoutError as error:

@@ -59,3 +59,11 @@ def harness(monkeypatch, capsys):
         return left.value.code or 0, said.out, said.err
 
     return _harness
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_of_other_tests():
+    """A process remembers the secrets it was given: those of one test are words in the next."""
+    from harness import redact
+
+    redact._known.clear()
