@@ -273,8 +273,9 @@ def settle(out: Path, found: Checkpoint, note: Callable[[str], None]) -> None:
     What is damaged, and what stands later than `found` or belongs to another run, is moved aside,
     so that `newest` cannot mean it, and told to `note`.
     """
-    paths = [path for path in _by_step(out) if not path.samefile(found.path)]
-    is_own = len(paths) < len(_by_step(out))
+    there = _by_step(out)
+    paths = [path for path in there if not path.samefile(found.path)]
+    is_own = len(paths) < len(there)
     damaged = [path for path in paths if problems(path)]
     later = [p for p in paths if p not in damaged and not (is_own and _step(p) < found.step)]
     for left, why in ((damaged, "damaged"), (later, "earlier-future")):

@@ -111,7 +111,7 @@ class Loader:
         self.digests = self._digests(parts + ([] if images is None else [images]))
         self.digest = self.digests[0]
         readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
-        fill_to = global_batch * (last_batch == "fill")
+        fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
         self._mask = mask
         self.quarantined: dict[tuple[int, int], str] = {}  # (set, index) of the unreadable -> why

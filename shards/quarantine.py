@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _FEW = 20  # samples of a set that may be unreadable in an epoch, whatever the share
 _KINDS = 1000  # told apart; all others are one
+FILE = "quarantine.jsonl"  # in the folder of a run or of an evaluation
 NAMED = 100_000  # samples kept by name, some 100 bytes each; beyond that they are only counted
 _PLACE = re.compile(r"\A.*?, key .*?: ", re.DOTALL)
 _VARYING = re.compile(r"b?'[^']*'|b?\"[^\"]*\"|\b[0-9a-f]{8,}\b|[-+]?\d[\d.]*")

@@ -44,6 +44,7 @@ from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
 from shards.files import write_whole
 from shards.manifest import Manifest
+from shards.quarantine import FILE as QUARANTINE
 
 # Of a run's config, when it is scored.
 CHANGEABLE = ("generate.", "evaluation.", "data.", "tracking.uri=")
@@ -92,7 +93,7 @@ def evaluate_run(
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
     task.out.mkdir(parents=True, exist_ok=True)
-    quarantine = task.out / "quarantine.jsonl"
+    quarantine = task.out / QUARANTINE
     quarantine.unlink(missing_ok=True)
     if text_only_accuracy is None:
         text_only_accuracy = known_floor(task.out / SCORES, task.paths)

@@ -68,9 +68,17 @@ class Journal:
         return document
 
     def history(self, name: str) -> dict[int, float]:
-        """Returns a figure's values by step, as far as they were written."""
-        rows = read_rows(self.path, 0, math.inf)[0]
-        return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
+        """Returns a figure's values by step, as far as they were written.
+
+        Line by line: a run of days has a journal that is not to lie in memory.
+        """
+        found: dict[int, float] = {}
+        quoted = json.dumps(name).encode()
+        with self.path.open("rb") as file:
+            for line in file:
+                if quoted in line and (row := parsed_row(line)) and name in row["values"]:
+                    found[row["step"]] = float(row["values"][name])
+        return found
 
     def close(self) -> None:
         self._file.close()

@@ -35,7 +35,7 @@ class Best:
         if self.metric is None:
             return False
         self._check("keep_best", self.metric, figures)
-        return self._best_step() == self.run.state.step
+        return _best(self.metric, self.run.tracker.history(self.metric)) == self.run.state.step
 
     def point(self) -> None:
         """Makes best.json name the best step whose checkpoint is there."""
@@ -43,10 +43,9 @@ class Best:
             return
         out = self.run.config.out_dir
         history = self.run.tracker.history(self.metric)
-        there = {step: v for step, v in history.items() if checkpoints.place(out, step).is_dir()}
-        step = self._best_step()
-        if step in there:
-            checkpoints.point_to_best(out, step, self.metric, there[step])
+        step = _best(self.metric, history)
+        if step is not None and checkpoints.place(out, step).is_dir():
+            checkpoints.point_to_best(out, step, self.metric, history[step])
 
     def has_stopped(self, figures: Mapping[str, float] | None = None) -> str:
         """Says why the run should end by `train.early_stop`; "" where it should go on.
@@ -69,10 +68,6 @@ class Best:
             f"train.early_stop: {asked.metric} was best after step {best} "
             f"({history[best]:.4g}) and not in the {since} evaluations since"
         )
-
-    def _best_step(self) -> int | None:
-        assert self.metric is not None
-        return _best(self.metric, self.run.tracker.history(self.metric))
 
     def _check(self, key: str, metric: str, figures: Mapping[str, float]) -> None:
         names = [f"dev/{name}" for name in figures]

@@ -20,8 +20,9 @@ import fsspec
 from harness import checkpoint as checkpoints
 from harness.errors import ConfigError, install_command
 from harness.tracking.journal import METRICS, RUN_ID
+from shards import quarantine
 
-SMALL = (METRICS, RUN_ID, "quarantine.jsonl", f"{checkpoints.FOLDER}/{checkpoints.BEST}")
+SMALL = (METRICS, RUN_ID, quarantine.FILE, f"{checkpoints.FOLDER}/{checkpoints.BEST}")
 RETRY_SECONDS = 30.0
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 

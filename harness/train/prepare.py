@@ -19,6 +19,7 @@ from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.train.engine import Engine
+from shards import quarantine
 from shards.loader import Loader
 from shards.read import Sample
 
@@ -46,7 +47,7 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         images=config.data.train_images,
         last_batch=config.data.last_batch,
         # rank 0 writes for all: the folder need not be one that the others see
-        quarantine=config.out_dir / "quarantine.jsonl" if engine and engine.is_main else None,
+        quarantine=config.out_dir / quarantine.FILE if engine and engine.is_main else None,
         **reading(config) | ({} if engine else {"workers": 0}),
     )
 

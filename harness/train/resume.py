@@ -20,11 +20,12 @@ from harness.redact import masked
 from harness.tracking.journal import METRICS, RUN_ID
 from harness.train import copies
 from harness.train.copies import Copies
+from shards import quarantine
 from shards.loader import Loader
 from shards.stream import StreamState
 
 # What --restart moves aside: an earlier run's results, not the database of all runs.
-OF_A_RUN = (checkpoints.FOLDER, METRICS, RUN_ID, "quarantine.jsonl", "answers", "evaluation")
+OF_A_RUN = (checkpoints.FOLDER, METRICS, RUN_ID, quarantine.FILE, "answers", "evaluation")
 ANSWER_SECONDS = 30.0  # that a new run waits to hear whether its place for copies is empty
 
 
@@ -125,7 +126,7 @@ def data_facts(loader: Loader) -> list[dict[str, Any]]:
             "digest": manifest.digest,
             "images": manifest.samples,
             "shards": len(manifest.shards),
-            "bytes": sum(shard.bytes for shard in manifest.shards),
+            "bytes": manifest.bytes,
         }
         for manifest in loader.manifests
     ]

@@ -60,19 +60,19 @@ class Saver:
         run = self.run
         run.engine.heart.doing(f"saves step {run.state.step}", alone=run.engine.is_main)
         began = time.monotonic()
-        if self._thread:
-            self._thread.join()
+        self._join()
         self.check()
         weights = _copied(run.engine.trained_state())
         optimizer = _copied(run.engine.optimizer_state())
         if run.engine.is_main:
+            self._error = None
             write = partial(
                 self._write, run.state.step, weights, optimizer, _document(run), at_once
             )
             self._thread = threading.Thread(target=write, name=SAVING)
             self._thread.start()
             if at_once:
-                self._thread.join()
+                self._join()
                 self.check(is_last=True)
         self._note_cost(time.monotonic() - began)
         if at_once:
@@ -80,8 +80,7 @@ class Saver:
 
     def save_once(self) -> None:
         """Saves at once, unless this step is saved; all ranks alike."""
-        if self._thread:
-            self._thread.join()
+        self._join()
         run = self.run
         is_saved = checkpoints.place(run.config.out_dir, run.state.step).exists()
         if not run.engine.sum([run.engine.is_main and is_saved])[0]:
@@ -91,8 +90,7 @@ class Saver:
         """Has best.json name this step, saving it where that was not done; all ranks alike."""
         if not is_saved:
             return self.save()  # which points too
-        if self._thread:
-            self._thread.join()
+        self._join()
         self.best.point()
 
     def check(self, is_last: bool = False) -> None:
@@ -105,10 +103,14 @@ class Saver:
 
     def close(self) -> None:
         """Waits for what is being written, and not for long for what is being copied."""
-        if self._thread:
-            self._thread.join()
+        self._join()
         if self.copies:
             self.copies.close()
+
+    def _join(self) -> None:
+        """Waits for what is being written."""
+        if self._thread:
+            self._thread.join()
 
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -128,7 +130,6 @@ class Saver:
         run = self.run
         out = run.config.out_dir
         began = time.monotonic()
-        self._error = None
         try:
             if self.lock:
                 self.lock.check()
@@ -150,7 +151,7 @@ class Saver:
                 f"stays{'' if is_last else f', {goes_on}'}"
             )
         self._written_seconds = time.monotonic() - began
-        self._cpu_seconds = time.thread_time()
+        self._cpu_seconds = 0.0 if is_last else time.thread_time()  # training waited for a last one
 
     def _note_cost(self, blocked: float) -> None:
         """Logs what saving costs, and makes it rarer where that is too much.

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,19 +27,8 @@ from harness.train import engine
 from harness.train.engine import Engine
 from harness.train.run import run
 from harness.train.state import Observer
+from same_runs import AtStep
 from toy_runs import make_config
-
-
-class AtStep(Observer):
-    """A call of `act` when optimizer step `number` (1, 2, ... of the run) was taken."""
-
-    def __init__(self, number: int, act: Callable[[], object]) -> None:
-        self.number = number
-        self.act = act
-
-    def step_taken(self, run, step) -> None:
-        if run.state.step == self.number:
-            self.act()
 
 
 class NotFinite(Observer):

@@ -29,7 +29,7 @@ from harness import checkpoint as checkpoints
 from harness.machine.launcher import launch
 from harness.train import __main__ as program
 from harness.train.run import run
-from harness.train.state import Observer
+from same_runs import AtStep
 from tiny_models import tiny_clip, tiny_t5
 from toy_runs import make_config
 
@@ -61,18 +61,6 @@ FAULTS: dict[str, Callable[[], object]] = {
     "communicator broken": break_communicator,
     "deadlock holding the GIL": hold_the_gil,
 }
-
-
-class AtStep(Observer):
-    """A fault after optimizer step `number`, before the step is checked, logged and saved."""
-
-    def __init__(self, number: int, act: Callable[[], object]) -> None:
-        self.number = number
-        self.act = act
-
-    def step_taken(self, run, step) -> None:
-        if run.state.step == self.number:
-            self.act()
 
 
 @dataclass

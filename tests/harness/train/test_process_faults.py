@@ -152,7 +152,7 @@ from harness.config.load import load
 from harness.machine import heartbeat
 from harness.train import __main__ as program
 from harness.train.run import run
-from rank_program import AtStep
+from same_runs import AtStep
 
 heartbeat.AFTER_STOP = 1
 act = {

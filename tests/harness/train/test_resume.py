@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from harness import checkpoint as checkpoints
 from harness.config import schema as configs
@@ -21,7 +20,8 @@ from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
 from harness.train import between_steps
 from harness.train import run as train
-from rank_program import AtStep, NotFinite, SamplesRead, with_scaler
+from rank_program import NotFinite, SamplesRead, with_scaler
+from same_runs import AtStep, final, forked, same_bits, same_run
 from toy_runs import losses, make_config, make_shards
 
 
@@ -34,41 +34,6 @@ def whole(root):
     """Trains the run that nothing interrupts: 8 steps, two epochs, evaluations, checkpoints."""
     train.run(config_of(root, "whole"))
     return root / "whole"
-
-
-def final(out, step=8):
-    place = checkpoints.place(out, step)
-    return {
-        **load_file(place / "model" / "model.safetensors"),
-        **load_file(place / checkpoints.OPTIMIZER),
-    }
-
-
-def same_bits(one, other):
-    assert one.keys() == other.keys()
-    assert len(one) > 100
-    for name, value in one.items():
-        assert value.equal(other[name]), name
-
-
-def same_run(out, whole):
-    same_bits(final(out), final(whole))
-    assert losses(out) == losses(whole)
-
-
-def forked(act):
-    """Runs `act` in a process of its own and returns how that ended: its exit code, or minus the
-    signal.
-    """
-    child = os.fork()
-    if not child:
-        try:
-            act()
-        except SystemExit as left:
-            os._exit(left.code)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed_at(step, config):

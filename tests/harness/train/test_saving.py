@@ -10,7 +10,6 @@ import signal
 import threading
 
 import pytest
-from safetensors.torch import load_file
 
 from harness import checkpoint as checkpoints
 from harness.config.schema import Config
@@ -20,8 +19,8 @@ from harness.machine import lock as locks
 from harness.machine.lock import RunLock
 from harness.train import run as train
 from harness.train import saving
-from rank_program import AtStep
-from toy_runs import losses, make_config, make_shards
+from same_runs import AtStep, forked, same_run
+from toy_runs import make_config, make_shards
 
 
 def config_of(root, name, **settings):
@@ -35,35 +34,8 @@ def whole(root):
     return root / "whole"
 
 
-def final(out, step=8):
-    place = checkpoints.place(out, step)
-    return {
-        **load_file(place / "model" / "model.safetensors"),
-        **load_file(place / checkpoints.OPTIMIZER),
-    }
-
-
-def same_run(out, whole):
-    one, other = final(out), final(whole)
-    assert one.keys() == other.keys()
-    assert all(value.equal(other[name]) for name, value in one.items())
-    assert losses(out) == losses(whole)
-
-
 def steps_of(out):
     return sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
-
-
-def forked(act):
-    child = os.fork()
-    if not child:
-        try:
-            act()
-        except SystemExit as left:
-            os._exit(left.code)
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_the_clock_asks_for_checkpoints_between_those_of_the_steps(root, whole):

@@ -13,7 +13,7 @@ from harness.config.schema import Config
 from harness.machine.launcher import launch
 from harness.train import run as train
 from harness.train.__main__ import main
-from rank_program import AtStep
+from same_runs import AtStep
 from shards.files import UnreachableError
 from toy_runs import losses, make_config
 
