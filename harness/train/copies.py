@@ -221,8 +221,20 @@ def _sha256(system: Any, remote: str) -> str:
 
 
 def set_aside(target: str) -> None:
-    """Moves a target's checkpoints aside under a dated name, as --restart does in OUT."""
+    """Moves a target's checkpoints aside under a dated name, as --restart does in OUT.
+
+    File by file: of a folder at S3, which is only a beginning of names, fsspec moves nothing.
+    """
     there = opened(target)
-    if steps_at(there):
-        dated = there.place(f"before-{time.strftime('%Y%m%d-%H%M%S')}", checkpoints.FOLDER)
-        there.system.mv(there.place(checkpoints.FOLDER), dated, recursive=True)
+    if not steps_at(there):
+        return
+    system = there.system
+    folder = there.place(checkpoints.FOLDER)
+    dated = there.place(f"before-{time.strftime('%Y%m%d-%H%M%S')}", checkpoints.FOLDER)
+    for file in system.find(folder):
+        place = f"{dated}{str(file).removeprefix(folder)}"
+        system.makedirs(place.rpartition("/")[0], exist_ok=True)
+        system.mv(file, place)
+    system.invalidate_cache()
+    if system.exists(folder) and not system.find(folder):  # empty folders, where there are such
+        system.rm(folder, recursive=True)

@@ -1,16 +1,12 @@
 """Sets at s3://, over a real socket: moto's server, and before it faults as S3 answers them."""
 
-import threading
-
 import fsspec
 import pytest
 
 pytest.importorskip("s3fs", reason="needs the extra s3")
 pytest.importorskip("moto", reason="needs moto")
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-
+from s3_server import s3_server, use_s3_server
 from shards import remote
 from shards.cache import Cache
 from shards.files import ShardError, UnreachableError
@@ -22,50 +18,20 @@ from shards.remote import Patience
 from shards.write import write_shards
 
 SAMPLES = 9
-CODES = {403: ("403 Forbidden", "AccessDenied"), 503: ("503 Slow Down", "SlowDown")}
-
-
-class Bucket:
-    """S3 with a bucket; requests for a key that ends as `faults` says are answered so."""
-
-    def __init__(self):
-        self.moto = DomainDispatcherApplication(create_backend_app)
-        self.faults = {}
-
-    def __call__(self, environ, start):
-        for end, status in self.faults.items():
-            if environ["PATH_INFO"].endswith(end):
-                line, code = CODES[status]
-                start(line, [("Content-Type", "application/xml")])
-                return [f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()]
-        return self.moto(environ, start)
 
 
 @pytest.fixture(scope="module")
 def endpoint():
-    application = Bucket()
-    server = make_server("127.0.0.1", 0, application, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield application, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with s3_server() as (application, url):
+        yield application, url
 
 
 @pytest.fixture
 def bucket(endpoint, monkeypatch):
     application, url = endpoint
     application.faults.clear()
-    for name, value in {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    use_s3_server(url, monkeypatch)
     monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.01)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
     return application
 
 

@@ -27,6 +27,7 @@ from harness.config.load import shipped
 from harness.config.schema import EvaluationConfig
 from harness.errors import ConfigError, explain
 from harness.evaluate.run_on_disk import evaluate_run
+from harness.machine.lock import RunLock
 from harness.train import run as train
 from toy_runs import make_shards
 
@@ -355,6 +356,22 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     table = (tmp_path / "out" / "report.md").read_text()
     assert "| a " in table
     assert "as good as any" in table
+
+
+def test_a_second_ablation_in_one_folder_is_refused_by_the_name_of_the_first(tmp_path, tiny):
+    lock = RunLock.take(tmp_path / "out", "harness ablate")
+    with pytest.raises(ConfigError, match=r"out is in use by harness ablate, process \d+ on"):
+        ablate.run(file_of(tmp_path), tiny, out=tmp_path / "out", start=InProcess)
+    assert not InProcess.started
+    lock.release()
+
+
+def test_children_copy_their_checkpoints_to_places_of_their_own(tmp_path, tiny):
+    away = tmp_path / "away"
+    overrides = [*tiny, f"train.copy_to={away}/"]
+    ablate.run(file_of(tmp_path), overrides, out=tmp_path / "out", start=InProcess)
+    copied = {path.relative_to(away).parts[:2] for path in away.rglob("files.json")}
+    assert copied == {("a", "seed-0"), ("b", "seed-0")}
 
 
 def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflow(tmp_path, tiny):

@@ -177,6 +177,30 @@ def test_a_slow_target_is_not_waited_for(tmp_path, written, monkeypatch):
     ended.set()
 
 
+def test_copies_at_s3_are_verified_pruned_fetched_and_moved_aside(tmp_path, written, monkeypatch):
+    """Over a socket: moto's server."""
+    pytest.importorskip("s3fs", reason="needs the extra s3")
+    pytest.importorskip("moto", reason="needs moto")
+    from s3_server import s3_server, use_s3_server
+
+    said = []
+    with s3_server() as (_, url):
+        use_s3_server(url, monkeypatch)
+        fsspec.filesystem("s3").mkdir("runs")
+        made = Copies(tmp_path / "out", "s3://runs/mine", 2, 30.0, said.append)
+        for step in (1, 2, 3):
+            made.add(written(step))
+            assert made._is_copied.wait(30)
+        assert room.steps_at(room.opened("s3://runs/mine")) == ["step-000002", "step-000003"]
+        fetch(tmp_path / "empty", "s3://runs/mine", said.append)
+        assert checkpoints.newest(tmp_path / "empty").step == 3
+        assert said == ["fetched step-000003 from train.copy_to"]
+        room.set_aside("s3://runs/mine")
+        assert room.steps_at(room.opened("s3://runs/mine")) == []
+        left = fsspec.filesystem("s3").find("runs/mine")
+        assert sum(path.endswith("files.json") for path in left) == 2
+
+
 def test_a_scheme_without_its_package_names_the_extra(monkeypatch):
     def missing(*given, **named):
         raise ImportError("Install s3fs to access S3")
