@@ -14,4 +14,4 @@ make_environment demo,dev,hub,deepspeed
 "$venv_python" -m ruff format --check --quiet . || stop "some files are not formatted; run: $venv_python -m ruff format ."
 "$venv_python" -m mypy || stop "the types do not fit, see above"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE # threads that spin beside another process are 100 times slower
-exec "$venv_python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${choice[@]+"${choice[@]}"} "$@"
+exec "$venv_python" -m pytest -n 2 --dist loadfile ${choice[@]+"${choice[@]}"} "$@"

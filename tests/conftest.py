@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Whole runs, whole plans and several processes: left out by `bash launch/test.sh --fast`.
+# Whole runs and plans, servers, fuzzing, several processes: left out by `launch/test.sh --fast`.
 SLOW = (
     "test_ablate",
     "test_base_lm",
@@ -21,19 +21,24 @@ SLOW = (
     "test_copies",
     "test_demo",
     "test_doctor_machine",
-    "test_faults",
-    "test_process_faults",
     "test_exact_resume",
+    "test_faults",
+    "test_formats",
     "test_fp16",
+    "test_fuzz",
     "test_launcher",
     "test_loop",
     "test_overfit",
     "test_plan",
+    "test_process_faults",
     "test_published",
     "test_quantise",
+    "test_remote",
     "test_resume",
+    "test_s3",
     "test_saving",
     "test_secrets",
+    "test_sync",
     "test_unreachable",
     "test_unreadable",
     "test_verdicts",

@@ -394,6 +394,7 @@ def out_of_memory():
     raise MemoryError("no room for a picture")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "said"),
     [
