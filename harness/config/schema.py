@@ -231,12 +231,15 @@ class EvaluationConfig(Section):
     """Scores and the proof that images are used."""
 
     batch_images: Positive = 64  # images at a time
-    dev_images: Positive | None = 400  # images scored during training; null: all
-    # Texts of each task on which the images are shuffled, blanked and left out.
-    counterfactual_texts: Positive = 2000
+    # Images of each dev set that are scored during training; null: all.
+    dev_images: Positive | None = 400
+    # Texts of each set and task, at most 4 an image, on which images are exchanged and left out.
+    counterfactual_texts: Positive = 1200
+    # Images of each set whose caption is looked for among those of the 99 most alike ones.
+    recall_images: Positive = 300
     # The same during training, where it must cost little.
     dev_counterfactual_texts: NonNegative = 400
-    # Images of the dev sets for train.image_use_every: one text of each task and image.
+    # Images of each dev set for train.image_use_every: one text of each task and image.
     small_gate_images: Positive = 32
     show_images: Positive = 8  # the same images after each epoch, with what the model says
     confidence: Between0And1 = 0.95  # of the intervals

@@ -22,7 +22,9 @@ from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import most_common
 from harness.doctor.findings import Finding, error, ok, warning
 from harness.errors import ConfigError
-from harness.evaluate.image_use import LOSS_NEGLIGIBLE, donors, exchanged
+from harness.evaluate.image_use.evidence import LOSS_NEGLIGIBLE
+from harness.evaluate.image_use.exchange import donors
+from harness.evaluate.image_use.gate import exchanged
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -45,6 +45,17 @@ class Prediction:
     answer: str
     p_eos_first: float  # probability of ending before the first word
     meta: dict[str, Any] = field(default_factory=dict)
+    ended: bool = True  # false: cut at max_new_tokens
+
+    @property
+    def picture(self) -> tuple[str, str, str]:
+        """Names its image over several sets."""
+        return self.dataset, self.split, self.key
+
+    @property
+    def set(self) -> str:
+        """The name of its set: DATASET_SPLIT."""
+        return f"{self.dataset}_{self.split}"
 
     @property
     def id(self) -> tuple[str, str, str]:
@@ -57,6 +68,7 @@ def answers(
 ) -> list[Prediction]:
     """Returns the predictions for a batch of one task."""
     said = model.generate(batch, decoding, tokens)
+    eos = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
     return [
         Prediction(
             dataset=context.record.dataset,
@@ -71,21 +83,32 @@ def answers(
             answer=text,
             p_eos_first=p_eos,
             meta=context.text.meta,
+            ended=len(ids) < decoding.max_new_tokens or eos in ids,
         )
-        for context, text, p_eos in zip(
-            batch.contexts, said.texts, said.p_eos_first_C.tolist(), strict=True
+        for context, text, ids, p_eos in zip(
+            batch.contexts, said.texts, said.token_ids, said.p_eos_first_C.tolist(), strict=True
         )
     ]
 
 
-def by_task(batch: Batch) -> Iterator[tuple[str, Batch, torch.Tensor]]:
-    """Yields (task, the batch's contexts of that task, their rows in the batch): tasks are decoded
-    and scored differently.
+class Stratum(NamedTuple):
+    """Contexts of one set and task: tasks are decoded and scored differently, and images of
+    different sets are not exchanged.
     """
-    tasks = [context.text.task for context in batch.contexts]
-    for task in sorted(set(tasks)):
-        rows = [row for row, found in enumerate(tasks) if found == task]
-        yield task, select(batch, rows), torch.tensor(rows)
+
+    set: str  # DATASET_SPLIT
+    task: str
+
+
+def by_stratum(batch: Batch) -> Iterator[tuple[Stratum, Batch, torch.Tensor]]:
+    """Yields (stratum, the batch's contexts of it, their rows in the batch)."""
+    strata = [
+        Stratum(f"{context.record.dataset}_{context.record.split}", context.text.task)
+        for context in batch.contexts
+    ]
+    for stratum in sorted(set(strata)):
+        rows = [row for row, found in enumerate(strata) if found == stratum]
+        yield stratum, select(batch, rows), torch.tensor(rows)
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from harness.evaluate.bootstrap import Interval
-from harness.evaluate.image_use import ImageUse, complementary_pairs
+from harness.evaluate.image_use.changes import complementary_pairs
+from harness.evaluate.image_use.evidence import ImageUse
+from harness.evaluate.image_use.verdict import worst
 from harness.evaluate.predict import Prediction
 from harness.report.pictures import Shown
 
@@ -46,9 +48,15 @@ class TaskResult:
     groups: dict[str, dict[str, Interval]] = field(
         default_factory=dict
     )  # accuracy per_answer_type, per_question_type
-    image_use: ImageUse | None = None
+    uses: dict[str, ImageUse] = field(default_factory=dict)  # by set
+    pooled: Interval | None = None  # cost of the exchange in points over several sets together
     majority_accuracy: float | None = None
     text_only_accuracy: float | None = None
+
+    @property
+    def image_use(self) -> ImageUse | None:
+        """The worst of all sets, which decides; a set of too few images does so only alone."""
+        return worst(self.uses.values())
 
     @property
     def loss(self) -> float:
@@ -81,7 +89,17 @@ class TaskResult:
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
             "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
         }
-        return {**gate, **subset, **own}
+        return {**gate, **subset, **self._by_set(), **own}
+
+    def _by_set(self) -> dict[str, Any]:
+        """Returns the verdict of each set, and the pooled exchange named as such; nothing for a
+        single set.
+        """
+        if len(self.uses) < 2:
+            return {}
+        sets = {name: use.to_dict() for name, use in self.uses.items()}
+        pooled = self.pooled.flat("pooled_exchange_points") if self.pooled else {}
+        return {"sets": sets, **pooled}
 
 
 @dataclass
@@ -105,7 +123,7 @@ class Evaluation:
             known = result.to_dict()
             named = {"loss": known["loss_nats"], **{k: known.get(k) for k in _IN_METRICS}}
             if result.image_use:
-                named["image_used"] = float(result.image_use.verdict == "image used")
+                named["image_used"] = float(result.image_use.used)
             prefix = f"{task}/" if len(self.tasks) > 1 else ""
             values |= {prefix + name: value for name, value in named.items() if value is not None}
         return values

@@ -8,9 +8,9 @@ RUN/evaluation and in MLflow.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness.config.schema import Config, EvaluationConfig
+from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
-from harness.evaluate import captions, vqa
-from harness.evaluate.bootstrap import Interval
+from harness.evaluate import vqa
+from harness.evaluate.collected import Collected, gate_tasks
 from harness.evaluate.floor import Majority, trained_on
-from harness.evaluate.image_use import Gate, sums_per_context
+from harness.evaluate.judging import add_verdicts
 from harness.evaluate.measures import TASKS
-from harness.evaluate.predict import Prediction, answers, by_task
-from harness.evaluate.results import Evaluation, TaskResult
+from harness.evaluate.results import Evaluation
+from harness.evaluate.scores import add_scores
 from harness.model.batch import Batch
 from harness.report.pictures import Shown
+from shards.files import ShardError
 from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.read import Sample
@@ -58,154 +59,96 @@ def evaluate_model(
     decode: Callable[[Sample], Any] | None = None,
     collate: Collator | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
+    floors: bool = True,
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `limit`: so many images, the first of a seeded order that no config changes; the gate takes
-    the first `counterfactual_texts` texts of each task in it, none: as many as the config says.
-    `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
+    `limit`: so many images of each set, the first of a seeded order that no config changes; the
+    gate takes `counterfactual_texts` texts of each set and task in it, none: as many as the config
+    says. `floors`: whether the verdict rests on floors and recall too, which cost time of their
+    own. `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
     `controls_of` read images otherwise (published.py). One process does it all. Raises
     ShardError.
     """
     settings = config.evaluation
     if counterfactual_texts is None:
         counterfactual_texts = settings.counterfactual_texts
-    loader = _loader(paths, config, quarantine, decode)
+    loaders = _loaders(paths, config, quarantine, decode)
+    manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
-    known = trained_on(config, loader.manifests)
-    collected = _Pass(model, config, counterfactual_texts, known, epochs)
+    collected = Collected(
+        model, config, counterfactual_texts, trained_on(config, manifests), epochs
+    )
     evaluation = collected.evaluation
-    images = min(loader.samples, limit or loader.samples)
+    images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
     model.eval()
-    for samples, in_gate in _chunks(loader, images, counterfactual_texts, settings.batch_images):
-        collected.note_places(samples)
+    for number, samples, in_gate in _chunks(loaders, limit, counterfactual_texts):
+        collected.note_places(number, samples)
         if (batch := collate(samples)) is not None:
             batch = batch.to(next(model.parameters()).device)
             if in_gate and collected.controls is None:
                 make = controls_of or control_tokens
-                collected.controls = make(model, batch, loader.manifests[0])
+                collected.controls = make(model, batch, manifests[0])
             collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
             _show(evaluation, batch, samples, settings.show_images)
         if progress:
             progress(evaluation.images, images)
-    evaluation.unreadable = loader.unreadable
-    for task in evaluation.tasks:
-        collected.score(task, majority, text_only_accuracy)
+    evaluation.unreadable = sum(loader.unreadable for loader in loaders)
+    add_scores(collected, majority, text_only_accuracy)
+    add_verdicts(collected, manifests, floors=floors)
     return evaluation
 
 
-def _loader(
+def _loaders(
     paths: Sequence[str],
     config: Config,
     quarantine: Path | None,
     decode: Callable[[Sample], Any] | None,
-) -> Loader:
-    return Loader(
-        list(paths),
-        global_batch=config.evaluation.batch_images,
-        quarantine=quarantine,
-        max_unreadable=config.data.max_unreadable,  # a score of the rest would be another set's
-        **reading(config) | _ORDER | ({"decode": decode} if decode else {}),
-    )
+) -> list[Loader]:
+    """Returns a loader for each set: so many images of each are read, however large the others.
 
-
-@dataclass
-class _Pass:
-    """What one pass over the sets collects: predictions, losses, and the gate's evidence."""
-
-    model: Any
-    config: Config
-    gate_texts: int
-    trained_on: Container[tuple[str, str, str]]
-    epochs: float | None
-    controls: dict[str, Any] | None = None
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    gates: dict[str, Gate] = field(default_factory=dict)
-    place: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
-
-    def note_places(self, samples: Sequence[Sample]) -> None:
-        """Counts images, and remembers where in its set each stands: predictions are written in
-        that order.
-        """
-        self.evaluation.images += len(samples)
-        for s in samples:
-            assert s.record is not None  # _chunks leaves out what could not be read
-            place = (s.set_index, s.index)
-            self.place[s.record.dataset, s.record.split, s.record.key] = place
-
-    def add(
-        self, batch: Batch, in_gate: bool, training_batch: Callable[[], Batch | None] | None
-    ) -> None:
-        """Answers and losses of a batch, by task; with `in_gate` also the counterfactuals."""
-        tokens = self.model.bridge_tokens(batch)
-        for task, part, rows in by_task(batch):
-            decoding = getattr(self.config.generate, task)
-            part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
-            sums = sums_per_context(self.model.loss(part, part_tokens), part)
-            said = answers(self.model, part, decoding, part_tokens)
-            result = self.evaluation.tasks.setdefault(task, TaskResult(task))
-            result.predictions += said
-            result.nats += sums.nats_C.sum()
-            result.weight += sums.weight_C.sum()
-            if not in_gate:
-                continue
-            if task not in self.gates:
-                self.gates[task] = Gate(
-                    *(self.model, task, decoding, self.config.evaluation, self.controls or {}),
-                    trained_on=self.trained_on,
-                    epochs=self.epochs,
-                    training_batch=training_batch,
-                )
-            if self.gates[task].texts < self.gate_texts:
-                self.gates[task].add(part, part_tokens, *sums, said)
-
-    def score(self, task: str, majority: Majority | None, text_only_accuracy: float | None) -> None:
-        """Fills in a task's scores, floors and verdict, once all its predictions are there."""
-        settings = self.config.evaluation
-        result = self.evaluation.tasks[task]
-        result.predictions.sort(key=lambda p: self.place[p.dataset, p.split, p.key])
-        if TASKS[task].has_right:
-            scored = score_vqa(result.predictions, settings)
-            result.intervals = {"accuracy": scored.pop("overall")}
-            result.groups = scored
-            result.majority_accuracy = majority.accuracy(result.predictions) if majority else None
-            result.text_only_accuracy = text_only_accuracy
-        else:
-            result.intervals = score_captions(result.predictions, settings)
-        if task in self.gates:
-            result.image_use = self.gates[task].result()
+    Raises ShardError, also for sets of two kinds.
+    """
+    given = reading(config) | _ORDER | ({"decode": decode} if decode else {})
+    loaders = [
+        Loader(
+            [path],
+            global_batch=max(2, config.evaluation.batch_images),
+            quarantine=quarantine,
+            # a score of the rest would be another set's
+            max_unreadable=config.data.max_unreadable,
+            **given,
+        )
+        for path in paths
+    ]
+    kinds = {loader.manifests[0].kind: path for loader, path in zip(loaders, paths, strict=True)}
+    if len(kinds) > 1:
+        told = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
+        raise ShardError(f"sets of one kind can be scored together: {told}")
+    return loaders
 
 
 def _chunks(
-    loader: Loader, images: int, gate_texts: int, size: int
-) -> Iterator[tuple[list[Sample], bool]]:
-    """Yields (readable samples, are they the gate's?), until `images` are reached. The gate's come
-    `size` at a time, two or more: those of a rare task in a mixed set wait for each other, since
-    images are exchanged within a batch.
+    loaders: Sequence[Loader], limit: int | None, gate_texts: int
+) -> Iterator[tuple[int, list[Sample], bool]]:
+    """Yields (number of the set, readable samples, are they the gate's?), until `limit` images of
+    each set are reached.
     """
-    size = max(2, size)
-    left = images
-    waiting: list[Sample] = []
-    seen: Counter[str] = Counter()
-    with closing(loader.iterate(epochs=1)) as batches:
-        for _, samples in batches:
-            others: list[Sample] = []
-            for sample in [s for s in samples if s.weight and s.record is not None][:left]:
-                left -= 1
-                tasks = [text.task for text in sample.known.texts]
-                wanted = any(seen[task] < gate_texts for task in tasks)
-                (waiting if wanted else others).append(sample)
-                seen.update(tasks if wanted else ())
-            while len(waiting) >= size or (waiting and not left):
-                yield waiting[:size], True
-                del waiting[:size]
-            if others:
-                yield others, False
-            if not left:
-                return
-    if waiting:
-        yield waiting, True
+    for number, loader in enumerate(loaders):
+        left = min(loader.samples, limit or loader.samples)
+        seen: Counter[str] = Counter()
+        with closing(loader.iterate(epochs=1)) as batches:
+            for _, samples in batches:
+                readable = [s for s in samples if s.weight and s.record is not None][:left]
+                left -= len(readable)
+                tasks = [task for sample in readable for task in gate_tasks(sample.known)]
+                in_gate = any(seen[task] < gate_texts for task in tasks)
+                seen.update(tasks)
+                if readable:
+                    yield number, readable, in_gate
+                if not left:
+                    break
 
 
 def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -231,36 +174,6 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
         field: Any = {name: torch.from_numpy(images).to(like.image_of_C.device)}
         found[condition] = model.bridge_tokens(replace(like, **field)).tokens_NQD
     return found
-
-
-def score_vqa(predictions: Sequence[Prediction], settings: EvaluationConfig) -> dict[str, Any]:
-    """Returns the official accuracies over all sets given, as `vqa.intervals` has them."""
-    said = {"/".join(p.id): p.answer for p in predictions}
-    truths = [
-        vqa.VQATruth(
-            question_id="/".join(p.id),
-            answers=p.references,
-            answer_type=_group(p.meta.get("answer_type")),
-            question_type=_group(p.meta.get("question_type")),
-            image_id="/".join((p.dataset, p.split, p.key)),
-        )
-        for p in predictions
-    ]
-    return vqa.intervals(vqa.graded(said, truths), settings.confidence, settings.bootstrap)
-
-
-def _group(name: Any) -> str | None:
-    """Returns the name of a group of questions, which a set made elsewhere may give as anything."""
-    return None if name is None else str(name)
-
-
-def score_captions(
-    predictions: Sequence[Prediction], settings: EvaluationConfig
-) -> dict[str, Interval]:
-    """Returns BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
-    said = {"/".join(p.id): p.answer for p in predictions}
-    scores = captions.score(said, {"/".join(p.id): p.references for p in predictions})
-    return scores.with_intervals(settings.confidence, settings.bootstrap)
 
 
 def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:

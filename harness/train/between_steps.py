@@ -9,6 +9,7 @@ from typing import NamedTuple
 from harness.errors import GuardError
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
+from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
@@ -170,6 +171,7 @@ def _scored(run: Run, stop_asked: Callable[[], int]) -> Evaluation | ShardError 
             counterfactual_texts=config.evaluation.dev_counterfactual_texts,
             progress=go_on,
             epochs=run.epochs,
+            floors=False,
         )
     except _CutOffError:
         return None
@@ -191,8 +193,9 @@ def _tell(run: Run, result: Evaluation) -> str:
     run.terminal.answers(result.shown_images)
     ignored = ""
     for task, scored in result.tasks.items():
-        if use := scored.image_use:
-            run.terminal.say(f"{task}: {use.verdict}: {use.reason}")
-            if use.verdict == "image ignored":
-                ignored = f"{task}: {use.reason}"
+        for name, use in scored.uses.items():
+            where = f"{task}, {name}" if len(scored.uses) > 1 else task
+            run.terminal.say(f"{where}: {use.verdict}: {use.reason}")
+            if use.verdict == IMAGE_IGNORED:
+                ignored = f"{where}: {use.reason}"
     return ignored

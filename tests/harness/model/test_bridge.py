@@ -13,7 +13,7 @@ from harness.config.schema import BridgeConfig, Config, LanguageModelConfig, Mod
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.evaluate.image_use import exchanged
+from harness.evaluate.image_use.gate import exchanged
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.start import start_from

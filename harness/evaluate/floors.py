@@ -1,0 +1,105 @@
+"""The floors of the gate: what a score reaches without looking at the content of a picture.
+
+Predictions of one set -> what a random forest on words and statistics would have answered, or the
+captions of the nearest training pictures -> a Term, paired over the same texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from harness.config.schema import Config, EvaluationConfig
+from harness.evaluate import vqa
+from harness.evaluate.bootstrap import image_rows, ratio
+from harness.evaluate.gate_terms.neighbours import consensus_captions
+from harness.evaluate.gate_terms.shallow import ShallowFloor, shallow_answers
+from harness.evaluate.image_use.evidence import NEIGHBOUR, SHALLOW, Term
+from harness.evaluate.measures import TASKS
+from harness.evaluate.predict import Prediction
+from harness.evaluate.training_pictures import training_pictures
+
+
+def shallow_floor(
+    predictions: Sequence[Prediction], statistics_IK: np.ndarray, settings: EvaluationConfig
+) -> Term:
+    """Returns how far the answers are above those of a random forest on the question's words and
+    statistics of the picture (`statistics_IK`, in the order of the predictions' first texts).
+    """
+    image_C = image_rows(p.picture for p in predictions)
+    known_C = np.isfinite(statistics_IK[image_C]).all(axis=1)
+    own = [p for p, known in zip(predictions, known_C, strict=True) if known]
+    images = len({p.picture for p in own})
+    if images < 2:
+        return Term(SHALLOW, None, missing="no statistics of these pictures are known")
+    floor = shallow_answers(
+        [p.question or p.prompt for p in own],
+        [vqa.most_common(p.references) for p in own],
+        statistics_IK[image_C[known_C]],
+        image_C[known_C].tolist(),
+    )
+    if floor is None:
+        return Term(SHALLOW, None, missing=f"{images} images are too few for five folds")
+    judged = [own[row] for row in floor.rows_C]
+    return _above(SHALLOW, judged, floor.answers, settings, floor.seconds, _rules(floor))
+
+
+def _rules(floor: ShallowFloor) -> str:
+    """Tells which rule answered, and in how many of the folds."""
+    counts = Counter(floor.rules)
+    return ", ".join(f"{rule} ({folds} of {len(floor.rules)} folds)" for rule, folds in counts.items())
+
+
+def neighbour_floor(
+    predictions: Sequence[Prediction],
+    pooled: Mapping[tuple[str, str, str], np.ndarray],
+    config: Config,
+    model: object,
+) -> Term:
+    """Returns how far the captions are above the consensus caption of the nearest training
+    pictures, by the mean of their patches (`pooled`).
+    """
+    began = time.perf_counter()
+    own = [p for p in predictions if p.picture in pooled]
+    if not own:
+        return Term(NEIGHBOUR, None, missing="the model has no features of its own")
+    judged = {p.picture for p in own}
+    training = training_pictures(config, model, judged)
+    if isinstance(training, str):
+        return Term(NEIGHBOUR, None, missing=training)
+    features_JD = np.stack([pooled[p.picture] for p in own])
+    captions = consensus_captions(features_JD, training.features_ND, training.captions_N)
+    seconds = time.perf_counter() - began
+    about = f"{len(training.captions_N)} training pictures"
+    return _above(NEIGHBOUR, own, captions, config.evaluation, seconds, about)
+
+
+def _above(
+    name: str,
+    predictions: Sequence[Prediction],
+    floor: Sequence[str],
+    settings: EvaluationConfig,
+    seconds: float,
+    about: str = "",
+) -> Term:
+    """Returns the score of the predictions less that of the floor's answers to the same texts."""
+    scores = TASKS[predictions[0].task].scores
+    references = [p.references for p in predictions]
+    own_C = 100 * np.array(scores([p.answer for p in predictions], references))
+    floor_C = 100 * np.array(scores(list(floor), references))
+    row_C = image_rows(p.picture for p in predictions)
+    per_I = np.bincount(row_C).astype(float)
+    above = ratio(
+        np.bincount(row_C, own_C - floor_C), per_I, settings.bootstrap, settings.confidence
+    )
+    return Term(
+        name,
+        above,
+        score=float(floor_C.mean()),
+        images=len(per_I),
+        about=about,
+        seconds=seconds,
+    )

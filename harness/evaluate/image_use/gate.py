@@ -1,0 +1,437 @@
+"""The gate of one set and task: what a model says and loses when its images are exchanged.
+
+Batches with their image tokens, losses and answers (`add`) -> the same under other images of the
+set, the most alike ones with another answer, none, blank or noise (`measure`) -> ImageUse
+(`result`). The evidence is paired: every context is its own control, so only the image differs.
+Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width, K columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from harness.config.schema import DecodingConfig, EvaluationConfig
+from harness.evaluate import vqa
+from harness.evaluate.bootstrap import Interval, image_rows, ratio
+from harness.evaluate.image_use.bank import Bank, without_images
+from harness.evaluate.image_use.changes import changed_where_truth_differs
+from harness.evaluate.image_use.collapse import bos_in_generation_only_of, causes_of_collapse
+from harness.evaluate.image_use.evidence import (
+    EXCHANGE,
+    FEWEST_IMAGES,
+    MATCHED,
+    ImageUse,
+    Term,
+)
+from harness.evaluate.image_use.exchange import (
+    Matched,
+    donors,
+    matched_captions,
+    matched_questions,
+)
+from harness.evaluate.image_use.verdict import Evidence, Judgement, judge, judge_exchange
+from harness.evaluate.measures import TASKS
+from harness.evaluate.predict import ImageTokens, Prediction, select
+from harness.model.batch import Batch
+
+_SEED = 0  # of donors: the same for every run, so that runs compare
+_TYPES_SHOWN = 20  # of questions, the most frequent ones
+
+
+def exchanged(
+    model: Any, batch: Batch, tokens: ImageTokens, image_of_C: torch.Tensor
+) -> ImageTokens:
+    """Returns the image tokens of other images of the batch. A bridge that reads the question makes
+    them anew, with each context's own words; all others have made them already.
+    """
+    if getattr(model, "question_aware", False):
+        return model.bridge_tokens(replace(batch, image_of_C=image_of_C))
+    return tokens.with_rows(image_of_C)
+
+
+class ContextSums(NamedTuple):
+    """Sums over the targets of each context."""
+
+    nats_C: np.ndarray
+    weight_C: np.ndarray
+
+
+def sums_per_context(loss: Any, batch: Batch) -> ContextSums:
+    """Sums a LossOutput over the targets of each context."""
+
+    def summed(values_T: torch.Tensor) -> np.ndarray:
+        zeros_C = torch.zeros(len(batch.image_of_C), dtype=torch.float64, device=values_T.device)
+        return zeros_C.index_add_(0, batch.context_of_T, values_T.double()).cpu().numpy()
+
+    return ContextSums(summed(loss.sum_T), summed(loss.weight_T))
+
+
+class _Part(NamedTuple):
+    """A batch without its images, and where its contexts stand among those of the gate."""
+
+    batch: Batch
+    start: int
+
+
+@dataclass
+class Gate:
+    """Collects the evidence of one set and task batch by batch; `measure` exchanges the images,
+    `result` judges.
+
+    `bank` holds the pictures of the gates, `controls` the image tokens (N, Q, D) of the blank and
+    the noise images, by condition. `trained_on` holds the (dataset, split, key) of images that the
+    model was trained on, `epochs` says how often it saw its training set (none: unknown),
+    `training_batch` makes a batch as in training, asked only for the causes of an EOS collapse.
+    """
+
+    model: Any
+    task: str
+    decoding: DecodingConfig
+    config: EvaluationConfig
+    controls: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    set: str = ""
+    bank: Bank | None = None
+    no_image: bool = True  # measure it too, where the model can do without an image
+    trained_on: Container[tuple[str, str, str]] = ()
+    epochs: float | None = None
+    training_batch: Callable[[], Batch | None] | None = None
+    predictions: list[Prediction] = field(default_factory=list)
+    # By condition; NaN or None for a context that was not asked under it.
+    nats: dict[str, np.ndarray] = field(default_factory=dict)
+    said: dict[str, list[str | None]] = field(default_factory=dict)
+    matched: Matched | None = None
+    why_not_matched: str = ""
+    across: Term | None = None
+    _parts: list[_Part] = field(default_factory=list)
+    _weight: list[float] = field(default_factory=list)
+    _nats: list[float] = field(default_factory=list)
+    _rows: list[int] = field(default_factory=list)  # of the bank
+    # (condition, prompt, control image) -> answer
+    _answers: dict[tuple[str, str, int], str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(
+        self,
+        batch: Batch,
+        tokens: ImageTokens,
+        nats_C: np.ndarray,
+        weight_C: np.ndarray,
+        said: Sequence[Prediction],
+    ) -> None:
+        """Takes a batch of this set and task, its image tokens, its losses per context and its
+        predictions under the true images.
+        """
+        if self.bank is None:
+            self.bank = Bank(self.model)
+        pictures = [p.picture for p in said]
+        self._rows += self.bank.add(batch, tokens, pictures).tolist()
+        self._parts.append(_Part(without_images(batch), len(self.predictions)))
+        self.predictions += said
+        self._nats += map(float, nats_C)
+        self._weight += map(float, weight_C)
+
+    @property
+    def texts(self) -> int:
+        return len(self.predictions)
+
+    @property
+    def row_C(self) -> np.ndarray:
+        """The pictures of the contexts, as rows of the bank."""
+        return np.array(self._rows, int)
+
+    @property
+    def image_C(self) -> np.ndarray:
+        """The pictures of the contexts, numbered as they came."""
+        return image_rows(self._rows)
+
+    def context_batch(self, context: int) -> Batch:
+        """Returns the batch of one context, without its image."""
+        part = next(part for part in reversed(self._parts) if part.start <= context)
+        return select(part.batch, [context - part.start])
+
+    # ---- the counterfactuals ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, scaled_IK: np.ndarray | None = None, why_not: str = "") -> None:
+        """Asks every context again under other images. `scaled_IK`: statistics of this gate's
+        pictures as they came, scaled for distances; without them `why_not` says why no exchange
+        can be matched.
+        """
+        self.nats["true"] = np.array(self._nats)
+        self.said["true"] = [p.answer for p in self.predictions]
+        image_C = self.image_C
+        row_I = np.array(list(dict.fromkeys(self._rows)))
+        if len(row_I) < 2:
+            return
+        roll = int(np.random.default_rng(_SEED).integers(1 << 30))
+        self._ask("shuffled", row_I[donors(len(row_I), roll).numpy()[image_C]])
+        self._control()
+        self.why_not_matched = why_not
+        if scaled_IK is not None:
+            if TASKS[self.task].has_right:
+                self.matched = matched_questions(scaled_IK, image_C, self.predictions)
+            else:
+                self.matched = matched_captions(scaled_IK, image_C)
+            donor_C = self.matched.donor_C
+            self._ask("matched", np.where(donor_C < 0, -1, row_I[donor_C]))
+
+    @torch.no_grad()
+    def measure_across(self, row_others: np.ndarray) -> None:
+        """Asks again with images of another set, `row_others` of the same bank."""
+        place_C = self.image_C % len(row_others)
+        self._ask("across", row_others[place_C])
+        self.across = self._term("images of another set", "across")
+
+    def _ask(self, condition: str, row_C: np.ndarray) -> None:
+        """Notes losses and answers with the bank's pictures `row_C`; -1: not asked."""
+        assert self.bank is not None  # something was added
+        nats_C = np.full(len(row_C), np.nan)
+        said_C: list[str | None] = [None] * len(row_C)
+        for part in self._parts:
+            row_c = row_C[part.start : part.start + len(part.batch.contexts)]
+            asked = np.flatnonzero(row_c >= 0)
+            if not len(asked):
+                continue
+            batch = select(part.batch, asked.tolist())
+            tokens = self.bank.tokens(batch, row_c[asked])
+            places = asked + part.start
+            nats_C[places] = sums_per_context(self.model.loss(batch, tokens), batch).nats_C
+            answers = self.model.generate(batch, self.decoding, tokens).texts
+            for place, answer in zip(places, answers, strict=True):
+                said_C[place] = answer
+        self.nats[condition] = nats_C
+        self.said[condition] = said_C
+
+    def _control(self) -> None:
+        """Notes losses and answers without an image, and with blank and noise ones."""
+        found: dict[str, tuple[list[float], list[str]]] = {}
+        for number, part in enumerate(self._parts):
+            for name, tokens in self._control_tokens(part, number + 1).items():
+                nats, said = found.setdefault(name, ([], []))
+                nats += sums_per_context(
+                    self.model.loss(part.batch, tokens), part.batch
+                ).nats_C.tolist()
+                said += self._asked_once(name, part.batch, tokens)
+        for name, (nats, said) in found.items():
+            self.nats[name] = np.array(nats)
+            self.said[name] = list(said)
+
+    def _control_tokens(self, part: _Part, number: int) -> dict[str, ImageTokens]:
+        """Returns the image tokens of every control for a batch."""
+        assert self.bank is not None  # something was added
+        own_c = self.row_C[part.start : part.start + len(part.batch.contexts)]
+        true = self.bank.tokens(part.batch, own_c)
+        found = {}
+        if self.no_image and (without := true.without_tokens()) is not None:
+            found["no_image"] = without
+        image_of_C = part.batch.image_of_C
+        for name, tokens_NQD in self.controls.items():
+            made: Any = type(true)
+            found[name] = made(tokens_NQD, (image_of_C + number) % len(tokens_NQD))
+        return found
+
+    def _asked_once(self, condition: str, batch: Batch, tokens: ImageTokens) -> list[str]:
+        """Without the true image many contexts are the same (image, prompt): each is asked once in
+        the whole gate.
+        """
+        shown = (
+            [0] * len(batch.contexts) if condition == "no_image" else tokens.token_row_of_C.tolist()
+        )
+        keys = [
+            (condition, context.prompt, row)
+            for context, row in zip(batch.contexts, shown, strict=True)
+        ]
+        new = {
+            key: index for index, key in reversed(list(enumerate(keys))) if key not in self._answers
+        }
+        if new:
+            rows = list(new.values())
+            part = tokens.with_rows(tokens.token_row_of_C[rows])
+            said = self.model.generate(select(batch, rows), self.decoding, part).texts
+            self._answers |= zip(new, said, strict=True)
+        return [self._answers[key] for key in keys]
+
+    # ---- what came of them -----------------------------------------------------------------------
+
+    def scores(self, condition: str, asked_C: np.ndarray | None = None) -> np.ndarray:
+        """Returns the score of each context (of those in `asked_C`), in points."""
+        truths = [p.references for p in self.predictions]
+        said = self.said[condition]
+        rows = range(len(said)) if asked_C is None else asked_C.tolist()
+        score = TASKS[self.task].scores([said[c] or "" for c in rows], [truths[c] for c in rows])
+        return 100 * np.array(score)
+
+    def _term(self, name: str, condition: str) -> Term:
+        """Returns how much an exchange costs, over the contexts that were asked under it."""
+        said = self.said.get(condition, [])
+        asked_C = np.array([c for c, text in enumerate(said) if text is not None], int)
+        images = len(np.unique(self.row_C[asked_C])) if len(asked_C) else 0
+        if not images:
+            return Term(name, None, missing="no image could be exchanged")
+        other_C = self.scores(condition, asked_C)
+        gap_C = self.scores("true", asked_C) - other_C
+        change_C = (self.nats[condition] - self.nats["true"])[asked_C]
+        weight_C = np.array(self._weight)[asked_C]
+        has_loss = bool(np.isfinite(change_C).all())
+        return Term(
+            name,
+            self._gap(gap_C, np.ones(len(asked_C)), asked_C),
+            nats=self._gap(change_C, weight_C, asked_C) if has_loss else None,
+            score=float(other_C.mean()),
+            images=images,
+        )
+
+    def _gap(self, difference_C: np.ndarray, per_C: np.ndarray, asked_C: np.ndarray) -> Interval:
+        """Returns sum(difference) / sum(per) with its interval over images."""
+        row_C = image_rows(self.row_C[asked_C].tolist())
+        sums_I = np.bincount(row_C, difference_C)
+        per_I = np.bincount(row_C, per_C)
+        return ratio(sums_I, per_I, self.config.bootstrap, self.config.confidence)
+
+    def exchange_term(self) -> Term:
+        """Returns the cost of giving each context any other image of the set."""
+        return self._term(EXCHANGE, "shuffled")
+
+    def matched_term(self) -> Term:
+        """Returns the cost of giving each context the most alike image (with another answer)."""
+        if self.matched is None:
+            return Term(MATCHED, None, missing=self.why_not_matched or "not asked for")
+        term = self._term(MATCHED, "matched")
+        asked = int((self.matched.donor_C >= 0).sum())
+        about = f"{asked} of {self.texts} texts"
+        if self.matched.told:
+            about += f"; for {self.matched.told} no image alike has another answer"
+        if self.matched.lonely:
+            about += f"; {self.matched.lonely} were asked of one image alone"
+        if term.images < FEWEST_IMAGES:
+            return Term(
+                MATCHED,
+                None,
+                missing=f"{term.images} images are fewer than {FEWEST_IMAGES}: {about}",
+            )
+        return replace(term, about=about)
+
+    def result(self, further: tuple[Term, ...] | None = ()) -> ImageUse | None:
+        """Returns the verdict on what was collected; None if that is nothing. `further`: the floors
+        and the recall; None: the exchange alone is judged, which is never use.
+        """
+        if not self.predictions or "shuffled" not in self.said:
+            return None
+        evidence = self._evidence(further or ())
+        if further is None:
+            judgement = judge_exchange(evidence)
+        else:
+            judgement = judge(evidence)
+        causes = self._causes() if judgement.verdict == "EOS collapse" else None
+        return self._use(evidence, judgement, causes)
+
+    def _evidence(self, further: tuple[Term, ...]) -> Evidence:
+        weight = sum(self._weight)
+        change_C = self.nats["shuffled"] - self.nats["true"]
+        pictures = {p.picture for p in self.predictions}
+        truths = [p.references for p in self.predictions]
+        best = TASKS[self.task].scores([vqa.most_common(t) for t in truths], truths)
+        return Evidence(
+            exchange=self.exchange_term(),
+            matched=self.matched_term(),
+            further=further,
+            across=self.across,
+            images=len(pictures),
+            trained_on=sum(picture in self.trained_on for picture in pictures),
+            epochs=self.epochs,
+            measure=TASKS[self.task].measure,
+            loss_moved=float(np.abs(change_C).sum() / weight),
+            empty_rate=float(np.mean([not p.answer.strip() for p in self.predictions])),
+            endless_rate=self._endless(),
+            p_eos_first=float(np.mean([p.p_eos_first for p in self.predictions])),
+            not_finite=self._not_finite(),
+            highest=100 * float(np.mean(best)) if TASKS[self.task].has_right else None,
+        )
+
+    def _endless(self) -> float:
+        """Returns the share of captions that were cut before they ended; a short answer that is
+        cut is no sign of anything.
+        """
+        if TASKS[self.task].has_right:
+            return 0.0
+        return float(np.mean([not p.ended for p in self.predictions]))
+
+    def _not_finite(self) -> str:
+        """Says what of the evidence is NaN or infinite; "" where all is finite. A model that gives
+        no loss at all, and sound probabilities, is judged by its scores.
+        """
+        places = [c for c, p in enumerate(self.predictions) if not np.isfinite(p.p_eos_first)]
+        if places:
+            key = self.predictions[places[0]].key
+            return (
+                f"the probability of ending is not finite for {len(places)} of {self.texts} texts "
+                f"(image {key})"
+            )
+        bad_C = ~np.isfinite(self.nats["true"] + self.nats["shuffled"])
+        if bad_C.any() and not bad_C.all():
+            key = self.predictions[int(bad_C.argmax())].key
+            return f"the loss is not finite for {bad_C.sum()} of {self.texts} texts (image {key})"
+        return ""
+
+    def _use(self, e: Evidence, judgement: Judgement, causes: tuple[str, ...] | None) -> ImageUse:
+        """Returns the evidence and the verdict as they are told."""
+        weight = sum(self._weight)
+        changed = changed_where_truth_differs(self.predictions)
+        reason = judgement.reason
+        if causes is not None:
+            known = "; ".join(causes) or "none of the known causes"
+            reason += f"; found in a batch made as in training: {known}"
+        assert e.exchange.advantage is not None  # something was exchanged
+        terms = (e.exchange, e.matched, *e.further, *((e.across,) if e.across else ()))
+        scored = [name for name in self.said if name not in ("matched", "across")]
+        return ImageUse(
+            verdict=judgement.verdict,
+            reason=reason,
+            advice=judgement.advice,
+            set=self.set,
+            causes=causes or (),
+            images=e.images,
+            trained_on=e.trained_on,
+            contexts=self.texts,
+            left_out=0,
+            loss_nats={name: float(self.nats[name].sum() / weight) for name in scored},
+            loss_gap=e.exchange.nats,
+            loss_moved=e.loss_moved,
+            measure=e.measure,
+            scores={name: float(np.mean(self.scores(name))) for name in scored},
+            score_gap=e.exchange.advantage,
+            answers_changed_where_truth_differs=changed.percent,
+            pairs_where_truth_differs=changed.pairs,
+            distinct_outputs=len({vqa.normalise(p.answer) for p in self.predictions}),
+            empty_rate=e.empty_rate,
+            p_eos_first=e.p_eos_first,
+            terms=terms,
+            gap_by_type=self._gap_by_type(),
+        )
+
+    def _gap_by_type(self) -> dict[str, Interval]:
+        """Returns what the exchange costs in points, by type of question."""
+        types = [str(p.meta.get("question_type") or "") for p in self.predictions]
+        frequent = [name for name, _ in Counter(types).most_common(_TYPES_SHOWN)]
+        if len(frequent) < 2:
+            return {}
+        gap_C = self.scores("true") - self.scores("shuffled")
+        found = {}
+        for name in frequent:
+            rows = np.array([c for c, own in enumerate(types) if own == name])
+            found[name or "none"] = self._gap(gap_C[rows], np.ones(len(rows)), rows)
+        return found
+
+    def _causes(self) -> tuple[str, ...] | None:
+        """Returns what a batch made as in training shows of a collapse; None without a batch."""
+        batch = self.training_batch() if self.training_batch else None
+        if batch is None:
+            return None
+        bos = bos_in_generation_only_of(self.model)
+        return tuple(causes_of_collapse(batch, self.model.tokenizer, bos))

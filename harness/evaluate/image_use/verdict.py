@@ -1,0 +1,270 @@
+"""Evidence -> a verdict, its reason, and what would change it. Pure: no model, no data.
+
+`image used` needs every term that was measured, and the two exchanges always; each other name says
+what was used instead, the worst first. Doubt is never use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from harness.evaluate.image_use.evidence import (
+    COLLAPSE,
+    EXCHANGE,
+    FEWEST_IMAGES,
+    FLOORS,
+    IMAGE_IGNORED,
+    IMAGE_USED,
+    LOSS_MARGIN,
+    LOSS_NEGLIGIBLE,
+    MATCHED,
+    NEIGHBOUR,
+    NO_CONTENT,
+    NOT_ENOUGH,
+    SCORE_MARGIN,
+    SHALLOW,
+    TEXT_ONLY,
+    WORST_FIRST,
+    ImageUse,
+    Term,
+)
+
+# nats per target token: a mean change in either direction that shows that images are told apart
+LOSS_MOVED = 0.2
+EXCHANGE_NOTICED = f"{EXCHANGE} noticed"
+_NEAR_THE_TOP = 2.0  # points below the highest possible score: such a floor leaves no room
+
+ADVICE = {
+    "EOS collapse": "mend what teaches the model to end at once (why-is-my-caption-empty.md)",
+    "endless captions": "check that the targets end with EOS and that it has weight "
+    "(train.eos_loss_weight), or raise generate.caption.max_new_tokens",
+    "set only": "train on more images of each set, or look at each set alone: the model tells "
+    "the sets apart and nothing within them",
+    IMAGE_IGNORED: "check that the bridge trains (harness doctor), train longer, or raise its "
+    "learning rate",
+    "global statistics only": "train longer or on a better encoder: brightness, colours and sizes "
+    "of a picture give the same answers",
+    "not above global statistics": "train further, until the score is above what the words of the "
+    "question and statistics of the picture give",
+    "retrieval is as good": "train further or on more pictures: captions copied from the nearest "
+    "training pictures are as good",
+    NO_CONTENT: "judge it on a set whose answers need more than statistics of the picture",
+    NOT_ENOUGH: "test on more texts and pictures, or train longer",
+    IMAGE_USED: "",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a verdict rests on, of one set and task."""
+
+    exchange: Term
+    matched: Term
+    further: tuple[Term, ...] = ()  # floors and recall, as the task has them
+    across: Term | None = None  # the exchange with images of another set, where it was measured
+    images: int = 0
+    trained_on: int = 0
+    epochs: float | None = None
+    measure: str = "accuracy"
+    loss_moved: float = 0.0
+    empty_rate: float = 0.0
+    endless_rate: float = 0.0
+    p_eos_first: float = 0.0
+    not_finite: str = ""  # what of it is NaN or infinite
+    highest: float | None = None  # the score of the best possible answers
+
+
+class Judgement(NamedTuple):
+    """A verdict, why it was given and what would change it."""
+
+    verdict: str
+    reason: str
+    advice: str
+
+
+def judge(evidence: Evidence) -> Judgement:
+    """Returns the first name that holds. Collapses come before everything: what says nothing, or
+    never ends, has shown nothing of its images.
+    """
+    verdict, reason = _named(evidence)
+    known = verdict if verdict in ADVICE else IMAGE_USED
+    return Judgement(verdict, reason, ADVICE[known])
+
+
+def judge_exchange(evidence: Evidence) -> Judgement:
+    """Judges the exchange alone, as during training: it is `exchange noticed` at best, never use."""
+    found = judge(evidence)
+    collapsed = found.verdict in ("EOS collapse", "endless captions")
+    if collapsed or evidence.not_finite or not evidence.exchange.passed:
+        return found
+    return Judgement(EXCHANGE_NOTICED, _told(evidence), ADVICE[IMAGE_USED])
+
+
+def worst(uses: Iterable[ImageUse]) -> ImageUse | None:
+    """Returns the worst use. A set of too few images does not decide beside larger ones."""
+    found = list(uses)
+    large = [use for use in found if use.images >= FEWEST_IMAGES]
+    return min(large or found, key=lambda use: WORST_FIRST.index(use.name), default=None)
+
+
+def _named(e: Evidence) -> tuple[str, str]:
+    if e.not_finite:
+        return NOT_ENOUGH, f"{e.not_finite}: nothing can be said of a model whose figures are none"
+    if e.empty_rate > COLLAPSE or e.p_eos_first > COLLAPSE:
+        return "EOS collapse", (
+            f"{e.empty_rate:.0%} of the outputs are empty and the model ends before the first word "
+            f"with probability {e.p_eos_first:.2f}; above {COLLAPSE:.0%} it says nothing, whatever "
+            "the image"
+        )
+    if e.endless_rate > COLLAPSE:
+        return "endless captions", (
+            f"{e.endless_rate:.0%} of the captions did not end before they were cut "
+            "(generate.caption.max_new_tokens)"
+        )
+    told = _told(e)
+    if e.images < FEWEST_IMAGES:
+        return NOT_ENOUGH, (
+            f"{e.images} images are fewer than the {FEWEST_IMAGES} an interval needs; {told}"
+        )
+    if top := _at_the_top(e):
+        return NO_CONTENT, f"{top}; {told}"
+    if not e.exchange.passed:
+        return _without_exchange(e, told)
+    if e.trained_on:
+        return NOT_ENOUGH, (
+            f"{e.trained_on} of the {e.images} images were trained on, and a model that knows them "
+            f"by heart looks as if it used them: test on new images; {told}"
+        )
+    return _by_terms(e, told)
+
+
+def _at_the_top(e: Evidence) -> str:
+    """Says which floor leaves no room above it; "" where none does."""
+    for term in e.further:
+        has_score = term.name in FLOORS and term.score is not None and e.highest is not None
+        if has_score and term.score > e.highest - _NEAR_THE_TOP:
+            return (
+                f"the {term.name} has {term.score:.1f} of the {e.highest:.1f} points that can be "
+                "had, so that a score shows no look at the content"
+            )
+    return ""
+
+
+def _by_terms(e: Evidence, told: str) -> tuple[str, str]:
+    """Names what a model lacks, or has, that changes its answers with the image."""
+    if e.matched.advantage is None:
+        return NOT_ENOUGH, f"the {MATCHED} was not measured ({e.matched.missing}); {told}"
+    needed = (e.matched, *e.further)
+    failed = [term for term in needed if term.advantage is not None and not term.passed]
+    names = {term.name for term in failed}
+    missing = [term for term in needed if term.advantage is None]
+    if not failed:
+        without = ", ".join(term.name for term in missing)
+        why = "; ".join(f"{term.name}: {term.missing}" for term in missing)
+        verdict = f"{IMAGE_USED} (not measured: {without})" if missing else IMAGE_USED
+        return verdict, f"{told}; every lower bound is above its margin" + (
+            f"; not measured: {why}" if missing else ""
+        )
+    lacking = f"{told}; {_lacking(failed)}"
+    if MATCHED in names:
+        cost = e.matched.advantage
+        if e.exchange.advantage is not None and cost.high < e.exchange.advantage.low:
+            return "global statistics only", lacking
+        return NOT_ENOUGH, lacking
+    if names <= {SHALLOW, TEXT_ONLY} and SHALLOW in names:
+        return "not above global statistics", lacking
+    if names == {NEIGHBOUR}:
+        return "retrieval is as good", lacking
+    return NOT_ENOUGH, lacking
+
+
+def _without_exchange(e: Evidence, told: str) -> tuple[str, str]:
+    """Names a model whose answers no exchange within the set was shown to change."""
+    if e.epochs is not None and e.epochs < 1:
+        return NOT_ENOUGH, (
+            f"{told}; after {e.epochs:.2g} of the first epoch it is too early to tell"
+        )
+    within = e.exchange.advantage
+    across = e.across.advantage if e.across else None
+    if across and within and across.low > SCORE_MARGIN and within.high < across.low:
+        return "set only", (
+            f"{told}; images of another set lower the {e.measure} by {across} points: the model "
+            "tells the sets apart and nothing within this one"
+        )
+    loss_used, score_used = _loss_used(e), _score_used(e)
+    bound = _bound_of_ignoring(e)
+    if bound and not loss_used and not score_used:
+        return IMAGE_IGNORED, f"{told}; {bound}"
+    return NOT_ENOUGH, f"{told}; {_doubt(e)}"
+
+
+def _told(e: Evidence) -> str:
+    """Tells the evidence itself, term by term."""
+    nats = e.exchange.nats
+    raises = f"raises the loss by {nats} nats per target token and " if nats else ""
+    parts = [f"exchanging the images {raises}lowers the {e.measure} by {e.exchange.advantage} points"]
+    if e.matched.advantage is not None:
+        parts.append(f"the most alike image lowers it by {e.matched.advantage}")
+    for term in e.further:
+        if term.advantage is None:
+            continue
+        if term.name in FLOORS:
+            parts.append(f"it is {term.advantage} points above the {term.name} ({term.score:.1f})")
+        else:
+            parts.append(f"{term.name} is {term.advantage} points above chance")
+    return "; ".join(parts)
+
+
+def _lacking(failed: Sequence[Term]) -> str:
+    return "lacking: " + ", ".join(
+        f"{term.lacking:.1f} points of the {term.name}"
+        if term.lacking
+        else f"the loss of the {term.name} (lower bound not above {LOSS_MARGIN} nats)"
+        for term in failed
+    )
+
+
+def _loss_used(e: Evidence) -> bool:
+    return e.exchange.nats is not None and e.exchange.nats.low > LOSS_MARGIN
+
+
+def _score_used(e: Evidence) -> bool:
+    return e.exchange.advantage is not None and e.exchange.advantage.low > SCORE_MARGIN
+
+
+def _bound_of_ignoring(e: Evidence) -> str:
+    """Says which upper bound shows that another image is as good; "" where none does."""
+    if e.exchange.nats is None:
+        if e.exchange.advantage is not None and e.exchange.advantage.high < SCORE_MARGIN:
+            return f"the upper bound is below {SCORE_MARGIN:g} points: another is as good"
+    elif e.exchange.nats.high < LOSS_NEGLIGIBLE:
+        return f"the upper bound is below {LOSS_NEGLIGIBLE} nats: another image is as good"
+    return ""
+
+
+def _doubt(e: Evidence) -> str:
+    """Says why the evidence shows neither use of the image nor that it is ignored."""
+    if e.exchange.nats is None:
+        return "the model gives no loss: test on more texts"
+    if _loss_used(e):
+        return (
+            f"the loss depends on the image, but the lower bound of the {e.measure} gap is not "
+            f"above {SCORE_MARGIN:g} points: train longer or test on more texts"
+        )
+    if e.loss_moved > LOSS_MOVED:
+        return (
+            f"another image moves the loss of a text by {e.loss_moved:.3f} nats, in either "
+            "direction: the output follows which image it is and not what it shows (images learnt "
+            "by heart, or nothing learnt yet)"
+        )
+    if _score_used(e):
+        return (
+            f"the {e.measure} depends on the image, but the lower bound of the loss gap is not "
+            f"above {LOSS_MARGIN} nats: train longer or test on more texts"
+        )
+    return (
+        f"the interval of the loss gap reaches from below {LOSS_MARGIN} to above {LOSS_NEGLIGIBLE} "
+        "nats, so it shows neither: train longer or test on more texts"
+    )
