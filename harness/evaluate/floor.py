@@ -42,7 +42,7 @@ class Majority:
         for record in records:
             for text in record.texts:
                 if text.task == "vqa":
-                    counts[_question(text.prompt)][vqa.most_common(text.targets)] += 1
+                    counts[vqa.same_question(text.prompt)][vqa.most_common(text.targets)] += 1
         if not counts:
             return None
         overall = sum(counts.values(), Counter()).most_common(1)[0][0]
@@ -52,14 +52,12 @@ class Majority:
 
     def accuracy(self, predictions: Sequence[Prediction]) -> float:
         """Percent, on the questions of these predictions."""
-        answers = (self.answer_of.get(_question(p.question), self.overall) for p in predictions)
+        answers = (
+            self.answer_of.get(vqa.same_question(p.question), self.overall) for p in predictions
+        )
         return vqa.percent(
             [vqa.accuracy(a, p.references) for a, p in zip(answers, predictions, strict=True)]
         )
-
-
-def _question(text: str | None) -> str:
-    return " ".join((text or "").lower().split())
 
 
 def training_sets(config: Config) -> Iterator[Manifest]:

@@ -143,6 +143,11 @@ def added(values: Iterable[float]) -> float:
     return total
 
 
+def same_question(text: str | None) -> str:
+    """Returns the question in lower case with single spaces: equal ones are the same question."""
+    return " ".join((text or "").lower().split())
+
+
 def most_common(answers: Iterable[str]) -> str:
     """Returns the answer given most often after normalisation; of equals, the one given first."""
     return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]

@@ -1,0 +1,80 @@
+"""The additive part of a model's answers, and the grids on which it is known."""
+
+import itertools
+
+import numpy as np
+
+from harness.evaluate.gate_terms.interaction import additive_answers, complete_grid
+
+COLOURS = ("red", "green", "blue")
+SHAPES = ("circle", "square", "triangle")
+
+
+def test_a_model_that_is_right_about_colour_and_about_shape_is_additive():
+    answers_PT = [list(picture) for picture in itertools.product(COLOURS, SHAPES)]
+    assert additive_answers(answers_PT) == answers_PT
+
+
+def test_a_model_that_never_looks_is_additive():
+    answers_PT = [["red", "circle", "yes"]] * 5
+    assert additive_answers(answers_PT) == answers_PT
+
+
+def test_yes_to_one_question_and_no_to_its_opposite_is_interaction():
+    # "Is it red?", "Is it blue?": the additive part knows that one is yes, not which.
+    answers_PT = [["yes", "no"]] * 3 + [["no", "yes"]] * 3
+    additive = additive_answers(answers_PT)
+    assert additive == [["no", "no"]] * 6
+
+
+def test_a_picture_that_makes_every_answer_yes_is_additive():
+    answers_PT = [["yes", "yes"]] * 4 + [["no", "no"]] * 4
+    assert additive_answers(answers_PT) == answers_PT
+
+
+def test_it_is_the_projection_of_the_whole_tensor():
+    rng = np.random.default_rng(0)
+    answer_PT = rng.choice(list("abcde"), size=(40, 7), p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    one_hot_PTV = answer_PT[..., None] == np.array(list("abcde"))
+    additive_PTV = (
+        one_hot_PTV.mean(axis=1, keepdims=True)
+        + one_hot_PTV.mean(axis=0, keepdims=True)
+        - one_hot_PTV.mean(axis=(0, 1))
+    )
+    second, best = np.moveaxis(np.sort(additive_PTV, axis=2)[..., -2:], 2, 0)
+    untied_PT = best - second > 1e-9
+    expected_PT = np.array(list("abcde"))[additive_PTV.argmax(axis=2)]
+    assert untied_PT.mean() > 0.5
+    assert (np.array(additive_answers(answer_PT.tolist())) == expected_PT)[untied_PT].all()
+
+
+def asked(prompts_of: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    pairs = [(prompt, image) for image, prompts in prompts_of.items() for prompt in prompts]
+    return [prompt for prompt, _ in pairs], [image for _, image in pairs]
+
+
+def test_the_largest_grid_is_found_with_its_texts():
+    prompt_C, image_C = asked(
+        {"i": ["x", "y", "z"], "j": ["z", "x"], "k": ["y", "x"], "l": ["x", "y", "y"], "m": ["x"]}
+    )
+    rows_PT = complete_grid(prompt_C, image_C, fewest_pictures=2)
+    asked_of = [[(image_C[row], prompt_C[row]) for row in rows_T] for rows_T in rows_PT]
+    assert asked_of == [
+        [("i", "x"), ("i", "y")],
+        [("k", "x"), ("k", "y")],
+        [("l", "x"), ("l", "y")],
+    ]
+    assert rows_PT[2, 1] == prompt_C.index("y", image_C.index("l"))  # of the same two the first
+
+
+def test_a_frequent_prompt_that_stands_alone_does_not_hide_a_grid():
+    prompt_C, image_C = asked(
+        {f"a{n}": ["x"] for n in range(9)} | {"i": ["y", "z"], "j": ["z", "y"]}
+    )
+    assert complete_grid(prompt_C, image_C, fewest_pictures=2).shape == (2, 2)
+
+
+def test_without_two_prompts_on_enough_pictures_there_is_no_grid():
+    prompt_C, image_C = asked({"i": ["x", "y"], "j": ["x"], "k": ["y"]})
+    assert complete_grid(prompt_C, image_C, fewest_pictures=2) is None
+    assert complete_grid([], [], fewest_pictures=2) is None
