@@ -23,12 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from shards.files import ShardError, write_whole
 from shards.images import on_white, upright
 from shards.manifest import SKIPPED
-from shards.record import Record, RecordError
+from shards.record import RecordError
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
@@ -38,7 +39,8 @@ from shards.sources.source import (
     UNDECODABLE,
     UNUSABLE_TEXT,
 )
-from shards.write import add_to, folder_beside, settle, write_shards
+from shards.statistics import statistics_of
+from shards.write import Sample, add_to, folder_beside, settle, write_shards
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
@@ -48,6 +50,8 @@ JPEG_QUALITY = 95
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ANEW = "images encoded anew: "
 
+# payload, extension, what was changed, statistics
+Prepared = tuple[bytes, str, str, np.ndarray]
 Progress = Callable[[str, int, int], None]  # split, images done, images of the split
 
 
@@ -239,12 +243,12 @@ def _samples(
     pool: ThreadPoolExecutor,
     image_options: tuple[int | None, int],
     progress: Callable[[int, int], None],
-) -> Iterator[tuple[Record, bytes, str]]:
+) -> Iterator[Sample]:
     """Yields the items in their order, a bounded number of images ahead of the writer; unusable
     ones go to `skipped`.
     """
 
-    waiting: deque[tuple[Item, Future[tuple[bytes, str, str]]]] = deque()
+    waiting: deque[tuple[Item, Future[Prepared]]] = deque()
     rest = iter(items)
     usable = 0
     for done in range(1, len(items) + 1):
@@ -260,9 +264,9 @@ def _samples(
         else:
             usable += 1
             prepared = future.result()
-            payload, extension, changed = prepared
+            payload, extension, changed, row_K = prepared
             source.notes[_ANEW + changed] += bool(changed)
-            yield item.record, payload, extension
+            yield item.record, payload, extension, row_K
         progress(done, len(items))
     if not usable:
         last = source.skipped[-1]
@@ -271,12 +275,11 @@ def _samples(
         )
 
 
-def _prepare(
-    source: Source, item: Item, image_options: tuple[int | None, int]
-) -> tuple[bytes, str, str]:
+def _prepare(source: Source, item: Item, image_options: tuple[int | None, int]) -> Prepared:
     item.record.check()
     item.record.to_json()  # a text that cannot be written costs its sample
-    return prepare_image(source.images.read(item.image), *image_options)
+    prepared = prepare_image(source.images.read(item.image), *image_options)
+    return *prepared, statistics_of(prepared[0])
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:

@@ -39,6 +39,7 @@ SIDECAR_1 = (
     "index.bin"  # of format 1: another name, so that a set is whole at any moment of an upgrade
 )
 SKIPPED = "skipped.jsonl"
+STATISTICS = "statistics.bin"
 MAX_KEY_BYTES = 255
 _WINDOW = 4 << 20  # bytes of the sidecar that are read at a time
 _FIGURES = [
@@ -67,6 +68,19 @@ class ShardInfo(FileInfo):
 
 
 @dataclass(frozen=True)
+class StatisticsInfo(FileInfo):
+    """The file with the statistics of each sample's picture: little-endian float32, a row a sample
+    in their order, with these columns.
+    """
+
+    columns: tuple[str, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype([("row", "<f4", (len(self.columns),))])
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A set of shards as its index describes it. Picklable: a worker process opens the sidecar
     anew.
@@ -85,6 +99,10 @@ class Manifest:
     skipped: int = 0  # samples in the tars that are left out, each named in skipped.jsonl
     format: int = FORMAT
     format_1_digest: str | None = None  # what states of runs before format 2 call this set
+    # Outside the digest, which says what the samples are:
+    statistics_file: StatisticsInfo | None = None  # None: of a set that stores none
+    origin: str | None = None  # of a feature set: where the pictures lay that it was made from
+    origin_digest: str | None = None  # of that set
     cache: Cache | None = field(default=None, repr=False, compare=False)
     patience: Patience = field(default=Patience(), repr=False, compare=False)
 
@@ -129,6 +147,9 @@ class Manifest:
                 shards=tuple(_info(ShardInfo, shard) for shard in document["shards"]),
                 sidecar_file=_info(FileInfo, document["sidecar"]),
                 files=tuple(_info(FileInfo, file) for file in document["files"]),
+                statistics_file=_statistics_info(document.get("statistics")),
+                origin=document.get("origin"),
+                origin_digest=document.get("origin_digest"),
                 cache=cache,
                 patience=patience,
                 format_1_digest=document.get("format_1_digest"),
@@ -156,12 +177,16 @@ class Manifest:
         texts = (self.kind, self.dataset, self.split, self.base or "", self.format_1_digest or "")
         if not all(type(text) is str for text in texts) or self.kind not in ("images", "features"):
             raise ValueError("kind, dataset, split, base or format_1_digest is no text")
+        if not all(type(text) is str for text in (self.origin or "", self.origin_digest or "")):
+            raise ValueError("origin or origin_digest is no text")
         if not isinstance(self.encoder, dict | None):
             raise ValueError("encoder is no mapping")
         if not is_count(self.skipped) or not is_count(self.key_bytes):
             raise ValueError("skipped or key_bytes is no count")
         if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
             raise ValueError("key_bytes is not between 1 and 255, or base is no place")
+        if "\0" in (self.origin or ""):
+            raise ValueError("origin is no place")
 
     def check_texts(self) -> None:
         """Raises ShardError for a set whose records hold no text at all: nothing can be learnt."""
@@ -178,7 +203,7 @@ class Manifest:
         problems = []
         for place, infos in (
             (self.base or self.folder, self.shards),
-            (self.folder, (self.sidecar_file, *self.files)),
+            (self.folder, (*self._beside, *self.files)),
         ):
             if is_remote(place):
                 continue
@@ -192,6 +217,11 @@ class Manifest:
                         "file"
                     )
         return problems
+
+    @property
+    def _beside(self) -> tuple[FileInfo, ...]:
+        """Returns what describes the samples, beside the index."""
+        return tuple(filter(None, (self.sidecar_file, self.statistics_file)))
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -208,6 +238,9 @@ class Manifest:
             **{name: getattr(self, name) for name in _PLAIN},
             "digest": self.digest,
             "format_1_digest": self.format_1_digest,
+            "statistics": self.statistics_file and asdict(self.statistics_file),
+            "origin": self.origin,
+            "origin_digest": self.origin_digest,
         }
 
     @cached_property
@@ -250,8 +283,20 @@ class Manifest:
         """Returns a row for each sample (see the module). Raises ShardError if it is that of
         another set.
         """
-        info = self.sidecar_file
-        dtype = sidecar_dtype(self.key_bytes, self.format)
+        return self._rows(self.sidecar_file, sidecar_dtype(self.key_bytes, self.format))
+
+    @cached_property
+    def statistics(self) -> Rows:
+        """Returns a row for each sample, with `statistics_file.columns` in its one field "row".
+
+        Raises ShardError where the set stores none, and where they are those of another set.
+        """
+        if self.statistics_file is None:
+            raise ShardError(f"{join(self.folder, INDEX)} names no statistics of its samples")
+        return self._rows(self.statistics_file, self.statistics_file.dtype)
+
+    def _rows(self, info: FileInfo, dtype: np.dtype) -> Rows:
+        """Opens a file of one row a sample, whose hash is checked first."""
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
             raise ShardError(
@@ -282,7 +327,7 @@ class Manifest:
         is missing or damaged.
         """
         where = join(self.folder, name)
-        info = next((file for file in (*self.files, self.sidecar_file) if file.name == name), None)
+        info = next((file for file in (*self.files, *self._beside) if file.name == name), None)
         if info is None:
             raise ShardError(f"{join(self.folder, INDEX)} names no file {name}")
         try:
@@ -294,7 +339,8 @@ class Manifest:
 
     def __getstate__(self) -> dict[str, Any]:
         # An open file does not travel.
-        return {name: value for name, value in self.__dict__.items() if name != "sidecar"}
+        opened = ("sidecar", "statistics")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
 
 class Rows:
@@ -374,10 +420,13 @@ def _document(folder: str, patience: Patience) -> dict[str, Any]:
 
 def _copied(location: str, patience: Patience) -> Descriptor:
     """Returns a remote file as a temporary one, which has no name and goes with its descriptor."""
-    with Stream(location, patience) as stream, tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(stream, file, _WINDOW)
-        file.flush()
-        return Descriptor(os.dup(file.fileno()), location, patience)
+    try:
+        with Stream(location, patience) as stream, tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(stream, file, _WINDOW)
+            file.flush()
+            return Descriptor(os.dup(file.fileno()), location, patience)
+    except FileNotFoundError as error:
+        raise ShardError(f"{location} cannot be read: it does not exist") from error
 
 
 def _check_hash(where: str, found: str, info: FileInfo) -> None:
@@ -398,6 +447,15 @@ def _info(cls: type, entry: Mapping[str, Any]) -> Any:
     if "/" in info.name or "\0" in info.name or info.name in ("", ".", ".."):
         raise ValueError(f"the file name {info.name!r} leads out of the folder")
     return info
+
+
+def _statistics_info(entry: Any) -> StatisticsInfo | None:
+    if entry is None:
+        return None
+    columns = entry["columns"]
+    if not isinstance(columns, list) or not all(type(column) is str for column in columns):
+        raise ValueError(f"the columns of the statistics are {columns!r:.60}, not a list of names")
+    return _info(StatisticsInfo, {**entry, "columns": tuple(columns)})
 
 
 def _no_index(folder: str) -> str:

@@ -234,15 +234,16 @@ def parse_sample(
             'no text: neither a record nor a "caption" in .json, nor a caption in .txt'
         )
     text = Text(id=key, task="caption", targets=targets)
-    record = Record(_clean(key.removeprefix("./")), dataset, split, key, (text,))
+    record = Record(record_key(key), dataset, split, key, (text,))
     record.check()
     return Parsed(record, extension, source)
 
 
-def _clean(key: str) -> str:
+def record_key(key: str) -> str:
     """Returns the key of a record: what else than letters and digits stands in a tar's key becomes
     "_", with a hash behind, since two keys may differ in that alone.
     """
+    key = key.removeprefix("./")
     name = re.sub(r"[^A-Za-z0-9_\-]", "_", key)
     return name if name == key else f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 

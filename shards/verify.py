@@ -20,7 +20,7 @@ import numpy as np
 from shards.features import read_features
 from shards.files import ShardError, is_remote, join
 from shards.images import on_white, upright
-from shards.manifest import INDEX, SIDECAR, SKIPPED, Manifest
+from shards.manifest import INDEX, SIDECAR, SKIPPED, STATISTICS, Manifest
 from shards.read import Reader, Sample, parse_sample
 from shards.record import RecordError
 from shards.sidecar import Progress, row_of
@@ -39,6 +39,9 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
     for file in manifest.files:
         if not any(join(manifest.folder, file.name) in problem for problem in problems):
             problems += _problem(partial(manifest.read_file, file.name))
+    statistics = manifest.statistics_file
+    if statistics and not any(statistics.name in problem for problem in problems):
+        problems += _problem(lambda: manifest.statistics)
     broken = _problem(lambda: manifest.sidecar)
     if broken:
         name = manifest.sidecar_file.name
@@ -169,7 +172,7 @@ def _strangers(manifest: Manifest) -> list[str]:
     """
     if is_remote(manifest.folder):
         return []
-    known = {INDEX, SIDECAR, SKIPPED, manifest.sidecar_file.name} | {
+    known = {INDEX, SIDECAR, SKIPPED, STATISTICS, manifest.sidecar_file.name} | {
         info.name for info in (*manifest.shards, *manifest.files)
     }
     # What img2dataset writes beside each tar.

@@ -11,28 +11,33 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 from webdataset import TarWriter
 
-from shards.files import ShardError, sync, write_whole
-from shards.manifest import INDEX, Kind, Manifest
+from shards.files import ShardError, is_remote, sync, write_whole
+from shards.manifest import INDEX, STATISTICS, Kind, Manifest, StatisticsInfo
 from shards.read import PAYLOADS
 from shards.record import Record
 from shards.sidecar import Indexing, write_index
+from shards.statistics import COLUMNS, statistics_of
 from shards.tar import BLOCK
+
+# Record, payload, extension and, where the caller has it, the row of its statistics.
+Sample = tuple[Record, bytes, str] | tuple[Record, bytes, str, np.ndarray]
 
 # characters of a member's name that every tar reader takes without an extended header
 MAX_NAME = 100
 
 
 def write_shards(
-    samples: Iterable[tuple[Record, bytes, str]],
+    samples: Iterable[Sample],
     out: Path | str,
     *,
     dataset: str,
@@ -42,29 +47,28 @@ def write_shards(
     max_shard_bytes: int = 256 * 2**20,
     max_shard_samples: int = 10_000,
     extra_files: Mapping[str, bytes] | None = None,
+    origin: Manifest | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes (record, payload, extension) triples to OUT/SPLIT-000000.tar ... with `index.json` and
-    its sidecar.
+    """Writes (record, payload, extension) to OUT/SPLIT-000000.tar ... with `index.json`, its
+    sidecar and the pictures' statistics: the row that a sample has as its fourth, else what its
+    picture gives; of features without such rows there are none.
 
     OUT is the folder of the split itself. A shard is closed before it would pass either bound.
+    `origin` is the set that features were made from, whose place and digest are remembered.
     Raises ShardError for an OUT that already holds something (unless `overwrite`), a key that
     occurs twice, an extension that is not of the set's kind, no sample at all; RecordError for a
     bad record. On any error OUT is as it was before.
     """
     out = Path(out)
     settle(out)
-    if out.exists() and not overwrite:
-        if (out / INDEX).exists():
-            raise ShardError(
-                f"{out} already holds shards: choose another folder, or replace them with "
-                "--overwrite"
-            )
-        if not out.is_dir() or any(out.iterdir()):
-            raise ShardError(f"{out} is there and is not empty: choose another folder")
+    if not overwrite:
+        _must_be_free(out)
     with folder_beside(out) as beside:
         indexing = Indexing(kind, dataset, split)
-        numbered = _numbered(samples, split, kind, max_shard_bytes, max_shard_samples)
+        rows = bytearray()
+        triples = _with_rows_noted(samples, kind, rows)
+        numbered = _numbered(triples, split, kind, max_shard_bytes, max_shard_samples)
         for number, members in groupby(numbered, key=itemgetter(0)):
             path = beside / f"{split}-{number:06d}.tar"
             _write_tar(path, members)
@@ -74,12 +78,49 @@ def write_shards(
         assert not indexing.skipped, indexing.skipped[0]  # each was checked before it was written
         extra = sorted((extra_files or {}).items())
         files = tuple(write_whole(beside / name, data) for name, data in extra)
-        made = indexing.finish(beside, encoder=encoder, files=files)
+        outside_digest = {"statistics_file": _write_statistics(beside, rows)} | _remembered(origin)
+        made = indexing.finish(beside, encoder=encoder, files=files, **outside_digest)
         manifest = replace(made, folder=str(out))
         write_index(manifest, beside)
         sync(beside)
         _put_in_place(beside, out)
     return manifest
+
+
+def _must_be_free(out: Path) -> None:
+    if not out.exists():
+        return
+    if (out / INDEX).exists():
+        raise ShardError(
+            f"{out} already holds shards: choose another folder, or replace them with --overwrite"
+        )
+    if not out.is_dir() or any(out.iterdir()):
+        raise ShardError(f"{out} is there and is not empty: choose another folder")
+
+
+def _with_rows_noted(
+    samples: Iterable[Sample], kind: Kind, rows: bytearray
+) -> Iterator[tuple[Record, bytes, str]]:
+    """Yields the samples without their statistics, which go to `rows`."""
+    for record, payload, extension, *given in samples:
+        if given:
+            rows += given[0].astype("<f4").tobytes()
+        elif kind == "images":
+            rows += statistics_of(payload).astype("<f4").tobytes()
+        yield record, payload, extension
+
+
+def _write_statistics(folder: Path, rows: bytearray) -> StatisticsInfo | None:
+    if not rows:
+        return None
+    return StatisticsInfo(**asdict(write_whole(folder / STATISTICS, bytes(rows))), columns=COLUMNS)
+
+
+def _remembered(origin: Manifest | None) -> dict[str, Any]:
+    if origin is None:
+        return {}
+    place = origin.folder if is_remote(origin.folder) else os.path.abspath(origin.folder)
+    return {"origin": place, "origin_digest": origin.digest}
 
 
 def _put_in_place(beside: Path, out: Path) -> None:

@@ -23,8 +23,8 @@ from harness.machine.precision import Precision, Requested, choose
 from harness.model.vision import VisionTower, load_vision
 from shards.loader import Loader
 from shards.manifest import SKIPPED, Manifest
-from shards.record import Record
-from shards.write import write_shards
+from shards.statistics import rows_of
+from shards.write import Sample, write_shards
 
 
 class Encoder:
@@ -85,7 +85,7 @@ def encode_set(
     encode = Encoder(vision, precision, on)
     files = {CONTROLS: encode.controls()}
 
-    def samples() -> Iterator[tuple[Record, bytes, str]]:
+    def samples() -> Iterator[Sample]:
         yield from _encoded(loader, encode, vision, progress)
         if loader.quarantined:  # write_shards reads `files` after the last sample
             files[SKIPPED] = _skipped_lines(loader)
@@ -98,6 +98,7 @@ def encode_set(
         kind="features",
         encoder=encode.identity(),
         extra_files=files,
+        origin=source,
         overwrite=overwrite,
     )
 
@@ -107,7 +108,7 @@ def _encoded(
     encode: Encoder,
     vision: VisionConfig,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Record, bytes, str]]:
+) -> Iterator[Sample]:
     """Yields what `write_shards` takes, of every image of the set that can be read."""
     source = loader.manifests[0]
     done = 0
@@ -125,8 +126,10 @@ def _encoded(
             if not fits:
                 loader.leave_out(sample, why)
                 continue
-            record = sample.known
-            yield record, safetensors.numpy.save({"patches_PD": features_PD}), "safetensors"
+            features = safetensors.numpy.save({"patches_PD": features_PD})
+            row_K = rows_of(source, [sample.index])
+            assert row_K is not None  # a set of pictures has them
+            yield sample.known, features, "safetensors", row_K[0]
         done += len(batch)
         if progress:
             progress(done, source.samples)

@@ -270,7 +270,7 @@ def test_keys_that_cannot_be_told_apart_are_refused(tmp_path, names, says):
 
 def test_indexing_a_damaged_tar_names_shard_and_offset_and_leaves_nothing(folder):
     offset = offset_of(folder, 6)
-    for name in ("index.json", "samples.bin"):
+    for name in ("index.json", "samples.bin", "statistics.bin"):
         (folder / name).unlink()
     shard = folder / "train-000001.tar"
     whole = shard.read_bytes()
