@@ -342,7 +342,7 @@ def changed_where_truth_differs(predictions: Sequence[Prediction]) -> Counted:
     groups: dict[str, list[int]] = defaultdict(list)
     for index, prediction in enumerate(predictions):
         groups[prediction.prompt].append(index)
-    truth = [vqa.most_common(p.references) for p in predictions]
+    truth = [vqa.normalise(vqa.most_common(p.references)) for p in predictions]
     said = [vqa.normalise(p.answer) for p in predictions]
     rng = np.random.default_rng(_SEED)
     changed = pairs = 0
