@@ -4,8 +4,10 @@ a place.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +75,45 @@ def read_plain(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is no plain file")
     return path.read_bytes()
+
+
+# How files begin that are no UTF-8; the longer beginning first.
+_BEGINNINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file",
+}
+
+
+def other_encoding(data: bytes) -> str | None:
+    """Returns what a file looks like that is no UTF-8 text by its first bytes; None: no such."""
+    for beginning, name in _BEGINNINGS.items():
+        if data.startswith(beginning):
+            return name
+    start = data[:1000]
+    zeros = start.count(0)  # every second byte of UTF-16 that holds mostly ASCII
+    return "UTF-16 or UTF-32" if zeros * 3 > len(start) else None
+
+
+def decode(data: bytes, what: str) -> str:
+    """Returns the text of a UTF-8 file (a byte order mark is dropped, line ends are "\\n").
+
+    Raises ShardError: a short sentence that names `what` and the encoding that it looks like.
+    """
+    looks_like = other_encoding(data)
+    if not looks_like:
+        try:
+            # As any reader of text gives it.
+            return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            place = f"{error.reason} at byte {error.start}"
+            looks_like = f"Latin-1 or Windows-1252 ({place})"
+            if re.search(rb"[\x00-\x08\x0e-\x1f]", data):
+                looks_like = f"no text at all ({place})"
+    raise ShardError(f"{what} is not UTF-8 text: it looks like {looks_like}; save it as UTF-8")
 
 
 def sync(path: Path) -> None:

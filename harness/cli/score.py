@@ -72,27 +72,56 @@ def score_captions(
     partial: Annotated[
         bool,
         typer.Option(
-            "--partial", help="Score the described images alone, as the official example does."
+            "--partial",
+            help="Score the images that have a caption and references alone, as the official "
+            "example does.",
         ),
+    ] = False,
+    stripped: Annotated[
+        bool,
+        typer.Option("--stripped", help="With --json: the stripped figures too, under that name."),
     ] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """BLEU, ROUGE-L and CIDEr-D, as pycocoevalcap gives them, without Java."""
+    """BLEU, ROUGE-L and CIDEr-D, as pycocoevalcap gives them, without Java.
+
+    Below them, by name, the same of captions and references stripped of punctuation, digits and
+    one-letter words: what some projects publish, and nothing that compares with official figures.
+    """
     from harness.evaluate import captions
 
     said = captions.read_caption_results(predictions)
-    wanted = captions.read_references(references)
+    wanted = captions.read_references(references, partial)
     if partial:
-        described = {image: texts for image, texts in wanted.items() if image in said}
-        if left := len(wanted) - len(described):
-            left_out = f"{left:,} of {len(wanted):,} images are not described and left out"
-            say(f"harness: {left_out}", sys.stderr)
-        wanted = described
+        said, wanted = _described(said, wanted, references)
     found = captions.score(said, wanted).with_intervals()
+    without = captions.stripped_scores(said, wanted).with_intervals()
     if as_json:
-        show(json.dumps({name: interval.to_dict() for name, interval in found.items()}, indent=2))
-    else:
-        show(_table(found, f"captions, {len(wanted):,} images"), end="")
+        figures: dict[str, Any] = {name: interval.to_dict() for name, interval in found.items()}
+        if stripped:
+            figures["stripped"] = {name: interval.to_dict() for name, interval in without.items()}
+        show(json.dumps(figures, indent=2))
+        return
+    show(_table(found, f"captions, {len(wanted):,} images"))
+    title = "stripped: no punctuation, digits, one-letter words; not the official figures"
+    show(_table(without, title), end="")
+
+
+def _described(
+    said: dict[str, str], wanted: dict[str, list[str]], references: Path
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Returns captions and references of the images that have both, and tells what is left out."""
+    from harness.evaluate.official import named
+
+    if bare := [image for image, texts in wanted.items() if not texts]:
+        why = f"have no caption in {references} and are left out"
+        say(f"harness: {len(bare):,} of {len(wanted):,} images {why}: {named(bare)}", sys.stderr)
+    captioned = {image: texts for image, texts in wanted.items() if texts}
+    described = {image: texts for image, texts in captioned.items() if image in said}
+    if left := len(captioned) - len(described):
+        left_out = f"{left:,} of {len(captioned):,} images are not described and left out"
+        say(f"harness: {left_out}", sys.stderr)
+    return {image: text for image, text in said.items() if wanted.get(image) != []}, described
 
 
 def compare(

@@ -9,8 +9,8 @@ counts, R resamples.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,17 @@ from harness.evaluate.bootstrap import (
     percentile,
     resampled_sums,
 )
+from harness.evaluate.official import (
+    ScoreError,
+    entries,
+    field,
+    identifier,
+    read_json,
+    read_pairs,
+    refuse,
+    text,
+)
 from harness.evaluate.ptb import tokenise
-from harness.evaluate.vqa import OTHER_SHAPE, ScoreError, read_pairs, refuse
 
 MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 _N = 4
@@ -118,6 +127,31 @@ def score(hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]]
         np.ones((len(said), 1)),
     ]
     return CaptionScores(tuple(references), np.concatenate(columns, axis=1))
+
+
+def stripped_scores(
+    said: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> CaptionScores:
+    """Scores as `score` does, captions and references stripped alike: what some projects publish.
+
+    Beside the official figures only: words that are hard to get right count no longer. A reference
+    of which nothing is left counts only where nothing is left of the others. Raises ScoreError.
+    """
+    return score(
+        {image: stripped(caption) for image, caption in said.items()},
+        {
+            image: [kept for kept in map(stripped, texts) if kept] or [""] * bool(texts)
+            for image, texts in references.items()
+        },
+    )
+
+
+def stripped(text: str) -> str:
+    """Returns the text in lower case without punctuation and digits (each removed, so that what
+    stood beside it is joined), then without words of one letter.
+    """
+    letters = re.sub(r"[^\w\s]|[\d_]", "", text.lower())
+    return " ".join(word for word in letters.split() if len(word) > 1)
 
 
 def cider_d_per_image(
@@ -252,30 +286,29 @@ def read_caption_results(path: Path) -> dict[str, str]:
     return read_pairs(path, "image_id", "caption", f"{path} holds image", "caption")
 
 
-def read_references(path: Path) -> dict[str, list[str]]:
+def read_references(path: Path, partial: bool = False) -> dict[str, list[str]]:
     """Reads the COCO caption annotations {"images", "annotations"}: captions by image id, in the
-    order of `images`.
+    order of `images`. Raises ScoreError; `partial`: an image may be without captions.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        ids = [str(image["id"]) for image in document["images"]]
-        found: dict[str, list[str]] = {image_id: [] for image_id in ids}
-        unknown = []
-        for annotation in document["annotations"]:
-            image_id = str(annotation["image_id"])
-            if image_id in found:
-                found[image_id].append(str(annotation["caption"]))
-            else:
-                unknown.append(image_id)
-    except OTHER_SHAPE as error:
-        raise ScoreError(
-            f'{path} is not a COCO caption file of "images" and "annotations": {error!r}'
-        ) from error
+    form = f'{path} is not a COCO caption file of "images" and "annotations"'
+    document = read_json(path)
+    images = field(document, "images", f"{form}: it")
+    ids = [identifier(image, "id", f"{where} of images") for where, image in entries(images, form)]
+    found: dict[str, list[str]] = {image_id: [] for image_id in ids}
+    unknown = []
+    for where, annotation in entries(field(document, "annotations", f"{form}: it"), form):
+        where = f"{where} of annotations"
+        image_id = identifier(annotation, "image_id", where)
+        if image_id in found:
+            found[image_id].append(text(annotation, "caption", f"{where} (image_id {image_id})"))
+        else:
+            unknown.append(image_id)
     refuse(f"{path} has captions of image", unknown, 'which is not among its "images"')
     refuse(f"{path} lists image", [i for i, n in Counter(ids).items() if n > 1], "more than once")
-    refuse(
-        f"{path} has no caption of image",
-        [i for i in found if not found[i]],
-        "listed among its images",
-    )
+    if not partial:
+        refuse(
+            f"{path} has no caption of image",
+            [i for i in found if not found[i]],
+            "listed among its images; `harness score captions --partial` scores the rest",
+        )
     return found

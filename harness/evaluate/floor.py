@@ -8,10 +8,11 @@ images.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -38,16 +39,16 @@ class Majority:
         """From the training records; None if they hold no question. An image's own answer is its
         most common one.
         """
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        answers: dict[str, list[str]] = defaultdict(list)
         for record in records:
             for text in record.texts:
                 if text.task == "vqa":
-                    counts[vqa.same_question(text.prompt)][vqa.most_common(text.targets)] += 1
-        if not counts:
+                    answers[vqa.same_question(text.prompt)].append(vqa.most_common(text.targets))
+        if not answers:
             return None
-        overall = sum(counts.values(), Counter()).most_common(1)[0][0]
         return cls(
-            {question: found.most_common(1)[0][0] for question, found in counts.items()}, overall
+            {question: vqa.most_common(given) for question, given in answers.items()},
+            vqa.most_common(chain.from_iterable(answers.values())),
         )
 
     def accuracy(self, predictions: Sequence[Prediction]) -> float:

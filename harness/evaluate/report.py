@@ -18,7 +18,7 @@ from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import parsed_row
 from shards.cache import Cache
-from shards.files import ShardError, write_whole
+from shards.files import ShardError, decode, write_whole
 from shards.manifest import Manifest
 from shards.read import Reader
 
@@ -67,7 +67,7 @@ def write_report(
 def read_scores(path: Path) -> dict[str, Any]:
     """Returns the report that an evaluation left. Raises ConfigError where it is none."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(decode(path.read_bytes(), str(path)))
         figures = dict(report.get("tasks", {})).values()
         is_one = all(isinstance(place, str) for place in report["data"])
         is_one = is_one and all(isinstance(figure, dict) for figure in figures)

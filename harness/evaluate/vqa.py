@@ -8,7 +8,6 @@ better rule would give scores that compare with no published figure.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import ConfigError
 from harness.evaluate.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
@@ -28,6 +26,16 @@ from harness.evaluate.bootstrap import (
     image_rows,
     percentile,
     resampled_sums,
+)
+from harness.evaluate.official import (
+    ScoreError,
+    entries,
+    field,
+    identifier,
+    read_json,
+    read_pairs,
+    refuse,
+    text,
 )
 
 # The official table maps each of these words with any one of its apostrophes left out to the word
@@ -60,16 +68,6 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_STRIPPED = (
     32  # officially `sub("", text, re.UNICODE)`: the flag, 32, is taken for the count
 )
-
-
-# What reading a JSON file of another shape raises.
-OTHER_SHAPE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-
-
-class ScoreError(ConfigError):
-    """Predictions that cannot be scored against these questions; the message names the question
-    ids.
-    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +147,15 @@ def same_question(text: str | None) -> str:
 
 
 def most_common(answers: Iterable[str]) -> str:
-    """Returns the answer given most often after normalisation; of equals, the one given first."""
-    return Counter(normalise(_clean(a)) for a in answers).most_common(1)[0][0]
+    """Returns the answer given most often after normalisation, in its most frequent spelling; of
+    equals, the one given first.
+
+    As it was spelled: `accuracy` does not normalise where all annotators agree, so the normalised
+    text could be wrong there ("2" for "two").
+    """
+    spelled = [_clean(answer) for answer in answers]
+    winner = Counter(map(normalise, spelled)).most_common(1)[0][0]
+    return Counter(s for s in spelled if normalise(s) == winner).most_common(1)[0][0]
 
 
 def graded(
@@ -243,13 +248,6 @@ def percent(values: Sequence[float]) -> float:
     return round(100 * added(values) / len(values), 2)
 
 
-def refuse(found: str, ids: Sequence[str], wrong: str) -> None:
-    """Raises a ScoreError that names the first of the ids, if there are any."""
-    if ids:
-        named = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-        raise ScoreError(f"{found} {named}, {wrong}")
-
-
 def read_results(path: Path) -> dict[str, str]:
     """Reads the official results file `[{"question_id": ..., "answer": ...}]`: answers by question
     id, as text.
@@ -257,52 +255,18 @@ def read_results(path: Path) -> dict[str, str]:
     return read_pairs(path, "question_id", "answer", f"{path} answers question id", "answer")
 
 
-def read_pairs(path: Path, key: str, value: str, found: str, one: str) -> dict[str, str]:
-    """Returns a list of `{key: ..., value: ...}` as a mapping of texts. Raises ScoreError; `found`,
-    `one`: its words.
-    """
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        pairs = [(str(entry[key]), str(entry[value])) for entry in entries]
-    except OTHER_SHAPE as error:
-        raise ScoreError(
-            f'{path} is not a list of {{"{key}": ..., "{value}": ...}}: {error!r}'
-        ) from error
-    counts = Counter(each for each, _ in pairs)
-    refuse(
-        found,
-        [each for each, n in counts.items() if n > 1],
-        f"more than once; each needs one {one}",
-    )
-    return dict(pairs)
-
-
 def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
-    """Reads the official question and annotation files, which must hold the same questions."""
-    try:
-        asked = [
-            str(q["question_id"])
-            for q in json.loads(Path(questions).read_text(encoding="utf-8"))["questions"]
-        ]
-    except OTHER_SHAPE as error:
-        raise ScoreError(
-            f'{questions} is not an official file of "questions": {error!r}'
-        ) from error
-    try:
-        truths = [
-            VQATruth(
-                question_id=str(a["question_id"]),
-                answers=tuple(str(given["answer"]) for given in a["answers"]),
-                answer_type=_class(a.get("answer_type")),
-                question_type=_class(a.get("question_type")),
-                image_id=str(a["image_id"]),
-            )
-            for a in json.loads(Path(annotations).read_text(encoding="utf-8"))["annotations"]
-        ]
-    except OTHER_SHAPE as error:
-        raise ScoreError(
-            f'{annotations} is not an official file of "annotations": {error!r}'
-        ) from error
+    """Reads the official question and annotation files, which must hold the same questions. Raises
+    ScoreError.
+    """
+    form = f'{questions} is not an official file of "questions"'
+    asked = [
+        identifier(entry, "question_id", where)
+        for where, entry in entries(field(read_json(questions), "questions", f"{form}: it"), form)
+    ]
+    form = f'{annotations} is not an official file of "annotations"'
+    answered = field(read_json(annotations), "annotations", f"{form}: it")
+    truths = [_truth(entry, where) for where, entry in entries(answered, form)]
     known = Counter(asked)
     held = {truth.question_id for truth in truths}
     refuse(
@@ -318,13 +282,32 @@ def read_truths(questions: Path, annotations: Path) -> list[VQATruth]:
         [i for i in held if i not in known],
         f"which {questions} does not ask",
     )
+    refuse(
+        f"{annotations} has no answer to question id",
+        [truth.question_id for truth in truths if not truth.answers],
+        "which cannot be scored",
+    )
     return truths
 
 
-def _class(name: Any) -> str | None:
-    if not isinstance(name, str | None):
-        raise TypeError(f"{name!r:.60} is no class of questions")
-    return name
+def _truth(entry: Any, where: str) -> VQATruth:
+    """Reads an entry of "annotations". Raises ScoreError."""
+    question_id = identifier(entry, "question_id", where)
+    where = f"{where} (question_id {question_id})"
+    return VQATruth(
+        question_id=question_id,
+        answers=tuple(
+            text(given, "answer", place)
+            for place, given in entries(field(entry, "answers", where), f"{where}, answers")
+        ),
+        answer_type=_class(entry, "answer_type", where),
+        question_type=_class(entry, "question_type", where),
+        image_id=identifier(entry, "image_id", where),
+    )
+
+
+def _class(entry: dict[str, Any], key: str, where: str) -> str | None:
+    return None if entry.get(key) is None else text(entry, key, where)
 
 
 def vqa_results(answers: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

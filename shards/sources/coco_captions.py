@@ -32,13 +32,13 @@ def load(
     document = read_json(captions, "--captions")
     files = rows_of(document, "images", ("id", "file_name"), where)
     rows = rows_of(document, "annotations", ("id", "image_id", "caption"), where)
-    if not all(isinstance(row["id"], int) for row in files):
+    if not all(type(row["id"]) is int for row in files):  # to isinstance a bool is one too
         raise ShardError(f"{where}: an image's id must be a whole number")
     unique((row["id"] for row in files), f"{where}: the image id")
     unique((row["id"] for row in rows), f"{where}: the caption id")
     captions_of: dict[int, list[Any]] = defaultdict(list)
     for row in rows:
-        if not isinstance(row["image_id"], int):
+        if type(row["image_id"]) is not int:
             raise ShardError(f"{where}: caption {row['id']} must have a whole number as image_id")
         captions_of[row["image_id"]].append(row["caption"])
 

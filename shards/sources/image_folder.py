@@ -12,7 +12,7 @@ import posixpath
 from pathlib import Path
 from typing import Annotated, Any
 
-from shards.files import ShardError
+from shards.files import ShardError, decode, other_encoding
 from shards.record import RecordError, Text, parse_json
 from shards.sources.source import (
     IMAGE_WITHOUT_TEXT,
@@ -38,7 +38,10 @@ def load(
     source = Source("image_folder", Images(images))
     lines_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # (number, line) by image
     ids: dict[str, int] = {}
-    for n, line in enumerate(read_bytes(jsonl, "--jsonl").splitlines(), 1):
+    data = read_bytes(jsonl, "--jsonl")
+    if other_encoding(data):  # else each line would be left out, and named
+        decode(data, f"--jsonl {jsonl}")
+    for n, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         where = f"--jsonl {jsonl}, line {n}"

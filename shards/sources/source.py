@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from shards.files import ShardError, read_plain
+from shards.files import ShardError, decode, read_plain
 from shards.read import PAYLOADS
 from shards.record import Record, Text, is_text
 
@@ -267,13 +267,7 @@ def read_bytes(path: str | os.PathLike[str], flag: str) -> bytes:
 
 def read_text(path: str | os.PathLike[str], flag: str) -> str:
     """Returns a whole UTF-8 file (a byte order mark is dropped), as `read_bytes` does."""
-    try:
-        text = read_bytes(path, flag).decode("utf-8-sig")
-        return text.replace("\r\n", "\n").replace("\r", "\n")  # as any reader of text gives it
-    except UnicodeDecodeError as error:
-        raise ShardError(
-            f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
+    return decode(read_bytes(path, flag), f"{flag} {path}")
 
 
 def read_json(

@@ -116,7 +116,7 @@ def _read_questions(path: str | Path, split: str) -> tuple[dict[int, dict], str]
         raise ShardError(f"{where} are of {subtype}, but --split is {split}")
     for row in rows:
         for name in ("question_id", "image_id"):
-            if not isinstance(row[name], int):
+            if type(row[name]) is not int:  # to isinstance a bool is one too
                 raise ShardError(f"{where}: {name} {row[name]!r} is not a whole number")
     unique((row["question_id"] for row in rows), f"{where}: question_id")
     return {row["question_id"]: row for row in rows}, subtype[len(split) :]

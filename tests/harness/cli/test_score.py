@@ -170,6 +170,63 @@ def test_an_image_without_a_caption_is_an_error_unless_a_part_was_asked_for(harn
     )
 
 
+def test_a_reference_image_without_captions_is_named_and_a_part_scores_the_rest(harness, tmp_path):
+    case = json.loads(GOLDEN.read_text(encoding="utf-8"))[0]
+    results, references = caption_files(tmp_path, case)
+    call = ("score", "captions", "--predictions", results, "--references", references)
+    document = json.loads(references.read_text())
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] not in (3, 4)]
+    references.write_text(json.dumps(document))
+    code, _, said = harness(*call)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "captions.json has no caption of image 3, 4, listed" in said
+    assert "--partial" in said
+    code, shown, said = harness(*call, "--partial", "--json")
+    assert code == 0
+    assert said.startswith("harness: 2 of 25 images have no caption in ")
+    assert said.endswith("and are left out: 3, 4\n")
+    rest = {
+        name: {i: text for i, text in case[name].items() if i not in ("3", "4")}
+        for name in ("hypotheses", "references")
+    }
+    (tmp_path / "rest").mkdir()
+    results, references = caption_files(tmp_path / "rest", rest)
+    call = ("score", "captions", "--predictions", results, "--references", references)
+    assert harness(*call, "--json")[1] == shown
+
+
+def test_the_stripped_scoring_stands_beside_the_official_one_by_name(harness, tmp_path):
+    case = json.loads(GOLDEN.read_text(encoding="utf-8"))[0]
+    results, references = caption_files(tmp_path, case)
+    call = ("score", "captions", "--predictions", results, "--references", references)
+    _, shown, _ = harness(*call)
+    official, stripped = shown.split("stripped: ")
+    found = json.loads(harness(*call, "--json", "--stripped")[1])
+    other = found.pop("stripped")
+    assert found == json.loads(harness(*call, "--json")[1])
+    assert list(other) == list(found)
+    assert f"{found['CIDEr']['value']:.4g}" in official
+    assert f"{other['CIDEr']['value']:.4g}" in stripped
+    assert "not the official figures" in stripped
+    assert other["CIDEr"]["value"] != found["CIDEr"]["value"]
+
+
+def test_an_answer_that_is_null_ends_the_scoring_with_one_sentence(harness, tmp_path):
+    files = {
+        "predictions": '[{"question_id": 1, "answer": null}]',
+        "questions": '{"questions": [{"question_id": 1}]}',
+        "annotations": '{"annotations": [{"question_id": 1, "image_id": 1, "answers": '
+        '[{"answer": "0"}]}]}',
+    }
+    call = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        call += [f"--{name}", tmp_path / name]
+    code, shown, said = harness("score", "vqa", *call)
+    assert (code, shown, said.count("\n")) == (2, "", 1)
+    assert 'entry 1 (question_id 1) has null as "answer"' in said
+
+
 def test_scoring_imports_no_torch(tmp_path):
     results, references = caption_files(tmp_path, json.loads(GOLDEN.read_text(encoding="utf-8"))[2])
     modules, said = imported(

@@ -96,3 +96,23 @@ def test_bad_results_are_one_sentence(tmp_path):
     results.write_text('[{"image": 7}]')
     with pytest.raises(ScoreError, match=r"results\.json is not a list"):
         captions.read_caption_results(results)
+
+
+def test_the_stripped_scoring_leaves_words_of_letters_alone():
+    assert captions.stripped("A man's 2 dogs, on a T-shirt no. 7!") == "mans dogs on tshirt no"
+    assert captions.stripped("Ein Käfer; “groß”… 3d_x") == "ein käfer groß dx"
+    assert captions.stripped("A 2.") == ""
+
+
+def test_stripped_scores_are_those_of_texts_stripped_on_both_sides():
+    said = {"1": "A dog runs, 2 men watch .", "2": "I see a boat ."}
+    wanted = {"1": ["a dog runs 3 men watch"], "2": ["We see boats", "see boat", "7"]}
+    by_hand = captions.score(
+        {"1": "dog runs men watch", "2": "see boat"},
+        {"1": ["dog runs men watch"], "2": ["we see boats", "see boat"]},
+    )
+    assert captions.stripped_scores(said, wanted).corpus == by_hand.corpus
+    assert by_hand.corpus["Bleu_1"] > captions.score(said, wanted).corpus["Bleu_1"]
+    with pytest.raises(ScoreError, match="references hold image 1, without a caption"):
+        captions.stripped_scores({"1": "a"}, {"1": []})
+    assert captions.stripped_scores({"1": "dog"}, {"1": ["7"]}).corpus["CIDEr"] == 0.0

@@ -377,6 +377,29 @@ def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path
     assert epochs_trained(moved, {"epoch": 0, "position": 2}) is None
 
 
+def test_majority_counts_spellings_as_one_and_answers_with_the_most_frequent_of_them():
+    def record(key: str, question: str, *answers: str) -> Record:
+        return Record(key, "d", "train", key, (Text(key, "vqa", answers, question),))
+
+    given = ["2", "two", "two", "three", "three", "Three"]
+    records = [record(str(n), "How many?", *[answer] * 10) for n, answer in enumerate(given)]
+    majority = Majority.of([*records, record("7", "How many?", *["Two"] * 10)])
+    assert majority.answer_of["how many?"] == majority.overall == "two"
+    # Where all annotators agree the official accuracy compares texts as they are.
+    asked = Prediction("d", "s", "k", "k", "1", "vqa", "", "How many?", ("two",) * 10, "", 0.0)
+    assert majority.accuracy([asked]) == 100.0
+
+
+def test_two_spellings_of_one_truth_are_no_pair_whose_truth_differs():
+    def said(key: str, answer: str, *truth: str) -> Prediction:
+        return Prediction(
+            "d", "s", key, key, key, "vqa", "How many?", "How many?", truth, answer, 0.0
+        )
+
+    assert changed_where_truth_differs([said("1", "2", "two"), said("2", "3", "2")]).pairs == 0
+    assert changed_where_truth_differs([said("1", "2", "two"), said("2", "3", "3")]).pairs == 1
+
+
 def test_majority_knows_a_questions_answers_and_falls_back_to_the_most_common_of_all():
     def record(key: str, question: str, *answers: str) -> Record:
         return Record(key, "d", "train", key, (Text(key, "vqa", answers, question),))

@@ -92,8 +92,14 @@ def test_a_single_answer_counts_by_exact_match_after_normalisation():
 
 
 def test_most_common_joins_spellings_and_prefers_the_first_of_equals():
-    assert most_common(["the dog", "cat", "Dog", "cat", "dog"]) == "dog"
+    assert most_common(["the dog", "cat", "Dog", "cat", "dog"]) == "the dog"
+    assert most_common(["the dog", "cat", "dog", "cat", "dog"]) == "dog"
     assert most_common(["red", "blue"]) == "red"
+
+
+@pytest.mark.parametrize("answers", [["two"] * 10, [" The dog\n"] * 10, ["2"] * 6 + ["two"] * 4])
+def test_the_most_common_answer_is_right_whether_texts_are_normalised_or_not(answers):
+    assert accuracy(most_common(answers), answers) == 1.0
 
 
 def test_missing_extra_and_repeated_question_ids_are_named(tmp_path):
