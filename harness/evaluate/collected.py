@@ -87,9 +87,7 @@ class Collected:
     def texts_in_gate(self, stratum: Stratum) -> int:
         return self.gates[stratum].texts if stratum in self.gates else 0
 
-    def _gate(
-        self, stratum: Stratum, training_batch: Callable[[], Batch | None] | None
-    ) -> Gate:
+    def _gate(self, stratum: Stratum, training_batch: Callable[[], Batch | None] | None) -> Gate:
         if stratum not in self.gates:
             self.gates[stratum] = Gate(
                 self.model,

@@ -50,7 +50,8 @@ def shallow_floor(
 def _rules(floor: ShallowFloor) -> str:
     """Tells which rule answered, and in how many of the folds."""
     counts = Counter(floor.rules)
-    return ", ".join(f"{rule} ({folds} of {len(floor.rules)} folds)" for rule, folds in counts.items())
+    of = f"of {len(floor.rules)} folds"
+    return ", ".join(f"{rule} ({folds} {of})" for rule, folds in counts.items())
 
 
 def neighbour_floor(

@@ -37,7 +37,7 @@ def add_verdicts(collected: Collected, manifests: Sequence[Manifest], *, floors:
     """Judges every set and task on its own; `floors`: with floors and recall, else the exchanges
     alone, which leaves them unmeasured.
     """
-    for stratum, gate in collected.gates.items():
+    for gate in collected.gates.values():
         known_IK = statistics_of(gate.predictions, collected, manifests)
         gate.measure(None if known_IK is None else scaled(known_IK), _NO_STATISTICS)
     for stratum, gate in collected.gates.items():
@@ -54,7 +54,7 @@ def add_verdicts(collected: Collected, manifests: Sequence[Manifest], *, floors:
 def _across(stratum: Stratum, gate: Gate, collected: Collected) -> None:
     """Measures the exchange with another set where the one within the set shows nothing."""
     others = [
-        other.row_C
+        other.bank_rows
         for known, other in collected.gates.items()
         if known.task == stratum.task and known.set != stratum.set
     ]

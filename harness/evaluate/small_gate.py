@@ -1,5 +1,5 @@
-"""The exchange of images on a few dev images, between the evaluations of a run: falling losses alone
-do not tell.
+"""The exchange of images on a few dev images, between the evaluations of a run: falling losses
+alone do not tell.
 
 A model in training -> ImageUse by set and task. The batches are read and made once; each look costs
 two losses and two answers for every context, under the true and under another image. An exchange
@@ -24,6 +24,7 @@ from harness.evaluate.image_use.verdict import EXCHANGE_NOTICED
 from harness.evaluate.predict import Stratum, answers, by_stratum, select
 from harness.model.batch import Batch
 from shards.loader import Loader
+from shards.manifest import Manifest
 
 _METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
 
@@ -45,7 +46,7 @@ def small_set(model: Any, config: Config) -> SmallSet:
     """
     collate = Collator.of(config, model.tokenizer, training=False)
     batches: list[tuple[Stratum, Batch]] = []
-    manifests = []
+    manifests: list[Manifest] = []
     for dataset in config.data.dev:
         loader = Loader(
             [dataset.path],

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 from harness.errors import GuardError
+from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
-from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult

@@ -15,8 +15,7 @@ import torch
 from harness.evaluate.bootstrap import ratio
 from harness.evaluate.gate_terms.recall import chance, groups_alike, recalled
 from harness.evaluate.image_use.evidence import FEWEST_IMAGES, RECALL, Term
-from harness.evaluate.image_use.gate import Gate, sums_per_context
-from harness.evaluate.predict import select
+from harness.evaluate.image_use.gate import Gate
 from harness.model.batch import Batch
 
 GROUP = 100  # pictures whose captions are told apart: the right one and its 99 nearest
@@ -67,7 +66,7 @@ def recall_term(gate: Gate, scaled_IK: np.ndarray, most_images: int) -> Term:
 
 def _first_contexts(gate: Gate) -> list[int]:
     """Returns the first caption context of each picture, in the order of the pictures."""
-    _, first_I = np.unique(gate.image_C, return_index=True)
+    _, first_I = np.unique(gate.picture_rows, return_index=True)
     return first_I.tolist()
 
 
@@ -84,7 +83,7 @@ def _nats(gate: Gate, contexts: list[int]) -> np.ndarray:
         shown = contexts[start : start + at_once]
         batch = _crossed(gate, shown, labels_PL, weight_PL)
         assert gate.bank is not None  # something was added
-        loss = gate.model.loss(batch, gate.bank.tokens(batch, gate.row_C[shown]))
+        loss = gate.model.loss(batch, gate.bank.tokens(batch, gate.bank_rows[shown]))
         nats_T = loss.sum_T.double() / loss.weight_T.double()
         rows.append(nats_T.cpu().numpy().reshape(len(shown), len(contexts)))
     return np.concatenate(rows)

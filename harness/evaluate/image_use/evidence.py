@@ -17,7 +17,8 @@ LOSS_MARGIN = 0.01
 LOSS_NEGLIGIBLE = 0.02
 # points: a percent of VQA accuracy, or a hundredth of CIDEr-D, which papers call a point
 SCORE_MARGIN = 1.0
-COLLAPSE = 0.5  # share of outputs that are empty or never end, or mean probability of ending at once
+# share of outputs that are empty or never end, or mean probability of ending at once
+COLLAPSE = 0.5
 FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
 
 IMAGE_USED = "image used"
@@ -144,9 +145,7 @@ class ImageUse:
         measure = flat.pop("measure")
         flat |= {f"{name}_loss_nats": value for name, value in self.loss_nats.items()}
         conditions = dict.fromkeys(("true", "shuffled", "no_image", "blank", "noise"))
-        flat |= {
-            f"{name}_{measure}": value for name, value in (conditions | self.scores).items()
-        }
+        flat |= {f"{name}_{measure}": value for name, value in (conditions | self.scores).items()}
         unknown = Interval(math.nan, math.nan, math.nan)
         flat |= (self.loss_gap or unknown).flat("loss_gap_nats")
         flat |= self.score_gap.flat(f"{measure}_gap")

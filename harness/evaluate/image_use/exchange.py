@@ -91,5 +91,5 @@ def _groups(name_C: Sequence[str]) -> list[list[int]]:
     return [members[name] if name else [] for name in name_C]
 
 
-def _distances(scaled_IK: np.ndarray, image: int, others_O: np.ndarray) -> np.ndarray:
+def _distances(scaled_IK: np.ndarray, image: int | np.integer, others_O: np.ndarray) -> np.ndarray:
     return np.linalg.norm(scaled_IK[others_O] - scaled_IK[image], axis=1)

@@ -141,12 +141,12 @@ class Gate:
         return len(self.predictions)
 
     @property
-    def row_C(self) -> np.ndarray:
+    def bank_rows(self) -> np.ndarray:
         """The pictures of the contexts, as rows of the bank."""
         return np.array(self._rows, int)
 
     @property
-    def image_C(self) -> np.ndarray:
+    def picture_rows(self) -> np.ndarray:
         """The pictures of the contexts, numbered as they came."""
         return image_rows(self._rows)
 
@@ -165,7 +165,7 @@ class Gate:
         """
         self.nats["true"] = np.array(self._nats)
         self.said["true"] = [p.answer for p in self.predictions]
-        image_C = self.image_C
+        image_C = self.picture_rows
         row_I = np.array(list(dict.fromkeys(self._rows)))
         if len(row_I) < 2:
             return
@@ -184,7 +184,7 @@ class Gate:
     @torch.no_grad()
     def measure_across(self, row_others: np.ndarray) -> None:
         """Asks again with images of another set, `row_others` of the same bank."""
-        place_C = self.image_C % len(row_others)
+        place_C = self.picture_rows % len(row_others)
         self._ask("across", row_others[place_C])
         self.across = self._term("images of another set", "across")
 
@@ -225,7 +225,7 @@ class Gate:
     def _control_tokens(self, part: _Part, number: int) -> dict[str, ImageTokens]:
         """Returns the image tokens of every control for a batch."""
         assert self.bank is not None  # something was added
-        own_c = self.row_C[part.start : part.start + len(part.batch.contexts)]
+        own_c = self.bank_rows[part.start : part.start + len(part.batch.contexts)]
         true = self.bank.tokens(part.batch, own_c)
         found = {}
         if self.no_image and (without := true.without_tokens()) is not None:
@@ -271,7 +271,7 @@ class Gate:
         """Returns how much an exchange costs, over the contexts that were asked under it."""
         said = self.said.get(condition, [])
         asked_C = np.array([c for c, text in enumerate(said) if text is not None], int)
-        images = len(np.unique(self.row_C[asked_C])) if len(asked_C) else 0
+        images = len(np.unique(self.bank_rows[asked_C])) if len(asked_C) else 0
         if not images:
             return Term(name, None, missing="no image could be exchanged")
         other_C = self.scores(condition, asked_C)
@@ -289,7 +289,7 @@ class Gate:
 
     def _gap(self, difference_C: np.ndarray, per_C: np.ndarray, asked_C: np.ndarray) -> Interval:
         """Returns sum(difference) / sum(per) with its interval over images."""
-        row_C = image_rows(self.row_C[asked_C].tolist())
+        row_C = image_rows(self.bank_rows[asked_C].tolist())
         sums_I = np.bincount(row_C, difference_C)
         per_I = np.bincount(row_C, per_C)
         return ratio(sums_I, per_I, self.config.bootstrap, self.config.confidence)
@@ -324,10 +324,7 @@ class Gate:
         if not self.predictions or "shuffled" not in self.said:
             return None
         evidence = self._evidence(further or ())
-        if further is None:
-            judgement = judge_exchange(evidence)
-        else:
-            judgement = judge(evidence)
+        judgement = judge_exchange(evidence) if further is None else judge(evidence)
         causes = self._causes() if judgement.verdict == "EOS collapse" else None
         return self._use(evidence, judgement, causes)
 
@@ -404,7 +401,7 @@ class Gate:
             loss_gap=e.exchange.nats,
             loss_moved=e.loss_moved,
             measure=e.measure,
-            scores={name: float(np.mean(self.scores(name))) for name in scored},
+            scores={name: round(float(np.mean(self.scores(name))), 2) for name in scored},
             score_gap=e.exchange.advantage,
             answers_changed_where_truth_differs=changed.percent,
             pairs_where_truth_differs=changed.pairs,

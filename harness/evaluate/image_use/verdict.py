@@ -94,7 +94,7 @@ def judge(evidence: Evidence) -> Judgement:
 
 
 def judge_exchange(evidence: Evidence) -> Judgement:
-    """Judges the exchange alone, as during training: it is `exchange noticed` at best, never use."""
+    """Judges the exchange alone, as during training: `exchange noticed` at best, never use."""
     found = judge(evidence)
     collapsed = found.verdict in ("EOS collapse", "endless captions")
     if collapsed or evidence.not_finite or not evidence.exchange.passed:
@@ -143,8 +143,9 @@ def _named(e: Evidence) -> tuple[str, str]:
 def _at_the_top(e: Evidence) -> str:
     """Says which floor leaves no room above it; "" where none does."""
     for term in e.further:
-        has_score = term.name in FLOORS and term.score is not None and e.highest is not None
-        if has_score and term.score > e.highest - _NEAR_THE_TOP:
+        if term.name not in FLOORS or term.score is None or e.highest is None:
+            continue
+        if term.score > e.highest - _NEAR_THE_TOP:
             return (
                 f"the {term.name} has {term.score:.1f} of the {e.highest:.1f} points that can be "
                 "had, so that a score shows no look at the content"
@@ -204,7 +205,8 @@ def _told(e: Evidence) -> str:
     """Tells the evidence itself, term by term."""
     nats = e.exchange.nats
     raises = f"raises the loss by {nats} nats per target token and " if nats else ""
-    parts = [f"exchanging the images {raises}lowers the {e.measure} by {e.exchange.advantage} points"]
+    cost = e.exchange.advantage
+    parts = [f"exchanging the images {raises}lowers the {e.measure} by {cost} points"]
     if e.matched.advantage is not None:
         parts.append(f"the most alike image lowers it by {e.matched.advantage}")
     for term in e.further:

@@ -12,15 +12,16 @@ import torch
 from harness.config.schema import Config, DecodingConfig, EvaluationConfig
 from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.floor import Majority, epochs_trained
-from harness.evaluate.image_use import (
-    Gate,
-    causes_of_collapse,
-    changed_where_truth_differs,
-    complementary_pairs,
-    donors,
-    judge,
-    sums_per_context,
+from harness.evaluate.image_use.changes import changed_where_truth_differs, complementary_pairs
+from harness.evaluate.image_use.collapse import causes_of_collapse
+from harness.evaluate.image_use.evidence import (
+    EXCHANGE,
+    MATCHED,
+    Term,
 )
+from harness.evaluate.image_use.exchange import donors
+from harness.evaluate.image_use.gate import Gate, sums_per_context
+from harness.evaluate.image_use.verdict import Evidence, judge
 from harness.evaluate.predict import Prediction, answers
 from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
@@ -107,7 +108,7 @@ def batch_of(images: int, start: int = 0, targets: int = 1, task: str = "vqa") -
     )
 
 
-def judged(model: ToyModel, images: int = 90, per_batch: int = 10, task: str = "vqa"):
+def judged(model: ToyModel, images: int = 90, per_batch: int = 10, task: str = "vqa", further=None):
     controls = {"blank": torch.full((1, 1, 1), 7.0), "noise": torch.full((4, 1, 1), 8.0)}
     gate = Gate(model, task, DECODING, EvaluationConfig(), controls)
     for start in range(0, images, per_batch):
@@ -115,7 +116,13 @@ def judged(model: ToyModel, images: int = 90, per_batch: int = 10, task: str = "
         tokens = model.bridge_tokens(batch)
         said = answers(model, batch, DECODING, tokens)
         gate.add(batch, tokens, *sums_per_context(model.loss(batch, tokens), batch), said)
-    return gate.result()
+    # Statistics that tell nothing: every picture is as alike as any other.
+    gate.measure(np.zeros((len(set(gate.picture_rows)), 3)))
+    return gate.result(() if further is None else further)
+
+
+def passed(*names: str) -> tuple[Term, ...]:
+    return tuple(Term(name, Interval(9.0, 8.0, 10.0), score=50.0) for name in names)
 
 
 def test_every_context_gets_another_image():
@@ -131,7 +138,7 @@ def test_every_context_gets_another_image():
 def test_a_model_that_reads_its_image_is_found_to_use_it():
     use = judged(ToyModel())
     assert use.verdict == "image used", use.reason
-    assert (use.images, use.contexts, use.left_out) == (90, 180, 0)
+    assert (use.images, use.contexts) == (90, 180)
     assert use.scores["true"] == 100.0
     assert use.scores["shuffled"] < 80
     assert (
@@ -188,6 +195,13 @@ def test_doubt_is_not_enough_evidence():
     assert "the loss depends on the image" in only_the_loss.reason
 
 
+def judged_by(loss_gap: Interval | None, accuracy_gap: Interval, **known):
+    """The verdict by the exchange, where everything else is passed."""
+    exchange = Term(EXCHANGE, accuracy_gap, nats=loss_gap)
+    known = {"images": 100, "matched": passed(MATCHED)[0], **known}
+    return judge(Evidence(exchange, **known))
+
+
 @pytest.mark.parametrize(
     ("loss_gap", "accuracy_gap", "verdict"),
     [
@@ -204,40 +218,39 @@ def test_doubt_is_not_enough_evidence():
     ],
 )
 def test_a_verdict_needs_its_bounds(loss_gap, accuracy_gap, verdict):
-    assert judge(Interval(*loss_gap), Interval(*accuracy_gap), 0.0, 0.0, images=100)[0] == verdict
+    assert judged_by(Interval(*loss_gap), Interval(*accuracy_gap)).verdict == verdict
 
 
 def test_the_reason_names_the_evidence_that_was_wanting():
     little, much = Interval(0.005, 0.003, 0.006), Interval(5.0, 3.0, 9.0)
     assert (
-        "the lower bound of the loss gap is not above 0.01 nats"
-        in judge(little, much, 0.0, 0.0, 100)[1]
+        "the lower bound of the loss gap is not above 0.01 nats" in judged_by(little, much).reason
     )
     assert (
-        "the lower bound of the accuracy gap"
-        in judge(Interval(1.0, 0.9, 1.1), little, 0.0, 0.0, 100)[1]
+        "the lower bound of the accuracy gap" in judged_by(Interval(1.0, 0.9, 1.1), little).reason
     )
-    assert "shows neither" in judge(Interval(0.0, -0.1, 0.1), little, 0.0, 0.0, 100)[1]
+    assert "shows neither" in judged_by(Interval(0.0, -0.1, 0.1), little).reason
 
 
 def test_either_sign_of_collapse_is_enough():
     clear = Interval(1.5, 1.4, 1.6)
-    assert judge(clear, clear, 0.51, 0.0, 100)[0] == "EOS collapse"
-    assert judge(clear, clear, 0.0, 0.51, 100)[0] == "EOS collapse"
-    assert judge(clear, clear, 0.5, 0.5, 100)[0] == "image used"
+    assert judged_by(clear, clear, empty_rate=0.51).verdict == "EOS collapse"
+    assert judged_by(clear, clear, p_eos_first=0.51).verdict == "EOS collapse"
+    assert judged_by(clear, clear, empty_rate=0.5, p_eos_first=0.5).verdict == "image used"
 
 
 def test_without_the_true_image_each_prompt_is_asked_once():
     model = ToyModel()
     judged(model)
-    # 180 contexts true and 180 shuffled; 2 prompts without image, 2 blank, 2 x 4 noise images.
-    assert model.asked == 360 + 2 + 2 + 8
+    # 180 contexts true, 180 shuffled, 180 matched; 2 prompts without image, 2 blank, 2 x 4 noise.
+    assert model.asked == 540 + 2 + 2 + 8
 
 
-def test_a_batch_of_one_image_is_left_out_and_counted():
-    use = judged(ToyModel(), images=41, per_batch=10)
-    assert use.images == 40
-    assert use.left_out == 2
+def test_images_are_exchanged_over_all_batches_of_the_gate():
+    use = judged(ToyModel(), images=41, per_batch=10)  # the last batch has a single image
+    assert use.images == 41
+    assert use.contexts == 82
+    assert judged(ToyModel(), images=1) is None
 
 
 def test_the_report_has_the_keys_of_the_issue_and_is_json(tmp_path):
@@ -363,7 +376,7 @@ def test_a_complementary_pair_counts_when_both_its_answers_are_right_and_both_we
     ],
 )
 def test_a_model_without_a_loss_is_judged_by_its_scores(accuracy_gap, verdict):
-    assert judge(None, Interval(*accuracy_gap), 0.0, 0.0, 100)[0] == verdict
+    assert judged_by(None, Interval(*accuracy_gap)).verdict == verdict
 
 
 def test_how_often_the_training_set_was_seen_is_known_while_it_is_there(tmp_path):
@@ -397,7 +410,7 @@ def test_two_spellings_of_one_truth_are_no_pair_whose_truth_differs():
         )
 
     assert changed_where_truth_differs([said("1", "2", "two"), said("2", "3", "2")]).pairs == 0
-    assert changed_where_truth_differs([said("1", "2", "two"), said("2", "3", "3")]).pairs == 1
+    assert changed_where_truth_differs([said("1", "2", "two"), said("2", "3", "3")]).pairs == 2
 
 
 def test_majority_knows_a_questions_answers_and_falls_back_to_the_most_common_of_all():

@@ -21,7 +21,7 @@ from harness.errors import ConfigError
 from harness.evaluate import compare
 from harness.evaluate.ask import ask
 from harness.evaluate.captions import read_caption_results, score
-from harness.evaluate.predict import answers, by_task, results, select
+from harness.evaluate.predict import answers, by_stratum, results, select
 from harness.evaluate.report import table
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.run_on_disk import evaluate_run
@@ -129,7 +129,7 @@ def test_there_is_one_prediction_per_context_of_a_task_in_order(setting):
     config, model, _ = setting
     batch = batch_of(setting)
     tokens, tasks = model.bridge_tokens(batch), set()
-    for task, part, rows in by_task(batch):
+    for (_, task), part, rows in by_stratum(batch):
         part_tokens = tokens.with_rows(tokens.token_row_of_C[rows])
         said = answers(model, part, getattr(config.generate, task), part_tokens)
         assert [p.text_id for p in said] == [
@@ -167,7 +167,7 @@ def test_each_task_is_decoded_by_its_own_settings(setting):
 
 def test_the_answer_is_to_the_image_tokens_that_are_given(setting):
     config, model, _ = setting
-    vqa = next(part for task, part, _ in by_task(batch_of(setting)) if task == "vqa")
+    vqa = next(part for stratum, part, _ in by_stratum(batch_of(setting)) if stratum.task == "vqa")
     tokens = model.bridge_tokens(vqa)
     given = answers(model, vqa, config.generate.vqa, tokens.with_rows(vqa.image_of_C.flip(0)))
     own = answers(model, vqa, config.generate.vqa, tokens)
@@ -185,7 +185,7 @@ def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(
         tokens = model.bridge_tokens(batch)
         whole = model.loss(batch, tokens)
         total = 0.0
-        for task, part, rows in by_task(batch):
+        for (_, task), part, rows in by_stratum(batch):
             assert {c.text.task for c in part.contexts} == {task}
             total += model.loss(part, tokens.with_rows(tokens.token_row_of_C[rows])).sum.item()
         assert total == pytest.approx(whole.sum.item(), rel=1e-5)

@@ -19,13 +19,15 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS
 from harness.data.images import ImageDecoder
-from harness.evaluate.image_use import LOSS_MARGIN, SCORE_MARGIN
+from harness.evaluate.image_use.evidence import LOSS_MARGIN, SCORE_MARGIN
 from harness.evaluate.run import evaluate_model
+from harness.evaluate.image_use.verdict import EXCHANGE_NOTICED
 from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.loader import Loader
 from shards.record import Record, Text
+from shards.statistics import COLUMNS
 from shards.write import write_shards
 from tiny_models import tiny_gpt2, tiny_t5
 
@@ -80,13 +82,20 @@ def write_set(
         )
         return Record(f"{index:04d}", "toy", split, str(index), texts)
 
+    def statistics(index: int) -> np.ndarray:
+        """Of pictures whose brightness and colours tell nothing."""
+        return np.random.default_rng(30_000 + index).random(len(COLUMNS)).astype(np.float32)
+
     def payload(patches_PD: np.ndarray) -> bytes:
         return safetensors.numpy.save({"patches_PD": patches_PD.astype(np.float16)})
 
     noise_KPD = np.random.default_rng(0).normal(size=(4, PATCHES, WIDTH)).astype(np.float16)
     controls = {"blank_PD": np.zeros((PATCHES, WIDTH), np.float16), "noise_KPD": noise_KPD}
     write_shards(
-        ((record(i), payload(features(i)), "safetensors") for i in range(first, first + images)),
+        (
+            (record(i), payload(features(i)), "safetensors", statistics(i))
+            for i in range(first, first + images)
+        ),
         folder,
         dataset="toy",
         split=split,
@@ -195,23 +204,31 @@ def test_a_sound_model_uses_the_image(config_of):
     config = config_of()
     model = trained(config)
     uses = gate(model, config)
-    assert said(uses) == both("image used"), uses
+    # A caption is its training neighbours' here, so that copying theirs is as good.
+    assert said(uses) == {"vqa": "image used", "caption": "retrieval is as good"}, uses
     assert uses["vqa"].scores["true"] > 90
+    assert [term.name for term in uses["vqa"].terms if term.passed] == [
+        "exchange",
+        "matched exchange",
+        "shallow floor",
+    ]
+    assert [term.name for term in uses["caption"].terms if not term.passed] == ["neighbour floor"]
     # The small gate: one text of each task and image, the model goes on training.
     model.train()
-    for name, verdict in (("test", "image used"), ("train", "not enough evidence")):
+    for name, verdict in (("test", EXCHANGE_NOTICED), ("train", EXCHANGE_NOTICED)):
         looking = config.model_copy(
             update={"data": config.data.model_copy(update={"dev": getattr(config.data, name)})}
         )
         small = small_set(model, looking)
-        assert [(task, batch.images, len(batch.contexts)) for task, batch in small.batches] == [
-            ("caption", 32, 32),
-            ("vqa", 32, 32),
-        ]
+        assert [
+            (stratum.task, batch.images, len(batch.contexts)) for stratum, batch in small.batches
+        ] == [("caption", 32, 32), ("vqa", 32, 32)]
         found = small_gate(model, small, looking)
-        assert said(found) == both(verdict)
-        assert small_gate_metrics(found)["vqa/image_used"] == float(verdict == "image used")
-        assert small_gate_metrics(found)["vqa/true_accuracy"] > 90
+        assert {stratum.task: use.verdict for stratum, use in found.items()} == both(verdict)
+        metrics = small_gate_metrics(found)
+        assert metrics["vqa/exchange_noticed"] == 1.0
+        assert not any("image_used" in name for name in metrics)
+        assert metrics["vqa/true_accuracy"] > 90
     assert model.training
 
 
