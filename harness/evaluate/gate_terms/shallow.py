@@ -113,7 +113,8 @@ def _inputs(question_C: np.ndarray, statistics_CK: np.ndarray) -> np.ndarray:
     inputs_CK = np.concatenate(
         [_words(question_C), statistics_CK, aspect(statistics_CK)], axis=1, dtype=np.float32
     )
-    return inputs_CK[:, (inputs_CK != inputs_CK[0]).any(axis=0)]
+    varies_K = (inputs_CK != inputs_CK[0]).any(axis=0)
+    return inputs_CK[:, varies_K] if varies_K.any() else inputs_CK[:, :1]  # a forest needs one
 
 
 def _words(question_C: np.ndarray) -> np.ndarray:
