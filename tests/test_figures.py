@@ -1,0 +1,123 @@
+"""Every score that a page publishes stands in a committed report, and says how it was made.
+
+A table of scores follows a comment that names the reports which hold its figures, from the root:
+`<!-- figures: docs/reports/demo.json -->`. A report is what a command left: JSON, or the page of an
+ablation, of which the tables count.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCORES = re.compile(r"accuracy|right answers|right, %|CIDEr|BLEU|ROUGE|verdict|what color", re.I)
+NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w]|[.,]\d)")
+LINK = re.compile(r"<!-- figures: (.+) -->")
+# Tables whose reports were not kept, by page and first column: why.
+NO_REPORT = {
+    ("docs/results.md", "seed"): "measured by benchmarks/demo_seeds.py, output not kept",
+    ("docs/results.md", "1,000 test images"): "harness evaluate runs/flickr8k_offline, not kept",
+    ("docs/why-is-my-caption-empty.md", "changed"): "harness ablate eos_collapse, output not kept",
+    ("docs/log.md", "changed"): "runs of a search on 2026-11-21, not kept",
+}
+# What the section of a table must name, and how it may say so.
+NAMED = {
+    "the command": r"harness \w+|launch/demo\.sh|python benchmarks/",
+    "the seeds": r"\bseeds?\b",
+    "the interval": r"95%|\[-?\d[\d.]*, -?\d[\d.]*\]|\binterval",
+    "the floor": r"\bfloor|words alone|chance",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    page: Path
+    section: str  # from the heading before it to the next
+    reports: tuple[Path, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return str(self.page.relative_to(ROOT)), self.rows[0][0]
+
+    @property
+    def has_scores(self) -> bool:
+        texts = [*self.rows[0], *(row[0] for row in self.rows[2:] if len(row) < 6)]
+        return any(map(SCORES.search, texts)) and any(NUMBER.search(c) for c in self.cells)
+
+    @property
+    def cells(self) -> list[str]:
+        """What the reports must hold: not the heading, and not how the rows are called."""
+        return [cell for row in self.rows[2:] for cell in row[1:] if "`" not in cell]
+
+
+def tables(page: Path) -> Iterator[Table]:
+    for section in re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.M):
+        for found in re.finditer(r"(?:^(<!--.*-->)\n\n?)?((?:^\|.*\|\n)+)", section, re.M):
+            linked = LINK.fullmatch(found[1] or "")
+            paths = linked[1].split() if linked else []
+            rows = [
+                tuple(cell.strip(" *") for cell in line.strip("|").split("|"))
+                for line in found[2].splitlines()
+            ]
+            yield Table(page, section, tuple(ROOT / path for path in paths), tuple(rows))
+
+
+def numbers(report: Path) -> list[float]:
+    """Returns every number of a report: those of the values of JSON, or of the cells of a page."""
+    text = report.read_text(encoding="utf-8")
+    if report.suffix != ".json":
+        texts = re.findall(r"<td[^>]*>(.*?)</td>", text, re.S)
+        return [float(n.replace(",", "")) for cell in texts for n in NUMBER.findall(cell)]
+    held: list[float] = []
+    waiting = [json.loads(text)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            held.append(abs(value))
+    return held
+
+
+def missing(table: Table, held: list[float]) -> list[str]:
+    """Returns the figures of a table that no number is when it is rounded as they are; a report may
+    hold a share or CIDEr where the page prints 100 times that.
+    """
+    found = []
+    for figure in (figure for cell in table.cells for figure in NUMBER.findall(cell)):
+        digits = len(figure.partition(".")[2])
+        half = 0.5 * 10.0**-digits + 1e-9
+        value = float(figure.replace(",", ""))
+        if not any(abs(scale * n - value) <= half for n in held for scale in (1, 100)):
+            found.append(figure)
+    return found
+
+
+PUBLISHED = [table for page in PAGES for table in tables(page) if table.has_scores]
+
+
+@pytest.mark.parametrize("table", PUBLISHED, ids=lambda table: ", ".join(table.name))
+def test_every_score_of_a_table_stands_in_a_committed_report(table):
+    if table.name in NO_REPORT:
+        assert not table.reports, "it is linked to a report: take it off the list"
+        return
+    assert table.reports, "no comment `<!-- figures: ... -->` before it names its reports"
+    held = [number for report in table.reports for number in numbers(report)]
+    assert missing(table, held) == []
+
+
+@pytest.mark.parametrize("table", PUBLISHED, ids=lambda table: ", ".join(table.name))
+def test_the_section_of_a_table_names_command_seed_interval_and_floor(table):
+    if table.page.name != "log.md":  # what was tried on the way, as it was written down then
+        assert [what for what, how in NAMED.items() if not re.search(how, table.section)] == []
+
+
+def test_what_has_no_report_is_a_table_that_is_published():
+    assert set(NO_REPORT) <= {table.name for table in PUBLISHED}
+    assert len(NO_REPORT) <= 4  # new figures bring their report
