@@ -194,7 +194,7 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     warmup: Fraction = 0.03  # share of all steps
     final_learning_rate: Fraction = 0.0  # share of the peak where the cosine ends
-    weight_decay: From0 = 0.05  # AdamW's; biases and norms are not decayed
+    weight_decay: From0 = 0.05  # AdamW's; not of biases, norms, query tokens, per-token means
     betas: tuple[Below1, Below1] = (0.9, 0.98)  # AdamW's
     clip_norm: Above0 | None = 1.0  # of the gradient; null: not clipped
     label_smoothing: Fraction = 0.0  # share of the target's weight spread over all words
