@@ -45,12 +45,17 @@ class DataSetConfig(Section):
     path: str  # a folder of shards, or its fsspec URL
     # Its share of a mixture; without weights every record comes once an epoch.
     weight: Above0 | None = None
+    # Of data.train alone: what a token of its targets counts in the loss. In a mixture captions,
+    # which are long and several an image, outweigh short answers; 0.1 for them lets these count.
+    loss_weight: Above0 = 1.0
 
 
 class DataConfig(Section):
     """What is read, and how it is drawn."""
 
-    train: tuple[DataSetConfig, ...] = ()  # sets to learn from
+    # Sets to learn from; of each, weight: its share of a mixture's images; loss_weight: what a
+    # token of its targets counts in the loss against another set's, 1 where it is not given.
+    train: tuple[DataSetConfig, ...] = ()
     dev: tuple[DataSetConfig, ...] = ()  # scored during training; everything is chosen on it
     test: tuple[DataSetConfig, ...] = ()  # scored by `harness evaluate`, at the end
     texts_per_image: Positive | None = None  # drawn of each image per epoch; null: all of them
