@@ -206,6 +206,8 @@ class TrainConfig(Section):
     eos_loss_weight: From0 = 1.0  # of the end of an answer against a word
     # auto: bf16 where the GPU has it, fp16 by parts on a T4, fp32 on a CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # The same bits for the same seed on a GPU too, at a price; a CPU gives them without.
+    deterministic: bool = False
     activation_checkpointing: bool = False  # less memory: activations are computed twice
     evaluate_every: Positive | None = None  # steps; null: at the end of each epoch
     save_every: Positive | None = None  # steps; null: at the end of each epoch
