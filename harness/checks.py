@@ -229,6 +229,13 @@ def _check_weights(config: Config) -> None:
             "data.train: some sets have a weight and some have none: give one to all of them, or "
             "to none"
         )
+    for part in ("dev", "test"):
+        for position, dataset in enumerate(getattr(config.data, part)):
+            if dataset.loss_weight != 1.0:
+                raise ConfigError(
+                    f"data.{part}.{position}.loss_weight is {dataset.loss_weight:g}, but nothing "
+                    f"is learnt from data.{part}: give it to a set of data.train"
+                )
 
 
 def _check_precision(config: Config) -> None:

@@ -36,7 +36,7 @@ TYPES = {  # as schema.py names them -> in words
     "int": "whole number",
     "str": "text",
     "None": "null",
-    "DataSetConfig": "{path, weight}",
+    "DataSetConfig": "{path, weight, loss_weight}",
 }
 FIELD = re.compile(r"    (\w+): ([^=#]+?)(?: = [^#]*)?(?:\s+# (.*))?")
 

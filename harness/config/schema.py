@@ -45,12 +45,17 @@ class DataSetConfig(Section):
     path: str  # a folder of shards, or its fsspec URL
     # Its share of a mixture; without weights every record comes once an epoch.
     weight: Above0 | None = None
+    # Of data.train alone: what a token of its targets counts in the loss. In a mixture captions,
+    # which are long and several an image, outweigh short answers; 0.1 for them lets these count.
+    loss_weight: Above0 = 1.0
 
 
 class DataConfig(Section):
     """What is read, and how it is drawn."""
 
-    train: tuple[DataSetConfig, ...] = ()  # sets to learn from
+    # Sets to learn from; of each, weight: its share of a mixture's images; loss_weight: what a
+    # token of its targets counts in the loss against another set's, 1 where it is not given.
+    train: tuple[DataSetConfig, ...] = ()
     dev: tuple[DataSetConfig, ...] = ()  # scored during training; everything is chosen on it
     test: tuple[DataSetConfig, ...] = ()  # scored by `harness evaluate`, at the end
     texts_per_image: Positive | None = None  # drawn of each image per epoch; null: all of them
@@ -194,13 +199,15 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     warmup: Fraction = 0.03  # share of all steps
     final_learning_rate: Fraction = 0.0  # share of the peak where the cosine ends
-    weight_decay: From0 = 0.05  # AdamW's; biases and norms are not decayed
+    weight_decay: From0 = 0.05  # AdamW's; not of biases, norms, query tokens, per-token means
     betas: tuple[Below1, Below1] = (0.9, 0.98)  # AdamW's
     clip_norm: Above0 | None = 1.0  # of the gradient; null: not clipped
     label_smoothing: Fraction = 0.0  # share of the target's weight spread over all words
     eos_loss_weight: From0 = 1.0  # of the end of an answer against a word
     # auto: bf16 where the GPU has it, fp16 by parts on a T4, fp32 on a CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # The same bits for the same seed on a GPU too, at a price; a CPU gives them without.
+    deterministic: bool = False
     activation_checkpointing: bool = False  # less memory: activations are computed twice
     evaluate_every: Positive | None = None  # steps; null: at the end of each epoch
     save_every: Positive | None = None  # steps; null: at the end of each epoch

@@ -58,6 +58,7 @@ class Collator:
     In training `texts_per_image` texts are drawn of each image and epoch (of its own set: a heavy
     set of a mixture passes several times): a question is one, each caption is one. In evaluation
     every question is a context with its most common answer as target, and all captions are targets.
+    `loss_weights`: what a target of each set weighs against another's; (): all weigh alike.
     `truncated` counts the "prompt" and "target" texts that were cut at `max_prompt_tokens` and
     `max_target_tokens`; the first of each is logged.
     """
@@ -69,6 +70,7 @@ class Collator:
     eos_weight: float = 1.0
     training: bool = True
     loss_on_padding: bool = False  # a known mistake
+    loss_weights: tuple[float, ...] = ()
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
 
     @classmethod
@@ -92,22 +94,28 @@ class Collator:
         """
         images: list[np.ndarray] = []
         rows: list[tuple[Context, int, list[str]]] = []  # of C: where, of which image, its targets
+        factors: list[float] = []  # of T
         for sample in samples:
             if sample.record is None or sample.payload is None or sample.weight == 0:
                 continue
             for text, chosen in self._texts(sample.record, sample.epoch):
                 words = prompt(text.task, getattr(self.prompts, text.task), text.prompt)
                 rows.append((Context(sample.record, text, words), len(images), chosen))
+                if self.loss_weights:
+                    factors += [self.loss_weights[sample.set_index]] * len(chosen)
             images.append(sample.payload)
         if not rows:
             return None
-        return self.assemble(
+        batch = self.assemble(
             np.stack(images),
             [context for context, _, _ in rows],
             [image for _, image, _ in rows],
             [target for _, _, chosen in rows for target in chosen],
             [place for place, (_, _, chosen) in enumerate(rows) for _ in chosen],
         )
+        if not factors:
+            return batch
+        return replace(batch, weight_TL=batch.weight_TL * torch.tensor(factors)[:, None])
 
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
         """Returns a batch of weight 0 for a rank that has nothing left: it joins every collective

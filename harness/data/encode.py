@@ -8,6 +8,7 @@ P patch tokens, D encoder width.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from harness.config.schema import VisionConfig
 from harness.data.features import CONTROLS, control_pixels
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.machine.precision import Precision, Requested, choose
+from harness.machine.precision import Precision, Requested, choose_or_fall_back
 from harness.model.vision import VisionTower, load_vision
+from harness.redact import say
 from shards.loader import Loader
 from shards.manifest import SKIPPED, Manifest
 from shards.statistics import rows_of
@@ -31,7 +33,9 @@ class Encoder:
     """The frozen encoder on its device: pixels_IHW3 (uint8) -> patch tokens IPD (float16)."""
 
     def __init__(self, vision: VisionConfig, precision: Requested, device: torch.device) -> None:
-        self.policy: Precision = choose(precision, device)
+        self.policy: Precision = choose_or_fall_back(precision, device)
+        if self.policy.fell_back:
+            say(f"precision: {self.policy.reason}", sys.stderr)
         self.device = device
         self.tower: VisionTower = load_vision(vision).to(device)
 

@@ -6,6 +6,7 @@ beside its floors, test images with their answers, the loss curves.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ from harness.evaluate.report import (
 )
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
-from harness.machine.precision import choose
+from harness.machine.precision import choose_or_fall_back
 from harness.model.vlm import VisionLanguageModel
-from harness.redact import masked, masked_document
+from harness.redact import masked, masked_document, say
 from harness.report.terminal import part_rows
 from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
@@ -205,9 +206,14 @@ def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
 def load_model(
     found: checkpoints.Checkpoint, config: Config, *, with_vision: bool
 ) -> VisionLanguageModel:
-    """Returns the checkpoint's model in eval mode, on the GPU where there is one."""
+    """Returns the checkpoint's model in eval mode, on the GPU where there is one.
+
+    In the precision of its training, or in the device's own where it cannot do that: then says so.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose(config.train.precision, device)
+    precision = choose_or_fall_back(config.train.precision, device)
+    if precision.fell_back:
+        say(f"precision: {precision.reason}", sys.stderr)
     return VisionLanguageModel.from_pretrained(
         found.model, with_vision=with_vision, precision=precision, device=device
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ class Precision:
     loss_scaler: bool
     reason: str
     lm_dtype: torch.dtype = torch.float32  # of what is not quantised: wo, norms, embeddings
+    fell_back: bool = False  # another than asked for; `reason` says which
 
     def autocast(self, part: Part) -> AbstractContextManager:
         """Returns the context in which a part runs. Without a dtype an autocast around it is
@@ -95,7 +96,8 @@ def choose(
     if chosen == "bf16":
         if kind != "cpu" and not native_bf16:
             raise ConfigError(
-                f"train.precision is bf16, but {where} has no native bf16: use auto, fp16 or fp32"
+                f"train.precision is bf16, but {where} has no native bf16: use "
+                f"train.precision=auto{', fp16' if kind == 'cuda' else ''} or fp32"
             )
         reason = "slower than fp32 on most CPUs"
         if kind == "cuda":
@@ -104,7 +106,8 @@ def choose(
     if chosen == "fp16":
         if kind != "cuda":
             raise ConfigError(
-                f"train.precision is fp16, but {where} does not train in fp16: use auto or fp32"
+                f"train.precision is fp16, but {where} does not train in fp16: use "
+                "train.precision=auto or fp32"
             )
         why = f"{where} has no native bf16, and T5 overflows in fp16"
         if native_bf16:
@@ -112,6 +115,23 @@ def choose(
         return _by_parts(kind, asked, why)
     reason = "fp32 everywhere" if asked else f"fp32 everywhere: {where} gains nothing from less"
     return _uniform(kind, None, asked + reason)
+
+
+def choose_or_fall_back(
+    requested: Requested,
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
+    bf16_supported: bool | None = None,
+) -> Precision:
+    """Returns the policy for a model that only answers, as `choose` does; where the device cannot
+    do what its training asked for, the device's own: fp32 on a CPU, fp16 by parts on a T4.
+    """
+    try:
+        return choose(requested, device, capability, bf16_supported)
+    except ConfigError:
+        own = choose("auto", device, capability, bf16_supported)
+        reason = f"{own.name} in place of {requested}, in which this device does not compute"
+        return replace(own, reason=f"{reason}: {own.reason}", fell_back=True)
 
 
 def _by_parts(kind: str, asked: str, why: str) -> Precision:

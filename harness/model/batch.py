@@ -34,7 +34,7 @@ class Batch:
 
     `weight_TL` is 0 on padding (but for `known_mistakes.loss_on_padding`) and on everything
     that must not count: a filler, a sample that could not be read. Its other values carry the EOS
-    weight and the annotator weight. The loss is sum(weight x cross entropy) / sum(weight).
+    weight and its set's `loss_weight`. The loss is sum(weight x cross entropy) / sum(weight).
     """
 
     prompt_ids_CL: torch.Tensor  # int64, padded on the right

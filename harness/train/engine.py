@@ -29,6 +29,8 @@ from harness.machine.precision import Precision, choose
 from harness.model.vlm import VisionLanguageModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# By what they do an embedding and an offset, though they have two dimensions and more.
+NOT_DECAYED = ("bridge.body.query_tokens", "bridge.projection.mean_QD")
 # All ranks wait for the one that evaluates; one that hangs is noticed by the heartbeat.
 LONGEST_WAIT = timedelta(hours=2)
 
@@ -100,11 +102,14 @@ class Engine:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def prepare(self, model: VisionLanguageModel) -> nn.Module:
-        """Returns the model to call in training; the optimizer holds what is trainable alone."""
+    def prepare(self, model: VisionLanguageModel, decays_queries: bool = False) -> nn.Module:
+        """Returns the model to call in training; the optimizer holds what is trainable alone.
+
+        `decays_queries`: as `parameter_groups` has it.
+        """
         self.bare = model
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = parameter_groups(self.named, self.train)
+        groups = parameter_groups(self.named, self.train, decays_queries)
         self.optimizer = torch.optim.AdamW(groups, betas=self.train.betas, fused=self.fused)
         self.model = self._wrapped()
         return self.model
@@ -235,16 +240,21 @@ def check_moments(saved: Mapping[str, torch.Tensor], named: Mapping[str, nn.Para
         )
 
 
-def parameter_groups(named: Mapping[str, nn.Parameter], train: TrainConfig) -> list[dict[str, Any]]:
-    """Returns groups for the optimizer. Biases and norms are not decayed.
+def parameter_groups(
+    named: Mapping[str, nn.Parameter], train: TrainConfig, decays_queries: bool = False
+) -> list[dict[str, Any]]:
+    """Returns groups for the optimizer. Biases, norms and NOT_DECAYED are not decayed.
 
-    `share`: of the scheduled learning rate.
+    `share`: of the scheduled learning rate. `decays_queries`: NOT_DECAYED is, as in runs that were
+    begun so.
     """
+    spared = () if decays_queries else NOT_DECAYED
     bridge_share = (train.bridge_learning_rate or train.learning_rate) / train.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         share = bridge_share if name.startswith("bridge.") else 1.0
-        decay = train.weight_decay if parameter.ndim > 1 else 0.0
+        is_decayed = parameter.ndim > 1 and name not in spared
+        decay = train.weight_decay if is_decayed else 0.0
         groups.setdefault((share, decay), []).append(parameter)
     return [
         {"params": members, "lr": train.learning_rate, "share": share, "weight_decay": decay}

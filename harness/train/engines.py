@@ -6,14 +6,18 @@ import os
 
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
+from harness.machine.determinism import ask_for_the_same_bits
 from harness.train.engine import Engine
 
 
 def make_engine(train: TrainConfig) -> Engine:
     """Returns the launcher's choice: DeepSpeed where a launch file says so, else plain Accelerate.
 
-    Raises ConfigError where the launcher has started one process in place of several.
+    First of all asks torch for the same bits, if `train.deterministic` says so: an engine starts
+    CUDA. Raises ConfigError where the launcher has started one process in place of several.
     """
+    if train.deterministic:
+        ask_for_the_same_bits()
     set_by_accelerate = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"}
     if set_by_accelerate <= os.environ.keys() and "RANK" not in os.environ:
         # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one

@@ -96,7 +96,9 @@ def _made(
         terminal.say(f"going on after step {state.step} from {found.path}")
     elif not config.model.init_from:
         calibrate(model, config)
-    wrapped = engine.prepare(model)
+    if state.decays_queries and config.train.weight_decay:
+        terminal.say("query tokens and per-token means are decayed, as when this run began")
+    wrapped = engine.prepare(model, state.decays_queries)
     if found:
         engine.load_optimizer_state(found.optimizer())
         engine.load_scaler_state(found.state["scaler"])

@@ -30,11 +30,16 @@ class TrainState:
     skipped_in_a_row: int = 0
     # Images of this epoch that could not be read, by set.
     unreadable: list[int] = field(default_factory=list)
+    # A run that began when query tokens and per-token means were decayed goes on so.
+    decays_queries: bool = False
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> TrainState:
-        """Returns the state that a checkpoint's state.json holds under `train`."""
-        return cls(**{**saved, "stream": StreamState.from_json(saved["stream"])})
+        """Returns the state that a checkpoint's state.json holds under `train`; one that does not
+        say is of the time when query tokens were decayed.
+        """
+        stream = StreamState.from_json(saved["stream"])
+        return cls(**{"decays_queries": True, **saved, "stream": stream})
 
     def advance(self, stream: StreamState, unreadable: Sequence[float]) -> None:
         """Moves on by a step, after which the data stands at `stream`; `unreadable`: its images

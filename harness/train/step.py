@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -34,7 +35,9 @@ class StepTaker:
         self.stop_asked = stop_asked
         self.save_due = save_due
         config = run.config
-        self.collate = Collator.of(config, run.model.tokenizer)
+        loss_weights = tuple(each.loss_weight for each in config.data.train)
+        as_asked = Collator.of(config, run.model.tokenizer)
+        self.collate = replace(as_asked, loss_weights=loss_weights)
         self.quarantine = SharedQuarantine(run.loader, run.engine)
         self.filler = _filler(self.collate, run.model)
         left = steps_left(run.loader, run.state.stream, config.train.epochs)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ def load(
     """
     quantisation = None
     if config.tuning == "qlora":
+        if find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "model.lm.tuning is qlora: layers in 4 bits need bitsandbytes, on a CPU too: "
+                "pip install 'bitsandbytes>=0.49'"
+            )
         skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
         quantisation = nf4(compute_dtype, skipped)
     with loading(KEY, config.id, REMEDY), quiet_transformers():

@@ -163,6 +163,30 @@ def test_train_checks_first_and_hands_its_arguments_to_the_launcher(harness, mon
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "before", "handed_on"),
+    [("true", None, ":4096:8"), ("true", ":16:8", ":16:8"), ("false", None, None)],
+)
+def test_a_run_that_is_to_be_deterministic_is_launched_with_the_work_space_for_it(
+    harness, monkeypatch, asked, before, handed_on
+):
+    monkeypatch.setattr("harness.checks.check_before_launch", lambda config: None)
+    monkeypatch.setattr("harness.plan.plan.check", lambda *given: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before or "")  # so that it is restored
+    if before is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen = []
+
+    def launch(arguments, processes, **_):
+        _, environment = launcher.command(arguments, processes, environment=os.environ)
+        seen.append(environment.get("CUBLAS_WORKSPACE_CONFIG"))
+        return 0
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    code, _, errors = harness("train", "demo", f"train.deterministic={asked}")
+    assert (code, seen) == (0, [handed_on]), errors
+
+
 def test_real_questions_are_built_verified_counted_and_indexed(harness, shared_data, tmp_path):
     vqa, out = shared_data / "vqav2", tmp_path / "vqav2"
     build = [

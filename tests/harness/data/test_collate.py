@@ -65,6 +65,20 @@ def test_weight_is_1_on_words_and_that_of_the_config_on_the_end_and_0_on_padding
     assert batch.weight == batch.weight_TL.sum()
 
 
+def test_a_sets_loss_weight_multiplies_the_weights_of_its_targets_alone(tokenizer):
+    first, second = toy_batch.samples()
+    mixture = [first, replace(second, set_index=1)]
+    plain = Collator(tokenizer, DataConfig(), PromptsConfig())
+    before = plain(mixture)
+    ones = replace(plain, loss_weights=(1.0, 1.0))(mixture)
+    assert ones.weight_TL.equal(before.weight_TL), "the default is the same bits"
+    after = replace(plain, loss_weights=(0.25, 1.0))(mixture)
+    set_of_T = before.image_of_C[before.context_of_T]
+    assert after.weight_TL[set_of_T == 0].equal(0.25 * before.weight_TL[set_of_T == 0])
+    assert after.weight_TL[set_of_T == 1].equal(before.weight_TL[set_of_T == 1])
+    assert after.labels_TL.equal(before.labels_TL)
+
+
 def test_rows_are_grouped_by_length_where_that_saves_enough():
     assert group_by_length([3] * 1000) == ((list(range(1000)), 3),)
     assert group_by_length([9, 3, 27]) == (

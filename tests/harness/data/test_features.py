@@ -91,6 +91,21 @@ def test_the_same_images_give_the_same_bytes_wherever_they_lie_whoever_decodes(
     assert again.digest == feature_set.digest
 
 
+def test_features_for_a_t4_config_are_built_on_a_cpu_in_fp32_which_is_said(
+    image_set, vision, feature_set, tmp_path, harness
+):
+    code, _, errors = harness(
+        *("shards", "features", image_set.folder, "--config", "flickr8k_t4", "--out", tmp_path),
+        *(f"model.vision.id={vision.id}", f"model.vision.image_size={vision.image_size}"),
+        "data.workers=0",
+    )
+    assert code == 0, errors
+    assert errors.count("precision: fp32 in place of fp16") == 1
+    made = Manifest.open(str(tmp_path))
+    assert made.encoder == feature_set.encoder
+    assert made.encoder["precision"] == "float32"
+
+
 def test_the_controls_are_a_grey_image_and_seeded_noise(feature_set, vision):
     controls = load_controls(Manifest.open(feature_set.folder))
     tower = load_vision(vision)

@@ -62,6 +62,11 @@ def test_a_config_whose_data_and_models_are_there_passes_and_nothing_is_made(con
             "some sets have a weight and some have none",
         ),
         ("model.vision.image_size=224", "image_size 128 instead of 224"),
+        (
+            "data.dev.0.loss_weight=0.5",
+            "data.dev.0.loss_weight is 0.5, but nothing is learnt from data.dev: give it to a set "
+            "of data.train",
+        ),
         ("prompts.vqa='Question:'", "prompts.vqa: 'Question:' is neither one of"),
         ("model.lm.id=runs/gone", "there is no folder runs/gone: make it by `harness base-lm`"),
         ("model.lm.id=./gone", "model.lm.id: there is no folder ./gone"),

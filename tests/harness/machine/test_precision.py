@@ -1,10 +1,12 @@
 """Each device gets the policy that trains on it, and a request that it cannot do is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from harness.errors import ConfigError
-from harness.machine.precision import choose
+from harness.machine.precision import choose, choose_or_fall_back
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 T4, A100, H100 = (7, 5), (8, 0), (9, 0)
@@ -56,21 +58,56 @@ def test_fp16_on_a_gpu_with_bf16_is_the_policy_of_a_t4():
             "bf16",
             GPU,
             T4,
-            "is bf16, but a GPU of compute capability 7.5 has no native bf16: use auto, fp16 or "
-            "fp32",
+            "is bf16, but a GPU of compute capability 7.5 has no native bf16: use "
+            "train.precision=auto, fp16 or fp32",
         ),
         (
             "fp16",
             CPU,
             None,
-            "is fp16, but the device 'cpu' does not train in fp16: use auto or fp32",
+            "is fp16, but the device 'cpu' does not train in fp16: use train.precision=auto or "
+            "fp32",
         ),
         ("fp16", torch.device("mps"), None, "the device 'mps' does not train in fp16"),
     ],
 )
-def test_what_the_device_cannot_do_is_refused(requested, device, capability, words):
-    with pytest.raises(ConfigError, match=words):
+def test_what_the_device_cannot_do_is_refused_and_its_advice_can_be_followed(
+    requested, device, capability, words
+):
+    with pytest.raises(ConfigError, match=words) as refused:
         choose(requested, device, capability)
+    _, advice = str(refused.value).split("use train.precision=")
+    for other in advice.replace(" or ", ", ").split(", "):
+        assert not choose(other, device, capability).fell_back
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "capability", "name", "reason"),
+    [
+        ("fp16", CPU, None, "fp32", "fp32 in place of fp16, in which this device does not compute"),
+        ("bf16", GPU, T4, "fp16", "fp16 in place of bf16, in which this device does not compute"),
+        ("bf16", torch.device("mps"), None, "fp32", "fp32 in place of bf16"),
+    ],
+)
+def test_a_model_that_only_answers_falls_back_to_what_the_device_can_do_and_says_so(
+    requested, device, capability, name, reason
+):
+    found = choose_or_fall_back(requested, device, capability)
+    assert (found.name, found.fell_back) == (name, True)
+    assert found.reason.startswith(reason)
+    own = choose("auto", device, capability)
+    assert own.reason in found.reason
+    assert replace(found, reason=own.reason, fell_back=False) == own
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "capability"),
+    [("bf16", CPU, None), ("fp16", GPU, A100), ("bf16", GPU, H100), ("auto", GPU, T4)],
+)
+def test_what_the_device_can_do_is_done_as_asked_whoever_asks(requested, device, capability):
+    found = choose_or_fall_back(requested, device, capability)
+    assert found == choose(requested, device, capability)
+    assert not found.fell_back
 
 
 def test_emulated_bf16_does_not_count():

@@ -3,18 +3,21 @@ by name.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch import nn
 
-from harness.config.schema import TrainConfig
+from harness.config.schema import BridgeConfig, TrainConfig
 from harness.errors import ConfigError
+from harness.model.bridge import Bridge
 from harness.train import engine as engines
 from harness.train import engines as wanted
 from harness.train.engine import Engine
 from harness.train.schedule import learning_rate
+from harness.train.state import TrainState
+from shards.stream import StreamState
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "loss scaler"])
@@ -99,6 +102,45 @@ def test_biases_are_not_decayed_and_every_step_takes_the_rate_it_is_given(make_e
     assert model[0].bias.equal(bias)
     assert torch.allclose(model[0].weight, weight * (1 - 0.1 * 0.5))
     assert {group["lr"] for group in engine.optimizer.param_groups} == {0.1}
+
+
+@pytest.fixture
+def bridge():
+    torch.manual_seed(0)
+    config = BridgeConfig(query_tokens=4, width=8, heads=2, layers=1)
+    made = Bridge(config, patch_width=8, lm_width=8, patches=5, embedding_rms=1.0)
+    made.projection.mean_QD.data.normal_()
+    return nn.ModuleDict({"bridge": made})
+
+
+def decayed(model, decays_queries):
+    """The names of what a step without any gradient moves."""
+    engine = Engine(TrainConfig(weight_decay=0.5))
+    engine.prepare(model, decays_queries)
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    engine.step(0.1)
+    return {name for name, value in weights(model).items() if not value.equal(before[name])}
+
+
+def test_query_tokens_and_per_token_means_are_not_decayed_and_all_other_matrices_are(bridge):
+    matrices = {name for name, p in bridge.named_parameters() if p.ndim > 1}
+    spared = {"bridge.body.query_tokens", "bridge.projection.mean_QD"}
+    assert spared < matrices
+    assert decayed(bridge, decays_queries=False) == matrices - spared
+
+
+def test_a_run_begun_when_query_tokens_were_decayed_goes_on_so(bridge):
+    state = TrainState(StreamState(3, 2, "digest"), step=7)
+    today = asdict(state)
+    assert TrainState.from_json(today) == state
+    assert not state.decays_queries
+    of_then = {name: value for name, value in today.items() if name != "decays_queries"}
+    resumed = TrainState.from_json(of_then)
+    assert TrainState.from_json(asdict(resumed)).decays_queries, "also when it is resumed again"
+    matrices = {name for name, p in bridge.named_parameters() if p.ndim > 1}
+    assert decayed(bridge, resumed.decays_queries) == matrices
 
 
 def test_saved_moments_and_the_scaler_go_on_bit_for_bit(make_engine):

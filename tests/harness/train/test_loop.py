@@ -28,10 +28,13 @@ from harness.train import run as train
 from harness.train.__main__ import main
 from harness.train.clock import Clock
 from harness.train.state import Observer
+from plan_cases import changed
 from rank_program import NotFinite, with_scaler
 from shards.record import Record
 from shards.write import write_shards
-from toy_runs import losses, make_config, picture, texts
+from toy_runs import losses, make_config, make_shards, picture, texts
+
+PROJECTION = "bridge.projection.linear.weight"
 
 
 @pytest.fixture
@@ -73,6 +76,50 @@ def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_howev
     assert averaged != pytest.approx(
         right, rel=1e-5
     )  # an average of averages would fail the line above
+
+
+class FirstGradient(Observer):
+    """Keeps the gradient of the bridge's projection in the first step, and its samples."""
+
+    def batches_made(self, run, samples, batches):
+        self.samples = samples
+
+    def step_taken(self, run, step):
+        moments = run.engine.optimizer_state()
+        self.loss = step.loss
+        self.gradient = moments[f"exp_avg/{PROJECTION}"] / (1 - run.config.train.betas[0])
+
+
+def test_a_sets_loss_weight_is_its_tasks_share_of_loss_and_gradient(config_of, tmp_path):
+    sets = [
+        {"path": str(make_shards(tmp_path / "captions", 8, questions=False))},
+        {"path": str(make_shards(tmp_path / "questions", 8, captions=False))},
+    ]
+    seen = {}
+    for weight in (1.0, 0.1):
+        sets[0]["loss_weight"] = weight
+        settings = {"clip_norm": None, "max_steps": 1, "global_batch": 8}
+        config = changed(config_of(f"weight-{weight}", **settings), data={"train": sets})
+        seen[weight] = FirstGradient()
+        train.run(config, observers=[seen[weight]])
+
+    model = VisionLanguageModel.build(config).train()
+    prepare.calibrate(model, config)
+    collate = Collator.of(config, model.tokenizer)
+    nats, weights, gradients = [], [], []
+    for place in range(2):
+        batch = collate([sample for sample in seen[1.0].samples if sample.set_index == place])
+        out = model.loss(batch)
+        (gradient,) = torch.autograd.grad(out.sum, model.get_parameter(PROJECTION))
+        nats.append(out.sum.item())
+        weights.append(out.weight.item())
+        gradients.append(gradient)
+    assert weights[0] > 3 * weights[1], "captions outweigh answers"
+    for weight, first in seen.items():
+        whole = weight * weights[0] + weights[1]
+        assert first.loss == pytest.approx((weight * nats[0] + nats[1]) / whole, rel=1e-5)
+        right = (weight * gradients[0] + gradients[1]) / whole
+        assert torch.allclose(first.gradient, right, rtol=1e-3, atol=1e-6)
 
 
 def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_of):

@@ -1,0 +1,29 @@
+"""The same bits twice on a GPU: what `train.deterministic` asks of cuBLAS, cuDNN and torch.
+
+On a CPU a run has the same bits without it. Imports no torch until it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def set_workspace() -> None:
+    """Gives cuBLAS a work space with which it sums in the same order at every call.
+
+    It is read when CUDA starts: set before that, here or in the process that launches this one.
+    One that the environment asks for stays; torch refuses one that will not do.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def ask_for_the_same_bits() -> None:
+    """Makes every operation of this process give the same bits for the same input, or raise
+    RuntimeError with its name where torch knows no such way.
+    """
+    import torch
+
+    set_workspace()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
