@@ -3,6 +3,7 @@ left out.
 """
 
 import io
+import json
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.read import Reader
 from shards.record import Record, Text
+from shards.statistics import rows_of, source_of
 from shards.write import write_shards
 from tiny_models import tiny_clip
 
@@ -104,6 +106,23 @@ def test_features_for_a_t4_config_are_built_on_a_cpu_in_fp32_which_is_said(
     made = Manifest.open(str(tmp_path))
     assert made.encoder == feature_set.encoder
     assert made.encoder["precision"] == "float32"
+
+
+def test_the_features_have_the_statistics_of_their_images_and_remember_where_these_lie(
+    image_set, feature_set, vision, tmp_path
+):
+    opened = Manifest.open(feature_set.folder)
+    assert source_of(opened) == image_set
+    kept = [i for i in range(IMAGES) if image_set.key(i) != DAMAGED]
+    rows_SK = rows_of(image_set, kept)
+    assert np.isfinite(rows_SK).all()
+    np.testing.assert_array_equal(opened.statistics["row"], rows_SK)
+    old = shutil.copytree(image_set.folder, tmp_path / "old")
+    document = json.loads((old / "index.json").read_text())
+    (old / "index.json").write_text(json.dumps(document | {"statistics": None}))
+    again = encode_set(old, tmp_path / "train", vision, batch_images=4)
+    np.testing.assert_array_equal(again.statistics["row"], rows_SK)
+    assert again.origin == str(old)
 
 
 def test_the_controls_are_a_grey_image_and_seeded_noise(feature_set, vision):

@@ -20,8 +20,8 @@ from harness.data.collate import Collator
 from harness.data.features import CONTROLS
 from harness.data.images import ImageDecoder
 from harness.evaluate.image_use.evidence import LOSS_MARGIN, SCORE_MARGIN
-from harness.evaluate.run import evaluate_model
 from harness.evaluate.image_use.verdict import EXCHANGE_NOTICED
+from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
@@ -147,7 +147,7 @@ def config_of(sets, language_models):
                 },
             },
             prompts={"caption": "photo"},
-            generate={"vqa": {"max_new_tokens": 6}, "caption": {"max_new_tokens": 10}},
+            generate={"vqa": {"max_new_tokens": 6}, "caption": {"max_new_tokens": 20}},
             evaluation={"batch_images": 32, "bootstrap": 500},
             tracking={"kind": "none"},
         )
@@ -240,7 +240,9 @@ def test_a_sound_model_stopped_too_early_gives_not_enough_evidence(config_of):
     assert use.verdict == "not enough evidence", use.reason
     assert "the loss depends on the image" in use.reason
     begun = trained(config, steps=0)
-    assert gate(begun, config)["vqa"].verdict == "image ignored"
+    untrained = gate(begun, config)["vqa"]
+    assert not untrained.used, untrained.reason
+    assert untrained.score_gap.high < SCORE_MARGIN
     uses = gate(begun, config, epochs=0.1)
     assert said(uses) == both("not enough evidence")
     assert "after 0.1 of the first epoch it is too early to tell" in uses["vqa"].reason
