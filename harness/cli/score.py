@@ -93,14 +93,16 @@ def score_captions(
     said = captions.read_caption_results(predictions)
     wanted = captions.read_references(references, partial)
     if partial:
-        bare = {image: None for image, texts in wanted.items() if not texts}
+        bare = dict.fromkeys(image for image, texts in wanted.items() if not texts)
         said = {image: text for image, text in said.items() if image not in bare}
         wanted = _described(said, wanted, list(bare), references)
     found = captions.score(said, wanted).with_intervals()
-    without = captions.stripped_scores(said, wanted).with_intervals()
+    without = {}
+    if stripped or not as_json:
+        without = captions.stripped_scores(said, wanted).with_intervals()
     if as_json:
         figures: dict[str, Any] = {name: interval.to_dict() for name, interval in found.items()}
-        if stripped:
+        if without:
             figures["stripped"] = {name: interval.to_dict() for name, interval in without.items()}
         show(json.dumps(figures, indent=2))
         return
