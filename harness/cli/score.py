@@ -93,12 +93,16 @@ def score_captions(
     said = captions.read_caption_results(predictions)
     wanted = captions.read_references(references, partial)
     if partial:
-        said, wanted = _described(said, wanted, references)
+        bare = dict.fromkeys(image for image, texts in wanted.items() if not texts)
+        said = {image: text for image, text in said.items() if image not in bare}
+        wanted = _described(said, wanted, list(bare), references)
     found = captions.score(said, wanted).with_intervals()
-    without = captions.stripped_scores(said, wanted).with_intervals()
+    without = {}
+    if stripped or not as_json:
+        without = captions.stripped_scores(said, wanted).with_intervals()
     if as_json:
         figures: dict[str, Any] = {name: interval.to_dict() for name, interval in found.items()}
-        if stripped:
+        if without:
             figures["stripped"] = {name: interval.to_dict() for name, interval in without.items()}
         show(json.dumps(figures, indent=2))
         return
@@ -108,12 +112,14 @@ def score_captions(
 
 
 def _described(
-    said: dict[str, str], wanted: dict[str, list[str]], references: Path
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Returns captions and references of the images that have both, and tells what is left out."""
+    said: dict[str, str], wanted: dict[str, list[str]], bare: list[str], references: Path
+) -> dict[str, list[str]]:
+    """Returns the references of the images that have both, and tells what is left out: `bare` has
+    no reference.
+    """
     from harness.evaluate.official import named
 
-    if bare := [image for image, texts in wanted.items() if not texts]:
+    if bare:
         why = f"have no caption in {references} and are left out"
         say(f"harness: {len(bare):,} of {len(wanted):,} images {why}: {named(bare)}", sys.stderr)
     captioned = {image: texts for image, texts in wanted.items() if texts}
@@ -121,7 +127,7 @@ def _described(
     if left := len(captioned) - len(described):
         left_out = f"{left:,} of {len(captioned):,} images are not described and left out"
         say(f"harness: {left_out}", sys.stderr)
-    return {image: text for image, text in said.items() if wanted.get(image) != []}, described
+    return described
 
 
 def compare(
