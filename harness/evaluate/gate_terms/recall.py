@@ -26,10 +26,11 @@ def recalled(nats_PC: np.ndarray, captions: Sequence[str] | None = None) -> np.n
         raise ValueError(
             f"recall needs one caption for each of at least 2 pictures, not {nats_PC.shape}"
         )
-    if not np.isfinite(nats_PC).all():
-        picture, caption = np.argwhere(~np.isfinite(nats_PC))[0]
+    bad_N2 = np.argwhere(~np.isfinite(nats_PC))
+    if len(bad_N2):
+        nats = nats_PC[tuple(bad_N2[0])]
         raise ValueError(
-            f"caption {caption} has {nats_PC[picture, caption]} nats under picture {picture};"
+            f"caption {bad_N2[0, 1]} has {nats} nats under picture {bad_N2[0, 0]};"
             " recall needs finite ones"
         )
     score_PC = nats_PC - nats_PC.mean(axis=0)

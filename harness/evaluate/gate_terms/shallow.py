@@ -183,13 +183,12 @@ def _of_forest(
 ) -> np.ndarray:
     from sklearn.ensemble import RandomForestClassifier
 
-    answer_V, target_C = np.unique(texts.truth_C[learnt], return_inverse=True)
-    votes_CV = np.zeros((len(asked), len(answer_V)))
+    votes_CV = np.zeros((len(asked), len(set(texts.truth_C[learnt]))))
     for done in range(0, texts.trees, _TREES_AT_ONCE):
         count = min(_TREES_AT_ONCE, texts.trees - done)
         forest = RandomForestClassifier(
             count, max_features=columns, random_state=texts.seed + done, n_jobs=1
         )
-        forest.fit(texts.inputs_CK[learnt], target_C)
+        forest.fit(texts.inputs_CK[learnt], texts.truth_C[learnt])
         votes_CV += count * forest.predict_proba(texts.inputs_CK[asked])
-    return answer_V[votes_CV.argmax(axis=1)]
+    return forest.classes_[votes_CV.argmax(axis=1)]
