@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.predict import results
+from harness.evaluate.told import term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import parsed_row
@@ -137,6 +138,7 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
         bounds = [figures.get(f"loss_gap_nats_{end}") for end in ("low", "high")]
         words = ", ".join("unknown" if bound is None else f"{bound:.3f}" for bound in bounds)
         rows.append(["loss with shuffled images - true loss", f"{gap:.3f} nats [{words}]"])
+    rows += term_rows(figures)
     changed = figures.get("answers_changed_where_truth_differs")
     if changed is not None:
         rows.append(["answers that change where the truth does", f"{changed:.1f}%"])
@@ -166,6 +168,8 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
         lines.append(markdown_table(rows, [task, "value"]))
         if figures.get("reason"):
             lines.append(f"{figures['reason']}.\n")
+        if figures.get("advice"):
+            lines.append(f"What would change it: {figures['advice']}.\n")
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"
 
@@ -213,5 +217,5 @@ def table(*reports: Mapping[str, Any]) -> str:
         blocks.append(markdown_table(rows, [task, *columns_by]))
         for name, figures in zip(columns_by, columns, strict=True):
             if figures.get("verdict"):
-                blocks.append(f"{task}, {name}: {figures['verdict']}: {figures['reason']}\n")
+                blocks.append("\n".join(verdict_lines(f"{task}, {name}", figures)) + "\n")
     return "\n".join(blocks)

@@ -63,12 +63,11 @@ def evaluate_model(
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `limit`: so many images of each set, the first of a seeded order that no config changes; the
-    gate takes `counterfactual_texts` texts of each set and task in it, none: as many as the config
-    says. `floors`: whether the verdict rests on floors and recall too, which cost time of their
-    own. `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
-    `controls_of` read images otherwise (published.py). One process does it all. Raises
-    ShardError.
+    `limit`: so many images of each set, the first of a seeded order that no config changes;
+    `counterfactual_texts`: texts of each set and task for the gate, none: as the config says.
+    `floors`: whether the verdict rests on floors and recall too. `epochs`: how often the model saw
+    its training set, none: unknown. `decode`, `collate` and `controls_of` read images otherwise
+    (published.py). One process does it all. Raises ShardError.
     """
     settings = config.evaluation
     if counterfactual_texts is None:
@@ -77,9 +76,8 @@ def evaluate_model(
     manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
-    collected = Collected(
-        model, config, counterfactual_texts, trained_on(config, manifests), epochs
-    )
+    known = trained_on(config, manifests)
+    collected = Collected(model, config, counterfactual_texts, known, epochs)
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
     model.eval()
@@ -88,8 +86,7 @@ def evaluate_model(
         if (batch := collate(samples)) is not None:
             batch = batch.to(next(model.parameters()).device)
             if in_gate and collected.controls is None:
-                make = controls_of or control_tokens
-                collected.controls = make(model, batch, manifests[0])
+                collected.controls = (controls_of or control_tokens)(model, batch, manifests[0])
             collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
             _show(evaluation, batch, samples, settings.show_images)
         if progress:

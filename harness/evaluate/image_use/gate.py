@@ -8,7 +8,7 @@ Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width, K co
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -210,17 +210,15 @@ class Gate:
 
     def _control(self) -> None:
         """Notes losses and answers without an image, and with blank and noise ones."""
-        found: dict[str, tuple[list[float], list[str]]] = {}
+        nats: dict[str, list[np.ndarray]] = defaultdict(list)
+        said: dict[str, list[str | None]] = defaultdict(list)
         for number, part in enumerate(self._parts):
             for name, tokens in self._control_tokens(part, number + 1).items():
-                nats, said = found.setdefault(name, ([], []))
-                nats += sums_per_context(
-                    self.model.loss(part.batch, tokens), part.batch
-                ).nats_C.tolist()
-                said += self._asked_once(name, part.batch, tokens)
-        for name, (nats, said) in found.items():
-            self.nats[name] = np.array(nats)
-            self.said[name] = list(said)
+                loss = self.model.loss(part.batch, tokens)
+                nats[name].append(sums_per_context(loss, part.batch).nats_C)
+                said[name] += self._asked_once(name, part.batch, tokens)
+        self.nats |= {name: np.concatenate(parts) for name, parts in nats.items()}
+        self.said |= said
 
     def _control_tokens(self, part: _Part, number: int) -> dict[str, ImageTokens]:
         """Returns the image tokens of every control for a batch."""
