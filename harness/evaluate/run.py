@@ -69,9 +69,8 @@ def evaluate_model(
     its training set, none: unknown. `decode`, `collate` and `controls_of` read images otherwise
     (published.py). One process does it all. Raises ShardError.
     """
-    settings = config.evaluation
     if counterfactual_texts is None:
-        counterfactual_texts = settings.counterfactual_texts
+        counterfactual_texts = config.evaluation.counterfactual_texts
     loaders = _loaders(paths, config, quarantine, decode)
     manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
@@ -88,7 +87,7 @@ def evaluate_model(
             if in_gate and collected.controls is None:
                 collected.controls = (controls_of or control_tokens)(model, batch, manifests[0])
             collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
-            _show(evaluation, batch, samples, settings.show_images)
+            _show(evaluation, batch, samples, config.evaluation.show_images)
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
