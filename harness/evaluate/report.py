@@ -138,6 +138,10 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
         bounds = [figures.get(f"loss_gap_nats_{end}") for end in ("low", "high")]
         words = ", ".join("unknown" if bound is None else f"{bound:.3f}" for bound in bounds)
         rows.append(["loss with shuffled images - true loss", f"{gap:.3f} nats [{words}]"])
+    for name in ("Bleu_4", "CIDEr"):
+        if name in figures.get("stripped", {}):
+            label = f"{name}, texts stripped (not the official way)"
+            rows.append([label, f"{figures['stripped'][name]:.2f}"])
     rows += term_rows(figures)
     changed = figures.get("answers_changed_where_truth_differs")
     if changed is not None:
