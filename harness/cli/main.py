@@ -164,8 +164,7 @@ def train(
         arguments += ["--resume", resume]
     if restart:
         arguments.append("--restart")
-    if loaded.train.deterministic:
-        set_workspace()
+    set_workspace(loaded.train)
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 
