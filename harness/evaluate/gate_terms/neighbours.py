@@ -68,8 +68,7 @@ def _most_central(similarity_MM: np.ndarray, captions: int) -> int:
         return 0
     np.fill_diagonal(similarity_MM, -np.inf)
     nearest_MM = np.partition(similarity_MM, -others, axis=1)[:, -others:]
-    # Sums in another order differ by rounding: equal captions must stay equal.
-    return int(nearest_MM.mean(axis=1).round(5).argmax())
+    return int(nearest_MM.mean(axis=1).argmax())
 
 
 def neighbour_answers(
