@@ -80,7 +80,8 @@ def _weights(texts: Sequence[str], picture_M: np.ndarray) -> Any:
         # One more picture than there are: what all have in common still counts a little.
         rarity_V = np.log((pictures + 1) / np.maximum(pictures_V, 1)).astype(np.float32)
         parts.append(normalize(counts @ diags(rarity_V)))
-    return hstack(parts, format="csr")
+    weights = hstack(parts, format="csr")
+    return weights[:, weights.getnnz(axis=0) > 1]  # what one text alone has meets nothing
 
 
 def _most_central(similarity_MM: np.ndarray, captions: int) -> int:
