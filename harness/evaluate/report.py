@@ -47,11 +47,19 @@ FLOORS = {
 def write_report(
     evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Returns the report, and the files that hold it and the predictions.
+    """Returns the report, and the files that hold it and the predictions."""
+    report = report_of(evaluation, paths, checkpoint, step)
+    out.mkdir(parents=True, exist_ok=True)
+    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
+    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
+    return report, [*files, write_json(out / SCORES, report)]
 
-    `step`: None for a published model.
-    """
-    report = {
+
+def report_of(
+    evaluation: Evaluation, paths: Sequence[str], checkpoint: str, step: int | None
+) -> dict[str, Any]:
+    """Returns what scores.json holds. `step`: None for a model that was not trained here."""
+    return {
         "checkpoint": checkpoint,
         "step": step,
         "data": masked_document(list(paths)),
@@ -59,10 +67,6 @@ def write_report(
         "unreadable": evaluation.unreadable,
         "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
-    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
-    return report, [*files, write_json(out / SCORES, report)]
 
 
 def read_scores(path: Path) -> dict[str, Any]:

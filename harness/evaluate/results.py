@@ -72,6 +72,7 @@ class TaskResult:
         gate = self.image_use.to_dict() if self.image_use else {}
         right = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
+        p_eos_first = float(np.mean([p.p_eos_first for p in self.predictions]))
         own = {
             "texts": len(self.predictions),
             "loss_nats": None if math.isnan(self.loss) else self.loss,
@@ -91,7 +92,7 @@ class TaskResult:
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
-            "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
+            "p_eos_first": None if math.isnan(p_eos_first) else p_eos_first,
         }
         return {**gate, **subset, **self._by_set(), **own}
 

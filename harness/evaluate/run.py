@@ -26,7 +26,7 @@ from harness.data.images import reading
 from harness.evaluate import vqa
 from harness.evaluate.collected import Collected, gate_tasks
 from harness.evaluate.floor import Majority, trained_on
-from harness.evaluate.judging import add_verdicts
+from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.results import Evaluation
 from harness.evaluate.scores import add_scores
@@ -57,17 +57,55 @@ def evaluate_model(
     quarantine: Path | None = None,
     epochs: float | None = None,
     decode: Callable[[Sample], Any] | None = None,
-    collate: Collator | None = None,
+    collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
     floors: bool = True,
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
+    `floors`: whether the verdict rests on floors and recall too; the rest as for `collect`. One
+    process does it all. Raises ShardError.
+    """
+    collected, manifests = collect(
+        model,
+        paths,
+        config,
+        limit=limit,
+        counterfactual_texts=counterfactual_texts,
+        progress=progress,
+        quarantine=quarantine,
+        epochs=epochs,
+        decode=decode,
+        collate=collate,
+        controls_of=controls_of,
+    )
+    add_scores(collected, majority, text_only_accuracy)
+    exchange(collected, manifests)
+    add_verdicts(collected, manifests, floors=floors)
+    return collected.evaluation
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    paths: Sequence[str],
+    config: Config,
+    *,
+    limit: int | None = None,
+    counterfactual_texts: int | None = None,
+    progress: Progress | None = None,
+    quarantine: Path | None = None,
+    epochs: float | None = None,
+    decode: Callable[[Sample], Any] | None = None,
+    collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
+    controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
+) -> tuple[Collected, list[Manifest]]:
+    """Returns what the model says to every text, the gates' texts apart, and the sets.
+
     `limit`: so many images of each set, the first of a seeded order that no config changes;
     `counterfactual_texts`: texts of each set and task for the gate, none: as the config says.
-    `floors`: whether the verdict rests on floors and recall too. `epochs`: how often the model saw
-    its training set, none: unknown. `decode`, `collate` and `controls_of` read images otherwise
-    (published.py). One process does it all. Raises ShardError.
+    `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
+    `controls_of` read images otherwise (published.py). Raises ShardError.
     """
     if counterfactual_texts is None:
         counterfactual_texts = config.evaluation.counterfactual_texts
@@ -91,9 +129,7 @@ def evaluate_model(
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
-    add_scores(collected, majority, text_only_accuracy)
-    add_verdicts(collected, manifests, floors=floors)
-    return evaluation
+    return collected, manifests
 
 
 def _loaders(

@@ -8,6 +8,7 @@ Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width, K co
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,6 @@ class Gate:
     said: dict[str, list[str | None]] = field(default_factory=dict)
     matched: Matched | None = None
     why_not_matched: str = ""
-    across: Term | None = None
     _parts: list[_Part] = field(default_factory=list)
     _weight: list[float] = field(default_factory=list)
     _nats: list[float] = field(default_factory=list)
@@ -186,7 +186,24 @@ class Gate:
         """Asks again with images of another set, `row_others` of the same bank."""
         place_C = self.picture_rows % len(row_others)
         self._ask("across", row_others[place_C])
-        self.across = self._term("images of another set", "across")
+
+    def leave_out(self, texts: Container[tuple[str, str, str]]) -> None:
+        """Forgets these texts, once all are measured: whoever answers elsewhere may leave gaps, and
+        the donors of the others stay what they were.
+        """
+        kept = [c for c, p in enumerate(self.predictions) if p.id not in texts]
+        if len(kept) == self.texts:
+            return
+        batches = [self.context_batch(context) for context in kept]
+        self._parts = [_Part(batch, start) for start, batch in enumerate(batches)]
+        self.predictions = [self.predictions[c] for c in kept]
+        self._rows = [self._rows[c] for c in kept]
+        self._weight = [self._weight[c] for c in kept]
+        self._nats = [self._nats[c] for c in kept]
+        self.nats = {name: nats_C[kept] for name, nats_C in self.nats.items()}
+        self.said = {name: [said[c] for c in kept] for name, said in self.said.items()}
+        if self.matched:
+            self.matched = self.matched._replace(donor_C=self.matched.donor_C[kept])
 
     def _ask(self, condition: str, row_C: np.ndarray) -> None:
         """Notes losses and answers with the bank's pictures `row_C`; -1: not asked."""
@@ -271,7 +288,7 @@ class Gate:
         asked_C = np.array([c for c, text in enumerate(said) if text is not None], int)
         images = len(np.unique(self.bank_rows[asked_C])) if len(asked_C) else 0
         if not images:
-            return Term(name, None, missing="no image could be exchanged")
+            return Term(name, None, missing="no text was answered with another image")
         other_C = self.scores(condition, asked_C)
         gap_C = self.scores("true", asked_C) - other_C
         change_C = (self.nats[condition] - self.nats["true"])[asked_C]
@@ -295,6 +312,16 @@ class Gate:
     def exchange_term(self) -> Term:
         """Returns the cost of giving each context any other image of the set."""
         return self._term(EXCHANGE, "shuffled")
+
+    @property
+    def across(self) -> Term | None:
+        """The cost of images of another set, where it was measured."""
+        return self._term("images of another set", "across") if "across" in self.said else None
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether any text was answered with another image."""
+        return any(text is not None for text in self.said.get("shuffled", ()))
 
     def matched_term(self) -> Term:
         """Returns the cost of giving each context the most alike image (with another answer)."""
@@ -382,9 +409,9 @@ class Gate:
         if causes is not None:
             known = "; ".join(causes) or "none of the known causes"
             reason += f"; found in a batch made as in training: {known}"
-        assert e.exchange.advantage is not None  # something was exchanged
         terms = (e.exchange, e.matched, *e.further, *((e.across,) if e.across else ()))
-        scored = [name for name in self.said if name not in ("matched", "across")]
+        apart = ("matched", "across") if self.is_exchanged else ("matched", "across", "shuffled")
+        scored = [name for name in self.said if name not in apart]
         return ImageUse(
             verdict=judgement.verdict,
             reason=reason,
@@ -400,7 +427,7 @@ class Gate:
             loss_moved=e.loss_moved,
             measure=e.measure,
             scores={name: round(float(np.mean(self.scores(name))), 2) for name in scored},
-            score_gap=e.exchange.advantage,
+            score_gap=e.exchange.advantage or Interval(math.nan, math.nan, math.nan),
             answers_changed_where_truth_differs=changed.percent,
             pairs_where_truth_differs=changed.pairs,
             distinct_outputs=len({vqa.normalise(p.answer) for p in self.predictions}),
@@ -414,7 +441,7 @@ class Gate:
         """Returns what the exchange costs in points, by type of question."""
         types = [str(p.meta.get("question_type") or "") for p in self.predictions]
         frequent = [name for name, _ in Counter(types).most_common(_TYPES_SHOWN)]
-        if len(frequent) < 2:
+        if len(frequent) < 2 or not self.is_exchanged:
             return {}
         gap_C = self.scores("true") - self.scores("shuffled")
         found = {}

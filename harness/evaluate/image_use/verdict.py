@@ -195,8 +195,11 @@ def _without_exchange(e: Evidence, told: str) -> Judgement:
         why = f"{told}; after {e.epochs:.2g} of the first epoch it is too early to tell"
         return Judgement(NOT_ENOUGH, why)
     within = e.exchange.advantage
+    if within is None:
+        why = f"the {EXCHANGE} was not measured ({e.exchange.missing})"
+        return Judgement(NOT_ENOUGH, f"{why}; {told}" if told else why)
     across = e.across.advantage if e.across else None
-    if across and within and across.low > SCORE_MARGIN and within.high < across.low:
+    if across and across.low > SCORE_MARGIN and within.high < across.low:
         why = (
             f"{told}; images of another set lower the {e.measure} by {across} points: the model "
             "tells the sets apart and nothing within this one"
@@ -213,7 +216,9 @@ def _told(e: Evidence) -> str:
     nats = e.exchange.nats
     raises = f"raises the loss by {nats} nats per target token and " if nats else ""
     cost = e.exchange.advantage
-    parts = [f"exchanging the images {raises}lowers the {e.measure} by {cost} points"]
+    parts = []
+    if cost is not None:
+        parts.append(f"exchanging the images {raises}lowers the {e.measure} by {cost} points")
     if e.matched.advantage is not None:
         parts.append(f"the most alike image lowers it by {e.matched.advantage}")
     for term in e.further:
