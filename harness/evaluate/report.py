@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.evaluate import vqa
+from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.predict import results
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
@@ -166,6 +167,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
         lines.append(markdown_table(rows, [task, "value"]))
         if figures.get("reason"):
             lines.append(f"{figures['reason']}.\n")
+        lines += beside_tables(task, figures)
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"
 

@@ -24,6 +24,7 @@ from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
 from harness.evaluate import vqa
+from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected, gate_tasks
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts
@@ -66,7 +67,7 @@ def evaluate_model(
     `limit`: so many images of each set, the first of a seeded order that no config changes; the
     gate takes `counterfactual_texts` texts of each set and task in it, none: as many as the config
     says. `floors`: whether the verdict rests on floors and recall too, which cost time of their
-    own. `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
+    own, and figures beside it. `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
     `controls_of` read images otherwise (published.py). One process does it all. Raises
     ShardError.
     """
@@ -97,6 +98,8 @@ def evaluate_model(
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
     add_scores(collected, majority, text_only_accuracy)
     add_verdicts(collected, manifests, floors=floors)
+    if floors:
+        add_beside(collected, manifests, decode or reading(config)["decode"])
     return evaluation
 
 
