@@ -1,4 +1,4 @@
-"""The figures beside a verdict as a short table for people: what each is, its value, how to read it.
+"""The figures beside a verdict as a short table: what each is, its value, how to read it.
 
 A task's figures as scores.json has them -> Markdown, a table for each set. Imports no torch.
 """

@@ -1,7 +1,7 @@
 """What one pass over the sets collects: answers, losses, and the evidence of the gates.
 
-Batches -> predictions and losses by task, a Gate for each set and task, and the mean of each image's
-patches. Legend: I images, C contexts, P patches, D width.
+Batches -> predictions and losses by task, a Gate for each set and task, and the mean of each
+image's patches. Legend: I images, C contexts, P patches, D width.
 """
 
 from __future__ import annotations

@@ -67,9 +67,9 @@ def evaluate_model(
     `limit`: so many images of each set, the first of a seeded order that no config changes; the
     gate takes `counterfactual_texts` texts of each set and task in it, none: as many as the config
     says. `floors`: whether the verdict rests on floors and recall too, which cost time of their
-    own, and figures beside it. `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
-    `controls_of` read images otherwise (published.py). One process does it all. Raises
-    ShardError.
+    own, and figures beside it. `epochs`: how often the model saw its training set, none: unknown.
+    `decode`, `collate` and `controls_of` read images otherwise (published.py). One process does it
+    all. Raises ShardError.
     """
     settings = config.evaluation
     if counterfactual_texts is None:
