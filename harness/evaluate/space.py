@@ -215,7 +215,8 @@ def shuffle_tiles(pixels_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _tile(number: int, high: int, wide: int) -> tuple[slice, slice]:
-    row, column = divmod(number, TILES)
+    row = number // TILES
+    column = number % TILES
     return slice(row * high, (row + 1) * high), slice(column * wide, (column + 1) * wide)
 
 
