@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.evaluate import vqa
+from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.predict import results
 from harness.evaluate.told import term_rows, verdict_lines
 from harness.redact import masked_document
@@ -178,6 +179,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
             lines.append(f"{figures['reason']}.\n")
         if figures.get("advice"):
             lines.append(f"What would change it: {figures['advice']}.\n")
+        lines += beside_tables(task, figures)
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"
 

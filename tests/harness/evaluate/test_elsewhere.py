@@ -11,14 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.config.schema import Config
-from harness.errors import ConfigError
 from harness.evaluate.elsewhere import judge_answers, write_donors
-from harness.evaluate.official import ScoreError
 from harness.evaluate.published import PublishedModel, evaluate_published
 from harness.model.language.loss import Generated
 from published_models import tiny_blip2
-from shards.read import records
 from shards.record import Record, Text
 from shards.write import write_shards
 
@@ -137,8 +133,10 @@ def test_the_pictures_to_show_are_those_that_the_gate_shows_to_a_model_of_its_ow
     assert conditions["shuffled"] == 32  # a whole batch
     assert 0 < conditions["matched"] <= 32
     assert {line["prompt"] for line in lines} == {ASKED, "is it on the left?"}
-    assert all((line["condition"] == "true") == (line["text_id"][:-1] == line["image_id"])
-               for line in lines)
+    assert all(
+        (line["condition"] == "true") == (line["text_id"][:-1] == line["image_id"])
+        for line in lines
+    )
     key_of = {
         np.asarray(Image.open(io.BytesIO(drawing(i)))).tobytes(): f"{i:03d}" for i in range(IMAGES)
     }

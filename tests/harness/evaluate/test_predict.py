@@ -290,7 +290,12 @@ def test_decoding_can_be_chosen_on_the_dev_set_without_training_again(setting):
 def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_path):
     config, model, root = setting
     first = evaluate_run(config.out_dir, out=tmp_path / "a")
-    assert evaluate_run(config.out_dir, [str(root / "test")], out=tmp_path / "b") == first
+    again = evaluate_run(config.out_dir, [str(root / "test")], out=tmp_path / "b")
+    for figures in (*first["tasks"].values(), *again["tasks"].values()):
+        assert (
+            figures.pop("beside_seconds")["toy_test"].keys() == figures["beside"]["toy_test"].keys()
+        )
+    assert again == first
     within = evaluate_model(model, [str(root / "test")], config)
     assert within.tasks["vqa"].loss == pytest.approx(first["tasks"]["vqa"]["loss_nats"], rel=1e-6)
     metrics = within.metrics()
