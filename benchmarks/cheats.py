@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file that the figures are written to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--test", type=int, default=600, help="pictures that are judged")
+    parser.add_argument("--test", type=int, default=400, help="pictures that are judged")
     parser.add_argument("--train", type=int, default=2000, help="pictures that are learnt from")
     parser.add_argument("--trees", type=int, default=100, help="of the shallow floor")
     given = parser.parse_args()
@@ -43,9 +43,7 @@ def main() -> None:
     for seed in given.seeds:
         for kind in KINDS:
             with tempfile.TemporaryDirectory() as folder:
-                world = make_world(
-                    Path(folder), kind, seed, test=given.test, train=given.train
-                )
+                world = make_world(Path(folder), kind, seed, test=given.test, train=given.train)
                 rows += judged_in(world, given.trees)
     report = {"test": given.test, "train": given.train, "trees": given.trees, "rows": rows}
     if given.json:

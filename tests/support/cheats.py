@@ -15,7 +15,7 @@ Pictures. Of the drawings whose questions tell both shape and colour (798 of the
   70% of them, times a number at random for the rest.
 - two sets: nine tenths of the circles and a tenth of the other drawings are set A, the rest is B.
 - held out: plain, and no training picture has one of eight combinations (each colour with one
-  shape), while every test picture has.
+  shape), while every test picture has. (held out twice: each colour with two shapes.)
 
 Texts. The questions of easy-VQA; of each picture three captions from five templates.
 
@@ -31,6 +31,12 @@ frequent answer to any question ("no"), and one caption. `nearest` says the firs
 training picture whose features are nearest; to questions it answers from that picture's content.
 Honest ones read shape and colour for a share of the texts and else say the question's most frequent
 answer: `level` is the accuracy that this gives where the latter has 66.9%.
+
+Three models were added when seed 0 had been judged, two of them harder to tell from an honest one
+than those above: `statistics neighbour` answers from the content of the training picture that is
+nearest in statistics, `statistics forest` from what two random forests tell of the content by all
+statistics. The third: an honest one on `held out twice`, since in `held out` the colour of a test
+picture tells its shape.
 
 Loss: 0.3 nats for a word that is in what the model says, and for the end; 3 nats for any other.
 
@@ -89,7 +95,7 @@ IN_A = {"circle": 0.9, "rectangle": 0.1, "triangle": 0.1}
 CONTENT_WEIGHT = 4.0
 BLIND = 66.9  # percent of easy-VQA that the question's most frequent answer gets
 RIGHT, WRONG = 0.3, 3.0  # nats
-KINDS = ("plain", "aspect", "bytes", "two sets", "held out")
+KINDS = ("plain", "aspect", "bytes", "two sets", "held out", "held out twice")
 
 # Columns of the features.
 _SHAPE = slice(0, 3)
@@ -97,6 +103,7 @@ _COLOUR = slice(3, 11)
 _SET = 11
 _MEAN = (12, 13, 14)
 _ASPECT = 15
+_STATISTICS = slice(16, 16 + len(COLUMNS))
 _BRIGHTNESS = 16 + COLUMNS.index("brightness")
 _BYTES = 16 + COLUMNS.index("bytes")
 WIDTH = 16 + len(COLUMNS)
@@ -205,11 +212,18 @@ def _held_out(drawing: Drawing, seed: int) -> bool:
     return SHAPES[(COLOURS.index(drawing.colour) + seed) % len(SHAPES)] == drawing.shape
 
 
+def _has_combination(drawing: Drawing, kind: str, split: str, seed: int) -> bool:
+    """Whether a picture of this split may show this shape in this colour."""
+    if kind == "held out":
+        return _held_out(drawing, seed) == (split == "test")
+    if kind == "held out twice":
+        return _held_out(drawing, seed) != (split == "test")
+    return True
+
+
 def chosen(kind: str, split: str, seed: int, count: int) -> list[Drawing]:
     """Returns the planted drawings of a kind of set, drawn by the seed."""
-    known = list(drawings(split))
-    if kind == "held out":
-        known = [d for d in known if _held_out(d, seed) == (split == "test")]
+    known = [d for d in drawings(split) if _has_combination(d, kind, split, seed)]
     order = np.random.default_rng(seed).permutation(len(known))[:count]
     return [planted(known[row], kind, seed) for row in order]
 
@@ -308,9 +322,7 @@ def _write(
                 record = _record(picture, dataset, seed)
                 samples.append((record, payload, "safetensors", row_K))
         path = folder / dataset
-        write_shards(
-            samples, path, dataset=dataset, split=split, kind="features", encoder=ENCODER
-        )
+        write_shards(samples, path, dataset=dataset, split=split, kind="features", encoder=ENCODER)
         paths.append(str(path))
     return tuple(paths)
 
@@ -402,19 +414,49 @@ def mixture(world: World) -> Rule:
     return rule
 
 
-def nearest(world: World) -> Rule:
+def nearest(world: World, columns: slice = slice(None)) -> Rule:
     blind = Learnt(world, (), None)
 
     def rule(features_D: np.ndarray | None, context: Context) -> str:
         if features_D is None:
             return blind(None, context)
-        distance_N = np.square(world.features_ND - features_D).sum(axis=1)
+        distance_N = np.square((world.features_ND - features_D)[:, columns]).sum(axis=1)
         picture = world.pictures[int(distance_N.argmin())]
         if context.text.task == "caption":
             return captions(picture, world.seed)[0]
         return true_answer(_asked(context.text), picture.shape, picture.colour)
 
     return rule
+
+
+def forest(world: World) -> Rule:
+    from sklearn.ensemble import RandomForestClassifier
+
+    blind = Learnt(world, (), None)
+    read_NK = world.features_ND[:, _STATISTICS]
+    shape_of = RandomForestClassifier(100, random_state=world.seed, n_jobs=1)
+    shape_of.fit(read_NK, [picture.shape for picture in world.pictures])
+    colour_of = RandomForestClassifier(100, random_state=world.seed, n_jobs=1)
+    colour_of.fit(read_NK, [picture.colour for picture in world.pictures])
+    told: dict[bytes, tuple[str, str]] = {}
+
+    def rule(features_D: np.ndarray | None, context: Context) -> str:
+        if features_D is None:
+            return blind(None, context)
+        name = features_D.tobytes()
+        if name not in told:
+            read_1K = features_D[None, _STATISTICS]
+            told[name] = (shape_of.predict(read_1K)[0], colour_of.predict(read_1K)[0])
+        return _answer(context, *told[name])
+
+    return rule
+
+
+def _answer(context: Context, shape: str, colour: str) -> str:
+    """Returns what somebody says who takes this for the content of the picture."""
+    if context.text.task == "caption":
+        return TEMPLATES[0].format(shape=shape, colour=colour)
+    return true_answer(_asked(context.text), shape, colour)
 
 
 def honest(level: float) -> Callable[[World], Rule]:
@@ -429,9 +471,7 @@ def honest(level: float) -> Callable[[World], Rule]:
                 return blind(None, context)
             shape = SHAPES[int(features_D[_SHAPE].argmax())]
             colour = COLOURS[int(features_D[_COLOUR].argmax())]
-            if context.text.task == "caption":
-                return TEMPLATES[0].format(shape=shape, colour=colour)
-            return true_answer(_asked(context.text), shape, colour)
+            return _answer(context, shape, colour)
 
         return rule
 
@@ -447,6 +487,8 @@ CHEATS: dict[str, Callable[[World], Rule]] = {
     "mixture": mixture,
     "constant": constant,
     "nearest": nearest,
+    "statistics neighbour": lambda world: nearest(world, _STATISTICS),
+    "statistics forest": forest,
 }
 
 
@@ -534,8 +576,11 @@ CASES = (
     Case("mixture", "two sets", CHEATS["mixture"], _both(ANY_CHEAT)),
     Case("constant", "plain", CHEATS["constant"], _both(IGNORED)),
     Case("nearest neighbour", "plain", CHEATS["nearest"], {"caption": ("retrieval is as good",)}),
+    Case("statistics neighbour", "plain", CHEATS["statistics neighbour"], _both(STATISTICS_ONLY)),
+    Case("statistics forest", "plain", CHEATS["statistics forest"], _both(STATISTICS_ONLY)),
     Case("honest, 99.6% right", "plain", honest(99.6), {"vqa": USED}),
     Case("honest, new combinations", "held out", honest(99.6), {"caption": USED}),
+    Case("honest, more new combinations", "held out twice", honest(99.6), {"caption": USED}),
     Case("honest, known combinations", "plain", honest(99.6), {"caption": ANY_CHEAT[4:5]}),
     *(
         Case(f"honest, {level}% right", "plain", honest(level), {"vqa": STATISTICS_ONLY[1:]})
