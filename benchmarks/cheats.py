@@ -16,10 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
-from cheats import CASES, KINDS, Case, World, floors_made_once, judged, make_world  # noqa: E402
-
-from harness.evaluate.image_use.evidence import ImageUse, Term  # noqa: E402
-from harness.report.pictures import markdown_table  # noqa: E402
+from cheats import CASES, KINDS, Case, World, floors_made_once, judged, make_world
+from harness.evaluate.image_use.evidence import ImageUse, Term
+from harness.report.pictures import markdown_table
 
 TERMS = (
     "exchange",

@@ -101,7 +101,7 @@ KINDS = ("plain", "aspect", "bytes", "two sets", "held out", "held out twice")
 _SHAPE = slice(0, 3)
 _COLOUR = slice(3, 11)
 _SET = 11
-_MEAN = (12, 13, 14)
+MEAN = (12, 13, 14)
 _ASPECT = 15
 _STATISTICS = slice(16, 16 + len(COLUMNS))
 _BRIGHTNESS = 16 + COLUMNS.index("brightness")
@@ -275,8 +275,18 @@ class World:
     tokenizer: PreTrainedTokenizerFast
 
 
-def make_world(folder: Path, kind: str, seed: int, *, test: int, train: int) -> World:
-    """Writes the sets of a kind into `folder`: so many pictures, over two sets where it has two."""
+def make_world(
+    folder: Path,
+    kind: str,
+    seed: int,
+    *,
+    test: int,
+    train: int,
+    seen: Sequence[int] = range(WIDTH),
+) -> World:
+    """Writes the sets of a kind into `folder`: so many pictures, over two sets where it has two.
+    `seen`: the features that are there at all, the others are 0.
+    """
     learnt = chosen(kind, "train", seed, train)
     asked = chosen(kind, "test", seed, test)
     statistics_NK = statistics(learnt)
@@ -286,8 +296,10 @@ def make_world(folder: Path, kind: str, seed: int, *, test: int, train: int) -> 
 
     def features(pictures: Sequence[Drawing], statistics_IK: np.ndarray) -> np.ndarray:
         standard_IK = (_readings(pictures, statistics_IK) - mean_K) / deviation_K
-        found_ID = np.concatenate([_content(pictures), standard_IK], axis=1)
-        return found_ID.astype(np.float16)
+        all_ID = np.concatenate([_content(pictures), standard_IK], axis=1)
+        seen_ID = np.zeros_like(all_ID, np.float16)
+        seen_ID[:, list(seen)] = all_ID[:, list(seen)]
+        return seen_ID
 
     statistics_IK = statistics(asked)
     features_ID = features(asked, statistics_IK)
@@ -482,7 +494,7 @@ CHEATS: dict[str, Callable[[World], Rule]] = {
     "brightness": lambda world: Learnt(world, (_BRIGHTNESS,), 20),
     "set": lambda world: Learnt(world, (_SET,), None),
     "aspect": lambda world: Learnt(world, (_ASPECT,), None),
-    "mean colour": lambda world: Learnt(world, _MEAN, 7),
+    "mean colour": lambda world: Learnt(world, MEAN, 7),
     "file size": lambda world: Learnt(world, (_BYTES,), 20),
     "mixture": mixture,
     "constant": constant,

@@ -1,0 +1,102 @@
+"""Planted cheats: no model that reads no content is called `image used`, honest ones are.
+
+What each reads, and how that is planted: tests/support/cheats.py. Seed 0 runs in the usual suite,
+seeds 1 and 2 with `-m long`; benchmarks/cheats.py judges them on more pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("easy_vqa", reason="the package easy-vqa is not installed")
+
+from cheats import CASES, ENCODER, MEAN, Case, World, floors_made_once, judged, make_world
+
+from harness.config.schema import Config
+from harness.data.collate import Collator
+from harness.data.images import ImageDecoder
+from harness.evaluate.image_use.evidence import SCORE_MARGIN
+from harness.evaluate.run import evaluate_model
+from harness.model.vlm import VisionLanguageModel
+from shards.loader import Loader
+from tiny_models import tiny_t5
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+TEST, TRAIN, TREES = 200, 600, 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[Callable[[str, int], World]]:
+    known: dict[tuple[str, int], World] = {}
+
+    def made(kind: str, seed: int) -> World:
+        if (kind, seed) not in known:
+            folder = tmp_path_factory.mktemp("world")
+            known[kind, seed] = make_world(folder, kind, seed, test=TEST, train=TRAIN)
+        return known[kind, seed]
+
+    with floors_made_once(TREES):
+        yield made
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_model_gets_the_name_of_what_it_reads(case: Case, seed: int, world):
+    for task, use in judged(case, world(case.kind, seed)).items():
+        assert use.verdict in case.expected[task], f"{task}: {use.reason}"
+
+
+def trained(config: Config, epochs: int) -> VisionLanguageModel:
+    """A model after so many passes over its training set."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel.build(config, ENCODER).train()
+    collate = Collator.of(config, model.tokenizer)
+    loader = Loader(
+        [config.data.train[0].path], global_batch=50, decode=ImageDecoder(32, "crop", 1)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for step, (_, samples) in enumerate(loader.iterate(epochs=epochs)):
+        batch = collate(samples)
+        if step == 0:
+            model.bridge.calibrate(batch.features_IPD.float())
+        loss = model.loss(batch)
+        optimizer.zero_grad()
+        (loss.sum / loss.weight).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def test_a_model_that_is_trained_on_mean_colours_alone_is_not_found_to_use_the_image(
+    tmp_path: Path,
+):
+    world = make_world(tmp_path, "plain", 0, test=TEST, train=1500, seen=MEAN)
+    config = Config(
+        name="mean-colour",
+        data={
+            "train": [{"path": world.train[0]}],
+            "test": [{"path": world.test[0]}],
+            "texts_per_image": 5,
+        },
+        model={
+            "bridge": {"kind": "mean_pool"},
+            "lm": {"kind": "t5", "id": str(tiny_t5(tmp_path / "t5", layers=1)), "tuning": "full"},
+        },
+        generate={"vqa": {"max_new_tokens": 6}, "caption": {"max_new_tokens": 20}},
+        evaluation={"batch_images": 50},
+        tracking={"kind": "none"},
+    )
+    model = trained(config, epochs=10)
+    with floors_made_once(TREES):
+        found = evaluate_model(model, world.test, config)
+    use = found.tasks["vqa"].image_use
+    assert use is not None
+    assert use.score_gap.low > SCORE_MARGIN, f"it learnt nothing of the colour: {use.reason}"
+    assert not use.used, use.reason
+    caption = found.tasks["caption"].image_use
+    assert caption is not None
+    assert not caption.used, caption.reason
