@@ -20,14 +20,16 @@ from cheats import CASES, KINDS, Case, World, floors_made_once, judged, make_wor
 from harness.evaluate.image_use.evidence import ImageUse, Term
 from harness.report.pictures import markdown_table
 
-TERMS = (
-    "exchange",
-    "matched exchange",
-    "shallow floor",
-    "recall",
-    "neighbour floor",
-    "images of another set",
-)
+TERMS = {
+    "vqa": ("exchange", "matched exchange", "shallow floor", "images of another set"),
+    "caption": (
+        "exchange",
+        "matched exchange",
+        "recall",
+        "neighbour floor",
+        "images of another set",
+    ),
+}
 
 
 def main() -> None:
@@ -39,15 +41,18 @@ def main() -> None:
     parser.add_argument("--trees", type=int, default=100, help="of the shallow floor")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    order = [case.name for case in CASES]
     for seed in given.seeds:
         for kind in KINDS:
             with tempfile.TemporaryDirectory() as folder:
                 world = make_world(Path(folder), kind, seed, test=given.test, train=given.train)
                 rows += judged_in(world, given.trees)
+    rows.sort(key=lambda row: (order.index(row["case"]), row["seed"]))
     report = {"test": given.test, "train": given.train, "trees": given.trees, "rows": rows}
     if given.json:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(rows))
+    for task in TERMS:
+        print(f"\n{task}\n\n{table(rows, task)}")
 
 
 def judged_in(world: World, trees: int) -> list[dict[str, Any]]:
@@ -93,16 +98,19 @@ def known(term: Term) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns a line for each model and task: verdicts of all seeds, terms of the first one."""
+def table(rows: list[dict[str, Any]], task: str) -> str:
+    """Returns a line for each model: verdicts of all seeds, score and terms of the first one."""
     lines = []
-    for case, task in dict.fromkeys((row["case"], row["task"]) for row in rows):
-        own = [row for row in rows if (row["case"], row["task"]) == (case, task)]
+    own_task = [row for row in rows if row["task"] == task]
+    for case in dict.fromkeys(row["case"] for row in own_task):
+        own = [row for row in own_task if row["case"] == case]
         counts = Counter(row["verdict"] for row in own)
-        verdicts = ", ".join(f"{verdict} ({times})" for verdict, times in counts.items())
+        several = len(counts) > 1
+        verdicts = ", ".join(f"{v} ({n})" if several else v for v, n in counts.items())
         terms = own[0]["terms"]
-        lines.append([case, task, verdicts, *(cell(terms.get(name)) for name in TERMS)])
-    return markdown_table(lines, ["model", "task", "verdict (seeds)", *TERMS])
+        cells = [cell(terms.get(name)) for name in TERMS[task]]
+        lines.append([case, verdicts, f"{own[0]['score']:.1f}", *cells])
+    return markdown_table(lines, ["model", "verdict", "score", *TERMS[task]])
 
 
 def cell(term: dict[str, Any] | None) -> str:

@@ -283,6 +283,7 @@ def make_world(
     test: int,
     train: int,
     seen: Sequence[int] = range(WIDTH),
+    captioned: bool = True,
 ) -> World:
     """Writes the sets of a kind into `folder`: so many pictures, over two sets where it has two.
     `seen`: the features that are there at all, the others are 0.
@@ -301,14 +302,17 @@ def make_world(
         seen_ID[:, list(seen)] = all_ID[:, list(seen)]
         return seen_ID
 
+    def records(pictures: Sequence[Drawing]) -> list[Record]:
+        return [_record(picture, seed) if captioned else picture.record for picture in pictures]
+
     statistics_IK = statistics(asked)
     features_ID = features(asked, statistics_IK)
     features_ND = features(learnt, statistics_NK)
     return World(
         kind,
         seed,
-        _write(folder / "test", seed, asked, features_ID, statistics_IK),
-        _write(folder / "train", seed, learnt, features_ND, statistics_NK),
+        _write(folder / "test", asked, records(asked), features_ID, statistics_IK),
+        _write(folder / "train", learnt, records(learnt), features_ND, statistics_NK),
         tuple(learnt),
         features_ND.astype(np.float32),
         _tokenizer(learnt),
@@ -317,32 +321,37 @@ def make_world(
 
 def _write(
     folder: Path,
-    seed: int,
     pictures: Sequence[Drawing],
+    records: Sequence[Record],
     features_ID: np.ndarray,
     statistics_IK: np.ndarray,
 ) -> tuple[str, ...]:
     """Writes a feature set for each of the sets that the pictures are in."""
     paths = []
-    split = pictures[0].record.split
+    split = records[0].split
     for number in sorted({picture.set for picture in pictures}):
         dataset = f"drawings_{'ab'[number]}"
-        samples = []
-        for picture, features_D, row_K in zip(pictures, features_ID, statistics_IK, strict=True):
-            if picture.set == number:
-                payload = safetensors.numpy.save({"patches_PD": features_D[None]})
-                record = _record(picture, dataset, seed)
-                samples.append((record, payload, "safetensors", row_K))
+        samples = [
+            (
+                replace(records[row], dataset=dataset),
+                safetensors.numpy.save({"patches_PD": features_ID[row : row + 1]}),
+                "safetensors",
+                statistics_IK[row],
+            )
+            for row, picture in enumerate(pictures)
+            if picture.set == number
+        ]
         path = folder / dataset
         write_shards(samples, path, dataset=dataset, split=split, kind="features", encoder=ENCODER)
         paths.append(str(path))
     return tuple(paths)
 
 
-def _record(picture: Drawing, dataset: str, seed: int) -> Record:
+def _record(picture: Drawing, seed: int) -> Record:
+    """Returns the record with captions."""
     own = picture.record
     caption = Text(f"{own.key}-caption", "caption", captions(picture, seed))
-    return replace(own, dataset=dataset, texts=(*own.texts, caption))
+    return replace(own, texts=(*own.texts, caption))
 
 
 def _tokenizer(pictures: Sequence[Drawing]) -> PreTrainedTokenizerFast:
