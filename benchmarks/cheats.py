@@ -48,9 +48,10 @@ def main() -> None:
                 world = make_world(Path(folder), kind, seed, test=given.test, train=given.train)
                 rows += judged_in(world, given.trees)
     rows.sort(key=lambda row: (order.index(row["case"]), row["seed"]))
-    report = {"test": given.test, "train": given.train, "trees": given.trees, "rows": rows}
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, rows))  # one for each: changes of a model show
+        sizes = json.dumps({"test": given.test, "train": given.train, "trees": given.trees})
+        given.json.write_text(f'{{"pictures": {sizes},\n"rows": [\n{lines}\n]}}\n')
     for task in TERMS:
         print(f"\n{task}\n\n{table(rows, task)}")
 
