@@ -20,6 +20,7 @@ from cheats import CASES, KINDS, Case, World, floors_made_once, judged, make_wor
 from harness.evaluate.image_use.evidence import ImageUse, Term
 from harness.report.pictures import markdown_table
 
+HEADING = {"vqa": "questions", "caption": "captions"}
 TERMS = {
     "vqa": ("exchange", "matched exchange", "shallow floor", "images of another set"),
     "caption": (
@@ -53,7 +54,7 @@ def main() -> None:
         sizes = json.dumps({"test": given.test, "train": given.train, "trees": given.trees})
         given.json.write_text(f'{{"pictures": {sizes},\n"rows": [\n{lines}\n]}}\n')
     for task in TERMS:
-        print(f"\n{task}\n\n{table(rows, task)}")
+        print(f"\n{table(rows, task)}")
 
 
 def judged_in(world: World, trees: int) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ def table(rows: list[dict[str, Any]], task: str) -> str:
         terms = own[0]["terms"]
         cells = [cell(terms.get(name)) for name in TERMS[task]]
         lines.append([case, verdicts, f"{own[0]['score']:.1f}", *cells])
-    return markdown_table(lines, ["model", "verdict", "score", *TERMS[task]])
+    return markdown_table(lines, [HEADING[task], "verdict", "score", *TERMS[task]])
 
 
 def cell(term: dict[str, Any] | None) -> str:
