@@ -5,6 +5,7 @@ missing patches cost them.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,23 +50,29 @@ def drawn(index: int) -> np.ndarray:
     return pixels_HW3
 
 
-def record(index: int, side_question: str = SIDE_QUESTION) -> Record:
-    yes_or_no = {True: ("yes",), False: ("no",)}
-    texts = (
-        Text(f"{index}s", "vqa", yes_or_no[index // 2 % 2 == 0], side_question),
-        Text(f"{index}c", "vqa", yes_or_no[bool(index % 2)], COLOUR_QUESTION),
-        Text(f"{index}t", "caption", ("a red picture" if index % 2 else "a blue picture",)),
-    )
-    return Record(f"{index:04d}", "tiles", "test", str(index), texts)
+def record(index: int, questions: Sequence[str]) -> Record:
+    is_red = bool(index % 2)
+    is_left = index // 2 % 2 == 0
+    texts = [
+        Text(
+            f"{index}q{place}",
+            "vqa",
+            ("yes" if (is_red if question == COLOUR_QUESTION else is_left) else "no",),
+            question,
+        )
+        for place, question in enumerate(questions)
+    ]
+    caption = Text(f"{index}c", "caption", ("a red picture" if is_red else "a blue picture",))
+    return Record(f"{index:04d}", "tiles", "test", str(index), (*texts, caption))
 
 
-def write_pictures(folder, side_question: str = SIDE_QUESTION):
+def write_pictures(folder, *questions: str):
     def png(index: int) -> bytes:
         file = io.BytesIO()
         Image.fromarray(drawn(index)).save(file, "PNG")
         return file.getvalue()
 
-    rows = ((record(i, side_question), png(i), "png") for i in range(IMAGES))
+    rows = ((record(i, questions), png(i), "png") for i in range(IMAGES))
     write_shards(rows, folder, dataset="tiles", split="test")
     return folder
 
@@ -125,7 +132,13 @@ def reads_the_light_tile(tiles_PD: torch.Tensor, prompt: str) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("tiles") / "test")
+    """Folders of the same pictures, by the questions that are asked of them."""
+    root = tmp_path_factory.mktemp("tiles")
+    return {
+        "side": write_pictures(root / "side" / "test", SIDE_QUESTION),
+        "colour": write_pictures(root / "colour" / "test", COLOUR_QUESTION),
+        "both": write_pictures(root / "both" / "test", SIDE_QUESTION, COLOUR_QUESTION),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -153,31 +166,6 @@ def gates_of(model, folder, config: Config | None = None):
     return gates, Source(collected, loader.manifests, decode)
 
 
-def only(gate, question: str):
-    """The gate's contexts of one question, so that one rule answers them all."""
-    places = [c for c, p in enumerate(gate.predictions) if p.question == question]
-    kept = set(places)
-    whole = gate.batches
-    predictions = [gate.predictions[c] for c in places]
-    new = {c: place for place, c in enumerate(places)}
-
-    def batches(context_c):
-        for old, batch in whole([places[c] for c in context_c]):
-            assert set(old.tolist()) <= kept
-            yield np.array([new[c] for c in old.tolist()]), batch
-
-    said = {name: [told[c] for c in places] for name, told in gate.said.items()}
-    return SimpleNamespace(
-        model=gate.model,
-        task=gate.task,
-        decoding=gate.decoding,
-        config=gate.config,
-        predictions=predictions,
-        said=said,
-        batches=batches,
-    )
-
-
 def test_shuffled_tiles_hold_the_same_pixels_and_leave_the_rest_of_a_side_alone():
     pixels_HW3 = np.arange(9 * 10 * 3).reshape(9, 10, 3)
     shuffled_HW3 = shuffle_tiles(pixels_HW3, np.random.default_rng(0))
@@ -193,8 +181,8 @@ def test_shuffled_tiles_hold_the_same_pixels_and_leave_the_rest_of_a_side_alone(
 def test_a_model_that_reads_only_where_something_stands_loses_under_shuffled_tiles(
     pictures, tokenizer
 ):
-    gates, source = gates_of(TileModel(tokenizer, reads_the_side), pictures)
-    figure = tiles_shuffled(only(gates["vqa"], SIDE_QUESTION), source, 100)
+    gates, source = gates_of(TileModel(tokenizer, reads_the_side), pictures["side"])
+    figure = tiles_shuffled(gates["vqa"], source, 100)
     assert figure["true_score"] == 100
     assert 20 < figure["cost_low"] < figure["cost"] < 80
     assert figure["score"] == pytest.approx(100 - figure["cost"])
@@ -204,17 +192,21 @@ def test_a_model_that_reads_only_where_something_stands_loses_under_shuffled_til
 def test_a_model_that_reads_the_mean_colour_loses_nothing_under_shuffled_tiles_or_in_a_mirror(
     pictures, tokenizer
 ):
-    gates, source = gates_of(TileModel(tokenizer, reads_mean_colour), pictures)
-    figure = tiles_shuffled(only(gates["vqa"], COLOUR_QUESTION), source, 100)
+    gates, source = gates_of(TileModel(tokenizer, reads_mean_colour), pictures["colour"])
+    figure = tiles_shuffled(gates["vqa"], source, 100)
     assert (figure["true_score"], figure["cost"]) == (100, 0)
+    gates, source = gates_of(TileModel(tokenizer, reads_mean_colour), pictures["side"])
     assert mirrored(gates["vqa"], source, 100)["changed"] == 0
 
 
 def test_a_mirror_turns_the_answers_of_a_model_that_tells_left_from_right(pictures, tokenizer):
-    gates, source = gates_of(TileModel(tokenizer, reads_the_side), pictures)
+    gates, source = gates_of(TileModel(tokenizer, reads_the_side), pictures["both"])
     figure = mirrored(gates["vqa"], source, 100)
     assert (figure["true_score"], figure["score"], figure["cost"]) == (100, 0, 100)
-    assert (figure["changed"], figure["texts"]) == (100, IMAGES)  # questions of colour are not asked
+    assert (figure["changed"], figure["texts"]) == (
+        100,
+        IMAGES,
+    )  # questions of colour are not asked
     assert mirrored(gates["caption"], source, 100) is None
 
 
@@ -229,8 +221,8 @@ def test_the_curve_falls_for_a_model_that_needs_one_patch_and_not_for_one_that_n
     pictures, tokenizer
 ):
     def curve(rule) -> list[float]:
-        gates, source = gates_of(TileModel(tokenizer, rule), pictures)
-        figure = patches_dropped(only(gates["vqa"], COLOUR_QUESTION), source, 100)
+        gates, source = gates_of(TileModel(tokenizer, rule), pictures["colour"])
+        figure = patches_dropped(gates["vqa"], source, 100)
         assert figure["patches"] == 16
         assert list(figure["scores"]) == ["0", "25", "50", "75", "100"]
         return [score["value"] for score in figure["scores"].values()]
@@ -245,7 +237,7 @@ def test_the_curve_falls_for_a_model_that_needs_one_patch_and_not_for_one_that_n
 
 def test_at_most_so_many_pictures_are_looked_at_and_each_is_encoded_once(pictures, tokenizer):
     model = TileModel(tokenizer, reads_mean_colour)
-    gates, source = gates_of(model, pictures)
+    gates, source = gates_of(model, pictures["both"])
     for measure, encoded in ((tiles_shuffled, 10), (patches_dropped, 10)):
         model.encoded = 0
         figure = measure(gates["vqa"], source, 10)
@@ -255,13 +247,13 @@ def test_at_most_so_many_pictures_are_looked_at_and_each_is_encoded_once(picture
 
 def test_captions_are_looked_at_too(pictures, tokenizer):
     model = TileModel(tokenizer, lambda tiles, prompt: "a red picture")
-    gates, source = gates_of(model, pictures)
+    gates, source = gates_of(model, pictures["both"])
     assert tiles_shuffled(gates["caption"], source, 100)["cost"] == 0
 
 
 def test_a_model_without_patches_has_no_curve(pictures, tokenizer):
-    gates, source = gates_of(TileModel(tokenizer, reads_mean_colour), pictures)
-    gate = only(gates["vqa"], COLOUR_QUESTION)
+    gates, source = gates_of(TileModel(tokenizer, reads_mean_colour), pictures["colour"])
+    gate = gates["vqa"]
     gate.model = SimpleNamespace()
     with pytest.raises(UnmeasuredError, match="the model shows no patches"):
         patches_dropped(gate, source, 100)
@@ -274,7 +266,7 @@ def test_a_model_without_patches_has_no_curve(pictures, tokenizer):
 def feature_setting(tmp_path_factory, tiny_clip_folder, tiny_t5_folder):
     """(folder of pictures, features made from them, config of a model without its encoder)."""
     root = tmp_path_factory.mktemp("made")
-    folder = write_pictures(root / "pictures" / "test")
+    folder = write_pictures(root / "pictures" / "test", SIDE_QUESTION, COLOUR_QUESTION)
 
     def config(**bridge) -> Config:
         return Config(
