@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from harness.config.schema import Config
 from harness.evaluate.beside import (
+    add_beside,
     interaction,
     neighbour_floor_of_questions,
     paired_accuracy,
@@ -15,7 +18,8 @@ from harness.evaluate.beside import (
 from harness.evaluate.beside_table import ROWS, beside_tables
 from harness.evaluate.collected import Collected
 from harness.evaluate.floors import neighbour_floor
-from harness.evaluate.predict import Prediction
+from harness.evaluate.predict import Prediction, Stratum
+from harness.evaluate.results import TaskResult
 from harness.evaluate.space import UnmeasuredError
 from harness.evaluate.training_pictures import training_pictures
 from shards.record import Record, Text
@@ -216,6 +220,30 @@ def test_without_features_or_training_sets_the_floor_is_missing_with_its_reason(
     bare.__dict__.pop("training")
     with pytest.raises(UnmeasuredError, match="no local training set"):
         neighbour_floor_of_questions(colours_and_shapes(), bare)
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+def test_every_set_has_figures_of_its_own_and_seconds_apart_and_captions_have_none_of_answers():
+    config = Config(name="-", evaluation={"bootstrap": 50, "space_images": 0})
+    collected = Collected(None, config, 100, (), None)
+    looking = opposites(lambda question, truth: truth)
+    blind = [replace(p, split="dev", answer="yes") for p in looking]
+    collected.evaluation.tasks["vqa"] = TaskResult("vqa", [*looking, *blind])
+    collected.evaluation.tasks["caption"] = TaskResult("caption", [])
+    for stratum in (("toy_test", "vqa"), ("toy_dev", "vqa"), ("toy_test", "caption")):
+        collected.gates[Stratum(*stratum)] = None
+    add_beside(collected, [], None)
+    result = collected.evaluation.tasks["vqa"]
+    accuracy = {name: found["paired"]["group_accuracy"] for name, found in result.beside.items()}
+    assert accuracy == {"toy_test": 100, "toy_dev": 0}
+    names = ["interaction", "neighbour_floor", "paired"]
+    assert list(result.beside["toy_test"]) == list(result.beside_seconds["toy_test"]) == names
+    assert result.beside["toy_test"]["neighbour_floor"] == {
+        "missing": "the model has no features of its own"
+    }
+    assert collected.evaluation.tasks["caption"].beside == {"toy_test": {}}
 
 
 # ---- the table -----------------------------------------------------------------------------------
