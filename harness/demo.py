@@ -33,6 +33,7 @@ from harness.errors import ConfigError
 from harness.evaluate import FOLDER, vqa
 from harness.evaluate.report import floors, model_rows
 from harness.evaluate.run_on_disk import evaluate_run, model_facts
+from harness.evaluate.told import TERM_FIGURES, verdict_lines
 from harness.machine.launcher import gpus, launch
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import clean
@@ -67,8 +68,11 @@ REPORTED = (
     "loss_gap_nats_high",
     "answers_changed_where_truth_differs",
     "empty_rate",
+    "gate_images",
+    *TERM_FIGURES,
     "verdict",
     "reason",
+    "advice",
 )
 
 
@@ -137,6 +141,7 @@ def show(report: dict[str, Any], out: Path, config: Config) -> None:
     """Prints the table, and where pictures, report and MLflow's pages are."""
 
     say(table(report))
+    say("\n".join(verdict_lines("easy-VQA", report)) + "\n")
     say(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}")
     say(f"MLflow     {ui_command(config, recorded_run_id(config))}")
 

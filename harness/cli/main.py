@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from harness.cli.gate import gate
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
 from harness.cli.score import compare
@@ -164,8 +165,7 @@ def train(
         arguments += ["--resume", resume]
     if restart:
         arguments.append("--restart")
-    if loaded.train.deterministic:
-        set_workspace()
+    set_workspace(loaded.train)
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 
@@ -457,6 +457,10 @@ def base_lm(
 
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
 app.add_typer(score_app, name="score", rich_help_panel=LOOK)
+app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: harness gate llava-hf/llava-1.5-7b-hf data/vqav2/val --limit 500",
+)(gate)
 app.command(
     rich_help_panel=LOOK,
     epilog="Example: harness compare runs/mine runs/theirs",

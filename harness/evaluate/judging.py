@@ -33,15 +33,20 @@ _NO_STATISTICS = (
 _IN_TRAINING = "left out during training"
 
 
-def add_verdicts(collected: Collected, manifests: Sequence[Manifest], *, floors: bool) -> None:
-    """Judges every set and task on its own; `floors`: with floors and recall, else the exchanges
-    alone, which leaves them unmeasured.
-    """
+def exchange(collected: Collected, manifests: Sequence[Manifest]) -> None:
+    """Asks every text of the gates again with other pictures."""
     for gate in collected.gates.values():
         known_IK = statistics_of(gate.predictions, collected, manifests)
         gate.measure(None if known_IK is None else scaled(known_IK), _NO_STATISTICS)
     for stratum, gate in collected.gates.items():
         _across(stratum, gate, collected)
+
+
+def add_verdicts(collected: Collected, manifests: Sequence[Manifest], *, floors: bool) -> None:
+    """Judges every set and task on its own, once the exchange was made; `floors`: with floors and
+    recall, else the exchanges alone, which leaves them unmeasured.
+    """
+    for stratum, gate in collected.gates.items():
         further = _further(stratum, gate, collected, manifests, floors)
         use = gate.result(further)
         if use is not None:
@@ -114,7 +119,7 @@ def _text_only(own: Sequence[Prediction], known: float, collected: Collected) ->
 def _pooled(task: str, collected: Collected) -> Interval | None:
     """Returns the cost of the exchange over all sets together; None for a single set."""
     gates = [gate for stratum, gate in collected.gates.items() if stratum.task == task]
-    gates = [gate for gate in gates if "shuffled" in gate.said]
+    gates = [gate for gate in gates if gate.is_exchanged]
     if len(gates) < 2:
         return None
     settings = collected.config.evaluation

@@ -15,6 +15,7 @@ from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.predict import results
+from harness.evaluate.told import term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import parsed_row
@@ -47,11 +48,19 @@ FLOORS = {
 def write_report(
     evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Returns the report, and the files that hold it and the predictions.
+    """Returns the report, and the files that hold it and the predictions."""
+    report = report_of(evaluation, paths, checkpoint, step)
+    out.mkdir(parents=True, exist_ok=True)
+    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
+    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
+    return report, [*files, write_json(out / SCORES, report)]
 
-    `step`: None for a published model.
-    """
-    report = {
+
+def report_of(
+    evaluation: Evaluation, paths: Sequence[str], checkpoint: str, step: int | None
+) -> dict[str, Any]:
+    """Returns what scores.json holds. `step`: None for a model that was not trained here."""
+    return {
         "checkpoint": checkpoint,
         "step": step,
         "data": masked_document(list(paths)),
@@ -59,10 +68,6 @@ def write_report(
         "unreadable": evaluation.unreadable,
         "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
-    files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
-    return report, [*files, write_json(out / SCORES, report)]
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -138,6 +143,11 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
         bounds = [figures.get(f"loss_gap_nats_{end}") for end in ("low", "high")]
         words = ", ".join("unknown" if bound is None else f"{bound:.3f}" for bound in bounds)
         rows.append(["loss with shuffled images - true loss", f"{gap:.3f} nats [{words}]"])
+    for name in ("Bleu_4", "CIDEr"):
+        if name in figures.get("stripped", {}):
+            label = f"{name}, texts stripped (not the official way)"
+            rows.append([label, f"{figures['stripped'][name]:.2f}"])
+    rows += term_rows(figures)
     changed = figures.get("answers_changed_where_truth_differs")
     if changed is not None:
         rows.append(["answers that change where the truth does", f"{changed:.1f}%"])
@@ -167,6 +177,8 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
         lines.append(markdown_table(rows, [task, "value"]))
         if figures.get("reason"):
             lines.append(f"{figures['reason']}.\n")
+        if figures.get("advice"):
+            lines.append(f"What would change it: {figures['advice']}.\n")
         lines += beside_tables(task, figures)
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"
@@ -215,5 +227,5 @@ def table(*reports: Mapping[str, Any]) -> str:
         blocks.append(markdown_table(rows, [task, *columns_by]))
         for name, figures in zip(columns_by, columns, strict=True):
             if figures.get("verdict"):
-                blocks.append(f"{task}, {name}: {figures['verdict']}: {figures['reason']}\n")
+                blocks.append("\n".join(verdict_lines(f"{task}, {name}", figures)) + "\n")
     return "\n".join(blocks)

@@ -19,6 +19,8 @@ from harness.report.pictures import Shown
 
 _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
+    *("exchange_advantage", "matched_exchange_advantage", "shallow_floor_advantage"),
+    *("recall_advantage", "neighbour_floor_advantage"),
     *(
         "shuffled_accuracy",
         "no_image_accuracy",
@@ -49,6 +51,7 @@ class TaskResult:
         default_factory=dict
     )  # accuracy per_answer_type, per_question_type
     uses: dict[str, ImageUse] = field(default_factory=dict)  # by set
+    stripped: dict[str, float] = field(default_factory=dict)  # captions, see scores.py
     # By set: figures that decide nothing, and how long each took (beside.py).
     beside: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     beside_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class TaskResult:
         gate = self.image_use.to_dict() if self.image_use else {}
         right = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
+        p_eos_first = float(np.mean([p.p_eos_first for p in self.predictions]))
         own = {
             "texts": len(self.predictions),
             "loss_nats": None if math.isnan(self.loss) else self.loss,
@@ -81,6 +85,7 @@ class TaskResult:
                 for name, known in self.intervals.items()
                 for key, value in known.flat(name).items()
             },
+            **({"stripped": self.stripped} if self.stripped else {}),
             **{
                 kind: {name: i.value for name, i in self.groups.get(kind, {}).items()}
                 for kind in _GROUPS
@@ -90,7 +95,7 @@ class TaskResult:
             "majority_accuracy": self.majority_accuracy,
             "text_only_accuracy": self.text_only_accuracy,
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
-            "p_eos_first": float(np.mean([p.p_eos_first for p in self.predictions])),
+            "p_eos_first": None if math.isnan(p_eos_first) else p_eos_first,
         }
         beside = {"beside": self.beside, "beside_seconds": self.beside_seconds}
         return {**gate, **subset, **self._by_set(), **own, **(beside if self.beside else {})}

@@ -27,7 +27,7 @@ from harness.evaluate import vqa
 from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected, gate_tasks
 from harness.evaluate.floor import Majority, trained_on
-from harness.evaluate.judging import add_verdicts
+from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.results import Evaluation
 from harness.evaluate.scores import add_scores
@@ -58,29 +58,66 @@ def evaluate_model(
     quarantine: Path | None = None,
     epochs: float | None = None,
     decode: Callable[[Sample], Any] | None = None,
-    collate: Collator | None = None,
+    collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
     floors: bool = True,
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `limit`: so many images of each set, the first of a seeded order that no config changes; the
-    gate takes `counterfactual_texts` texts of each set and task in it, none: as many as the config
-    says. `floors`: whether the verdict rests on floors and recall too, which cost time of their
-    own, and figures beside it. `epochs`: how often the model saw its training set, none: unknown.
-    `decode`, `collate` and `controls_of` read images otherwise (published.py). One process does it
-    all. Raises ShardError.
+    `floors`: whether the verdict rests on floors and recall too, and figures stand beside it; the
+    rest as for `collect`. One process does it all. Raises ShardError.
     """
-    settings = config.evaluation
+    collected, manifests = collect(
+        model,
+        paths,
+        config,
+        limit=limit,
+        counterfactual_texts=counterfactual_texts,
+        progress=progress,
+        quarantine=quarantine,
+        epochs=epochs,
+        decode=decode,
+        collate=collate,
+        controls_of=controls_of,
+    )
+    add_scores(collected, majority, text_only_accuracy)
+    exchange(collected, manifests)
+    add_verdicts(collected, manifests, floors=floors)
+    if floors:
+        add_beside(collected, manifests, decode or reading(config)["decode"])
+    return collected.evaluation
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    paths: Sequence[str],
+    config: Config,
+    *,
+    limit: int | None = None,
+    counterfactual_texts: int | None = None,
+    progress: Progress | None = None,
+    quarantine: Path | None = None,
+    epochs: float | None = None,
+    decode: Callable[[Sample], Any] | None = None,
+    collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
+    controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
+) -> tuple[Collected, list[Manifest]]:
+    """Returns what the model says to every text, the gates' texts apart, and the sets.
+
+    `limit`: so many images of each set, the first of a seeded order that no config changes;
+    `counterfactual_texts`: texts of each set and task for the gate, none: as the config says.
+    `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
+    `controls_of` read images otherwise (published.py). Raises ShardError.
+    """
     if counterfactual_texts is None:
-        counterfactual_texts = settings.counterfactual_texts
+        counterfactual_texts = config.evaluation.counterfactual_texts
     loaders = _loaders(paths, config, quarantine, decode)
     manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
-    collected = Collected(
-        model, config, counterfactual_texts, trained_on(config, manifests), epochs
-    )
+    known = trained_on(config, manifests)
+    collected = Collected(model, config, counterfactual_texts, known, epochs)
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
     model.eval()
@@ -89,18 +126,13 @@ def evaluate_model(
         if (batch := collate(samples)) is not None:
             batch = batch.to(next(model.parameters()).device)
             if in_gate and collected.controls is None:
-                make = controls_of or control_tokens
-                collected.controls = make(model, batch, manifests[0])
+                collected.controls = (controls_of or control_tokens)(model, batch, manifests[0])
             collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
-            _show(evaluation, batch, samples, settings.show_images)
+            _show(evaluation, batch, samples, config.evaluation.show_images)
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
-    add_scores(collected, majority, text_only_accuracy)
-    add_verdicts(collected, manifests, floors=floors)
-    if floors:
-        add_beside(collected, manifests, decode or reading(config)["decode"])
-    return evaluation
+    return collected, manifests
 
 
 def _loaders(

@@ -11,6 +11,7 @@ from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
+from harness.evaluate.told import verdict_lines
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
 from harness.train.together import gathered
@@ -195,7 +196,7 @@ def _tell(run: Run, result: Evaluation) -> str:
     for task, scored in result.tasks.items():
         for name, use in scored.uses.items():
             where = f"{task}, {name}" if len(scored.uses) > 1 else task
-            run.terminal.say(f"{where}: {use.verdict}: {use.reason}")
+            run.terminal.say("\n".join(verdict_lines(where, use.to_dict())))
             if use.verdict == IMAGE_IGNORED:
                 ignored = f"{where}: {use.reason}"
     return ignored

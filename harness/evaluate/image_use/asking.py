@@ -66,8 +66,8 @@ def recall_term(gate: Gate, scaled_IK: np.ndarray, most_images: int) -> Term:
 
 def _first_contexts(gate: Gate) -> list[int]:
     """Returns the first caption context of each picture, in the order of the pictures."""
-    _, first_I = np.unique(gate.picture_rows, return_index=True)
-    return first_I.tolist()
+    first = {row: context for context, row in reversed(list(enumerate(gate.picture_rows.tolist())))}
+    return [first[row] for row in sorted(first)]
 
 
 def _nats(gate: Gate, contexts: list[int]) -> np.ndarray:

@@ -51,9 +51,9 @@ class Bank:
 
     def tokens(self, batch: Batch, row_C: np.ndarray) -> ImageTokens:
         """Returns the image tokens of these pictures for the contexts of `batch`."""
-        rows, place_C = np.unique(row_C, return_inverse=True)
+        rows = np.unique(row_C)
         shown: Any = [self._rows[row] for row in rows]
-        place = torch.from_numpy(place_C.reshape(-1)).to(batch.image_of_C.device)
+        place = torch.from_numpy(np.searchsorted(rows, row_C)).to(batch.image_of_C.device)
         if isinstance(shown[0], torch.Tensor):
             shown = torch.stack(shown).to(batch.image_of_C.device)
         if not self._reads_questions:

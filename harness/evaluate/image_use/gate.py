@@ -8,7 +8,8 @@ Legend: I images, C contexts, T targets, N bridge rows, Q queries, D width, K co
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -107,7 +108,6 @@ class Gate:
     said: dict[str, list[str | None]] = field(default_factory=dict)
     matched: Matched | None = None
     why_not_matched: str = ""
-    across: Term | None = None
     _parts: list[_Part] = field(default_factory=list)
     _weight: list[float] = field(default_factory=list)
     _nats: list[float] = field(default_factory=list)
@@ -184,10 +184,8 @@ class Gate:
         self._control()
         self.why_not_matched = why_not
         if scaled_IK is not None:
-            if TASKS[self.task].has_right:
-                self.matched = matched_questions(scaled_IK, image_C, self.predictions)
-            else:
-                self.matched = matched_captions(scaled_IK, image_C)
+            match = matched_questions if TASKS[self.task].has_right else matched_captions
+            self.matched = match(scaled_IK, image_C, self.predictions)
             donor_C = self.matched.donor_C
             self._ask("matched", np.where(donor_C < 0, -1, row_I[donor_C]))
 
@@ -196,7 +194,24 @@ class Gate:
         """Asks again with images of another set, `row_others` of the same bank."""
         place_C = self.picture_rows % len(row_others)
         self._ask("across", row_others[place_C])
-        self.across = self._term("images of another set", "across")
+
+    def leave_out(self, texts: Container[tuple[str, str, str]]) -> None:
+        """Forgets these texts, once all are measured: whoever answers elsewhere may leave gaps, and
+        the donors of the others stay what they were.
+        """
+        kept = [c for c, p in enumerate(self.predictions) if p.id not in texts]
+        if len(kept) == self.texts:
+            return
+        batches = [self.context_batch(context) for context in kept]
+        self._parts = [_Part(batch, start) for start, batch in enumerate(batches)]
+        self.predictions = [self.predictions[c] for c in kept]
+        self._rows = [self._rows[c] for c in kept]
+        self._weight = [self._weight[c] for c in kept]
+        self._nats = [self._nats[c] for c in kept]
+        self.nats = {name: nats_C[kept] for name, nats_C in self.nats.items()}
+        self.said = {name: [said[c] for c in kept] for name, said in self.said.items()}
+        if self.matched:
+            self.matched = self.matched._replace(donor_C=self.matched.donor_C[kept])
 
     def _ask(self, condition: str, row_C: np.ndarray) -> None:
         """Notes losses and answers with the bank's pictures `row_C`; -1: not asked."""
@@ -220,17 +235,15 @@ class Gate:
 
     def _control(self) -> None:
         """Notes losses and answers without an image, and with blank and noise ones."""
-        found: dict[str, tuple[list[float], list[str]]] = {}
+        nats: dict[str, list[np.ndarray]] = defaultdict(list)
+        said: dict[str, list[str | None]] = defaultdict(list)
         for number, part in enumerate(self._parts):
             for name, tokens in self._control_tokens(part, number + 1).items():
-                nats, said = found.setdefault(name, ([], []))
-                nats += sums_per_context(
-                    self.model.loss(part.batch, tokens), part.batch
-                ).nats_C.tolist()
-                said += self._asked_once(name, part.batch, tokens)
-        for name, (nats, said) in found.items():
-            self.nats[name] = np.array(nats)
-            self.said[name] = list(said)
+                loss = self.model.loss(part.batch, tokens)
+                nats[name].append(sums_per_context(loss, part.batch).nats_C)
+                said[name] += self._asked_once(name, part.batch, tokens)
+        self.nats |= {name: np.concatenate(parts) for name, parts in nats.items()}
+        self.said |= said
 
     def _control_tokens(self, part: _Part, number: int) -> dict[str, ImageTokens]:
         """Returns the image tokens of every control for a batch."""
@@ -283,7 +296,7 @@ class Gate:
         asked_C = np.array([c for c, text in enumerate(said) if text is not None], int)
         images = len(np.unique(self.bank_rows[asked_C])) if len(asked_C) else 0
         if not images:
-            return Term(name, None, missing="no image could be exchanged")
+            return Term(name, None, missing="no text was answered with another image")
         other_C = self.scores(condition, asked_C)
         gap_C = self.scores("true", asked_C) - other_C
         change_C = (self.nats[condition] - self.nats["true"])[asked_C]
@@ -307,6 +320,16 @@ class Gate:
     def exchange_term(self) -> Term:
         """Returns the cost of giving each context any other image of the set."""
         return self._term(EXCHANGE, "shuffled")
+
+    @property
+    def across(self) -> Term | None:
+        """The cost of images of another set, where it was measured."""
+        return self._term("images of another set", "across") if "across" in self.said else None
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether any text was answered with another image."""
+        return any(text is not None for text in self.said.get("shuffled", ()))
 
     def matched_term(self) -> Term:
         """Returns the cost of giving each context the most alike image (with another answer)."""
@@ -394,9 +417,9 @@ class Gate:
         if causes is not None:
             known = "; ".join(causes) or "none of the known causes"
             reason += f"; found in a batch made as in training: {known}"
-        assert e.exchange.advantage is not None  # something was exchanged
         terms = (e.exchange, e.matched, *e.further, *((e.across,) if e.across else ()))
-        scored = [name for name in self.said if name not in ("matched", "across")]
+        apart = ("matched", "across") if self.is_exchanged else ("matched", "across", "shuffled")
+        scored = [name for name in self.said if name not in apart]
         return ImageUse(
             verdict=judgement.verdict,
             reason=reason,
@@ -412,7 +435,7 @@ class Gate:
             loss_moved=e.loss_moved,
             measure=e.measure,
             scores={name: round(float(np.mean(self.scores(name))), 2) for name in scored},
-            score_gap=e.exchange.advantage,
+            score_gap=e.exchange.advantage or Interval(math.nan, math.nan, math.nan),
             answers_changed_where_truth_differs=changed.percent,
             pairs_where_truth_differs=changed.pairs,
             distinct_outputs=len({vqa.normalise(p.answer) for p in self.predictions}),
@@ -426,7 +449,7 @@ class Gate:
         """Returns what the exchange costs in points, by type of question."""
         types = [str(p.meta.get("question_type") or "") for p in self.predictions]
         frequent = [name for name, _ in Counter(types).most_common(_TYPES_SHOWN)]
-        if len(frequent) < 2:
+        if len(frequent) < 2 or not self.is_exchanged:
             return {}
         gap_C = self.scores("true") - self.scores("shuffled")
         found = {}

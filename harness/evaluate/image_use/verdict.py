@@ -81,16 +81,15 @@ class Judgement(NamedTuple):
 
     verdict: str
     reason: str
-    advice: str
+    advice: str = ""
 
 
 def judge(evidence: Evidence) -> Judgement:
     """Returns the first name that holds. Collapses come before everything: what says nothing, or
     never ends, has shown nothing of its images.
     """
-    verdict, reason = _named(evidence)
-    known = verdict if verdict in ADVICE else IMAGE_USED
-    return Judgement(verdict, reason, ADVICE[known])
+    named = _named(evidence)
+    return named._replace(advice=ADVICE.get(named.verdict, ""))
 
 
 def judge_exchange(evidence: Evidence) -> Judgement:
@@ -109,34 +108,37 @@ def worst(uses: Iterable[ImageUse]) -> ImageUse | None:
     return min(large or found, key=lambda use: WORST_FIRST.index(use.name), default=None)
 
 
-def _named(e: Evidence) -> tuple[str, str]:
+def _named(e: Evidence) -> Judgement:
+    told = _told(e)
     if e.not_finite:
-        return NOT_ENOUGH, f"{e.not_finite}: nothing can be said of a model whose figures are none"
+        why = f"{e.not_finite}: nothing can be said of a model whose figures are none"
+        return Judgement(NOT_ENOUGH, why)
     if e.empty_rate > COLLAPSE or e.p_eos_first > COLLAPSE:
-        return "EOS collapse", (
+        why = (
             f"{e.empty_rate:.0%} of the outputs are empty and the model ends before the first word "
             f"with probability {e.p_eos_first:.2f}; above {COLLAPSE:.0%} it says nothing, whatever "
             "the image"
         )
+        return Judgement("EOS collapse", why)
     if e.endless_rate > COLLAPSE:
-        return "endless captions", (
+        why = (
             f"{e.endless_rate:.0%} of the captions did not end before they were cut "
             "(generate.caption.max_new_tokens)"
         )
-    told = _told(e)
+        return Judgement("endless captions", why)
     if e.images < FEWEST_IMAGES:
-        return NOT_ENOUGH, (
-            f"{e.images} images are fewer than the {FEWEST_IMAGES} an interval needs; {told}"
-        )
+        why = f"{e.images} images are fewer than the {FEWEST_IMAGES} an interval needs; {told}"
+        return Judgement(NOT_ENOUGH, why)
     if top := _at_the_top(e):
-        return NO_CONTENT, f"{top}; {told}"
+        return Judgement(NO_CONTENT, f"{top}; {told}")
     if not e.exchange.passed:
         return _without_exchange(e, told)
     if e.trained_on:
-        return NOT_ENOUGH, (
+        why = (
             f"{e.trained_on} of the {e.images} images were trained on, and a model that knows them "
             f"by heart looks as if it used them: test on new images; {told}"
         )
+        return Judgement(NOT_ENOUGH, why)
     return _by_terms(e, told)
 
 
@@ -153,52 +155,60 @@ def _at_the_top(e: Evidence) -> str:
     return ""
 
 
-def _by_terms(e: Evidence, told: str) -> tuple[str, str]:
+def _by_terms(e: Evidence, told: str) -> Judgement:
     """Names what a model lacks, or has, that changes its answers with the image."""
     if e.matched.advantage is None:
-        return NOT_ENOUGH, f"the {MATCHED} was not measured ({e.matched.missing}); {told}"
+        why = f"the {MATCHED} was not measured ({e.matched.missing}); {told}"
+        return Judgement(NOT_ENOUGH, why)
     needed = (e.matched, *e.further)
     failed = [term for term in needed if term.advantage is not None and not term.passed]
-    names = {term.name for term in failed}
-    missing = [term for term in needed if term.advantage is None]
     if not failed:
-        without = ", ".join(term.name for term in missing)
-        why = "; ".join(f"{term.name}: {term.missing}" for term in missing)
-        verdict = f"{IMAGE_USED} (not measured: {without})" if missing else IMAGE_USED
-        return verdict, f"{told}; every lower bound is above its margin" + (
-            f"; not measured: {why}" if missing else ""
-        )
-    lacking = f"{told}; {_lacking(failed)}"
+        return _used([term for term in needed if term.advantage is None], told)
+    names = {term.name for term in failed}
+    name = NOT_ENOUGH
     if MATCHED in names:
-        cost = e.matched.advantage
-        if e.exchange.advantage is not None and cost.high < e.exchange.advantage.low:
-            return "global statistics only", lacking
-        return NOT_ENOUGH, lacking
-    if names <= {SHALLOW, TEXT_ONLY} and SHALLOW in names:
-        return "not above global statistics", lacking
-    if names == {NEIGHBOUR}:
-        return "retrieval is as good", lacking
-    return NOT_ENOUGH, lacking
+        # Clearly cheaper than any other image, or there is doubt.
+        if e.exchange.advantage is not None and (
+            e.matched.advantage.high < e.exchange.advantage.low
+        ):
+            name = "global statistics only"
+    elif SHALLOW in names and names <= {SHALLOW, TEXT_ONLY}:
+        name = "not above global statistics"
+    elif names == {NEIGHBOUR}:
+        name = "retrieval is as good"
+    return Judgement(name, f"{told}; {_lacking(failed)}")
 
 
-def _without_exchange(e: Evidence, told: str) -> tuple[str, str]:
+def _used(missing: Sequence[Term], told: str) -> Judgement:
+    """Names what could not be measured: it is never counted as passed."""
+    why = f"{told}; every lower bound is above its margin"
+    if not missing:
+        return Judgement(IMAGE_USED, why)
+    without = ", ".join(term.name for term in missing)
+    why += "; not measured: " + "; ".join(f"{term.name}: {term.missing}" for term in missing)
+    return Judgement(f"{IMAGE_USED} (not measured: {without})", why)
+
+
+def _without_exchange(e: Evidence, told: str) -> Judgement:
     """Names a model whose answers no exchange within the set was shown to change."""
     if e.epochs is not None and e.epochs < 1:
-        return NOT_ENOUGH, (
-            f"{told}; after {e.epochs:.2g} of the first epoch it is too early to tell"
-        )
+        why = f"{told}; after {e.epochs:.2g} of the first epoch it is too early to tell"
+        return Judgement(NOT_ENOUGH, why)
     within = e.exchange.advantage
+    if within is None:
+        why = f"the {EXCHANGE} was not measured ({e.exchange.missing})"
+        return Judgement(NOT_ENOUGH, f"{why}; {told}" if told else why)
     across = e.across.advantage if e.across else None
-    if across and within and across.low > SCORE_MARGIN and within.high < across.low:
-        return "set only", (
+    if across and across.low > SCORE_MARGIN and within.high < across.low:
+        why = (
             f"{told}; images of another set lower the {e.measure} by {across} points: the model "
             "tells the sets apart and nothing within this one"
         )
-    loss_used, score_used = _loss_used(e), _score_used(e)
+        return Judgement("set only", why)
     bound = _bound_of_ignoring(e)
-    if bound and not loss_used and not score_used:
-        return IMAGE_IGNORED, f"{told}; {bound}"
-    return NOT_ENOUGH, f"{told}; {_doubt(e)}"
+    if bound and not _loss_used(e) and not _score_used(e):
+        return Judgement(IMAGE_IGNORED, f"{told}; {bound}")
+    return Judgement(NOT_ENOUGH, f"{told}; {_doubt(e)}")
 
 
 def _told(e: Evidence) -> str:
@@ -206,7 +216,9 @@ def _told(e: Evidence) -> str:
     nats = e.exchange.nats
     raises = f"raises the loss by {nats} nats per target token and " if nats else ""
     cost = e.exchange.advantage
-    parts = [f"exchanging the images {raises}lowers the {e.measure} by {cost} points"]
+    parts = []
+    if cost is not None:
+        parts.append(f"exchanging the images {raises}lowers the {e.measure} by {cost} points")
     if e.matched.advantage is not None:
         parts.append(f"the most alike image lowers it by {e.matched.advantage}")
     for term in e.further:

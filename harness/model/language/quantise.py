@@ -70,11 +70,7 @@ def load(
     """
     quantisation = None
     if config.tuning == "qlora":
-        if find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "model.lm.tuning is qlora: layers in 4 bits need bitsandbytes, on a CPU too: "
-                "pip install 'bitsandbytes>=0.49'"
-            )
+        _check_installed()
         skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
         quantisation = nf4(compute_dtype, skipped)
     with loading(KEY, config.id, REMEDY), quiet_transformers():
@@ -103,6 +99,14 @@ def load(
     keep_autograd(lm)
     lm.requires_grad_(False)
     return lm, tokenizer
+
+
+def _check_installed() -> None:
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.lm.tuning is qlora: layers in 4 bits need bitsandbytes, on a CPU too: "
+            "pip install 'bitsandbytes>=0.49'"
+        )
 
 
 def nf4(compute_dtype: torch.dtype, skipped: list[str] | None = None) -> BitsAndBytesConfig:

@@ -1,0 +1,94 @@
+"""The verdict in a run's last lines: was the image used, how sure is that, what would change it.
+
+Figures of a set and task, as `ImageUse.to_dict` gives them -> lines of at most 80 columns.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from harness.evaluate.image_use.evidence import (
+    EXCHANGE,
+    FLOORS,
+    MATCHED,
+    NEIGHBOUR,
+    RECALL,
+    SHALLOW,
+    TEXT_ONLY,
+)
+
+# Terms in the order in which they are told.
+TERMS = (EXCHANGE, MATCHED, TEXT_ONLY, SHALLOW, RECALL, NEIGHBOUR)
+# What a term means beside its figure.
+LABELS = {
+    EXCHANGE: "points lost with another image",
+    MATCHED: "points lost with the most alike other image",
+    TEXT_ONLY: "points above the model without images",
+    SHALLOW: "points above words, colours and sizes",
+    RECALL: "points above chance in recall of captions",
+    NEIGHBOUR: "points above its neighbours' captions",
+}
+# The figures of terms that are told.
+TERM_FIGURES = tuple(
+    f"{name.replace(' ', '_')}_{figure}"
+    for name in TERMS
+    for figure in ("score", "advantage", "advantage_low", "advantage_high", "missing")
+)
+_WIDTH = 80
+
+
+def verdict_lines(where: str, figures: Mapping[str, Any]) -> list[str]:
+    """Returns the verdict, a line for each term with its interval, and what would change it."""
+    sets = figures.get("sets")
+    if sets:
+        lines = [f"{where}: {figures['verdict']} (the worst of {len(sets)} sets decides)"]
+        for name, own in sets.items():
+            lines += verdict_lines(f"{where}, {name}", own)
+        return lines
+    lines = [f"{where}: {figures['verdict']}"]
+    lines += [f"  {told}" for name in TERMS if (told := term_line(name, figures))]
+    if figures.get("advice"):
+        lines += _wrapped(f"what would change it: {figures['advice']}")
+    elif figures.get("verdict"):
+        lines += _wrapped("what would change it: a lower bound that falls to its margin")
+    return lines
+
+
+def term_line(name: str, figures: Mapping[str, Any]) -> str:
+    """Returns what a term showed; "" for one that the task does not have."""
+    key = name.replace(" ", "_")
+    if missing := figures.get(f"{key}_missing"):
+        return textwrap.shorten(f"{name}: not measured: {missing}", _WIDTH - 2, placeholder="...")
+    value = figures.get(f"{key}_advantage")
+    if value is None:
+        return ""
+    return f"{points(figures, f'{key}_advantage')} {LABELS[name]}"
+
+
+def points(figures: Mapping[str, Any], key: str) -> str:
+    """Returns a figure of points with its bounds: "41.2 [38.0, 44.1]"."""
+    bounds = [figures.get(f"{key}_{end}") for end in ("low", "high")]
+    words = ", ".join("unknown" if bound is None else f"{bound:.1f}" for bound in bounds)
+    return f"{figures[key]:.1f} [{words}]"
+
+
+def term_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    """Returns rows of a table: of each floor its score, of each term the points and interval."""
+    rows = []
+    for name in TERMS:
+        key = name.replace(" ", "_")
+        if figures.get(f"{key}_advantage") is None:
+            if figures.get(f"{key}_missing"):
+                rows.append([f"{name} (not measured)", figures[f"{key}_missing"]])
+            continue
+        if name in FLOORS and name != TEXT_ONLY:
+            percent = "%" if name == SHALLOW else ""
+            rows.append([f"{name} (floor)", f"{figures[f'{key}_score']:.2f}{percent}"])
+        rows.append([LABELS[name], points(figures, f"{key}_advantage")])
+    return rows
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
