@@ -8,7 +8,8 @@ columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def matched_captions(
     donors_of = _Donors(scaled_IK, image_C)
     for context, captions in enumerate(captions_C):
         alike = set[int]().union(*(sharing[caption] for caption in captions))
-        donors_of.find(context, everyone, lambda other, alike=alike: other not in alike)
+        donors_of.find(context, everyone, partial(_is_none_of, alike))
     return donors_of.found
 
 
@@ -111,6 +112,10 @@ class _Donors:
     def found(self) -> Matched:
         alone = int((self._donor_C < 0).sum()) - self._told
         return Matched(self._donor_C, alone, self._told)
+
+
+def _is_none_of(known: Container[int], other: int) -> bool:
+    return other not in known
 
 
 def _groups(name_C: Sequence[str]) -> list[list[int]]:
