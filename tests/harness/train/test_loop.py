@@ -213,7 +213,8 @@ def test_a_run_that_ignores_its_images_ends_when_asked_to_after_an_epoch(config_
     def ignored(*given, **named):
         result = evaluate_model(*given, **named)
         for task in result.tasks.values():
-            task.image_use = replace(task.image_use, verdict="image ignored", reason="no gap")
+            for name, use in task.uses.items():
+                task.uses[name] = replace(use, verdict="image ignored", reason="no gap")
         return result
 
     monkeypatch.setattr(between_steps, "evaluate_model", ignored)
