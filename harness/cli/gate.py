@@ -16,13 +16,17 @@ from harness.redact import say, show
 
 
 def gate(
-    given: Annotated[
-        list[str],
+    model: Annotated[
+        str,
         typer.Argument(
-            metavar="[MODEL|PREDICTIONS] DATA...",
-            help="A model of the hub by id or folder, a run, or a file of answers; then sets.",
+            metavar="MODEL|FILE",
+            help="A model of the hub by id or folder, a run, or a file of answers. None with "
+            "--donors.",
         ),
     ],
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA...", help="Sets of pictures.")
+    ] = None,
     donors: Annotated[
         Path | None,
         typer.Option(
@@ -49,16 +53,17 @@ def gate(
 ) -> None:
     """Whether a model trained elsewhere uses its images.
 
-    A model of the hub is asked here. Any other: --donors FILE DATA writes which picture to show
-    with each text, your code adds an "answer" to each line, and harness gate FILE DATA judges them.
+    A model of the hub is asked here. For any other --donors FILE DATA writes
+    which picture to show with each text; your code adds an "answer" to each;
+    harness gate FILE DATA judges them.
     """
     asked: dict[str, Any] = {"limit": limit, "overrides": override or ()}
     if donors:
-        _write_donors(donors, given, asked)
+        _write_donors(donors, [model, *(data or ())], asked)
         return
     with told("judging") as progress:
         asked |= {"out": out, "progress": progress}
-        report = _judged(given[0], given[1:], partial, load_in_4bit, asked)
+        report = _judged(model, data or [], partial, load_in_4bit, asked)
     from harness.evaluate.report import table
 
     show(json.dumps(report, indent=2) if as_json else table(report))

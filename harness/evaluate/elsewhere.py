@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,8 @@ from shards.statistics import source_of
 
 IMAGES = 2_000  # of each set that are asked about: more texts than the floors look at
 _IDS = ("text_id", "question_id", "image_id")
+# As the gate asks: a picture that is both is asked about once.
+_CONDITIONS = ("true", "shuffled", "matched")
 _ADVICE = (
     "answers under other pictures: harness gate --donors FILE DATA writes which picture to show "
     "with each text"
@@ -123,22 +125,16 @@ def write_donors(
         raise ConfigError(f"{out} is there already: remove it, or choose another file")
     model = AnswersElsewhere({})
     _asked(model, data, _config(out, overrides), limit, progress)
-    others: dict[Line, int] = defaultdict(int)  # by the line of the true picture
-    rows = []
+    rows_of: dict[Line, list[dict[str, Any]]] = defaultdict(list)  # together: a part is whole texts
     for line, (context, image_id) in model.asked.items():
-        own = _true(context.record, context.text)
-        condition = "true"
-        if line.image_set != line.set:
-            condition = "another set"
-        elif line != own:
-            condition = "matched" if others[own] else "shuffled"
-            others[own] += 1
+        rows = rows_of[_true(context.record, context.text)]
+        condition = _CONDITIONS[len(rows)] if line.image_set == line.set else "another set"
         row = line._asdict() | {"image_id": image_id}
-        row |= {"condition": condition, "prompt": context.text.prompt}
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row | {"condition": condition, "prompt": context.text.prompt})
+    lines = [json.dumps(row, ensure_ascii=False) for rows in rows_of.values() for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, "".join(rows).encode())
-    return len(rows)
+    write_whole(out, "".join(f"{line}\n" for line in lines).encode())
+    return len(lines)
 
 
 def judge_answers(
@@ -163,12 +159,12 @@ def judge_answers(
     tasks = {line.task for line in answers}
     collected, manifests = _asked(model, data, _config(path, overrides), limit, progress, tasks)
     _check_pictures(path, model, true)
-    _leave_out(collected, _missing(path, model, true, partial))
+    left_out = _leave_out(collected, _missing(path, model, true, partial))
     add_scores(collected, None, None)
     add_verdicts(collected, manifests, floors=True)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
-        result.uses = {name: _told(use) for name, use in result.uses.items()}
+        result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}
         result.predictions = [replace(p, p_eos_first=math.nan) for p in result.predictions]
     report = report_of(evaluation, data, str(path), None)
     if out:
@@ -176,9 +172,9 @@ def judge_answers(
     return report
 
 
-def _told(use: ImageUse) -> ImageUse:
+def _told(use: ImageUse, left_out: int) -> ImageUse:
     """Returns a verdict without what no file tells, and with the way to the exchange."""
-    known = replace(use, p_eos_first=math.nan)
+    known = replace(use, p_eos_first=math.nan, left_out=left_out)
     if any(term.name == EXCHANGE and term.advantage is None for term in use.terms):
         return replace(known, advice=_ADVICE)
     return known
@@ -370,11 +366,17 @@ def _missing(
     return texts
 
 
-def _leave_out(collected: Collected, texts: set[tuple[str, str, str]]) -> None:
-    """Forgets texts once the donors of all are known. Raises ScoreError where none is left."""
+def _leave_out(collected: Collected, texts: set[tuple[str, str, str]]) -> Counter[str]:
+    """Forgets texts once the donors of all are known, and returns how many of each gate's set they
+    were. Raises ScoreError where none is left.
+    """
     for task, result in collected.evaluation.tasks.items():
         result.predictions = [p for p in result.predictions if p.id not in texts]
         if not result.predictions:
             raise ScoreError(f"no text of task {task} has all its answers")
+    left_out: Counter[str] = Counter()
     for gate in collected.gates.values():
+        left_out[gate.set] += gate.texts
         gate.leave_out(texts)
+        left_out[gate.set] -= gate.texts
+    return left_out
