@@ -14,7 +14,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from harness.errors import ConfigError
 from harness.evaluate.collected import Collected
 from harness.evaluate.image_use.evidence import EXCHANGE, ImageUse
 from harness.evaluate.judging import add_verdicts, exchange
-from harness.evaluate.official import ScoreError, entries, field, identifier, read_json, text
+from harness.evaluate.measures import TASKS
+from harness.evaluate.official import ScoreError, entries, identifier, read_json, text
 from harness.evaluate.published import PictureBatch, Pictures
 from harness.evaluate.report import report_of, write_report
 from harness.evaluate.run import Progress, collect
@@ -59,6 +60,53 @@ class Line(NamedTuple):
     text_id: str
     image_set: str  # DATASET_SPLIT of the picture
     image: str  # its key
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of image sets with their own pictures: `lines` by the name and value of an id."""
+
+    data: Sequence[str]
+    lines: Mapping[str, Mapping[str, list[Line]]]
+
+    @classmethod
+    def of(cls, data: Sequence[str]) -> Texts:
+        """Reads every record. Raises ShardError."""
+        lines: dict[str, dict[str, list[Line]]] = {name: defaultdict(list) for name in _IDS}
+        for record in records(data):
+            for known in record.texts:
+                line = _true(record, known)
+                lines["text_id"][known.id].append(line)
+                # As official results name them: a caption stands under its image.
+                if TASKS[known.task].of_images:
+                    lines["image_id"][record.image_id].append(line)
+                else:
+                    lines["question_id"][known.id].append(line)
+        return cls(data, lines)
+
+    @property
+    def own(self) -> set[Line]:
+        return {line for lines in self.lines["text_id"].values() for line in lines}
+
+    def line(self, entry: Any, where: str) -> Line:
+        """Returns what an entry of a file answers; without an "image" the text with its own
+        picture. Raises ScoreError.
+        """
+        name = next((n for n in _IDS if isinstance(entry, dict) and n in entry), _IDS[0])
+        found = identifier(entry, name, where)
+        known = self.lines[name].get(found, [])
+        if "set" in entry:
+            known = [line for line in known if line.set == entry["set"]]
+        if not known:
+            of = f" of set {entry['set']}" if "set" in entry else ""
+            raise ScoreError(f"{where}: {name} {found}{of} is not in {', '.join(self.data)}")
+        if len(known) > 1:
+            sets = ", ".join(line.set for line in known)
+            raise ScoreError(f'{where}: {name} {found} stands in {sets}: add its "set"')
+        if "image" not in entry:
+            return known[0]
+        image_set = text(entry, "image_set", where) if "image_set" in entry else known[0].set
+        return known[0]._replace(image_set=image_set, image=identifier(entry, "image", where))
 
 
 class AnswersElsewhere(nn.Module):
@@ -153,23 +201,23 @@ def judge_answers(
     given to `write_donors`. `partial`: a text that lacks one of its answers is left out, else the
     file is refused. With `out` the report is written there too. Raises ScoreError, ShardError.
     """
-    true = _true_lines(data)
-    answers = read_answers(path, data, true, partial)
+    texts = Texts.of(data)
+    answers = read_answers(path, texts, partial)
     model = AnswersElsewhere(answers)
     tasks = {line.task for line in answers}
     collected, manifests = _asked(model, data, _config(path, overrides), limit, progress, tasks)
-    _check_pictures(path, model, true)
-    left_out = _leave_out(collected, _missing(path, model, true, partial))
+    own = texts.own
+    _check_pictures(path, model, own)
+    left_out = _leave_out(collected, _missing(path, model, own, partial))
     add_scores(collected, None, None)
     add_verdicts(collected, manifests, floors=True)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
         result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}
         result.predictions = [replace(p, p_eos_first=math.nan) for p in result.predictions]
-    report = report_of(evaluation, data, str(path), None)
     if out:
-        report, _ = write_report(evaluation, out, data, str(path), None)
-    return report
+        return write_report(evaluation, out, data, str(path), None)[0]
+    return report_of(evaluation, data, str(path), None)
 
 
 def _told(use: ImageUse, left_out: int) -> ImageUse:
@@ -180,13 +228,11 @@ def _told(use: ImageUse, left_out: int) -> ImageUse:
     return known
 
 
-def read_answers(
-    path: Path, data: Sequence[str], true: Mapping[str, Mapping[str, list[Line]]], partial: bool
-) -> dict[Line, str]:
+def read_answers(path: Path, texts: Texts, partial: bool) -> dict[Line, str]:
     """Returns the answers of a file. `partial`: a line may lack its answer. Raises ScoreError."""
     found: dict[Line, str] = {}
     for where, entry in _entries(path):
-        line = _line(entry, where, data, true)
+        line = texts.line(entry, where)
         if line in found:
             again = f"answers text {line.text_id} with picture {line.image} once more"
             raise ScoreError(f"{where} {again}; each needs one answer")
@@ -217,42 +263,6 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             form = "expected a JSON document a line, or one list of official results"
             raise ScoreError(f"{path}: line {number} is not JSON ({error}): {form}") from error
         yield f"{path}: line {number}", entry
-
-
-def _line(
-    entry: Any, where: str, data: Sequence[str], true: Mapping[str, Mapping[str, list[Line]]]
-) -> Line:
-    """Returns what an entry answers; without an "image" the text's own picture."""
-    named = isinstance(entry, dict) and next((name for name in _IDS if name in entry), None)
-    field(entry, named or _IDS[0], where)
-    name = str(named)
-    text_id = identifier(entry, name, where)
-    known = true[name].get(text_id, [])
-    if "set" in entry:
-        known = [line for line in known if line.set == entry["set"]]
-    if not known:
-        of = f" of set {entry['set']}" if "set" in entry else ""
-        raise ScoreError(f"{where}: {name} {text_id}{of} is not in {', '.join(data)}")
-    if len(known) > 1:
-        sets = ", ".join(line.set for line in known)
-        raise ScoreError(f'{where}: {name} {text_id} stands in {sets}: add its "set"')
-    if "image" not in entry:
-        return known[0]
-    image_set = text(entry, "image_set", where) if "image_set" in entry else known[0].set
-    return known[0]._replace(image_set=image_set, image=identifier(entry, "image", where))
-
-
-def _true_lines(data: Sequence[str]) -> dict[str, dict[str, list[Line]]]:
-    """Returns the lines of all texts with their own pictures, by the name and value of an id."""
-    found: dict[str, dict[str, list[Line]]] = {name: defaultdict(list) for name in _IDS}
-    for record in records(data):
-        for known in record.texts:
-            line = _true(record, known)
-            found["text_id"][known.id].append(line)
-            # As official results name them: a caption stands under its image.
-            official = "question_id" if known.task == "vqa" else "image_id"
-            found[official][known.id if known.task == "vqa" else record.image_id].append(line)
-    return found
 
 
 def _true(record: Record, known: Any) -> Line:
@@ -322,13 +332,10 @@ def _batch(shown: Sequence[Record], tasks: set[str] | None) -> PictureBatch | No
     )
 
 
-def _check_pictures(
-    path: Path, model: AnswersElsewhere, true: Mapping[str, Mapping[str, list[Line]]]
-) -> None:
+def _check_pictures(path: Path, model: AnswersElsewhere, own: set[Line]) -> None:
     """Raises ScoreError for a picture that the gate would not show with its text. Whether images of
-    another set are needed, only the others tell.
+    another set are needed, only the others tell. `own`: all texts with their own pictures.
     """
-    own = {line for lines in true["text_id"].values() for line in lines}
     for line in model.answers:
         if line.image_set == line.set and line not in own and line not in model.asked:
             raise ScoreError(
@@ -339,13 +346,11 @@ def _check_pictures(
 
 
 def _missing(
-    path: Path,
-    model: AnswersElsewhere,
-    true: Mapping[str, Mapping[str, list[Line]]],
-    partial: bool,
+    path: Path, model: AnswersElsewhere, own: set[Line], partial: bool
 ) -> set[tuple[str, str, str]]:
-    """Returns the texts that lack one of their answers. Raises ScoreError, unless `partial`."""
-    own = {line for lines in true["text_id"].values() for line in lines}
+    """Returns the texts that lack one of their answers: in a file of none but true pictures, that
+    one. Raises ScoreError, unless `partial`.
+    """
     asked = list(model.asked)
     if own.issuperset(model.answers):
         asked = [line for line in asked if line in own]

@@ -5,6 +5,7 @@ it says to the pictures that the gate would have shown it.
 import io
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 
 from harness.errors import ConfigError
-from harness.evaluate.elsewhere import judge_answers, write_donors
+from harness.evaluate import floors
+from harness.evaluate.elsewhere import image_sets, judge_answers, write_donors
 from harness.evaluate.official import ScoreError
 from harness.evaluate.published import PublishedModel, evaluate_published
 from harness.model.language.loss import Generated
 from published_models import tiny_blip2
+from shards.manifest import Manifest
 from shards.record import Record, Text
 from shards.write import write_shards
 
@@ -61,6 +64,15 @@ def drawings(folder, split="test", captions=False, images=IMAGES) -> str:
     return str(folder)
 
 
+def feature_set(folder, **given) -> str:
+    record = Record("000", "squares", "test", "0", texts_of(0, captions=False))
+    row = (record, safetensors.torch.save({"patches_PD": torch.zeros(1, 1)}), "safetensors")
+    encoder = {"kind": "clip"}
+    named = {"dataset": "squares", "split": "test", "kind": "features", "encoder": encoder}
+    write_shards([row], folder, **named, **given)
+    return str(folder)
+
+
 def reader(line: dict) -> str:
     """What a model says that sees where the square is."""
     side = side_of(line["image"])
@@ -90,6 +102,11 @@ def written(folder, lines):
 
 def read(file):
     return [json.loads(row) for row in file.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def a_small_forest(monkeypatch):
+    monkeypatch.setattr(floors, "shallow_answers", partial(floors.shallow_answers, trees=10))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +191,7 @@ def test_official_results_alone_are_not_enough_and_the_reason_says_what_is(quest
     assert found["shuffled_accuracy"] is None
     assert found["shallow_floor_advantage_low"] > 1
     left = json.loads((tmp_path / "out" / "scores.json").read_text(), parse_constant=pytest.fail)
-    assert left == report
+    assert left == json.loads(json.dumps(report))
     assert len(json.loads((tmp_path / "out" / "squares_test_answers.json").read_text())) == 160
 
 
@@ -220,7 +237,7 @@ def test_images_of_another_set_are_asked_for_too(tmp_path):
     assert blind["sets"]["squares_dev"]["images_of_another_set_advantage"] == 0
     without_set = [{k: v for k, v in line.items() if k != "set"} for line in read(file)]
     written(tmp_path, without_set)
-    with pytest.raises(ScoreError, match="line 1: text_id .* stands in squares_test, squares_dev"):
+    with pytest.raises(ScoreError, match=r"line 1: text_id .* stands in squares_test, squares_dev"):
         judge_answers(file, sets)
 
 
@@ -245,7 +262,7 @@ def test_a_line_that_cannot_be_used_is_named(questions, tmp_path, changed, sente
 
 def test_what_is_no_file_of_answers_is_said_in_a_sentence(questions, tmp_path):
     file = answered(tmp_path, [questions], reader)
-    with pytest.raises(ConfigError, match="donors.jsonl is there already"):
+    with pytest.raises(ConfigError, match=r"donors\.jsonl is there already"):
         write_donors(tmp_path / "donors.jsonl", [questions])
     with pytest.raises(ScoreError, match=r'donors.jsonl: line 1 \(text .*\) has no "answer"'):
         judge_answers(tmp_path / "donors.jsonl", [questions])
@@ -256,14 +273,19 @@ def test_what_is_no_file_of_answers_is_said_in_a_sentence(questions, tmp_path):
     with pytest.raises(ScoreError, match=f"line {len(lines) + 1} answers text .* once more"):
         judge_answers(file, [questions])
     file.write_bytes(b'{"text_id": "1"\n')
-    with pytest.raises(ScoreError, match="line 1 is not JSON .*: expected a JSON document a line"):
+    with pytest.raises(ScoreError, match=r"line 1 is not JSON .*: expected a JSON document a line"):
         judge_answers(file, [questions])
     file.write_text("[1]")
-    with pytest.raises(ScoreError, match='answered.jsonl: entry 1 has no "text_id"'):
+    with pytest.raises(ScoreError, match=r'answered\.jsonl: entry 1 has no "text_id"'):
         judge_answers(file, [questions])
     file.write_bytes("[]".encode("utf-16"))
     with pytest.raises(ScoreError, match="is not UTF-8 text: it looks like UTF-16"):
         judge_answers(file, [questions])
+
+
+def test_a_set_of_features_is_judged_by_the_pictures_that_it_was_made_from(questions, tmp_path):
+    features = feature_set(tmp_path / "features", origin=Manifest.open(questions))
+    assert image_sets([features, questions]) == [questions, questions]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -301,25 +323,13 @@ def test_the_command_writes_donors_and_judges_their_answers(questions, tmp_path,
 
 
 def test_the_command_refuses_in_sentences(questions, tmp_path, harness):
-    row = (
-        Record("0", "toy", "test", "0", texts_of(0, captions=False)),
-        safetensors.torch.save({"patches_PD": torch.zeros(1, 1)}),
-        "safetensors",
-    )
-    write_shards(
-        [row],
-        tmp_path / "features",
-        dataset="toy",
-        split="test",
-        kind="features",
-        encoder={"kind": "clip"},
-    )
+    features = feature_set(tmp_path / "features")
     for given, sentence in (
         (("nowhere.jsonl", questions), "nowhere.jsonl: there is no such file of answers"),
         ((tmp_path / "model",), "give the sets to judge"),
-        (("--donors", tmp_path / "d.jsonl", tmp_path), "holds no index.json"),
+        (("--donors", tmp_path / "d.jsonl", tmp_path / "no"), "there is no folder of shards at"),
         (
-            ("--donors", tmp_path / "d.jsonl", tmp_path / "features"),
+            ("--donors", tmp_path / "d.jsonl", features),
             "holds features, and the pictures that they were made from are not at hand",
         ),
         ((tmp_path, questions), "cannot be loaded as an image-text-to-text model"),
