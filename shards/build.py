@@ -39,7 +39,7 @@ from shards.sources.source import (
     UNDECODABLE,
     UNUSABLE_TEXT,
 )
-from shards.statistics import statistics_of
+from shards.statistics import picture_statistics, statistics_of
 from shards.write import Sample, add_to, folder_beside, settle, write_shards
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
@@ -151,8 +151,8 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
 
 def prepare_image(
     data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> tuple[bytes, str, str]:
-    """Returns an image file as (payload, extension, what was changed or "").
+) -> Prepared:
+    """Returns an image file as (payload, extension, what was changed or "", its statistics (K,)).
 
     Raises ValueError for too many pixels, and what Pillow raises for damage (mostly OSError). The
     bytes stay as they are when plain decoding to RGB shows the picture people
@@ -172,7 +172,7 @@ def prepare_image(
         changed.append(form)
     shrink = short_side is not None and min(image.size) > short_side
     if not shrink and not changed:
-        return data, _EXTENSIONS[form], ""
+        return data, _EXTENSIONS[form], "", picture_statistics(on_white(image), len(data))
     image = on_white(image)
     if short_side is not None and shrink:
         scale = short_side / min(image.size)
@@ -182,10 +182,13 @@ def prepare_image(
     image.info.clear()  # a CMYK profile or a transparent colour must not travel on
     encoded = io.BytesIO()
     if shrink or form in ("JPEG", "MPO"):
+        extension = "jpg"
         image.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return encoded.getvalue(), "jpg", ", ".join(changed)
-    image.save(encoded, "PNG")
-    return encoded.getvalue(), "png", ", ".join(changed)
+    else:
+        extension = "png"
+        image.save(encoded, "PNG")
+    payload = encoded.getvalue()
+    return payload, extension, ", ".join(changed), statistics_of(payload)
 
 
 def _note_colours(image: Image.Image, changed: list[str]) -> None:
@@ -278,8 +281,7 @@ def _samples(
 def _prepare(source: Source, item: Item, image_options: tuple[int | None, int]) -> Prepared:
     item.record.check()
     item.record.to_json()  # a text that cannot be written costs its sample
-    prepared = prepare_image(source.images.read(item.image), *image_options)
-    return *prepared, statistics_of(prepared[0])
+    return prepare_image(source.images.read(item.image), *image_options)
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:

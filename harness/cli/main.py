@@ -141,6 +141,7 @@ def train(
     from harness.config.load import load
     from harness.errors import ConfigError
     from harness.machine import launcher
+    from harness.machine.determinism import set_workspace
     from harness.machine.lock import refuse_if_held
     from harness.plan.plan import check
 
@@ -164,6 +165,7 @@ def train(
         arguments += ["--resume", resume]
     if restart:
         arguments.append("--restart")
+    set_workspace(loaded.train)
     raise typer.Exit(launcher.launch(arguments, processes, launch_file=launch_file))
 
 

@@ -244,7 +244,10 @@ class EvaluationConfig(Section):
     counterfactual_texts: Positive = 1200
     # Images of each set whose caption is looked for among those of the 99 most alike ones.
     recall_images: Positive = 300
-    # The same during training, where it must cost little.
+    # Images of each set and task whose tiles are shuffled and patches left out, beside the verdict;
+    # 0: none.
+    space_images: NonNegative = 100
+    # The same as counterfactual_texts during training, where it must cost little.
     dev_counterfactual_texts: NonNegative = 400
     # Images of each dev set for train.image_use_every: one text of each task and image.
     small_gate_images: Positive = 32

@@ -1,7 +1,7 @@
 """What one pass over the sets collects: answers, losses, and the evidence of the gates.
 
-Batches -> predictions and losses by task, a Gate for each set and task, and of images with captions
-the mean of their patches. Legend: I images, C contexts, P patches, D width.
+Batches -> predictions and losses by task, a Gate for each set and task, and the mean of each
+image's patches. Legend: I images, C contexts, P patches, D width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import numpy as np
 from harness.config.schema import Config
 from harness.evaluate.image_use.bank import Bank
 from harness.evaluate.image_use.gate import Gate, sums_per_context
-from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Stratum, answers, by_stratum, select
 from harness.evaluate.results import Evaluation, TaskResult
+from harness.evaluate.training_pictures import TrainingPictures, training_pictures
 from harness.model.batch import Batch
 from shards.read import Sample
 from shards.record import Record
@@ -41,7 +42,7 @@ class Collected:
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: dict[Stratum, Gate] = field(default_factory=dict)
     place: dict[Picture, tuple[int, int]] = field(default_factory=dict)
-    pooled: dict[Picture, np.ndarray] = field(default_factory=dict)  # mean patch, of captions
+    pooled: dict[Picture, np.ndarray] = field(default_factory=dict)  # the mean patch of each image
     bank: Bank = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class Collected:
         """Answers and losses of a batch, by set and task; with `in_gate` also for the gate."""
         batch = encoded(self.model, batch)
         tokens = self.model.bridge_tokens(batch)
+        self._pool(batch)
         for stratum, part, rows in by_stratum(batch):
             decoding = getattr(self.config.generate, stratum.task)
             part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
@@ -72,8 +74,6 @@ class Collected:
             result.predictions += said
             result.nats += sums.nats_C.sum()
             result.weight += sums.weight_C.sum()
-            if not TASKS[stratum.task].has_right:
-                self._pool(part)
             if in_gate and self.texts_in_gate(stratum) < self.gate_texts:
                 chosen = for_gate(part)
                 self._gate(stratum, training_batch).add(
@@ -83,6 +83,15 @@ class Collected:
                     sums.weight_C[chosen],
                     [said[c] for c in chosen],
                 )
+
+    @cached_property
+    def training(self) -> TrainingPictures | str:
+        """Training pictures, none of them judged, read once for all floors; a sentence where there
+        are none.
+        """
+        if not self.pooled:
+            return "the model has no features of its own"
+        return training_pictures(self.config, self.model, self.pooled.keys())
 
     def texts_in_gate(self, stratum: Stratum) -> int:
         return self.gates[stratum].texts if stratum in self.gates else 0

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from harness.config.schema import Config, EvaluationConfig
+from harness.config.schema import EvaluationConfig
 from harness.evaluate import vqa
 from harness.evaluate.bootstrap import image_rows, ratio
+from harness.evaluate.collected import Collected
 from harness.evaluate.gate_terms.neighbours import consensus_captions
 from harness.evaluate.gate_terms.shallow import ShallowFloor, shallow_answers
 from harness.evaluate.image_use.evidence import NEIGHBOUR, SHALLOW, Term
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Prediction
-from harness.evaluate.training_pictures import training_pictures
 
 
 def shallow_floor(
@@ -44,7 +44,7 @@ def shallow_floor(
     if floor is None:
         return Term(SHALLOW, None, missing=f"{images} images are too few for five folds")
     judged = [own[row] for row in floor.rows_C]
-    return _above(SHALLOW, judged, floor.answers, settings, floor.seconds, _rules(floor))
+    return above(SHALLOW, judged, floor.answers, settings, floor.seconds, _rules(floor))
 
 
 def _rules(floor: ShallowFloor) -> str:
@@ -54,31 +54,27 @@ def _rules(floor: ShallowFloor) -> str:
     return ", ".join(f"{rule} ({folds} {of})" for rule, folds in counts.items())
 
 
-def neighbour_floor(
-    predictions: Sequence[Prediction],
-    pooled: Mapping[tuple[str, str, str], np.ndarray],
-    config: Config,
-    model: object,
-) -> Term:
+def neighbour_floor(predictions: Sequence[Prediction], collected: Collected) -> Term:
     """Returns how far the captions are above the consensus caption of the nearest training
-    pictures, by the mean of their patches (`pooled`).
+    pictures, by the mean of their patches.
     """
     began = time.perf_counter()
-    own = [p for p in predictions if p.picture in pooled]
-    if not own:
-        return Term(NEIGHBOUR, None, missing="the model has no features of its own")
-    judged = {p.picture for p in own}
-    training = training_pictures(config, model, judged)
+    training = collected.training
     if isinstance(training, str):
         return Term(NEIGHBOUR, None, missing=training)
-    features_JD = np.stack([pooled[p.picture] for p in own])
-    captions = consensus_captions(features_JD, training.features_ND, training.captions_N)
+    rows = training.rows_with_captions()
+    if not rows:
+        return Term(NEIGHBOUR, None, missing="no local training set holds captions")
+    features_JD = np.stack([collected.pooled[p.picture] for p in predictions])
+    captions_N = [training.captions_N[row] for row in rows]
+    captions = consensus_captions(features_JD, training.features_of(rows), captions_N)
     seconds = time.perf_counter() - began
-    about = f"{len(training.captions_N)} training pictures"
-    return _above(NEIGHBOUR, own, captions, config.evaluation, seconds, about)
+    about = f"{len(rows)} training pictures"
+    settings = collected.config.evaluation
+    return above(NEIGHBOUR, predictions, captions, settings, seconds, about)
 
 
-def _above(
+def above(
     name: str,
     predictions: Sequence[Prediction],
     floor: Sequence[str],

@@ -91,7 +91,7 @@ def _further(
         return tuple(Term(name, None, missing=_IN_TRAINING) for name in (RECALL, NEIGHBOUR))
     return (
         _recall(gate, collected, manifests),
-        neighbour_floor(own, collected.pooled, collected.config, collected.model),
+        neighbour_floor(own, collected),
     )
 
 

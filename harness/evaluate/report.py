@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.evaluate import vqa
+from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.predict import results
 from harness.evaluate.told import term_rows, verdict_lines
 from harness.redact import masked_document
@@ -142,6 +143,10 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
         bounds = [figures.get(f"loss_gap_nats_{end}") for end in ("low", "high")]
         words = ", ".join("unknown" if bound is None else f"{bound:.3f}" for bound in bounds)
         rows.append(["loss with shuffled images - true loss", f"{gap:.3f} nats [{words}]"])
+    for name in ("Bleu_4", "CIDEr"):
+        if name in figures.get("stripped", {}):
+            label = f"{name}, texts stripped (not the official way)"
+            rows.append([label, f"{figures['stripped'][name]:.2f}"])
     rows += term_rows(figures)
     changed = figures.get("answers_changed_where_truth_differs")
     if changed is not None:
@@ -174,6 +179,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
             lines.append(f"{figures['reason']}.\n")
         if figures.get("advice"):
             lines.append(f"What would change it: {figures['advice']}.\n")
+        lines += beside_tables(task, figures)
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"
 

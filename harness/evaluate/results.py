@@ -19,6 +19,8 @@ from harness.report.pictures import Shown
 
 _IN_METRICS = (
     *("accuracy", "CIDEr", "Bleu_4", "empty_rate", "loss_gap_nats", "loss_gap_nats_low"),
+    *("exchange_advantage", "matched_exchange_advantage", "shallow_floor_advantage"),
+    *("recall_advantage", "neighbour_floor_advantage"),
     *(
         "shuffled_accuracy",
         "no_image_accuracy",
@@ -49,6 +51,10 @@ class TaskResult:
         default_factory=dict
     )  # accuracy per_answer_type, per_question_type
     uses: dict[str, ImageUse] = field(default_factory=dict)  # by set
+    stripped: dict[str, float] = field(default_factory=dict)  # captions, see scores.py
+    # By set: figures that decide nothing, and how long each took (beside.py).
+    beside: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    beside_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     pooled: Interval | None = None  # cost of the exchange in points over several sets together
     majority_accuracy: float | None = None
     text_only_accuracy: float | None = None
@@ -79,6 +85,7 @@ class TaskResult:
                 for name, known in self.intervals.items()
                 for key, value in known.flat(name).items()
             },
+            **({"stripped": self.stripped} if self.stripped else {}),
             **{
                 kind: {name: i.value for name, i in self.groups.get(kind, {}).items()}
                 for kind in _GROUPS
@@ -90,7 +97,8 @@ class TaskResult:
             "empty_rate": float(np.mean([not p.answer.strip() for p in self.predictions])),
             "p_eos_first": None if math.isnan(p_eos_first) else p_eos_first,
         }
-        return {**gate, **subset, **self._by_set(), **own}
+        beside = {"beside": self.beside, "beside_seconds": self.beside_seconds}
+        return {**gate, **subset, **self._by_set(), **own, **(beside if self.beside else {})}
 
     def _by_set(self) -> dict[str, Any]:
         """Returns the verdict of each set, and the pooled exchange named as such; nothing for a

@@ -24,6 +24,7 @@ from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
 from harness.evaluate import vqa
+from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected, gate_tasks
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts, exchange
@@ -63,8 +64,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `floors`: whether the verdict rests on floors and recall too; the rest as for `collect`. One
-    process does it all. Raises ShardError.
+    `floors`: whether the verdict rests on floors and recall too, and figures stand beside it; the
+    rest as for `collect`. One process does it all. Raises ShardError.
     """
     collected, manifests = collect(
         model,
@@ -82,6 +83,8 @@ def evaluate_model(
     add_scores(collected, majority, text_only_accuracy)
     exchange(collected, manifests)
     add_verdicts(collected, manifests, floors=floors)
+    if floors:
+        add_beside(collected, manifests, decode or reading(config)["decode"])
     return collected.evaluation
 
 

@@ -23,6 +23,7 @@ def add_scores(
         result.predictions.sort(key=lambda p: collected.place[p.picture])
         if not TASKS[task].has_right:
             result.intervals = score_captions(result.predictions, settings)
+            result.stripped = score_stripped(result.predictions)
             continue
         scored = score_vqa(result.predictions, settings)
         result.intervals = {"accuracy": scored.pop("overall")}
@@ -56,6 +57,19 @@ def score_captions(
     predictions: Sequence[Prediction], settings: EvaluationConfig
 ) -> dict[str, Interval]:
     """Returns BLEU, ROUGE-L and CIDEr-D, with the document frequencies of all sets given."""
-    said = {"/".join(p.id): p.answer for p in predictions}
-    scores = captions.score(said, {"/".join(p.id): p.references for p in predictions})
+    scores = captions.score(*_said_and_wanted(predictions))
     return scores.with_intervals(settings.confidence, settings.bootstrap)
+
+
+def score_stripped(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Returns the same measures of captions and references without punctuation, digits and words
+    of one letter, as some projects publish them: beside the official ones, never in their place.
+    """
+    return captions.stripped_scores(*_said_and_wanted(predictions)).corpus
+
+
+def _said_and_wanted(
+    predictions: Sequence[Prediction],
+) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
+    said = {"/".join(p.id): p.answer for p in predictions}
+    return said, {"/".join(p.id): p.references for p in predictions}

@@ -207,6 +207,13 @@ class VisionLanguageModel(PreTrainedModel):
         """
         return self.bridge.question_aware
 
+    @property
+    def token_per_patch(self) -> bool:
+        """Whether each patch is an image token of its own: then none can be left out before the
+        bridge, which has a mean for each.
+        """
+        return self.bridge.body.tokens is None
+
     def bridge_inputs(self, batch: Batch, patches_IPD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns what the bridge takes for a batch and the patches of its images."""
         if not self.question_aware:

@@ -16,8 +16,7 @@ def make_engine(train: TrainConfig) -> Engine:
     First of all asks torch for the same bits, if `train.deterministic` says so: an engine starts
     CUDA. Raises ConfigError where the launcher has started one process in place of several.
     """
-    if train.deterministic:
-        ask_for_the_same_bits()
+    ask_for_the_same_bits(train)
     set_by_accelerate = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"}
     if set_by_accelerate <= os.environ.keys() and "RANK" not in os.environ:
         # `accelerate launch --cpu --num_processes 2`: it says nothing and starts one

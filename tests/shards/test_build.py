@@ -17,12 +17,17 @@ import pytest
 from PIL import Image
 
 from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, encoded, fill, picture
-from shards.build import build, prepare_image
+from shards.build import build
+from shards.build import prepare_image as prepared_image
 from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.record import Record
 
 TOKEN = FLICKR8K / "Flickr8k.token.txt"
+
+
+def prepare_image(data, **options):
+    return prepared_image(data, **options)[:3]
 
 
 @pytest.fixture

@@ -154,12 +154,20 @@ def test_sets_of_format_1_have_rows_by_their_pictures_and_features_of_then_have_
     assert rows_of(Manifest.open(VERSION_1 / "features" / "train"), [0]) is None
 
 
-def test_columns_of_another_version_are_not_taken_for_these(images, expected):
-    index = Path(images.folder) / "index.json"
+def replace_statistics(folder, data, **other):
+    info = write_whole(folder / "statistics.bin", data)
+    index = folder / "index.json"
     document = json.loads(index.read_text())
-    document["statistics"]["columns"][0] = "contrast"
+    document["statistics"] |= {"bytes": info.bytes, "sha256": info.sha256, **other}
     index.write_text(json.dumps(document))
-    np.testing.assert_array_equal(rows_of(Manifest.open(images.folder), [1]), expected[[1]])
+
+
+def test_columns_of_another_version_are_not_taken_for_these(images, expected):
+    replace_statistics(Path(images.folder), bytes(SAMPLES * 4), columns=["contrast"])
+    opened = Manifest.open(images.folder)
+    assert opened.statistics["row"].tolist() == [[0.0]] * SAMPLES
+    np.testing.assert_array_equal(rows_of(opened, [1]), expected[[1]])
+    assert verify(images.folder) == []
 
 
 @pytest.mark.parametrize("columns", ["abc", [1], None])
@@ -198,13 +206,8 @@ def test_a_damaged_file_of_statistics_is_named_in_one_sentence(images):
 
 
 def test_a_file_of_another_number_of_rows_is_named(images):
-    index = Path(images.folder) / "index.json"
-    data = (index.parent / "statistics.bin").read_bytes()[:-112]
-    info = write_whole(index.parent / "statistics.bin", data)
-    document = json.loads(index.read_text())
-    document["statistics"] |= {"bytes": info.bytes, "sha256": info.sha256}
-    index.write_text(json.dumps(document))
-    (problem,) = verify(index.parent)
+    replace_statistics(Path(images.folder), bytes(4 * 112))
+    (problem,) = verify(images.folder)
     assert "statistics.bin has 448 bytes, expected 5 rows of 112" in problem
 
 

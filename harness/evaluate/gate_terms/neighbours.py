@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from harness.evaluate.gate_terms.scale import nearest_k
 from harness.evaluate.vqa import same_question
 
 _NEIGHBOURS = 25
-_NGRAMS = 1 << 20  # places for 1- to 4-grams by their hash: a vocabulary would grow with the texts
+_NGRAMS = 1 << 20  # places for n-grams by their hash: a vocabulary would grow with the texts
 
 
 def consensus_captions(
@@ -28,29 +29,19 @@ def consensus_captions(
     captions: int = 60,
 ) -> list[str]:
     """Returns for each picture that caption of its nearest training pictures which has the highest
-    mean similarity to the `captions` others nearest to it: tf-idf of 1- to 4-grams, whose
-    frequencies are those in all the neighbours' captions. Of equals the nearer picture's; "" where
-    the neighbours have no caption.
+    mean similarity to the `captions` others nearest to it (as `_weights` makes it). Of equals the
+    nearer picture's; "" where the neighbours have no caption.
     """
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-
     rows_Jk = nearest_k(_directions(training_ND), _directions(features_JD), pictures)
     used = np.unique(rows_Jk)
     texts = [caption for row in used for caption in captions_N[row]]
     if not texts:
         return [""] * len(features_JD)
-    counter = HashingVectorizer(
-        n_features=_NGRAMS,
-        ngram_range=(1, 4),
-        token_pattern=r"\w+",  # the default leaves out "a"
-        alternate_sign=False,
-        norm=None,
-        dtype=np.float32,
-    )
-    weights = TfidfTransformer().fit_transform(counter.transform(texts))
-    ends = np.cumsum([len(captions_N[row]) for row in used])
+    counts = [len(captions_N[row]) for row in used]
+    weights = _weights(texts, np.repeat(np.arange(len(used)), counts))
+    ends = np.cumsum(counts)
     span_of = {
-        row: range(end - len(captions_N[row]), end) for row, end in zip(used, ends, strict=True)
+        row: range(end - count, end) for row, count, end in zip(used, counts, ends, strict=True)
     }
     chosen = []
     for rows_k in rows_Jk:
@@ -61,6 +52,38 @@ def consensus_captions(
     return chosen
 
 
+def _weights(texts: Sequence[str], picture_M: np.ndarray) -> Any:
+    """Returns a sparse row for each text whose dot product with another is 4 times CIDEr's
+    similarity (Vedantam et al. 2015, section 3): the mean over n from 1 to 4 of the cosines of
+    tf-idf of n-grams, with frequencies by picture. On Flickr8k this scores higher than one cosine
+    over all n-grams: CIDEr 0.443, not 0.424.
+    """
+    from scipy.sparse import diags, hstack
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.preprocessing import normalize
+
+    pictures = picture_M.max() + 1
+    parts = []
+    for n in range(1, 5):
+        counter = HashingVectorizer(
+            n_features=_NGRAMS,
+            ngram_range=(n, n),
+            token_pattern=r"\w+",  # the default leaves out "a"
+            alternate_sign=False,
+            norm=None,
+            dtype=np.float32,
+        )
+        counts = counter.transform(texts)
+        cells = counts.tocoo()
+        in_pictures = np.unique(picture_M[cells.row] * _NGRAMS + cells.col) % _NGRAMS
+        pictures_V = np.bincount(in_pictures, minlength=_NGRAMS)
+        # One more picture than there are: what all have in common still counts a little.
+        rarity_V = np.log((pictures + 1) / np.maximum(pictures_V, 1)).astype(np.float32)
+        parts.append(normalize(counts @ diags(rarity_V)))
+    weights = hstack(parts, format="csr")
+    return weights[:, weights.getnnz(axis=0) > 1]  # what one text alone has meets nothing
+
+
 def _most_central(similarity_MM: np.ndarray, captions: int) -> int:
     """Returns the caption with the highest mean similarity to its nearest others."""
     others = min(captions, len(similarity_MM) - 1)
@@ -68,8 +91,7 @@ def _most_central(similarity_MM: np.ndarray, captions: int) -> int:
         return 0
     np.fill_diagonal(similarity_MM, -np.inf)
     nearest_MM = np.partition(similarity_MM, -others, axis=1)[:, -others:]
-    # Sums in another order differ by rounding: equal captions must stay equal.
-    return int(nearest_MM.mean(axis=1).round(5).argmax())
+    return int(nearest_MM.mean(axis=1).argmax())
 
 
 def neighbour_answers(

@@ -71,11 +71,10 @@ def nearest(scaled_IK: np.ndarray, row: int, allowed_rows: np.ndarray) -> int | 
 
 def nearest_k(scaled_IK: np.ndarray, queries_JK: np.ndarray, k: int) -> np.ndarray:
     """Returns rows_Jk, nearest first; fewer than k where fewer rows have statistics. Works in
-    blocks: what is held at once does not grow with I times J. Raises ValueError for queries without
-    statistics.
+    blocks: what is held at once does not grow with I times J. Raises ValueError for a query of NaN.
     """
     if np.isnan(queries_JK).any():
-        raise ValueError("the nearest of a picture without statistics cannot be told")
+        raise ValueError("the nearest rows to NaN cannot be told; leave such pictures out")
     known_rows = np.flatnonzero(~np.isnan(scaled_IK).any(axis=1))
     known_IK = scaled_IK[known_rows]
     k = min(k, len(known_rows))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -154,6 +154,16 @@ class Gate:
         """Returns the batch of one context, without its image."""
         part = next(part for part in reversed(self._parts) if part.start <= context)
         return select(part.batch, [context - part.start])
+
+    def batches(self, context_c: Iterable[int]) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Yields the contexts that are asked for batch by batch as they came: which they are, and
+        their batch without images.
+        """
+        wanted = set(context_c)
+        for part in self._parts:
+            rows = [r for r in range(len(part.batch.contexts)) if part.start + r in wanted]
+            if rows:
+                yield part.start + np.array(rows), select(part.batch, rows)
 
     # ---- the counterfactuals ---------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def load(
     """
     quantisation = None
     if config.tuning == "qlora":
-        _need_bitsandbytes()
+        _check_installed()
         skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
         quantisation = nf4(compute_dtype, skipped)
     with loading(KEY, config.id, REMEDY), quiet_transformers():
@@ -101,7 +101,7 @@ def load(
     return lm, tokenizer
 
 
-def _need_bitsandbytes() -> None:
+def _check_installed() -> None:
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.lm.tuning is qlora: layers in 4 bits need bitsandbytes, on a CPU too: "

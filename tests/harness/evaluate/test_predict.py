@@ -5,6 +5,8 @@ shards.
 import json
 import os
 import shutil
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,7 +290,12 @@ def test_decoding_can_be_chosen_on_the_dev_set_without_training_again(setting):
 def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_path):
     config, model, root = setting
     first = evaluate_run(config.out_dir, out=tmp_path / "a")
-    assert evaluate_run(config.out_dir, [str(root / "test")], out=tmp_path / "b") == first
+    again = evaluate_run(config.out_dir, [str(root / "test")], out=tmp_path / "b")
+    for figures in (*first["tasks"].values(), *again["tasks"].values()):
+        assert (
+            figures.pop("beside_seconds")["toy_test"].keys() == figures["beside"]["toy_test"].keys()
+        )
+    assert again == first
     within = evaluate_model(model, [str(root / "test")], config)
     assert within.tasks["vqa"].loss == pytest.approx(first["tasks"]["vqa"]["loss_nats"], rel=1e-6)
     metrics = within.metrics()
@@ -303,6 +310,39 @@ def test_the_same_run_gives_the_same_report_twice_and_in_training(setting, tmp_p
     assert all(np.isfinite(value) for value in metrics.values())
     assert len(within.shown) == len(within.shown_images) == 3
     assert len({p.key for p in within.shown}) == 3
+
+
+def test_a_limit_counts_for_each_set_and_each_has_its_own_verdict(setting, tmp_path):
+    """Captions of a mixture once rested on the few images that its larger set left them."""
+    config, model, root = setting
+    shape = (model.config.encoder["tokens"], model.config.encoder["width"])
+    features = safetensors.numpy.save({"patches_PD": np.ones(shape, np.float16)})
+    write_shards(
+        ((replace(r, split="large"), features, "safetensors") for r in records(40)),
+        tmp_path,
+        dataset="toy",
+        split="large",
+        kind="features",
+        encoder=model.config.encoder,
+    )
+    paths = [str(tmp_path), str(root / "test")]
+    found = evaluate_model(model, paths, config, limit=4, counterfactual_texts=8)
+    images = {p.picture for p in found.tasks["vqa"].predictions}
+    assert found.images == len(images) == 8
+    assert Counter(f"{dataset}_{split}" for dataset, split, _ in images) == {
+        "toy_large": 4,
+        "toy_test": 4,
+    }
+    assert set(found.tasks["vqa"].uses) == {"toy_large", "toy_test"}
+    report = found.tasks["vqa"].to_dict()
+    assert report["sets"]["toy_large"]["verdict"].startswith("not enough evidence")
+    assert "pooled_exchange_points" in report
+    assert (
+        "pooled_exchange_points"
+        not in evaluate_model(model, paths[:1], config, limit=4, counterfactual_texts=8)
+        .tasks["vqa"]
+        .to_dict()
+    )
 
 
 def test_a_limit_takes_the_same_images_whatever_the_seed_of_the_run(setting):

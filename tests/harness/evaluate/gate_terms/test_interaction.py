@@ -1,6 +1,7 @@
 """The additive part of a model's answers, and the grids on which it is known."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 
@@ -32,20 +33,26 @@ def test_a_picture_that_makes_every_answer_yes_is_additive():
     assert additive_answers(answers_PT) == answers_PT
 
 
-def test_it_is_the_projection_of_the_whole_tensor():
+def test_it_is_the_projection_of_the_one_hot_answers_in_exact_fractions():
     rng = np.random.default_rng(0)
-    answer_PT = rng.choice(list("abcde"), size=(40, 7), p=[0.4, 0.3, 0.15, 0.1, 0.05])
-    one_hot_PTV = answer_PT[..., None] == np.array(list("abcde"))
-    additive_PTV = (
-        one_hot_PTV.mean(axis=1, keepdims=True)
-        + one_hot_PTV.mean(axis=0, keepdims=True)
-        - one_hot_PTV.mean(axis=(0, 1))
-    )
-    second, best = np.moveaxis(np.sort(additive_PTV, axis=2)[..., -2:], 2, 0)
-    untied_PT = best - second > 1e-9
-    expected_PT = np.array(list("abcde"))[additive_PTV.argmax(axis=2)]
-    assert untied_PT.mean() > 0.5
-    assert (np.array(additive_answers(answer_PT.tolist())) == expected_PT)[untied_PT].all()
+    answer_PT = rng.choice(list("abcd"), size=(31, 7), p=[0.4, 0.3, 0.2, 0.1])
+
+    def exact(picture: int, prompt: int, answer: str) -> tuple[Fraction, Fraction]:
+        is_it_PT = answer_PT == answer
+        of_prompt = Fraction(int(is_it_PT[:, prompt].sum()), 31)
+        of_picture = Fraction(int(is_it_PT[picture].sum()), 7)
+        return of_picture + of_prompt - Fraction(int(is_it_PT.sum()), 31 * 7), of_prompt
+
+    expected_PT = [
+        [max("abcd", key=lambda answer, p=p, t=t: exact(p, t, answer)) for t in range(7)]
+        for p in range(31)
+    ]
+    assert additive_answers(answer_PT.tolist()) == expected_PT
+
+
+def test_of_equal_answers_it_is_the_one_more_common_for_the_prompt():
+    answers_PT = [["yes", "no"], ["no", "yes"], ["yes", "yes"]]
+    assert additive_answers(answers_PT) == [["yes", "yes"]] * 3
 
 
 def asked(prompts_of: dict[str, list[str]]) -> tuple[list[str], list[str]]:

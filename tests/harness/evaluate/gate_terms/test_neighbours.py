@@ -1,6 +1,7 @@
 """Captions and answers copied from the nearest training pictures."""
 
 import numpy as np
+import pytest
 
 from harness.evaluate.gate_terms.neighbours import consensus_captions, neighbour_answers
 
@@ -44,6 +45,25 @@ def test_the_consensus_is_that_of_the_nearest_captions_not_of_all():
 def test_of_equal_captions_the_nearest_is_copied():
     said = consensus_captions(np.array([EAST]), directions(3, 1, 2), [["same"], ["Same"], ["SAME"]])
     assert said == ["Same"]
+
+
+def test_a_caption_is_not_its_own_neighbour():
+    captions_N = [["one alone"], ["a dog"], ["a dog"]]
+    said = consensus_captions(np.array([EAST]), directions(1, 2, 3), captions_N, captions=1)
+    assert said == ["a dog"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_two_captions_the_nearer_is_copied(seed):
+    words = np.random.default_rng(seed).choice([f"w{n}" for n in range(30)], (2, 20))
+    captions_N = [[" ".join(words_of)] for words_of in words]
+    said = consensus_captions(np.array([EAST]), directions(2, 1), captions_N)
+    assert said == captions_N[1]
+
+
+def test_a_picture_without_any_feature_is_no_obstacle():
+    said = consensus_captions(np.zeros((1, 2)), directions(1, 2), [["a dog"], ["a dog"]])
+    assert said == ["a dog"]
 
 
 def test_neighbours_with_one_caption_or_none():

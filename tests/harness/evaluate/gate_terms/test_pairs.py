@@ -78,6 +78,20 @@ def test_every_text_is_in_one_group_at_most():
     assert found.groups == 1
 
 
+def test_a_text_that_waited_for_two_partners_is_given_to_one():
+    questions = ["A?", "B?", "C?", "A?", "B?", "A?", "C?"]
+    truths = ["yes", "no", "no", "no", "yes", "no", "yes"]
+    assert paired(questions, list("iiijjkk"), truths, [True] * 7).groups == 1
+
+
+def test_other_answers_than_yes_and_no_must_differ_for_both_questions():
+    questions = ["What colour?", "Is it round?"] * 2
+    for truths in (["red", "yes", "red", "no"], ["red", "yes", "blue", "yes"]):
+        assert paired(questions, list("iijj"), truths, [True] * 4) is None
+    truths = ["red", "yes", "blue", "no"]
+    assert paired(questions, list("iijj"), truths, [True] * 4).groups == 1
+
+
 def test_complementary_pairs_are_right_together():
     questions = [RED, RED, BLUE, BLUE, RED, BLUE]
     truths = ["yes", "no", "no", "yes", "no", "no"]

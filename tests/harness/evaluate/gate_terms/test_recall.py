@@ -61,6 +61,11 @@ def test_alike_pictures_are_grouped():
     assert [len(set(kind_I[group])) for group in groups] == [1, 1, 1, 1]
 
 
+def test_grouping_starts_outside_so_that_the_last_group_is_not_what_lies_at_both_ends():
+    groups = groups_alike(np.arange(120.0)[:, None], size=60)
+    assert sorted(group.tolist() for group in groups) == [[*range(60)], [*range(60, 120)]]
+
+
 @pytest.mark.parametrize(
     ("pictures", "sizes"),
     [

@@ -58,7 +58,7 @@ def test_pictures_without_statistics_change_nothing_and_are_near_nothing():
     assert nearest(scaled_IK, 20, np.arange(20)) is None
     assert nearest(scaled_IK, 0, np.array([21, 7])) == 7
     assert nearest_k(scaled_IK, scaled_IK[:3], 50).shape == (3, 20)
-    with pytest.raises(ValueError, match="without statistics"):
+    with pytest.raises(ValueError, match="rows to NaN"):
         nearest_k(scaled_IK, scaled_IK[20:], 3)
 
 
