@@ -24,6 +24,7 @@ from torch import nn
 from harness.config.load import apply_overrides, validated
 from harness.config.schema import Config, DecodingConfig
 from harness.errors import ConfigError
+from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected
 from harness.evaluate.image_use.evidence import EXCHANGE, ImageUse
 from harness.evaluate.judging import add_verdicts, exchange
@@ -205,12 +206,13 @@ def judge_answers(
     answers = read_answers(path, texts, partial)
     model = AnswersElsewhere(answers)
     tasks = {line.task for line in answers}
-    collected, manifests = _asked(model, data, _config(path, overrides), limit, progress, tasks)
+    collected = _asked(model, data, _config(path, overrides), limit, progress, tasks)
     own = texts.own
     _check_pictures(path, model, own)
     left_out = _leave_out(collected, _missing(path, model, own, partial))
     add_scores(collected, None, None)
-    add_verdicts(collected, manifests, floors=True)
+    add_verdicts(collected, collected.manifests, floors=True)
+    add_beside(collected, collected.manifests, _nothing)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
         result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}
@@ -277,8 +279,13 @@ def _set(record: Record) -> str:
 def _config(path: Path, overrides: Sequence[str]) -> Config:
     document = {"name": path.stem, "tracking": {"kind": "none"}}
     config = validated(Config, apply_overrides(document, overrides), path, overrides)
-    no_pictures = config.evaluation.model_copy(update={"show_images": 0})  # they are elsewhere
-    return config.model_copy(update={"evaluation": no_pictures})
+    without = {"show_images": 0, "space_images": 0}  # nobody looks at a picture here
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=without)})
+
+
+def _nothing(sample: Sample) -> Any:
+    """Leaves a picture as it is stored."""
+    return sample.payload
 
 
 def _asked(
@@ -288,24 +295,24 @@ def _asked(
     limit: int | None,
     progress: Progress | None,
     tasks: set[str] | None = None,
-) -> tuple[Collected, list[Manifest]]:
+) -> Collected:
     """Returns what the gates asked, of these tasks (None: of all)."""
 
     def collate(samples: Sequence[Sample]) -> PictureBatch | None:
         return _batch([s.known for s in samples if s.record is not None and s.weight], tasks)
 
-    collected, manifests = collect(
+    collected = collect(
         model,
         data,
         config,
         limit=limit or IMAGES,
         progress=progress,
-        decode=lambda sample: sample.payload,  # nobody looks at it here
+        decode=_nothing,
         collate=collate,
         controls_of=lambda *_: {},
     )
-    exchange(collected, manifests)
-    return collected, manifests
+    exchange(collected)
+    return collected
 
 
 def _batch(shown: Sequence[Record], tasks: set[str] | None) -> PictureBatch | None:

@@ -126,6 +126,7 @@ def test_a_file_of_a_model_that_sees_is_image_used_and_one_that_looks_at_nothing
     assert (seen["texts"], seen["gate_images"]) == (2 * IMAGES, IMAGES)
     assert seen["loss_nats"] is None
     assert seen["p_eos_first"] is None
+    assert seen["beside"]["squares_test"]["interaction"]["score"] == 100
     (tmp_path / "donors.jsonl").unlink()
     blind = judge_answers(answered(tmp_path, [questions], guesser), [questions])["tasks"]["vqa"]
     assert blind["verdict"] == "image ignored"
