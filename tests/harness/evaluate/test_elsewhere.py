@@ -221,6 +221,23 @@ def test_a_file_with_gaps_is_refused_by_the_first_and_partly_judged_where_that_i
     assert found["verdict"] == "image used"
     assert (found["texts"], found["gate_texts"], found["left_out"]) == (157, 157, 3)
     assert found["shuffled_accuracy"] == pytest.approx(found["exchange_score"], abs=0.01)
+    written(tmp_path, [line for line in lines if line["prompt"] == ASKED])
+    half = judge_answers(file, [questions], partial=True)["tasks"]["vqa"]
+    assert (half["gate_texts"], half["exchange_images"]) == (IMAGES, IMAGES)
+    assert half["verdict"] == "image used"
+
+
+def test_a_file_of_one_task_is_judged_by_that_task(tmp_path):
+    rows = []
+    for i in range(34):
+        texts = texts_of(i, captions=False) + texts_of(i, captions=True)
+        rows.append((Record(f"{i:03d}", "squares", "test", str(i), texts), drawing(i), "bmp"))
+    write_shards(rows, tmp_path / "test", dataset="squares", split="test")
+    data = [str(tmp_path / "test")]
+    file = answered(tmp_path, data, reader)
+    assert judge_answers(file, data)["tasks"].keys() == {"vqa", "caption"}
+    written(tmp_path, [line for line in read(file) if line["prompt"] is None])
+    assert judge_answers(file, data)["tasks"].keys() == {"caption"}
 
 
 def test_images_of_another_set_are_asked_for_too(tmp_path):
