@@ -8,7 +8,8 @@ columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,16 +40,23 @@ class Matched(NamedTuple):
     told: int  # contexts whose answer the statistics tell: nothing alike has another one
 
 
-def matched_captions(scaled_IK: np.ndarray, image_C: np.ndarray) -> Matched:
-    """Returns for each caption the picture nearest to its own in statistics."""
-    donor_I = np.full(len(scaled_IK), -1)
-    known_I = np.flatnonzero(np.isfinite(scaled_IK).all(axis=1))
-    for image in known_I:
-        others_I = known_I[known_I != image]
-        if len(others_I):
-            donor_I[image] = others_I[_distances(scaled_IK, image, others_I).argmin()]
-    donor_C = donor_I[image_C]
-    return Matched(donor_C, int((donor_C < 0).sum()), 0)
+def matched_captions(
+    scaled_IK: np.ndarray, image_C: np.ndarray, asked: Sequence[Prediction]
+) -> Matched:
+    """Returns for each caption the picture nearest to its own in statistics that shares no caption
+    with it: one of the same words has nothing else to say.
+    """
+    captions_C = [{vqa.same_question(text) for text in p.references} for p in asked]
+    sharing: dict[str, set[int]] = defaultdict(set)
+    for context, captions in enumerate(captions_C):
+        for caption in captions:
+            sharing[caption].add(context)
+    everyone = list(range(len(asked)))
+    donors_of = _Donors(scaled_IK, image_C)
+    for context, captions in enumerate(captions_C):
+        alike = set[int]().union(*(sharing[caption] for caption in captions))
+        donors_of.find(context, everyone, partial(_is_none_of, alike))
+    return donors_of.found
 
 
 def matched_questions(
@@ -60,26 +68,54 @@ def matched_questions(
     truth_C = [vqa.normalise(vqa.most_common(p.references)) for p in asked]
     groups = _groups([vqa.same_question(p.question or p.prompt) for p in asked])
     types = _groups([str(p.meta.get("question_type") or "") for p in asked])
-    known_I = np.isfinite(scaled_IK).all(axis=1)
-    donor_C = np.full(len(asked), -1)
-    told = 0
-    for context, image in enumerate(image_C):
-        if not known_I[image]:
-            continue
-        for group in (groups, types):
-            pool = [c for c in group[context] if image_C[c] != image and known_I[image_C[c]]]
-            others = [c for c in pool if truth_C[c] != truth_C[context]]
-            if others:
-                break
+    donors_of = _Donors(scaled_IK, image_C)
+    for context, truth in enumerate(truth_C):
+
+        def differs(other: int, context: int = context, truth: str = truth) -> bool:
+            return truth_C[other] != truth and image_C[other] != image_C[context]
+
+        same = groups[context]
+        pool = same if any(map(differs, same)) else types[context]
+        donors_of.find(context, pool, differs)
+    return donors_of.found
+
+
+class _Donors:
+    """Finds the donor of one context after the other."""
+
+    def __init__(self, scaled_IK: np.ndarray, image_C: np.ndarray):
+        self._scaled_IK = scaled_IK
+        self._image_C = image_C
+        self._known_I = np.isfinite(scaled_IK).all(axis=1)
+        self._donor_C = np.full(len(image_C), -1)
+        self._told = 0
+
+    def find(self, context: int, pool: Sequence[int], differs: Callable[[int], bool]) -> None:
+        """Notes the nearest picture of the pool whose text differs, if it is alike."""
+        image = self._image_C[context]
+        others_O = self._image_C[pool]
+        usable_O = self._known_I[others_O] & (others_O != image)
+        if not self._known_I[image] or not usable_O.any():
+            return
+        far_O = np.linalg.norm(self._scaled_IK[others_O] - self._scaled_IK[image], axis=1)
+        far_O = np.where(usable_O, far_O, np.inf)
+        differs_O = np.array([differs(other) for other in pool]) & usable_O
+        if not differs_O.any():
+            return
+        nearest = int(np.where(differs_O, far_O, np.inf).argmin())
+        if far_O[nearest] <= _AS_FAR * far_O.min():
+            self._donor_C[context] = others_O[nearest]
         else:
-            continue
-        far_O = _distances(scaled_IK, image, image_C[others])
-        nearest = _distances(scaled_IK, image, image_C[pool]).min()
-        if far_O.min() <= _AS_FAR * nearest:
-            donor_C[context] = image_C[others[int(far_O.argmin())]]
-        else:
-            told += 1
-    return Matched(donor_C, int((donor_C < 0).sum()) - told, told)
+            self._told += 1
+
+    @property
+    def found(self) -> Matched:
+        alone = int((self._donor_C < 0).sum()) - self._told
+        return Matched(self._donor_C, alone, self._told)
+
+
+def _is_none_of(known: Container[int], other: int) -> bool:
+    return other not in known
 
 
 def _groups(name_C: Sequence[str]) -> list[list[int]]:
@@ -89,7 +125,3 @@ def _groups(name_C: Sequence[str]) -> list[list[int]]:
         if name:
             members[name].append(context)
     return [members[name] if name else [] for name in name_C]
-
-
-def _distances(scaled_IK: np.ndarray, image: int | np.integer, others_O: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(scaled_IK[others_O] - scaled_IK[image], axis=1)

@@ -184,10 +184,8 @@ class Gate:
         self._control()
         self.why_not_matched = why_not
         if scaled_IK is not None:
-            if TASKS[self.task].has_right:
-                self.matched = matched_questions(scaled_IK, image_C, self.predictions)
-            else:
-                self.matched = matched_captions(scaled_IK, image_C)
+            match = matched_questions if TASKS[self.task].has_right else matched_captions
+            self.matched = match(scaled_IK, image_C, self.predictions)
             donor_C = self.matched.donor_C
             self._ask("matched", np.where(donor_C < 0, -1, row_I[donor_C]))
 

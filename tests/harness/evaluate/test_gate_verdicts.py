@@ -183,10 +183,22 @@ def test_a_question_nobody_else_was_asked_takes_a_donor_of_its_type():
     assert matched_questions(scaled_IK, np.arange(3), texts).donor_C.tolist() == [1, 0, -1]
 
 
+def test_a_donor_of_a_caption_shares_no_caption_with_it_and_is_alike():
+    scaled_IK = np.array([[0.0], [1.0], [1.9], [9.0]])
+    texts = [
+        asked(key, "", words) for key, words in zip("abcd", ("x", "X ", "y", "z"), strict=True)
+    ]
+    found = matched_captions(scaled_IK, np.arange(4), texts)
+    # a's nearest, b, says the same; c is less than twice as far. d's nearest says something else.
+    assert found.donor_C.tolist() == [2, 2, 1, 2]
+    scaled_IK[2] = 2.1
+    assert matched_captions(scaled_IK, np.arange(4), texts).donor_C.tolist() == [-1, 2, 1, 2]
+
+
 def test_a_picture_without_statistics_gives_and_takes_no_donor():
     scaled_IK = np.array([[0.0], [np.nan], [0.2]])
-    assert matched_captions(scaled_IK, np.arange(3)).donor_C.tolist() == [2, -1, 0]
     texts = [asked(key, "colour?", colour) for key, colour in zip("abc", COLOURS, strict=True)]
+    assert matched_captions(scaled_IK, np.arange(3), texts).donor_C.tolist() == [2, -1, 0]
     assert matched_questions(scaled_IK, np.arange(3), texts).donor_C.tolist() == [2, -1, 0]
 
 

@@ -187,6 +187,20 @@ def test_the_command_scores_two_models_on_the_same_images_in_one_table(
     assert len({entry["image_id"] for entry in captions}) == 34
 
 
+def test_beside_the_verdict_stands_what_shuffled_pictures_cost_and_why_no_patch_is_left_out(
+    folders, tmp_path
+):
+    shards = make_shards(tmp_path / "test", 6, "test", captions=False)
+    short = ["generate.vqa.max_new_tokens=2", "evaluation.bootstrap=20"]
+    report = evaluate_published(
+        str(folders["blip-2"]), [str(shards)], tmp_path / "out", overrides=short
+    )
+    beside = report["tasks"]["vqa"]["beside"]["toy_test"]
+    assert beside["shuffled_tiles"]["images"] == 6
+    assert beside["dropped_patches"] == {"missing": "the model shows no patches"}
+    assert beside["neighbour_floor"] == {"missing": "the model has no features of its own"}
+
+
 def test_what_cannot_be_evaluated_is_said_in_a_sentence(folders, tmp_path):
     images = [str(make_shards(tmp_path / "test", 4, "test"))]
     with pytest.raises(ConfigError, match="there is no instructblip-flan-t5-base; published are"):
