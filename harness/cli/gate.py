@@ -14,15 +14,22 @@ import typer
 from harness.cli.progress import told
 from harness.redact import say, show
 
+Data = Annotated[list[str] | None, typer.Argument(metavar="DATA...", help="Sets of pictures.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="So many images of each set. Without: 2000 for answers, or all."),
+]
+
 
 def gate(
-    given: Annotated[
-        list[str],
+    model: Annotated[
+        str,
         typer.Argument(
-            metavar="[MODEL|PREDICTIONS] DATA...",
-            help="A model of the hub by id or folder, a run, or a file of answers; then sets.",
+            metavar="MODEL|FILE",
+            help="A model of the hub (id or folder), a run, a file of answers; none with --donors.",
         ),
     ],
+    data: Data = None,
     donors: Annotated[
         Path | None,
         typer.Option(
@@ -30,10 +37,7 @@ def gate(
             help="Write which picture to show with each text of DATA, for a model elsewhere.",
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="So many images of each set. Without: 2000 for answers, or all."),
-    ] = None,
+    limit: Limit = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out texts that lack answers.")
     ] = False,
@@ -49,16 +53,18 @@ def gate(
 ) -> None:
     """Whether a model trained elsewhere uses its images.
 
-    A model of the hub is asked here. Any other: --donors FILE DATA writes which picture to show
-    with each text, your code adds an "answer" to each line, and harness gate FILE DATA judges them.
+    A model of the hub is asked here. For any other --donors FILE DATA writes
+    which picture to show with each text; your code adds an "answer" to each;
+    harness gate FILE DATA judges them.
     """
+    sets = data or []
     asked: dict[str, Any] = {"limit": limit, "overrides": override or ()}
     if donors:
-        _write_donors(donors, given, asked)
+        _write_donors(donors, [model, *sets], asked)
         return
     with told("judging") as progress:
         asked |= {"out": out, "progress": progress}
-        report = _judged(given[0], given[1:], partial, load_in_4bit, asked)
+        report = _judged(model, sets, partial, load_in_4bit, asked)
     from harness.evaluate.report import table
 
     show(json.dumps(report, indent=2) if as_json else table(report))

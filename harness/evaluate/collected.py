@@ -22,6 +22,7 @@ from harness.evaluate.predict import Stratum, answers, by_stratum, select
 from harness.evaluate.results import Evaluation, TaskResult
 from harness.evaluate.training_pictures import TrainingPictures, training_pictures
 from harness.model.batch import Batch
+from shards.manifest import Manifest
 from shards.read import Sample
 from shards.record import Record
 
@@ -38,6 +39,7 @@ class Collected:
     gate_texts: int  # of each set and task
     trained_on: Container[Picture]
     epochs: float | None
+    manifests: Sequence[Manifest] = ()
     controls: dict[str, Any] | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: dict[Stratum, Gate] = field(default_factory=dict)

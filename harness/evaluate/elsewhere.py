@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,12 @@ from torch import nn
 from harness.config.load import apply_overrides, validated
 from harness.config.schema import Config, DecodingConfig
 from harness.errors import ConfigError
+from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected
 from harness.evaluate.image_use.evidence import EXCHANGE, ImageUse
 from harness.evaluate.judging import add_verdicts, exchange
-from harness.evaluate.official import ScoreError, entries, field, identifier, read_json, text
+from harness.evaluate.measures import TASKS
+from harness.evaluate.official import ScoreError, entries, identifier, read_json, text
 from harness.evaluate.published import PictureBatch, Pictures
 from harness.evaluate.report import report_of, write_report
 from harness.evaluate.run import Progress, collect
@@ -43,6 +45,8 @@ from shards.statistics import source_of
 
 IMAGES = 2_000  # of each set that are asked about: more texts than the floors look at
 _IDS = ("text_id", "question_id", "image_id")
+# As the gate asks: a picture that is both is asked about once.
+_CONDITIONS = ("true", "shuffled", "matched")
 _ADVICE = (
     "answers under other pictures: harness gate --donors FILE DATA writes which picture to show "
     "with each text"
@@ -57,6 +61,53 @@ class Line(NamedTuple):
     text_id: str
     image_set: str  # DATASET_SPLIT of the picture
     image: str  # its key
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of image sets with their own pictures: `lines` by the name and value of an id."""
+
+    data: Sequence[str]
+    lines: Mapping[str, Mapping[str, list[Line]]]
+
+    @classmethod
+    def of(cls, data: Sequence[str]) -> Texts:
+        """Reads every record. Raises ShardError."""
+        lines: dict[str, dict[str, list[Line]]] = {name: defaultdict(list) for name in _IDS}
+        for record in records(data):
+            for known in record.texts:
+                line = _true(record, known)
+                lines["text_id"][known.id].append(line)
+                # As official results name them: a caption stands under its image.
+                if TASKS[known.task].of_images:
+                    lines["image_id"][record.image_id].append(line)
+                else:
+                    lines["question_id"][known.id].append(line)
+        return cls(data, lines)
+
+    @property
+    def own(self) -> set[Line]:
+        return {line for lines in self.lines["text_id"].values() for line in lines}
+
+    def line(self, entry: Any, where: str) -> Line:
+        """Returns what an entry of a file answers; without an "image" the text with its own
+        picture. Raises ScoreError.
+        """
+        name = next((n for n in _IDS if isinstance(entry, dict) and n in entry), _IDS[0])
+        found = identifier(entry, name, where)
+        known = self.lines[name].get(found, [])
+        if "set" in entry:
+            known = [line for line in known if line.set == entry["set"]]
+        if not known:
+            of = f" of set {entry['set']}" if "set" in entry else ""
+            raise ScoreError(f"{where}: {name} {found}{of} is not in {', '.join(self.data)}")
+        if len(known) > 1:
+            sets = ", ".join(line.set for line in known)
+            raise ScoreError(f'{where}: {name} {found} stands in {sets}: add its "set"')
+        if "image" not in entry:
+            return known[0]
+        image_set = text(entry, "image_set", where) if "image_set" in entry else known[0].set
+        return known[0]._replace(image_set=image_set, image=identifier(entry, "image", where))
 
 
 class AnswersElsewhere(nn.Module):
@@ -123,22 +174,16 @@ def write_donors(
         raise ConfigError(f"{out} is there already: remove it, or choose another file")
     model = AnswersElsewhere({})
     _asked(model, data, _config(out, overrides), limit, progress)
-    others: dict[Line, int] = defaultdict(int)  # by the line of the true picture
-    rows = []
+    rows_of: dict[Line, list[dict[str, Any]]] = defaultdict(list)  # together: a part is whole texts
     for line, (context, image_id) in model.asked.items():
-        own = _true(context.record, context.text)
-        condition = "true"
-        if line.image_set != line.set:
-            condition = "another set"
-        elif line != own:
-            condition = "matched" if others[own] else "shuffled"
-            others[own] += 1
+        rows = rows_of[_true(context.record, context.text)]
+        condition = _CONDITIONS[len(rows)] if line.image_set == line.set else "another set"
         row = line._asdict() | {"image_id": image_id}
-        row |= {"condition": condition, "prompt": context.text.prompt}
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row | {"condition": condition, "prompt": context.text.prompt})
+    lines = [json.dumps(row, ensure_ascii=False) for rows in rows_of.values() for row in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, "".join(rows).encode())
-    return len(rows)
+    write_whole(out, "".join(f"{line}\n" for line in lines).encode())
+    return len(lines)
 
 
 def judge_answers(
@@ -157,40 +202,39 @@ def judge_answers(
     given to `write_donors`. `partial`: a text that lacks one of its answers is left out, else the
     file is refused. With `out` the report is written there too. Raises ScoreError, ShardError.
     """
-    true = _true_lines(data)
-    answers = read_answers(path, data, true, partial)
+    texts = Texts.of(data)
+    answers = read_answers(path, texts, partial)
     model = AnswersElsewhere(answers)
     tasks = {line.task for line in answers}
-    collected, manifests = _asked(model, data, _config(path, overrides), limit, progress, tasks)
-    _check_pictures(path, model, true)
-    _leave_out(collected, _missing(path, model, true, partial))
+    collected = _asked(model, data, _config(path, overrides), limit, progress, tasks)
+    own = texts.own
+    _check_pictures(path, model, own)
+    left_out = _leave_out(collected, _missing(path, model, own, partial))
     add_scores(collected, None, None)
-    add_verdicts(collected, manifests, floors=True)
+    add_verdicts(collected, collected.manifests, floors=True)
+    add_beside(collected, collected.manifests, _nothing)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
-        result.uses = {name: _told(use) for name, use in result.uses.items()}
+        result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}
         result.predictions = [replace(p, p_eos_first=math.nan) for p in result.predictions]
-    report = report_of(evaluation, data, str(path), None)
     if out:
-        report, _ = write_report(evaluation, out, data, str(path), None)
-    return report
+        return write_report(evaluation, out, data, str(path), None)[0]
+    return report_of(evaluation, data, str(path), None)
 
 
-def _told(use: ImageUse) -> ImageUse:
+def _told(use: ImageUse, left_out: int) -> ImageUse:
     """Returns a verdict without what no file tells, and with the way to the exchange."""
-    known = replace(use, p_eos_first=math.nan)
+    known = replace(use, p_eos_first=math.nan, left_out=left_out)
     if any(term.name == EXCHANGE and term.advantage is None for term in use.terms):
         return replace(known, advice=_ADVICE)
     return known
 
 
-def read_answers(
-    path: Path, data: Sequence[str], true: Mapping[str, Mapping[str, list[Line]]], partial: bool
-) -> dict[Line, str]:
+def read_answers(path: Path, texts: Texts, partial: bool) -> dict[Line, str]:
     """Returns the answers of a file. `partial`: a line may lack its answer. Raises ScoreError."""
     found: dict[Line, str] = {}
     for where, entry in _entries(path):
-        line = _line(entry, where, data, true)
+        line = texts.line(entry, where)
         if line in found:
             again = f"answers text {line.text_id} with picture {line.image} once more"
             raise ScoreError(f"{where} {again}; each needs one answer")
@@ -223,42 +267,6 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}: line {number}", entry
 
 
-def _line(
-    entry: Any, where: str, data: Sequence[str], true: Mapping[str, Mapping[str, list[Line]]]
-) -> Line:
-    """Returns what an entry answers; without an "image" the text's own picture."""
-    named = isinstance(entry, dict) and next((name for name in _IDS if name in entry), None)
-    field(entry, named or _IDS[0], where)
-    name = str(named)
-    text_id = identifier(entry, name, where)
-    known = true[name].get(text_id, [])
-    if "set" in entry:
-        known = [line for line in known if line.set == entry["set"]]
-    if not known:
-        of = f" of set {entry['set']}" if "set" in entry else ""
-        raise ScoreError(f"{where}: {name} {text_id}{of} is not in {', '.join(data)}")
-    if len(known) > 1:
-        sets = ", ".join(line.set for line in known)
-        raise ScoreError(f'{where}: {name} {text_id} stands in {sets}: add its "set"')
-    if "image" not in entry:
-        return known[0]
-    image_set = text(entry, "image_set", where) if "image_set" in entry else known[0].set
-    return known[0]._replace(image_set=image_set, image=identifier(entry, "image", where))
-
-
-def _true_lines(data: Sequence[str]) -> dict[str, dict[str, list[Line]]]:
-    """Returns the lines of all texts with their own pictures, by the name and value of an id."""
-    found: dict[str, dict[str, list[Line]]] = {name: defaultdict(list) for name in _IDS}
-    for record in records(data):
-        for known in record.texts:
-            line = _true(record, known)
-            found["text_id"][known.id].append(line)
-            # As official results name them: a caption stands under its image.
-            official = "question_id" if known.task == "vqa" else "image_id"
-            found[official][known.id if known.task == "vqa" else record.image_id].append(line)
-    return found
-
-
 def _true(record: Record, known: Any) -> Line:
     """Returns the line of a text with its own picture."""
     return Line(known.task, _set(record), known.id, _set(record), record.key)
@@ -271,8 +279,13 @@ def _set(record: Record) -> str:
 def _config(path: Path, overrides: Sequence[str]) -> Config:
     document = {"name": path.stem, "tracking": {"kind": "none"}}
     config = validated(Config, apply_overrides(document, overrides), path, overrides)
-    no_pictures = config.evaluation.model_copy(update={"show_images": 0})  # they are elsewhere
-    return config.model_copy(update={"evaluation": no_pictures})
+    without = {"show_images": 0, "space_images": 0}  # nobody looks at a picture here
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=without)})
+
+
+def _nothing(sample: Sample) -> Any:
+    """Leaves a picture as it is stored."""
+    return sample.payload
 
 
 def _asked(
@@ -282,24 +295,24 @@ def _asked(
     limit: int | None,
     progress: Progress | None,
     tasks: set[str] | None = None,
-) -> tuple[Collected, list[Manifest]]:
+) -> Collected:
     """Returns what the gates asked, of these tasks (None: of all)."""
 
     def collate(samples: Sequence[Sample]) -> PictureBatch | None:
         return _batch([s.known for s in samples if s.record is not None and s.weight], tasks)
 
-    collected, manifests = collect(
+    collected = collect(
         model,
         data,
         config,
         limit=limit or IMAGES,
         progress=progress,
-        decode=lambda sample: sample.payload,  # nobody looks at it here
+        decode=_nothing,
         collate=collate,
         controls_of=lambda *_: {},
     )
-    exchange(collected, manifests)
-    return collected, manifests
+    exchange(collected)
+    return collected
 
 
 def _batch(shown: Sequence[Record], tasks: set[str] | None) -> PictureBatch | None:
@@ -326,13 +339,10 @@ def _batch(shown: Sequence[Record], tasks: set[str] | None) -> PictureBatch | No
     )
 
 
-def _check_pictures(
-    path: Path, model: AnswersElsewhere, true: Mapping[str, Mapping[str, list[Line]]]
-) -> None:
+def _check_pictures(path: Path, model: AnswersElsewhere, own: set[Line]) -> None:
     """Raises ScoreError for a picture that the gate would not show with its text. Whether images of
-    another set are needed, only the others tell.
+    another set are needed, only the others tell. `own`: all texts with their own pictures.
     """
-    own = {line for lines in true["text_id"].values() for line in lines}
     for line in model.answers:
         if line.image_set == line.set and line not in own and line not in model.asked:
             raise ScoreError(
@@ -343,13 +353,11 @@ def _check_pictures(
 
 
 def _missing(
-    path: Path,
-    model: AnswersElsewhere,
-    true: Mapping[str, Mapping[str, list[Line]]],
-    partial: bool,
+    path: Path, model: AnswersElsewhere, own: set[Line], partial: bool
 ) -> set[tuple[str, str, str]]:
-    """Returns the texts that lack one of their answers. Raises ScoreError, unless `partial`."""
-    own = {line for lines in true["text_id"].values() for line in lines}
+    """Returns the texts that lack one of their answers: in a file of none but true pictures, that
+    one. Raises ScoreError, unless `partial`.
+    """
     asked = list(model.asked)
     if own.issuperset(model.answers):
         asked = [line for line in asked if line in own]
@@ -370,11 +378,17 @@ def _missing(
     return texts
 
 
-def _leave_out(collected: Collected, texts: set[tuple[str, str, str]]) -> None:
-    """Forgets texts once the donors of all are known. Raises ScoreError where none is left."""
+def _leave_out(collected: Collected, texts: set[tuple[str, str, str]]) -> Counter[str]:
+    """Forgets texts once the donors of all are known, and returns how many of each gate's set they
+    were. Raises ScoreError where none is left.
+    """
     for task, result in collected.evaluation.tasks.items():
         result.predictions = [p for p in result.predictions if p.id not in texts]
         if not result.predictions:
             raise ScoreError(f"no text of task {task} has all its answers")
+    left_out: Counter[str] = Counter()
     for gate in collected.gates.values():
+        left_out[gate.set] += gate.texts
         gate.leave_out(texts)
+        left_out[gate.set] -= gate.texts
+    return left_out

@@ -33,10 +33,10 @@ _NO_STATISTICS = (
 _IN_TRAINING = "left out during training"
 
 
-def exchange(collected: Collected, manifests: Sequence[Manifest]) -> None:
+def exchange(collected: Collected) -> None:
     """Asks every text of the gates again with other pictures."""
     for gate in collected.gates.values():
-        known_IK = statistics_of(gate.predictions, collected, manifests)
+        known_IK = statistics_of(gate.predictions, collected, collected.manifests)
         gate.measure(None if known_IK is None else scaled(known_IK), _NO_STATISTICS)
     for stratum, gate in collected.gates.items():
         _across(stratum, gate, collected)

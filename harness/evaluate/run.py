@@ -67,7 +67,7 @@ def evaluate_model(
     `floors`: whether the verdict rests on floors and recall too, and figures stand beside it; the
     rest as for `collect`. One process does it all. Raises ShardError.
     """
-    collected, manifests = collect(
+    collected = collect(
         model,
         paths,
         config,
@@ -81,10 +81,10 @@ def evaluate_model(
         controls_of=controls_of,
     )
     add_scores(collected, majority, text_only_accuracy)
-    exchange(collected, manifests)
-    add_verdicts(collected, manifests, floors=floors)
+    exchange(collected)
+    add_verdicts(collected, collected.manifests, floors=floors)
     if floors:
-        add_beside(collected, manifests, decode or reading(config)["decode"])
+        add_beside(collected, collected.manifests, decode or reading(config)["decode"])
     return collected.evaluation
 
 
@@ -102,8 +102,8 @@ def collect(
     decode: Callable[[Sample], Any] | None = None,
     collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
-) -> tuple[Collected, list[Manifest]]:
-    """Returns what the model says to every text, the gates' texts apart, and the sets.
+) -> Collected:
+    """Returns what the model says to every text, the gates' texts apart.
 
     `limit`: so many images of each set, the first of a seeded order that no config changes;
     `counterfactual_texts`: texts of each set and task for the gate, none: as the config says.
@@ -117,7 +117,7 @@ def collect(
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
     known = trained_on(config, manifests)
-    collected = Collected(model, config, counterfactual_texts, known, epochs)
+    collected = Collected(model, config, counterfactual_texts, known, epochs, manifests)
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
     model.eval()
@@ -132,7 +132,7 @@ def collect(
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
-    return collected, manifests
+    return collected
 
 
 def _loaders(

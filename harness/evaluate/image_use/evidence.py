@@ -110,7 +110,7 @@ class ImageUse:
     images: int
     trained_on: int  # of these images: what was learnt by heart looks like use
     contexts: int
-    left_out: int  # contexts that no other image could be given to
+    left_out: int  # contexts that were not judged: answers made elsewhere may have gaps
     loss_nats: dict[str, float]  # under true, shuffled, matched, no_image, blank, noise
     loss_gap: Interval | None  # shuffled - true; None for a model that gives no loss
     loss_moved: float  # mean of |shuffled - true| over the contexts

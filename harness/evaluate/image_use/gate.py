@@ -337,6 +337,8 @@ class Gate:
             return Term(MATCHED, None, missing=self.why_not_matched or "not asked for")
         term = self._term(MATCHED, "matched")
         asked = int((self.matched.donor_C >= 0).sum())
+        if asked and term.advantage is None:
+            return term
         about = f"{asked} of {self.texts} texts"
         if self.matched.told:
             about += f"; for {self.matched.told} no image alike has another answer"
