@@ -33,7 +33,6 @@ from harness.evaluate.space import (
     patches_dropped,
     tiles_shuffled,
 )
-from shards.manifest import Manifest
 from shards.read import Sample
 
 _NEIGHBOUR_TEXTS = 10_000  # that are answered from the nearest training pictures, evenly spaced
@@ -41,11 +40,9 @@ _NEIGHBOUR_TEXTS = 10_000  # that are answered from the nearest training picture
 Figure = dict[str, Any]
 
 
-def add_beside(
-    collected: Collected, manifests: Sequence[Manifest], decode: Callable[[Sample], Any]
-) -> None:
+def add_beside(collected: Collected, decode: Callable[[Sample], Any]) -> None:
     """Adds the figures of every set and task; `decode`: as for evaluate_model."""
-    source = Source(collected, manifests, decode)
+    source = Source(collected, collected.manifests, decode)
     for stratum, gate in collected.gates.items():
         result = collected.evaluation.tasks[stratum.task]
         figures: dict[str, Figure] = {}

@@ -211,8 +211,8 @@ def judge_answers(
     _check_pictures(path, model, own)
     left_out = _leave_out(collected, _missing(path, model, own, partial))
     add_scores(collected, None, None)
-    add_verdicts(collected, collected.manifests, floors=True)
-    add_beside(collected, collected.manifests, _nothing)
+    add_verdicts(collected, floors=True)
+    add_beside(collected, _nothing)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
         result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}

@@ -24,7 +24,6 @@ from harness.evaluate.image_use.evidence import (
 from harness.evaluate.image_use.gate import Gate
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Prediction, Stratum
-from shards.manifest import Manifest
 from shards.statistics import rows_of
 
 _NO_STATISTICS = (
@@ -36,18 +35,18 @@ _IN_TRAINING = "left out during training"
 def exchange(collected: Collected) -> None:
     """Asks every text of the gates again with other pictures."""
     for gate in collected.gates.values():
-        known_IK = statistics_of(gate.predictions, collected, collected.manifests)
+        known_IK = statistics_of(gate.predictions, collected)
         gate.measure(None if known_IK is None else scaled(known_IK), _NO_STATISTICS)
     for stratum, gate in collected.gates.items():
         _across(stratum, gate, collected)
 
 
-def add_verdicts(collected: Collected, manifests: Sequence[Manifest], *, floors: bool) -> None:
+def add_verdicts(collected: Collected, *, floors: bool) -> None:
     """Judges every set and task on its own, once the exchange was made; `floors`: with floors and
     recall, else the exchanges alone, which leaves them unmeasured.
     """
     for stratum, gate in collected.gates.items():
-        further = _further(stratum, gate, collected, manifests, floors)
+        further = _further(stratum, gate, collected, floors)
         use = gate.result(further)
         if use is not None:
             result = collected.evaluation.tasks[stratum.task]
@@ -71,7 +70,6 @@ def _further(
     stratum: Stratum,
     gate: Gate,
     collected: Collected,
-    manifests: Sequence[Manifest],
     floors: bool,
 ) -> tuple[Term, ...]:
     """Returns the terms that the task needs beside the exchanges."""
@@ -83,20 +81,20 @@ def _further(
         words = () if known is None else (_text_only(own, known, collected),)
         if not floors:
             return (*words, Term(SHALLOW, None, missing=_IN_TRAINING))
-        statistics_IK = statistics_of(own, collected, manifests)
+        statistics_IK = statistics_of(own, collected)
         if statistics_IK is None:
             return (*words, Term(SHALLOW, None, missing=_NO_STATISTICS))
         return (*words, shallow_floor(own, statistics_IK, collected.config.evaluation))
     if not floors:
         return tuple(Term(name, None, missing=_IN_TRAINING) for name in (RECALL, NEIGHBOUR))
     return (
-        _recall(gate, collected, manifests),
+        _recall(gate, collected),
         neighbour_floor(own, collected),
     )
 
 
-def _recall(gate: Gate, collected: Collected, manifests: Sequence[Manifest]) -> Term:
-    known_IK = statistics_of(gate.predictions, collected, manifests)
+def _recall(gate: Gate, collected: Collected) -> Term:
+    known_IK = statistics_of(gate.predictions, collected)
     if known_IK is None:
         return Term(RECALL, None, missing=_NO_STATISTICS)
     return recall_term(gate, scaled(known_IK), collected.config.evaluation.recall_images)
@@ -133,9 +131,7 @@ def _pooled(task: str, collected: Collected) -> Interval | None:
     )
 
 
-def statistics_of(
-    predictions: Sequence[Prediction], collected: Collected, manifests: Sequence[Manifest]
-) -> np.ndarray | None:
+def statistics_of(predictions: Sequence[Prediction], collected: Collected) -> np.ndarray | None:
     """Returns statistics_IK of the pictures of these predictions, in the order of their first
     texts; None where they are not known.
     """
@@ -146,7 +142,7 @@ def statistics_of(
     found: np.ndarray | None = None
     for number, rows in by_set.items():
         indices = np.array([collected.place[pictures[row]][1] for row in rows])
-        known_SK = rows_of(manifests[number], indices)
+        known_SK = rows_of(collected.manifests[number], indices)
         if known_SK is None:
             return None
         if found is None:

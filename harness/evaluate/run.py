@@ -82,9 +82,9 @@ def evaluate_model(
     )
     add_scores(collected, majority, text_only_accuracy)
     exchange(collected)
-    add_verdicts(collected, collected.manifests, floors=floors)
+    add_verdicts(collected, floors=floors)
     if floors:
-        add_beside(collected, collected.manifests, decode or reading(config)["decode"])
+        add_beside(collected, decode or reading(config)["decode"])
     return collected.evaluation
 
 
