@@ -51,6 +51,7 @@ OTHERWISE = {
     ("brightness", "vqa"): ("not enough evidence",),  # its cost is about the margin
     ("brightness", "caption"): ("not enough evidence",),
     ("nearest neighbour", "caption"): ("global statistics only",),
+    ("statistics neighbour", "caption"): ("retrieval is as good",),
     # In `held out` a colour has one shape, so that alike pictures show the same.
     ("honest, new combinations", "caption"): ("global statistics only",),
     # One template for all is better than the consensus of several.
@@ -58,13 +59,12 @@ OTHERWISE = {
 }
 FOOLED = {
     ("statistics neighbour", "vqa"),
-    ("statistics neighbour", "caption"),
     ("statistics forest", "vqa"),
     ("statistics forest", "caption"),
 }
 WHY = (
-    "what reads all statistics with more training drawings than the shallow floor learns from "
-    "tells their content: image used, or for captions at times retrieval is as good"
+    "image used: what reads all statistics, and learnt from more drawings than the shallow floor, "
+    "tells their content (as a captioner at times: retrieval is as good)"
 )
 
 
@@ -75,7 +75,7 @@ def cases() -> list:
             case,
             task,
             id=f"{case.name}, {task}",
-            marks=[pytest.mark.xfail(strict=True, reason=WHY)]
+            marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=WHY)]
             if (case.name, task) in FOOLED
             else [],
         )
