@@ -50,7 +50,7 @@ import hashlib
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,12 +67,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from harness.config.schema import Config, DecodingConfig
+from harness.data.collate import Collator
 from harness.evaluate import floors
 from harness.evaluate.image_use.evidence import ImageUse
 from harness.evaluate.run import evaluate_model
 from harness.model.batch import Batch, Context
 from harness.model.bridge import BridgeOutput
 from harness.model.language.loss import Generated, LossOutput
+from shards.read import Sample
 from shards.record import Record, Text
 from shards.sources import easy_vqa
 from shards.sources.source import Source
@@ -610,6 +612,22 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class TaskCollator(Collator):
+    """Leaves out the texts of other tasks: what nobody asks for costs time."""
+
+    tasks: Collection[str] = ()
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch | None:
+        kept = [
+            replace(s, record=replace(s.known, texts=tuple(self._asked(s.known)))) for s in samples
+        ]
+        return super().__call__(kept)
+
+    def _asked(self, record: Record) -> list[Text]:
+        return [text for text in record.texts if text.task in self.tasks]
+
+
 def judged(case: Case, world: World) -> dict[str, ImageUse]:
     """Returns the verdict of each task that the case expects one of."""
     config = Config(
@@ -620,7 +638,10 @@ def judged(case: Case, world: World) -> dict[str, ImageUse]:
     )
     model = Cheat(case.rule(world), world.tokenizer)
     paths = world.test[:1] if case.alone else world.test
-    found = evaluate_model(model, paths, config)
+    collate = TaskCollator(
+        world.tokenizer, config.data, config.prompts, training=False, tasks=case.expected
+    )
+    found = evaluate_model(model, paths, config, collate=collate)
     uses = {task: found.tasks[task].image_use for task in case.expected}
     return {task: use for task, use in uses.items() if use is not None}
 
