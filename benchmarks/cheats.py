@@ -1,7 +1,7 @@
 """Planted cheats against the terms of the gate: `python benchmarks/cheats.py --json FILE`.
 
 Judges every model of tests/support/cheats.py, three seeds each, prints a table of verdicts and of
-how far each term is passed, and writes the figures as JSON. Takes about ten minutes on one core.
+how far each term is passed, and writes the figures as JSON. Takes about six minutes on one core.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from harness.evaluate.floors import neighbour_floor, shallow_floor
 from harness.evaluate.gate_terms.scale import scaled
 from harness.evaluate.image_use.asking import recall_term
 from harness.evaluate.image_use.evidence import (
-    NEIGHBOUR,
     RECALL,
     SHALLOW,
     TEXT_ONLY,
@@ -29,7 +28,6 @@ from shards.statistics import rows_of
 _NO_STATISTICS = (
     "the set holds no statistics of its pictures, and the pictures are not at hand: build it anew"
 )
-_IN_TRAINING = "left out during training"
 
 
 def exchange(collected: Collected) -> None:
@@ -43,10 +41,10 @@ def exchange(collected: Collected) -> None:
 
 def add_verdicts(collected: Collected, *, floors: bool) -> None:
     """Judges every set and task on its own, once the exchange was made; `floors`: with floors and
-    recall, else the exchanges alone, which leaves them unmeasured.
+    recall, else by the exchanges alone, which is never use.
     """
     for stratum, gate in collected.gates.items():
-        further = _further(stratum, gate, collected, floors)
+        further = _further(stratum, gate, collected) if floors else None
         use = gate.result(further)
         if use is not None:
             result = collected.evaluation.tasks[stratum.task]
@@ -70,7 +68,6 @@ def _further(
     stratum: Stratum,
     gate: Gate,
     collected: Collected,
-    floors: bool,
 ) -> tuple[Term, ...]:
     """Returns the terms that the task needs beside the exchanges."""
     result = collected.evaluation.tasks[stratum.task]
@@ -79,14 +76,10 @@ def _further(
         only_set = len({p.set for p in result.predictions}) == 1
         known = result.text_only_accuracy if only_set else None
         words = () if known is None else (_text_only(own, known, collected),)
-        if not floors:
-            return (*words, Term(SHALLOW, None, missing=_IN_TRAINING))
         statistics_IK = statistics_of(own, collected)
         if statistics_IK is None:
             return (*words, Term(SHALLOW, None, missing=_NO_STATISTICS))
         return (*words, shallow_floor(own, statistics_IK, collected.config.evaluation))
-    if not floors:
-        return tuple(Term(name, None, missing=_IN_TRAINING) for name in (RECALL, NEIGHBOUR))
     return (
         _recall(gate, collected),
         neighbour_floor(own, collected),

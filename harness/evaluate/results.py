@@ -12,7 +12,7 @@ import numpy as np
 
 from harness.evaluate.bootstrap import Interval
 from harness.evaluate.image_use.changes import complementary_pairs
-from harness.evaluate.image_use.evidence import ImageUse
+from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, ImageUse
 from harness.evaluate.image_use.verdict import worst
 from harness.evaluate.predict import Prediction
 from harness.report.pictures import Shown
@@ -132,7 +132,9 @@ class Evaluation:
             known = result.to_dict()
             named = {"loss": known["loss_nats"], **{k: known.get(k) for k in _IN_METRICS}}
             if result.image_use:
-                named["image_used"] = float(result.image_use.used)
+                use = result.image_use
+                name = "image_used" if use.is_whole else "exchange_noticed"
+                named[name] = float(use.used or use.verdict == EXCHANGE_NOTICED)
             prefix = f"{task}/" if len(self.tasks) > 1 else ""
             values |= {prefix + name: value for name, value in named.items() if value is not None}
         return values

@@ -18,9 +18,8 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import reading
 from harness.evaluate.floor import trained_on
-from harness.evaluate.image_use.evidence import ImageUse
+from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, ImageUse
 from harness.evaluate.image_use.gate import Gate, sums_per_context
-from harness.evaluate.image_use.verdict import EXCHANGE_NOTICED
 from harness.evaluate.predict import Stratum, answers, by_stratum, select
 from harness.model.batch import Batch
 from shards.loader import Loader

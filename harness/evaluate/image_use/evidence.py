@@ -22,6 +22,8 @@ COLLAPSE = 0.5
 FEWEST_IMAGES = 30  # a bootstrap over fewer is too narrow to be believed
 
 IMAGE_USED = "image used"
+# The best that can be said without floors and recall, as during training: it is never use.
+EXCHANGE_NOTICED = "exchange noticed"
 IMAGE_IGNORED = "image ignored"
 NOT_ENOUGH = "not enough evidence"
 NO_CONTENT = f"{NOT_ENOUGH}: this set can be answered without looking at content"
@@ -35,6 +37,7 @@ WORST_FIRST = (
     "not above global statistics",
     "retrieval is as good",
     NOT_ENOUGH,
+    EXCHANGE_NOTICED,
     IMAGE_USED,
 )
 
@@ -45,6 +48,8 @@ SHALLOW = "shallow floor"
 RECALL = "recall"
 NEIGHBOUR = "neighbour floor"
 FLOORS = (TEXT_ONLY, SHALLOW, NEIGHBOUR)
+# What a verdict of use rests on beside the exchanges.
+BEYOND_EXCHANGES = (SHALLOW, RECALL, NEIGHBOUR)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,11 @@ class ImageUse:
     @property
     def used(self) -> bool:
         return self.verdict.startswith(IMAGE_USED)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was judged by floors and recall too, and not by exchanges alone."""
+        return any(term.name in BEYOND_EXCHANGES for term in self.terms)
 
     @property
     def name(self) -> str:

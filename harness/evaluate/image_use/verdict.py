@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from harness.evaluate.image_use.evidence import (
     COLLAPSE,
-    EXCHANGE,
+    EXCHANGE_NOTICED,
     FEWEST_IMAGES,
     FLOORS,
     IMAGE_IGNORED,
@@ -33,7 +33,6 @@ from harness.evaluate.image_use.evidence import (
 
 # nats per target token: a mean change in either direction that shows that images are told apart
 LOSS_MOVED = 0.2
-EXCHANGE_NOTICED = f"{EXCHANGE} noticed"
 _NEAR_THE_TOP = 2.0  # points below the highest possible score: such a floor leaves no room
 
 ADVICE = {
@@ -52,6 +51,7 @@ ADVICE = {
     "training pictures are as good",
     NO_CONTENT: "judge it on a set whose answers need more than statistics of the picture",
     NOT_ENOUGH: "test on more texts and pictures, or train longer",
+    EXCHANGE_NOTICED: "an evaluation measures the floors too (harness evaluate RUN)",
     IMAGE_USED: "",
 }
 
@@ -93,12 +93,16 @@ def judge(evidence: Evidence) -> Judgement:
 
 
 def judge_exchange(evidence: Evidence) -> Judgement:
-    """Judges the exchange alone, as during training: `exchange noticed` at best, never use."""
+    """Judges by exchanges alone, as during training: `exchange noticed` at best, never use.
+
+    Where no exchange was matched either, the one with any image of the set decides.
+    """
     found = judge(evidence)
+    is_unmatched = evidence.matched.advantage is None and evidence.exchange.passed
     collapsed = found.verdict in ("EOS collapse", "endless captions")
-    if collapsed or evidence.not_finite or not evidence.exchange.passed:
-        return found
-    return Judgement(EXCHANGE_NOTICED, _told(evidence), ADVICE[IMAGE_USED])
+    if found.verdict == IMAGE_USED or (is_unmatched and not collapsed and not evidence.not_finite):
+        return Judgement(EXCHANGE_NOTICED, _told(evidence), ADVICE[EXCHANGE_NOTICED])
+    return found
 
 
 def worst(uses: Iterable[ImageUse]) -> ImageUse | None:

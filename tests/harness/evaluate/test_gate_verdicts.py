@@ -14,6 +14,7 @@ from harness.evaluate.image_use.asking import recall_term
 from harness.evaluate.image_use.bank import Bank
 from harness.evaluate.image_use.evidence import (
     EXCHANGE,
+    EXCHANGE_NOTICED,
     MATCHED,
     NEIGHBOUR,
     NO_CONTENT,
@@ -26,7 +27,6 @@ from harness.evaluate.image_use.evidence import (
 from harness.evaluate.image_use.exchange import matched_captions, matched_questions
 from harness.evaluate.image_use.gate import Gate, sums_per_context
 from harness.evaluate.image_use.verdict import (
-    EXCHANGE_NOTICED,
     Evidence,
     judge,
     judge_exchange,
@@ -138,9 +138,15 @@ def test_what_is_lacking_is_told_in_points():
     assert "what the words of the question" in found.advice
 
 
-def test_an_exchange_alone_is_noticed_and_never_use():
-    assert judge_exchange(evidence()).verdict == EXCHANGE_NOTICED
-    assert judge_exchange(evidence(images=20)).verdict == EXCHANGE_NOTICED
+def test_exchanges_alone_are_noticed_and_never_use():
+    unmatched = Term(MATCHED, None, missing="not asked for")
+    alone = {"matched": unmatched, "further": ()}
+    assert judge_exchange(evidence(**alone)).verdict == EXCHANGE_NOTICED
+    assert judge_exchange(evidence(**alone, images=20)).verdict == EXCHANGE_NOTICED
+    assert judge_exchange(evidence(further=())).verdict == EXCHANGE_NOTICED
+    # The matched exchange has its say where it was made.
+    statistics = evidence(further=(), matched=term(MATCHED, NONE))
+    assert judge_exchange(statistics).verdict == "global statistics only"
     ignored = term(EXCHANGE, NONE, nats=Interval(0.0, -0.01, 0.01))
     assert judge_exchange(evidence(exchange=ignored)).verdict == "image ignored"
     assert judge_exchange(evidence(empty_rate=0.9)).verdict == "EOS collapse"

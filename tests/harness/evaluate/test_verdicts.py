@@ -19,8 +19,7 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS
 from harness.data.images import ImageDecoder
-from harness.evaluate.image_use.evidence import LOSS_MARGIN, SCORE_MARGIN
-from harness.evaluate.image_use.verdict import EXCHANGE_NOTICED
+from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, LOSS_MARGIN, SCORE_MARGIN
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import small_gate, small_gate_metrics, small_set
 from harness.model.batch import Batch
