@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from harness.evaluate.image_use.evidence import (
     COLLAPSE,
+    EXCHANGE,
     EXCHANGE_NOTICED,
     FEWEST_IMAGES,
     FLOORS,
