@@ -240,7 +240,8 @@ class EvaluationConfig(Section):
     batch_images: Positive = 64  # images at a time
     # Images of each dev set that are scored during training; null: all.
     dev_images: Positive | None = 400
-    # Texts of each set and task, at most 4 an image, on which images are exchanged and left out.
+    # Texts of each set and task, at most 4 an image (of captions a quarter as many), on which
+    # images are exchanged and left out.
     counterfactual_texts: Positive = 1200
     # Images of each set whose caption is looked for among those of the 99 most alike ones.
     recall_images: Positive = 300

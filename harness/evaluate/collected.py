@@ -18,6 +18,7 @@ import numpy as np
 from harness.config.schema import Config
 from harness.evaluate.image_use.bank import Bank
 from harness.evaluate.image_use.gate import Gate, sums_per_context
+from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Stratum, answers, by_stratum, select
 from harness.evaluate.results import Evaluation, TaskResult
 from harness.evaluate.training_pictures import TrainingPictures, training_pictures
@@ -76,7 +77,7 @@ class Collected:
             result.predictions += said
             result.nats += sums.nats_C.sum()
             result.weight += sums.weight_C.sum()
-            if in_gate and self.texts_in_gate(stratum) < self.gate_texts:
+            if in_gate and self.texts_in_gate(stratum) < most_texts(stratum.task, self.gate_texts):
                 chosen = for_gate(part)
                 self._gate(stratum, training_batch).add(
                     select(part, chosen),
@@ -122,6 +123,13 @@ class Collected:
         for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True):
             record = context.record
             self.pooled[record.dataset, record.split, record.key] = mean_ID[image]
+
+
+def most_texts(task: str, gate_texts: int) -> int:
+    """Returns how many texts of a task the gate takes: of captions, which are longer and come one
+    an image, as many as it takes images with questions.
+    """
+    return gate_texts if TASKS[task].has_right else -(-gate_texts // _TEXTS_AN_IMAGE)
 
 
 def gate_tasks(record: Record) -> list[str]:

@@ -25,7 +25,7 @@ from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
 from harness.evaluate import vqa
 from harness.evaluate.beside import add_beside
-from harness.evaluate.collected import Collected, gate_tasks
+from harness.evaluate.collected import Collected, gate_tasks, most_texts
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
@@ -178,7 +178,7 @@ def _chunks(
                 readable = [s for s in samples if s.weight and s.record is not None][:left]
                 left -= len(readable)
                 tasks = [task for sample in readable for task in gate_tasks(sample.known)]
-                in_gate = any(seen[task] < gate_texts for task in tasks)
+                in_gate = any(seen[task] < most_texts(task, gate_texts) for task in tasks)
                 seen.update(tasks)
                 if readable:
                     yield number, readable, in_gate
