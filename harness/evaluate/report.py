@@ -39,9 +39,9 @@ FLOORS = {
     "blank_accuracy": "a blank image",
     "no_image_accuracy": "image tokens left out",
     "CIDEr": "CIDEr, all test images",
-    "shuffled_CIDEr": "CIDEr, images shuffled among the texts",
-    "blank_CIDEr": "CIDEr, a blank image",
-    "no_image_CIDEr": "CIDEr, image tokens left out",
+    "shuffled_CIDEr": "CIDEr x 100, images shuffled among the texts",
+    "blank_CIDEr": "CIDEr x 100, a blank image",
+    "no_image_CIDEr": "CIDEr x 100, image tokens left out",
 }
 
 

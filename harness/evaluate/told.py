@@ -11,7 +11,6 @@ from typing import Any
 
 from harness.evaluate.image_use.evidence import (
     EXCHANGE,
-    FLOORS,
     MATCHED,
     NEIGHBOUR,
     RECALL,
@@ -29,6 +28,10 @@ LABELS = {
     SHALLOW: "points above words, colours and sizes",
     RECALL: "points above chance in recall of captions",
     NEIGHBOUR: "points above its neighbours' captions",
+}
+FLOOR_LABELS = {
+    SHALLOW: "words, colours and sizes alone (floor)",
+    NEIGHBOUR: "captions of training pictures, CIDEr x 100 (floor)",
 }
 # The figures of terms that are told.
 TERM_FIGURES = tuple(
@@ -83,9 +86,9 @@ def term_rows(figures: Mapping[str, Any]) -> list[list[str]]:
             if figures.get(f"{key}_missing"):
                 rows.append([f"{name} (not measured)", figures[f"{key}_missing"]])
             continue
-        if name in FLOORS and name != TEXT_ONLY:
+        if name in FLOOR_LABELS:
             percent = "%" if name == SHALLOW else ""
-            rows.append([f"{name} (floor)", f"{figures[f'{key}_score']:.2f}{percent}"])
+            rows.append([FLOOR_LABELS[name], f"{figures[f'{key}_score']:.2f}{percent}"])
         rows.append([LABELS[name], points(figures, f"{key}_advantage")])
     return rows
 
