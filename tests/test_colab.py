@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.evaluate.image_use.evidence import WORST_FIRST
+
 nbformat = pytest.importorskip("nbformat", reason="nbclient and ipykernel are not installed")
 nbclient = pytest.importorskip("nbclient", reason="nbclient and ipykernel are not installed")
 NOTEBOOK = Path(__file__).resolve().parent.parent / "launch" / "colab.ipynb"
@@ -203,7 +205,7 @@ def test_the_run_is_shown_by_a_bar_of_one_line_and_leaves_a_checkpoint(cells):
 def test_the_verdict_stands_beside_pictures(cells):
     said = shown(cells["verdict"])
     assert re.search(
-        r"^vqa, step-000003: (image used|image ignored|EOS collapse|not enough evidence): ",
+        rf"^vqa, step-000003: ({'|'.join(WORST_FIRST)})",
         said,
         re.M,
     )

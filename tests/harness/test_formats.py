@@ -19,8 +19,8 @@ FORMATS = Path(__file__).parents[1] / "data" / "formats"
 VERSIONS = sorted(path.name for path in FORMATS.glob("version_*"))
 SCORES = (
     *("loss_nats", "accuracy", "CIDEr", "ROUGE_L", "Bleu_1"),
-    *("p_eos_first", "loss_gap_nats", "texts", "verdict"),
-)
+    *("p_eos_first", "texts"),
+)  # and not what the gate says: its donors and names are not those of 2026-11-26
 
 
 @pytest.fixture(params=VERSIONS)
