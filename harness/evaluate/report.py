@@ -15,7 +15,7 @@ from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.predict import results
-from harness.evaluate.told import term_rows, verdict_lines
+from harness.evaluate.told import further_tables, term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import parsed_row
@@ -179,6 +179,7 @@ def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
             lines.append(f"{figures['reason']}.\n")
         if figures.get("advice"):
             lines.append(f"What would change it: {figures['advice']}.\n")
+        lines += further_tables(task, figures)
         lines += beside_tables(task, figures)
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n".join(lines) + "\n"

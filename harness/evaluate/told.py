@@ -17,6 +17,7 @@ from harness.evaluate.image_use.evidence import (
     SHALLOW,
     TEXT_ONLY,
 )
+from harness.report.pictures import markdown_table
 
 # Terms in the order in which they are told.
 TERMS = (EXCHANGE, MATCHED, TEXT_ONLY, SHALLOW, RECALL, NEIGHBOUR)
@@ -91,6 +92,31 @@ def term_rows(figures: Mapping[str, Any]) -> list[list[str]]:
             rows.append([FLOOR_LABELS[name], f"{figures[f'{key}_score']:.2f}{percent}"])
         rows.append([LABELS[name], points(figures, f"{key}_advantage")])
     return rows
+
+
+def further_tables(task: str, figures: Mapping[str, Any]) -> list[str]:
+    """Returns the verdicts of several sets, and what the exchange costs by type of question, as
+    tables; both decide nothing further.
+    """
+    sets = figures.get("sets", {})
+    tables = []
+    if sets:
+        rows = [[name, str(own["images"]), own["verdict"]] for name, own in sets.items()]
+        if figures.get("pooled_exchange_points") is not None:
+            pooled = f"{points(figures, 'pooled_exchange_points')} points lost with another image"
+            rows.append(["all sets pooled (decides nothing)", "", pooled])
+        tables.append(markdown_table(rows, [f"{task}: sets", "images", "the worst decides"]))
+    for name, own in (sets or {"": figures}).items():
+        if own.get("gap_by_type"):
+            rows = [[kind, _interval(gap)] for kind, gap in own["gap_by_type"].items()]
+            heading = f"{task}{', ' if name else ''}{name}: type of question"
+            tables.append(markdown_table(rows, [heading, "points lost with another image"]))
+    return tables
+
+
+def _interval(known: Mapping[str, float | None]) -> str:
+    words = ("unknown" if known[end] is None else f"{known[end]:.1f}" for end in ("low", "high"))
+    return f"{known['value']:.1f} [{', '.join(words)}]"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -33,7 +33,8 @@ from harness.evaluate.image_use.verdict import (
     worst,
 )
 from harness.evaluate.predict import Prediction, answers
-from harness.evaluate.told import verdict_lines
+from harness.evaluate.results import TaskResult
+from harness.evaluate.told import further_tables, verdict_lines
 from harness.model.bridge import BridgeOutput
 from harness.model.language.loss import LossOutput
 
@@ -352,6 +353,27 @@ def test_the_worst_set_decides_and_one_of_few_images_does_not_beside_larger_ones
     assert worst([tiny]) is tiny
     assert worst([]) is None
     assert WORST_FIRST[-1] == good.name == "image used"
+
+
+def test_several_sets_and_types_of_questions_have_their_tables():
+    gate = gate_of(ToyModel(), [batch_of(60)])
+    kinds = [
+        replace(p, meta={"question_type": f"kind {n % 2}"}) for n, p in enumerate(gate.predictions)
+    ]
+    gate.predictions[:] = kinds
+    gate.measure(np.zeros((60, 1)))
+    use = gate.result(())
+    (types,) = further_tables("vqa", use.to_dict())
+    assert "vqa: type of question" in types
+    assert types.count("kind") == 2
+    tiny = replace(use, set="b_test", verdict="not enough evidence", images=10, gap_by_type={})
+    result = TaskResult("vqa", gate.predictions, uses={"a_test": use, "b_test": tiny})
+    result.pooled = Interval(3.0, 2.0, 4.0)
+    sets, types = further_tables("vqa", result.to_dict())
+    assert "not enough evidence" in sets
+    assert "all sets pooled (decides nothing)" in sets
+    assert "3.0 [2.0, 4.0]" in sets
+    assert "vqa, a_test: type of question" in types
 
 
 def test_the_last_lines_tell_verdict_terms_and_what_would_change_it():
