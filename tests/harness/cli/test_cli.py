@@ -168,7 +168,7 @@ def test_train_checks_first_and_hands_its_arguments_to_the_launcher(harness, mon
     [("true", None, ":4096:8"), ("true", ":16:8", ":16:8"), ("false", None, None)],
 )
 def test_a_run_that_is_to_be_deterministic_is_launched_with_the_work_space_for_it(
-    harness, monkeypatch, asked, before, handed_on
+    harness, monkeypatch, tmp_path, asked, before, handed_on
 ):
     monkeypatch.setattr("harness.checks.check_before_launch", lambda config: None)
     monkeypatch.setattr("harness.plan.plan.check", lambda *given: None)
@@ -183,7 +183,9 @@ def test_a_run_that_is_to_be_deterministic_is_launched_with_the_work_space_for_i
         return 0
 
     monkeypatch.setattr(launcher, "launch", launch)
-    code, _, errors = harness("train", "demo", f"train.deterministic={asked}")
+    # Not runs/demo, where a finished demo may lie.
+    given = ["train", "demo", f"train.deterministic={asked}", f"out={tmp_path / 'run'}"]
+    code, _, errors = harness(*given)
     assert (code, seen) == (0, [handed_on]), errors
 
 
