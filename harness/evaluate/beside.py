@@ -33,16 +33,15 @@ from harness.evaluate.space import (
     patches_dropped,
     tiles_shuffled,
 )
-from shards.read import Sample
 
 _NEIGHBOUR_TEXTS = 10_000  # that are answered from the nearest training pictures, evenly spaced
 
 Figure = dict[str, Any]
 
 
-def add_beside(collected: Collected, decode: Callable[[Sample], Any]) -> None:
-    """Adds the figures of every set and task; `decode`: as for evaluate_model."""
-    source = Source(collected, collected.manifests, decode)
+def add_beside(collected: Collected) -> None:
+    """Adds the figures of every set and task."""
+    source = Source(collected)
     for stratum, gate in collected.gates.items():
         result = collected.evaluation.tasks[stratum.task]
         figures: dict[str, Figure] = {}

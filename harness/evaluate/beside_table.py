@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from harness.evaluate.told import points
 from harness.report.pictures import markdown_table
 
 Figure = Mapping[str, Any]
@@ -43,35 +44,29 @@ def _told(row: Row, figure: Figure) -> str:
     return row.value(figure)
 
 
-def _with_bounds(figure: Figure, name: str) -> str:
-    bounds = [figure[f"{name}_{end}"] for end in ("low", "high")]
-    words = ", ".join("unknown" if bound is None else f"{bound:.1f}" for bound in bounds)
-    return f"{figure[name]:.1f} [{words}]"
-
-
 def _interaction(figure: Figure) -> str:
     return (
-        f"{_with_bounds(figure, 'gap')}: {figure['score']:.1f}, additive part "
+        f"{points(figure, 'gap')}: {figure['score']:.1f}, additive part "
         f"{figure['additive_score']:.1f} ({figure['images']} images, {figure['prompts']} questions)"
     )
 
 
 def _neighbours(figure: Figure) -> str:
     return (
-        f"{_with_bounds(figure, 'advantage')}: theirs score {figure['score']:.1f} "
+        f"{points(figure, 'advantage')}: theirs score {figure['score']:.1f} "
         f"({figure['training_images']} training images)"
     )
 
 
 def _paired(figure: Figure) -> str:
     return (
-        f"{_with_bounds(figure, 'group_accuracy')} of {figure['groups']} groups, chance "
+        f"{points(figure, 'group_accuracy')} of {figure['groups']} groups, chance "
         f"{figure['chance']:.1f}"
     )
 
 
 def _cost(figure: Figure) -> str:
-    told = f"{_with_bounds(figure, 'cost')}: {figure['true_score']:.1f} to {figure['score']:.1f}"
+    told = f"{points(figure, 'cost')}: {figure['true_score']:.1f} to {figure['score']:.1f}"
     if "changed" in figure:
         told += f", {figure['changed']:.0f}% of the answers change"
     return f"{told} ({figure['images']} images)"

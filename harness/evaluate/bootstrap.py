@@ -90,3 +90,17 @@ def ratio(sums_I: np.ndarray, per_I: np.ndarray, resamples: int, confidence: flo
     return percentile(
         sums_I.sum() / per_I.sum(), ratios_R, int(np.count_nonzero(per_I)), confidence
     )
+
+
+def per_text(
+    values_C: np.ndarray,
+    row_C: np.ndarray,
+    resamples: int,
+    confidence: float,
+    weight_C: np.ndarray | None = None,
+) -> Interval:
+    """Returns the interval over images of the mean over texts, of sum(values) / sum(weight) where
+    they have a weight; `row_C`: the image of each text, as `image_rows` numbers them.
+    """
+    per_I = np.bincount(row_C, weight_C).astype(float)
+    return ratio(np.bincount(row_C, values_C), per_I, resamples, confidence)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ class Collected:
     trained_on: Container[Picture]
     epochs: float | None
     manifests: Sequence[Manifest] = ()
+    decode: Callable[[Sample], Any] | None = None  # reads a picture again, as the loaders did
     controls: dict[str, Any] | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: dict[Stratum, Gate] = field(default_factory=dict)
@@ -95,6 +96,14 @@ class Collected:
         if not self.pooled:
             return "the model has no features of its own"
         return training_pictures(self.config, self.model, self.pooled.keys())
+
+    def by_set(self, pictures: Iterable[Picture]) -> dict[int, dict[Picture, int]]:
+        """Returns where each picture stands in its set, by the number of the set."""
+        found: dict[int, dict[Picture, int]] = defaultdict(dict)
+        for picture in pictures:
+            number, index = self.place[picture]
+            found[number][picture] = index
+        return found
 
     def texts_in_gate(self, stratum: Stratum) -> int:
         return self.gates[stratum].texts if stratum in self.gates else 0

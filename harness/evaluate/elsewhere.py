@@ -30,6 +30,7 @@ from harness.evaluate.image_use.evidence import EXCHANGE, ImageUse
 from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.official import ScoreError, entries, identifier, read_json, text
+from harness.evaluate.predict import set_name
 from harness.evaluate.published import PictureBatch, Pictures
 from harness.evaluate.report import report_of, write_report
 from harness.evaluate.run import Progress, collect
@@ -134,7 +135,7 @@ class AnswersElsewhere(nn.Module):
         for context, row in zip(batch.contexts, tokens.token_row_of_C.tolist(), strict=True):
             shown: Any = tokens.tokens_NQD[row]
             own = _true(context.record, context.text)
-            line = own._replace(image_set=_set(shown), image=shown.key)
+            line = own._replace(image_set=set_name(shown), image=shown.key)
             self.asked.setdefault(line, (context, shown.image_id))
             said.append(self.answers.get(line))
         empty_C = torch.tensor([float(answer == "") for answer in said])  # it ended at once
@@ -212,7 +213,7 @@ def judge_answers(
     left_out = _leave_out(collected, _missing(path, model, own, partial))
     add_scores(collected, None, None)
     add_verdicts(collected, floors=True)
-    add_beside(collected, _nothing)
+    add_beside(collected)
     evaluation = collected.evaluation
     for result in evaluation.tasks.values():
         result.uses = {name: _told(use, left_out[use.set]) for name, use in result.uses.items()}
@@ -269,11 +270,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _true(record: Record, known: Any) -> Line:
     """Returns the line of a text with its own picture."""
-    return Line(known.task, _set(record), known.id, _set(record), record.key)
-
-
-def _set(record: Record) -> str:
-    return f"{record.dataset}_{record.split}"
+    return Line(known.task, set_name(record), known.id, set_name(record), record.key)
 
 
 def _config(path: Path, overrides: Sequence[str]) -> Config:

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.config.schema import EvaluationConfig
 from harness.evaluate import vqa
-from harness.evaluate.bootstrap import image_rows, ratio
+from harness.evaluate.bootstrap import image_rows, per_text
 from harness.evaluate.collected import Collected
 from harness.evaluate.gate_terms.neighbours import consensus_captions
 from harness.evaluate.gate_terms.shallow import ShallowFloor, shallow_answers
@@ -88,15 +88,11 @@ def above(
     own_C = 100 * np.array(scores([p.answer for p in predictions], references))
     floor_C = 100 * np.array(scores(list(floor), references))
     row_C = image_rows(p.picture for p in predictions)
-    per_I = np.bincount(row_C).astype(float)
-    above = ratio(
-        np.bincount(row_C, own_C - floor_C), per_I, settings.bootstrap, settings.confidence
-    )
     return Term(
         name,
-        above,
+        per_text(own_C - floor_C, row_C, settings.bootstrap, settings.confidence),
         score=float(floor_C.mean()),
-        images=len(per_I),
+        images=int(row_C.max()) + 1,
         about=about,
         seconds=seconds,
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harness.evaluate.bootstrap import Interval, image_rows, ratio
+from harness.evaluate.bootstrap import Interval, image_rows, per_text
 from harness.evaluate.collected import Collected, Picture
 from harness.evaluate.floors import neighbour_floor, shallow_floor
 from harness.evaluate.gate_terms.scale import scaled
@@ -64,11 +64,7 @@ def _across(stratum: Stratum, gate: Gate, collected: Collected) -> None:
         gate.measure_across(np.unique(np.concatenate(others)))
 
 
-def _further(
-    stratum: Stratum,
-    gate: Gate,
-    collected: Collected,
-) -> tuple[Term, ...]:
+def _further(stratum: Stratum, gate: Gate, collected: Collected) -> tuple[Term, ...]:
     """Returns the terms that the task needs beside the exchanges."""
     result = collected.evaluation.tasks[stratum.task]
     own = [p for p in result.predictions if p.set == stratum.set]
@@ -80,10 +76,7 @@ def _further(
         if statistics_IK is None:
             return (*words, Term(SHALLOW, None, missing=_NO_STATISTICS))
         return (*words, shallow_floor(own, statistics_IK, collected.config.evaluation))
-    return (
-        _recall(gate, collected),
-        neighbour_floor(own, collected),
-    )
+    return _recall(gate, collected), neighbour_floor(own, collected)
 
 
 def _recall(gate: Gate, collected: Collected) -> Term:
@@ -98,12 +91,7 @@ def _text_only(own: Sequence[Prediction], known: float, collected: Collected) ->
     settings = collected.config.evaluation
     row_C = image_rows(p.picture for p in own)
     scores_C = np.array(TASKS["vqa"].scores([p.answer for p in own], [p.references for p in own]))
-    above = ratio(
-        np.bincount(row_C, 100 * scores_C - known),
-        np.bincount(row_C).astype(float),
-        settings.bootstrap,
-        settings.confidence,
-    )
+    above = per_text(100 * scores_C - known, row_C, settings.bootstrap, settings.confidence)
     return Term(TEXT_ONLY, above, score=known, images=int(row_C.max()) + 1)
 
 
@@ -116,12 +104,7 @@ def _pooled(task: str, collected: Collected) -> Interval | None:
     settings = collected.config.evaluation
     gap_C = np.concatenate([gate.scores("true") - gate.scores("shuffled") for gate in gates])
     row_C = image_rows(p.picture for gate in gates for p in gate.predictions)
-    return ratio(
-        np.bincount(row_C, gap_C),
-        np.bincount(row_C).astype(float),
-        settings.bootstrap,
-        settings.confidence,
-    )
+    return per_text(gap_C, row_C, settings.bootstrap, settings.confidence)
 
 
 def statistics_of(predictions: Sequence[Prediction], collected: Collected) -> np.ndarray | None:
@@ -129,16 +112,10 @@ def statistics_of(predictions: Sequence[Prediction], collected: Collected) -> np
     texts; None where they are not known.
     """
     pictures: list[Picture] = list(dict.fromkeys(p.picture for p in predictions))
-    by_set: dict[int, list[int]] = {}
-    for row, picture in enumerate(pictures):
-        by_set.setdefault(collected.place[picture][0], []).append(row)
-    found: np.ndarray | None = None
-    for number, rows in by_set.items():
-        indices = np.array([collected.place[pictures[row]][1] for row in rows])
-        known_SK = rows_of(collected.manifests[number], indices)
+    found: dict[Picture, np.ndarray] = {}
+    for number, index_of in collected.by_set(pictures).items():
+        known_SK = rows_of(collected.manifests[number], index_of.values())
         if known_SK is None:
             return None
-        if found is None:
-            found = np.full((len(pictures), known_SK.shape[1]), np.nan, np.float32)
-        found[rows] = known_SK
-    return found
+        found |= zip(index_of, known_SK, strict=True)
+    return np.stack([found[picture] for picture in pictures]) if found else None

@@ -54,13 +54,17 @@ class Prediction:
 
     @property
     def set(self) -> str:
-        """The name of its set: DATASET_SPLIT."""
-        return f"{self.dataset}_{self.split}"
+        return set_name(self)
 
     @property
     def id(self) -> tuple[str, str, str]:
         """Unique over several sets: question ids of two data sets may coincide."""
         return self.dataset, self.split, self.text_id
+
+
+def set_name(of: Any) -> str:
+    """Returns DATASET_SPLIT of a record, a prediction or a manifest."""
+    return f"{of.dataset}_{of.split}"
 
 
 def answers(
@@ -102,10 +106,7 @@ class Stratum(NamedTuple):
 
 def by_stratum(batch: Batch) -> Iterator[tuple[Stratum, Batch, torch.Tensor]]:
     """Yields (stratum, the batch's contexts of it, their rows in the batch)."""
-    strata = [
-        Stratum(f"{context.record.dataset}_{context.record.split}", context.text.task)
-        for context in batch.contexts
-    ]
+    strata = [Stratum(set_name(context.record), context.text.task) for context in batch.contexts]
     for stratum in sorted(set(strata)):
         rows = [row for row, found in enumerate(strata) if found == stratum]
         yield stratum, select(batch, rows), torch.tensor(rows)
@@ -148,5 +149,5 @@ def results(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]
     for p in predictions:
         task = TASKS[p.task]
         entries = task.results([(p.image_id if task.of_images else p.text_id, p.answer)])
-        by_file.setdefault(f"{p.dataset}_{p.split}_{task.files}.json", []).extend(entries)
+        by_file.setdefault(f"{set_name(p)}_{task.files}.json", []).extend(entries)
     return by_file

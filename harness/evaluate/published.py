@@ -314,7 +314,7 @@ def evaluate_published(
         progress=progress,
         decode=ImageDecoder(image_size=1, mode="whole", max_pixels=config.data.max_image_pixels),
         collate=PictureCollator(model.tokenizer, config.data, config.prompts, training=False),
-        controls_of=control_pictures,  # type: ignore[arg-type]  # its batches hold pictures
+        controls_of=control_pictures,  # its batches hold pictures
     )
     parts = [*names(manifests), *["4bit"] * load_in_4bit, *variant(limit, overrides)]
     out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--"), folder(parts)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
-from harness.evaluate.predict import results
+from harness.evaluate.predict import results, set_name
 from harness.evaluate.told import further_tables, term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
@@ -192,7 +192,7 @@ def variant(limit: int | None, overrides: Sequence[str]) -> list[str]:
 
 def names(manifests: Sequence[Manifest]) -> list[str]:
     """Returns the sets' names as one."""
-    return ["+".join(f"{manifest.dataset}_{manifest.split}" for manifest in manifests)]
+    return ["+".join(map(set_name, manifests))]
 
 
 def folder(parts: Sequence[str]) -> str:

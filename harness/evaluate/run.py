@@ -50,41 +50,22 @@ def evaluate_model(
     paths: Sequence[str],
     config: Config,
     *,
-    limit: int | None = None,
-    counterfactual_texts: int | None = None,
     majority: Majority | None = None,
     text_only_accuracy: float | None = None,
-    progress: Progress | None = None,
-    quarantine: Path | None = None,
-    epochs: float | None = None,
-    decode: Callable[[Sample], Any] | None = None,
-    collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
-    controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
     floors: bool = True,
+    **asked: Any,
 ) -> Evaluation:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
-    `floors`: whether the verdict rests on floors and recall too, and figures stand beside it; the
-    rest as for `collect`. One process does it all. Raises ShardError.
+    `floors`: whether the verdict rests on floors and recall too, and figures stand beside it;
+    `asked`: as for `collect`. One process does it all. Raises ShardError.
     """
-    collected = collect(
-        model,
-        paths,
-        config,
-        limit=limit,
-        counterfactual_texts=counterfactual_texts,
-        progress=progress,
-        quarantine=quarantine,
-        epochs=epochs,
-        decode=decode,
-        collate=collate,
-        controls_of=controls_of,
-    )
+    collected = collect(model, paths, config, **asked)
     add_scores(collected, majority, text_only_accuracy)
     exchange(collected)
     add_verdicts(collected, floors=floors)
     if floors:
-        add_beside(collected, decode or reading(config)["decode"])
+        add_beside(collected)
     return collected.evaluation
 
 
@@ -112,12 +93,13 @@ def collect(
     """
     if counterfactual_texts is None:
         counterfactual_texts = config.evaluation.counterfactual_texts
+    decode = decode or reading(config)["decode"]
     loaders = _loaders(paths, config, quarantine, decode)
     manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
     known = trained_on(config, manifests)
-    collected = Collected(model, config, counterfactual_texts, known, epochs, manifests)
+    collected = Collected(model, config, counterfactual_texts, known, epochs, manifests, decode)
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
     model.eval()
@@ -139,13 +121,13 @@ def _loaders(
     paths: Sequence[str],
     config: Config,
     quarantine: Path | None,
-    decode: Callable[[Sample], Any] | None,
+    decode: Callable[[Sample], Any],
 ) -> list[Loader]:
     """Returns a loader for each set: so many images of each are read, however large the others.
 
     Raises ShardError, also for sets of two kinds.
     """
-    given = reading(config) | _ORDER | ({"decode": decode} if decode else {})
+    given = reading(config) | _ORDER | {"decode": decode}
     loaders = [
         Loader(
             [path],

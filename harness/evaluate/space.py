@@ -19,7 +19,7 @@ import torch
 
 from harness.config.schema import ModelConfig
 from harness.errors import ConfigError
-from harness.evaluate.bootstrap import Interval, image_rows, ratio
+from harness.evaluate.bootstrap import Interval, image_rows, per_text
 from harness.evaluate.collected import Collected, Picture
 from harness.evaluate.image_use.gate import Gate
 from harness.evaluate.measures import TASKS
@@ -28,7 +28,7 @@ from harness.model.batch import Batch
 from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
-from shards.read import Reader, Sample
+from shards.read import Reader
 from shards.statistics import indices_at_source, source_of
 
 TILES = 4  # a side
@@ -45,22 +45,21 @@ class UnmeasuredError(Exception):
 
 @dataclass
 class Source:
-    """Where the judged pictures are read again; `decode`: as for evaluate_model."""
+    """Where the judged pictures are read again."""
 
     collected: Collected
-    manifests: Sequence[Manifest]
-    decode: Callable[[Sample], Any]
 
     @property
     def _is_features(self) -> bool:
-        return self.manifests[0].kind == "features"  # sets of one kind are scored together
+        # Sets of one kind are scored together.
+        return self.collected.manifests[0].kind == "features"
 
     def payloads(self, pictures: Sequence[Picture]) -> dict[Picture, np.ndarray]:
         """Returns what the judged sets hold of these: pixels_HW3 or features_PD."""
         found: dict[Picture, np.ndarray] = {}
-        for number, own in self._by_set(pictures).items():
-            indices = [self.collected.place[picture][1] for picture in own]
-            found |= zip(own, self._read(self.manifests[number], indices), strict=True)
+        for number, index_of in self.collected.by_set(pictures).items():
+            manifest = self.collected.manifests[number]
+            found |= zip(index_of, self._read(manifest, [*index_of.values()]), strict=True)
         return found
 
     def pixels(self, pictures: Sequence[Picture]) -> dict[Picture, np.ndarray]:
@@ -70,28 +69,23 @@ class Source:
         if not self._is_features:
             return self.payloads(pictures)
         found: dict[Picture, np.ndarray] = {}
-        for number, own in self._by_set(pictures).items():
-            manifest = self.manifests[number]
+        for number, index_of in self.collected.by_set(pictures).items():
+            manifest = self.collected.manifests[number]
             source = source_of(manifest)
             if source is None:
                 raise UnmeasuredError("the pictures that the features were made from are gone")
-            indices = [self.collected.place[picture][1] for picture in own]
-            there = indices_at_source(manifest, source, indices)
+            there = indices_at_source(manifest, source, index_of.values())
             if (there < 0).any():
                 raise UnmeasuredError(f"{source.folder} lacks some of the pictures")
-            found |= zip(own, self._read(source, there.tolist()), strict=True)
+            found |= zip(index_of, self._read(source, there.tolist()), strict=True)
         return found
-
-    def _by_set(self, pictures: Sequence[Picture]) -> dict[int, list[Picture]]:
-        by_set: dict[int, list[Picture]] = defaultdict(list)
-        for picture in pictures:
-            by_set[self.collected.place[picture][0]].append(picture)
-        return by_set
 
     def _read(self, manifest: Manifest, indices: Sequence[int]) -> list[np.ndarray]:
         try:
             reader = Reader(manifest)
-            return [self.decode(reader.read(index)) for index in indices]
+            decode = self.collected.decode
+            assert decode is not None  # whoever collects pictures has read them
+            return [decode(reader.read(index)) for index in indices]
         except (ShardError, ValueError) as error:
             raise UnmeasuredError(f"a picture cannot be read: {error}") from error
 
@@ -284,9 +278,7 @@ def _points(gate: Gate, contexts: Sequence[int], said: Sequence[str]) -> np.ndar
 def _interval(gate: Gate, contexts: Sequence[int], points_c: np.ndarray) -> Interval:
     """Returns the mean over the contexts with its interval over pictures."""
     row_c = image_rows(gate.predictions[c].picture for c in contexts)
-    per_I = np.bincount(row_c).astype(float)
-    settings = gate.config
-    return ratio(np.bincount(row_c, points_c), per_I, settings.bootstrap, settings.confidence)
+    return per_text(points_c, row_c, gate.config.bootstrap, gate.config.confidence)
 
 
 def _score(gate: Gate, contexts: Sequence[int], said: Sequence[str]) -> Interval:

@@ -73,9 +73,13 @@ def term_line(name: str, figures: Mapping[str, Any]) -> str:
 
 def points(figures: Mapping[str, Any], key: str) -> str:
     """Returns a figure of points with its bounds: "41.2 [38.0, 44.1]"."""
-    bounds = [figures.get(f"{key}_{end}") for end in ("low", "high")]
-    words = ", ".join("unknown" if bound is None else f"{bound:.1f}" for bound in bounds)
-    return f"{figures[key]:.1f} [{words}]"
+    return with_bounds(figures[key], figures.get(f"{key}_low"), figures.get(f"{key}_high"))
+
+
+def with_bounds(value: Any, low: float | None, high: float | None, digits: int = 1) -> str:
+    """Returns "41.2 [38.0, 44.1]"; a bound that is None is unknown."""
+    words = ("unknown" if bound is None else f"{bound:.{digits}f}" for bound in (low, high))
+    return f"{value:.{digits}f} [{', '.join(words)}]"
 
 
 def term_rows(figures: Mapping[str, Any]) -> list[list[str]]:
@@ -108,15 +112,10 @@ def further_tables(task: str, figures: Mapping[str, Any]) -> list[str]:
         tables.append(markdown_table(rows, [f"{task}: sets", "images", "the worst decides"]))
     for name, own in (sets or {"": figures}).items():
         if own.get("gap_by_type"):
-            rows = [[kind, _interval(gap)] for kind, gap in own["gap_by_type"].items()]
+            rows = [[kind, with_bounds(**gap)] for kind, gap in own["gap_by_type"].items()]
             heading = f"{task}{', ' if name else ''}{name}: type of question"
             tables.append(markdown_table(rows, [heading, "points lost with another image"]))
     return tables
-
-
-def _interval(known: Mapping[str, float | None]) -> str:
-    words = ("unknown" if known[end] is None else f"{known[end]:.1f}" for end in ("low", "high"))
-    return f"{known['value']:.1f} [{', '.join(words)}]"
 
 
 def _wrapped(text: str) -> list[str]:

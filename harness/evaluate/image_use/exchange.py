@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from harness.evaluate import vqa
+from harness.evaluate.gate_terms.scale import nearest
 from harness.evaluate.predict import Prediction
 
 # A donor is alike when it is at most so many times as far as the nearest picture of all that could
@@ -86,27 +87,27 @@ class _Donors:
     def __init__(self, scaled_IK: np.ndarray, image_C: np.ndarray):
         self._scaled_IK = scaled_IK
         self._image_C = image_C
-        self._known_I = np.isfinite(scaled_IK).all(axis=1)
         self._donor_C = np.full(len(image_C), -1)
         self._told = 0
 
     def find(self, context: int, pool: Sequence[int], differs: Callable[[int], bool]) -> None:
         """Notes the nearest picture of the pool whose text differs, if it is alike."""
-        image = self._image_C[context]
-        others_O = self._image_C[pool]
-        usable_O = self._known_I[others_O] & (others_O != image)
-        if not self._known_I[image] or not usable_O.any():
+        others = [other for other in pool if differs(other)]
+        donor = self._nearest(context, others)
+        if donor is None:
             return
-        far_O = np.linalg.norm(self._scaled_IK[others_O] - self._scaled_IK[image], axis=1)
-        far_O = np.where(usable_O, far_O, np.inf)
-        differs_O = np.array([differs(other) for other in pool]) & usable_O
-        if not differs_O.any():
-            return
-        nearest = int(np.where(differs_O, far_O, np.inf).argmin())
-        if far_O[nearest] <= _AS_FAR * far_O.min():
-            self._donor_C[context] = others_O[nearest]
+        if self._far(context, donor) <= _AS_FAR * self._far(context, self._nearest(context, pool)):
+            self._donor_C[context] = donor
         else:
             self._told += 1
+
+    def _nearest(self, context: int, others: Sequence[int]) -> int | None:
+        return nearest(self._scaled_IK, self._image_C[context], self._image_C[list(others)])
+
+    def _far(self, context: int, image: int | None) -> float:
+        """Returns the distance from a context's own picture."""
+        own_K = self._scaled_IK[self._image_C[context]]
+        return float(np.linalg.norm(self._scaled_IK[image] - own_K))
 
     @property
     def found(self) -> Matched:

@@ -19,7 +19,7 @@ import torch
 
 from harness.config.schema import DecodingConfig, EvaluationConfig
 from harness.evaluate import vqa
-from harness.evaluate.bootstrap import Interval, image_rows, ratio
+from harness.evaluate.bootstrap import Interval, image_rows, per_text
 from harness.evaluate.image_use.bank import Bank, without_images
 from harness.evaluate.image_use.changes import changed_where_truth_differs
 from harness.evaluate.image_use.collapse import bos_in_generation_only_of, causes_of_collapse
@@ -313,9 +313,8 @@ class Gate:
     def _gap(self, difference_C: np.ndarray, per_C: np.ndarray, asked_C: np.ndarray) -> Interval:
         """Returns sum(difference) / sum(per) with its interval over images."""
         row_C = image_rows(self.bank_rows[asked_C].tolist())
-        sums_I = np.bincount(row_C, difference_C)
-        per_I = np.bincount(row_C, per_C)
-        return ratio(sums_I, per_I, self.config.bootstrap, self.config.confidence)
+        settings = self.config
+        return per_text(difference_C, row_C, settings.bootstrap, settings.confidence, per_C)
 
     def exchange_term(self) -> Term:
         """Returns the cost of giving each context any other image of the set."""

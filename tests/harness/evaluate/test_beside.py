@@ -234,7 +234,7 @@ def test_every_set_has_figures_of_its_own_and_seconds_apart_and_captions_have_no
     collected.evaluation.tasks["caption"] = TaskResult("caption", [])
     for stratum in (("toy_test", "vqa"), ("toy_dev", "vqa"), ("toy_test", "caption")):
         collected.gates[Stratum(*stratum)] = None
-    add_beside(collected, None)
+    add_beside(collected)
     result = collected.evaluation.tasks["vqa"]
     accuracy = {name: found["paired"]["group_accuracy"] for name, found in result.beside.items()}
     assert accuracy == {"toy_test": 100, "toy_dev": 0}

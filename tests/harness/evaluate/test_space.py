@@ -154,7 +154,7 @@ def gates_of(model, folder, config: Config | None = None):
     decode = ImageDecoder(32, "crop", 10_000)
     collate = Collator(model.tokenizer, DataConfig(), PromptsConfig(), training=False)
     loader = Loader([str(folder)], global_batch=16, shuffle=False, decode=decode)
-    collected = Collected(model, config, 1000, (), None)
+    collected = Collected(model, config, 1000, (), None, loader.manifests, decode)
     with torch.no_grad():
         for _, samples in loader.iterate(epochs=1):
             samples = [sample for sample in samples if sample.weight]
@@ -163,7 +163,7 @@ def gates_of(model, folder, config: Config | None = None):
     for gate in collected.gates.values():
         gate.measure()
     gates = {stratum.task: gate for stratum, gate in collected.gates.items()}
-    return gates, Source(collected, loader.manifests, decode)
+    return gates, Source(collected)
 
 
 def test_shuffled_tiles_hold_the_same_pixels_and_leave_the_rest_of_a_side_alone():
