@@ -18,6 +18,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from grouped import CAPTIONS
 from transformers import T5Config, T5ForConditionalGeneration
 
 from harness import base_lm
@@ -37,13 +38,6 @@ from harness.report.pictures import markdown_table
 from shards.read import Sample
 from shards.record import Record, Text
 
-CAPTIONS = (
-    "A black dog is running through the snow .",
-    "Two children in red shirts play with a ball on the grass .",
-    "A man climbs a steep rock face above the sea .",
-    "People stand in front of a large building at night .",
-    "A girl in a pink dress goes up the stairs of a wooden house .",
-)
 ENCODER = {"kind": "clip", "id": "none", "hash": "e" * 64, "tokens": 50, "width": 768}
 
 
