@@ -75,10 +75,11 @@ def _write_donors(donors: Path, data: list[str], asked: dict[str, Any]) -> None:
 
     with told("reading") as progress:
         lines = write_donors(donors, image_sets(data), **asked, progress=progress)
+    again = f" --limit {asked['limit']}" if asked["limit"] else ""  # the same donors need it
     say(
         f"{donors}: {lines:,} lines to answer. Show each line's image (key `image` of set\n"
         "`image_set`), ask its prompt (null: a caption), add its `answer`. Then:\n"
-        f"harness gate {donors} {' '.join(data)}"
+        f"harness gate {donors} {' '.join(data)}{again}"
     )
 
 

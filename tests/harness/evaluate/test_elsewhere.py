@@ -329,6 +329,9 @@ def test_the_command_writes_donors_and_judges_their_answers(questions, tmp_path,
     code, out, _ = harness("gate", "--donors", donors, questions, "--limit", 40)
     assert code == 0
     assert f"harness gate {donors} {questions}" in out
+    again = donors.with_name("fewer.jsonl")
+    _, out, _ = harness("gate", "--donors", again, questions, "--limit", 31)
+    assert f"harness gate {again} {questions} --limit 31" in out
     lines = [line | {"answer": reader(line)} for line in read(donors)]
     file = written(tmp_path, lines)
     code, out, _ = harness("gate", file, questions, "--limit", 40, "--json")
