@@ -297,7 +297,6 @@ def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
     return evaluate_run(
         out,
         text_only_accuracy=text_only,
-        pictures=str(out / "shards" / "test"),
         progress=lambda done, images: bar.update(task, completed=done, total=images),
     )
 

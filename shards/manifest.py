@@ -102,6 +102,7 @@ class Manifest:
     # Outside the digest, which says what the samples are:
     statistics_file: StatisticsInfo | None = None  # None: of a set that stores none
     origin: str | None = None  # of a feature set: where the pictures lay that it was made from
+    origin_relative: str | None = None  # the same from the set's own folder: both may be moved
     origin_digest: str | None = None  # of that set
     cache: Cache | None = field(default=None, repr=False, compare=False)
     patience: Patience = field(default=Patience(), repr=False, compare=False)
@@ -148,8 +149,7 @@ class Manifest:
                 sidecar_file=_info(FileInfo, document["sidecar"]),
                 files=tuple(_info(FileInfo, file) for file in document["files"]),
                 statistics_file=_statistics_info(document.get("statistics")),
-                origin=document.get("origin"),
-                origin_digest=document.get("origin_digest"),
+                **{name: document.get(name) for name in _ORIGIN},
                 cache=cache,
                 patience=patience,
                 format_1_digest=document.get("format_1_digest"),
@@ -177,15 +177,15 @@ class Manifest:
         texts = (self.kind, self.dataset, self.split, self.base or "", self.format_1_digest or "")
         if not all(type(text) is str for text in texts) or self.kind not in ("images", "features"):
             raise ValueError("kind, dataset, split, base or format_1_digest is no text")
-        if not all(type(text) is str for text in (self.origin or "", self.origin_digest or "")):
-            raise ValueError("origin or origin_digest is no text")
+        if not all(type(getattr(self, name) or "") is str for name in _ORIGIN):
+            raise ValueError(f"one of {', '.join(_ORIGIN)} is no text")
         if not isinstance(self.encoder, dict | None):
             raise ValueError("encoder is no mapping")
         if not is_count(self.skipped) or not is_count(self.key_bytes):
             raise ValueError("skipped or key_bytes is no count")
         if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
             raise ValueError("key_bytes is not between 1 and 255, or base is no place")
-        if "\0" in (self.origin or ""):
+        if "\0" in (self.origin or "") + (self.origin_relative or ""):
             raise ValueError("origin is no place")
 
     def check_texts(self) -> None:
@@ -239,8 +239,7 @@ class Manifest:
             "digest": self.digest,
             "format_1_digest": self.format_1_digest,
             "statistics": self.statistics_file and asdict(self.statistics_file),
-            "origin": self.origin,
-            "origin_digest": self.origin_digest,
+            **{name: getattr(self, name) for name in _ORIGIN},
         }
 
     @cached_property
@@ -392,6 +391,7 @@ class Rows:
         return column
 
 
+_ORIGIN = ("origin", "origin_relative", "origin_digest")
 _PLAIN = ("format", "kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
 
 

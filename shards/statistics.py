@@ -7,7 +7,6 @@ from its own pictures; for a feature set from those it was made from. Legend: S 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,9 +16,8 @@ from shards.cache import Cache
 from shards.files import ShardError, UnreachableError
 from shards.images import on_white, upright
 from shards.manifest import Manifest
-from shards.read import Reader, record_key
-
-logger = logging.getLogger(__name__)
+from shards.origin import indices_at_source, source_of
+from shards.read import Reader
 
 BINS = 8
 _CHANNELS = ("red", "green", "blue")
@@ -88,47 +86,6 @@ def rows_of(
     assert found is not None  # a set of pictures has them itself
     rows_SK[is_there] = found
     return rows_SK
-
-
-def source_of(manifest: Manifest, cache: Cache | None = None) -> Manifest | None:
-    """Returns the set of pictures that a feature set was made from, of pictures the set itself.
-
-    None, with the reason in the log, where that cannot be opened or read any more, or is another
-    set by now; None too for features that do not remember it (made before sets did).
-    """
-    if manifest.kind == "images":
-        return manifest
-    if manifest.origin is None:
-        return None
-    try:
-        source = Manifest.open(manifest.origin, cache or manifest.cache)
-        Reader(source, cache)  # one that is remote cannot be read without a cache
-    except ShardError as error:
-        logger.warning("the pictures that %s was made from are gone: %s", manifest.folder, error)
-        return None
-    if source.kind != "images" or source.digest != manifest.origin_digest:
-        logger.warning(
-            "%s is no longer the set of pictures that %s was made from: its digest is %s, "
-            "expected %s",
-            manifest.origin,
-            manifest.folder,
-            source.digest,
-            manifest.origin_digest,
-        )
-        return None
-    return source
-
-
-def indices_at_source(manifest: Manifest, source: Manifest, indices_S: Iterable[int]) -> np.ndarray:
-    """Returns which samples of `source` have the keys of these samples, int64; -1 where none."""
-    keys = [manifest.key(int(index)) for index in indices_S]
-    needed = set(keys)
-    places = {
-        key: place
-        for place, raw in enumerate(source.sidecar["key"])
-        if (key := record_key(raw.decode(errors="replace"))) in needed
-    }
-    return np.array([places.get(key, -1) for key in keys], np.int64)
 
 
 def _filled(samples: int, rows: Iterable[np.ndarray]) -> np.ndarray:

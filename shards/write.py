@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 from webdataset import TarWriter
 
-from shards.files import ShardError, is_remote, sync, write_whole
+from shards.files import ShardError, sync, write_whole
 from shards.manifest import INDEX, STATISTICS, Kind, Manifest, StatisticsInfo
+from shards.origin import remembered
 from shards.read import PAYLOADS
 from shards.record import Record
 from shards.sidecar import Indexing, write_index
@@ -78,7 +79,8 @@ def write_shards(
         assert not indexing.skipped, indexing.skipped[0]  # each was checked before it was written
         extra = sorted((extra_files or {}).items())
         files = tuple(write_whole(beside / name, data) for name, data in extra)
-        outside_digest = {"statistics_file": _write_statistics(beside, rows)} | _remembered(origin)
+        outside_digest: dict[str, Any] = {"statistics_file": _write_statistics(beside, rows)}
+        outside_digest |= remembered(origin, out)
         made = indexing.finish(beside, encoder=encoder, files=files, **outside_digest)
         manifest = replace(made, folder=str(out))
         write_index(manifest, beside)
@@ -114,13 +116,6 @@ def _write_statistics(folder: Path, rows: bytearray) -> StatisticsInfo | None:
     if not rows:
         return None
     return StatisticsInfo(**asdict(write_whole(folder / STATISTICS, bytes(rows))), columns=COLUMNS)
-
-
-def _remembered(origin: Manifest | None) -> dict[str, Any]:
-    if origin is None:
-        return {}
-    place = origin.folder if is_remote(origin.folder) else os.path.abspath(origin.folder)
-    return {"origin": place, "origin_digest": origin.digest}
 
 
 def _put_in_place(beside: Path, out: Path) -> None:

@@ -43,6 +43,7 @@ CORE = (
     "shards.images",
     "shards.loader",
     "shards.manifest",
+    "shards.origin",
     "shards.quarantine",
     "shards.read",
     "shards.record",

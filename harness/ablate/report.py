@@ -26,6 +26,7 @@ from harness.report.pictures import Shown, loss_curves, markdown_table
 from shards.cache import Cache
 from shards.files import ShardError, write_whole
 from shards.manifest import Manifest
+from shards.origin import source_of
 from shards.read import Reader
 from shards.record import Text
 
@@ -209,17 +210,19 @@ def shown(image: bytes | None, text: Text, answer: str) -> Shown:
 
 
 class Pictures:
-    """The images of those sets that hold images and are there, by DATASET_SPLIT/KEY."""
+    """The images of those sets that are there, of features those that they were made from, by
+    DATASET_SPLIT/KEY.
+    """
 
     def __init__(self, paths: Sequence[str], cache: Cache | None) -> None:
         self._places: dict[str, tuple[Reader, int]] = {}
         for path in dict.fromkeys(paths):
             with suppress(ShardError, OSError):  # moved or never made
-                manifest = Manifest.open(path, cache)
-                if manifest.kind == "images":
-                    reader = Reader(manifest)
-                    for n in range(manifest.samples):
-                        name = f"{manifest.dataset}_{manifest.split}/{manifest.key(n)}"
+                source = source_of(Manifest.open(path, cache))
+                if source is not None:
+                    reader = Reader(source)
+                    for n in range(source.samples):
+                        name = f"{source.dataset}_{source.split}/{source.key(n)}"
                         self._places[name] = (reader, n)
 
     def read(self, image: str) -> bytes | None:

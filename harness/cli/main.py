@@ -249,7 +249,7 @@ def evaluate(
     ] = None,
     pictures: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Images to show, where the data are features."),
+        typer.Option(metavar="DIR", help="Images to show, where features have lost theirs."),
     ] = None,
     checkpoint: Which = None,
     as_json: AsJSON = False,

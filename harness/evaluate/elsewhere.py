@@ -40,9 +40,9 @@ from harness.model.language.loss import Generated, LossOutput
 from harness.redact import say
 from shards.files import ShardError, decode, write_whole
 from shards.manifest import Manifest
+from shards.origin import source_of
 from shards.read import Sample, records
 from shards.record import Record
-from shards.statistics import source_of
 
 IMAGES = 2_000  # of each set that are asked about: more texts than the floors look at
 _IDS = ("text_id", "question_id", "image_id")

@@ -20,8 +20,9 @@ from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import parsed_row
 from shards.cache import Cache
-from shards.files import ShardError, decode, write_whole
+from shards.files import decode, write_whole
 from shards.manifest import Manifest
+from shards.origin import pictures_of
 from shards.read import Reader
 
 if TYPE_CHECKING:
@@ -103,31 +104,30 @@ def draw_answers(
 ) -> list[Path]:
     """Draws images of the set `place` with what was asked, expected and said of them.
 
-    They are evenly spaced over the set, not chosen. [] for a set of features: it has no images.
+    They are evenly spaced over the set, not chosen. Of features those are drawn that they were made
+    from; [] where these are gone.
     """
     manifest = Manifest.open(place, cache)
-    if manifest.kind != "images":
-        return []
     said = {
         (prediction.key, prediction.text_id): prediction.answer
         for result in evaluation.tasks.values()
         for prediction in result.predictions
     }
     reader = Reader(manifest, cache)
+    count = min(PICTURES, manifest.samples)
+    indices = [number * manifest.samples // count for number in range(count)]
     items = []
-    for number in range(min(PICTURES, manifest.samples)):
-        try:
-            sample = reader.read(number * manifest.samples // min(PICTURES, manifest.samples))
-        except ShardError:  # the evaluation has counted and named it
+    for number, picture in enumerate(pictures_of(manifest, indices, cache)):
+        if picture is None:  # the evaluation has counted and named it, or all are gone
             continue
-        record = sample.known
+        record = reader.read(indices[number]).known
         text = record.texts[number % len(record.texts)]
         answer = said.get((record.key, text.id))
         if answer is not None:
             right = None
             if text.task == "vqa":
                 right = vqa.accuracy(answer, text.targets) >= 0.5
-            items.append(Shown(sample.payload, text.prompt or "", text.targets, answer, right))
+            items.append(Shown(picture, text.prompt or "", text.targets, answer, right))
     return [predictions_picture(items, out / "predictions.png")] if items else []
 
 

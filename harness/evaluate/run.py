@@ -25,7 +25,7 @@ from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
 from harness.evaluate import vqa
 from harness.evaluate.beside import add_beside
-from harness.evaluate.collected import Collected, gate_tasks, most_texts
+from harness.evaluate.collected import Collected, Picture, gate_tasks, most_texts
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
@@ -36,6 +36,7 @@ from harness.report.pictures import Shown
 from shards.files import ShardError
 from shards.loader import Loader
 from shards.manifest import Manifest
+from shards.origin import pictures_of
 from shards.read import Sample
 
 _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
@@ -114,6 +115,7 @@ def collect(
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
+    _show_originals(collected)
     return collected
 
 
@@ -191,6 +193,22 @@ def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, tor
         field: Any = {name: torch.from_numpy(images).to(like.image_of_C.device)}
         found[condition] = model.bridge_tokens(replace(like, **field)).tokens_NQD
     return found
+
+
+def _show_originals(collected: Collected) -> None:
+    """Puts the pictures that features were made from into what is shown; what is gone stays grey,
+    which the log says.
+    """
+    evaluation = collected.evaluation
+    originals: dict[Picture, bytes | None] = {}
+    for number, index_of in collected.by_set(p.picture for p in evaluation.shown).items():
+        manifest = collected.manifests[number]
+        if manifest.kind == "features":
+            originals |= zip(index_of, pictures_of(manifest, index_of.values()), strict=True)
+    evaluation.shown_images = [
+        replace(item, image=originals.get(prediction.picture, item.image))
+        for prediction, item in zip(evaluation.shown, evaluation.shown_images, strict=True)
+    ]
 
 
 def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:

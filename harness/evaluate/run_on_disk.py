@@ -84,8 +84,8 @@ def evaluate_run(
     images, the same for every model. `overrides`: `key=value` of the run's generate, evaluation and
     data, for instance to choose the beams on the dev set. With either, on other data or for an
     older checkpoint, `out` is a folder in RUN/evaluation that says so, and nothing goes to the
-    tracker. `pictures`: the set of images to show, where the data are features. Returns what
-    scores.json holds. Raises ConfigError, ShardError.
+    tracker. `pictures`: the set of images to show, where the data are features that do not know
+    theirs any more. Returns what scores.json holds. Raises ConfigError, ShardError.
     """
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     config = task.config

@@ -28,8 +28,8 @@ from harness.model.batch import Batch
 from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
+from shards.origin import indices_at_source, source_of
 from shards.read import Reader
-from shards.statistics import indices_at_source, source_of
 
 TILES = 4  # a side
 DROPPED = (25, 50, 75)  # percent of the patches, beside none and all of them

@@ -59,5 +59,7 @@ def predictions_html(
     """Writes a page with a row for each item: image, prompt, truth, prediction and note."""
     judged = [item.right for item in items if item.right is not None]
     count = f"{sum(judged)} of {len(judged)} right" if judged else f"{len(items)} images"
+    if gone := sum(item.image is None for item in items):
+        count += f"; {gone} of the pictures are not at hand: they, or the set they lay in, are gone"
     rows = [[item] for item in items]
     return write_page(path, "answers.html", title=title, count=count, rows=rows, side=side)

@@ -19,16 +19,10 @@ from shards.cache import Cache
 from shards.files import ShardError, write_whole
 from shards.index import index_shards
 from shards.manifest import Manifest
+from shards.origin import indices_at_source, pictures_of, source_of
 from shards.read import Reader
 from shards.record import Record, Text
-from shards.statistics import (
-    COLUMNS,
-    indices_at_source,
-    picture_statistics,
-    rows_of,
-    source_of,
-    statistics_of,
-)
+from shards.statistics import COLUMNS, picture_statistics, rows_of, statistics_of
 from shards.verify import verify
 from shards.write import write_shards
 
@@ -66,7 +60,7 @@ def without_statistics(folder):
     """Makes it a set as every version wrote it before there were statistics."""
     index = folder / "index.json"
     document = json.loads(index.read_text())
-    for name in ("statistics", "origin", "origin_digest"):
+    for name in ("statistics", "origin", "origin_relative", "origin_digest"):
         del document[name]
     index.write_text(json.dumps(document))
     (folder / "statistics.bin").unlink(missing_ok=True)
@@ -339,6 +333,7 @@ def test_pictures_that_are_gone_or_others_by_now_are_not_used(images, expected, 
     assert np.isnan(rows_of(features, [2])).all(), "a key that the pictures have not"
     moved = shutil.move(images.folder, tmp_path / "moved")
     assert source_of(features) is None
+    assert pictures_of(features, [0, 1]) == [None, None]
     assert rows_of(features, [0]) is None
     assert "there is no folder of shards at" in caplog.text
     write(images.folder, [captioned(n, picture("another")) for n in range(SAMPLES)])
@@ -347,6 +342,22 @@ def test_pictures_that_are_gone_or_others_by_now_are_not_used(images, expected, 
     shutil.rmtree(images.folder)
     shutil.move(moved, images.folder)
     np.testing.assert_array_equal(rows_of(features, [0]), expected[[3]])
+
+
+def test_pictures_are_found_where_they_lay_and_where_both_sets_were_moved_together(
+    images, features, tmp_path
+):
+    wanted = [captioned(4)[1], captioned(3)[1]]
+    assert pictures_of(Manifest.open(features.folder), [2, 0]) == wanted
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in ("images", "features"):
+        shutil.move(tmp_path / name, new / name)
+    moved = Manifest.open(new / "features")
+    assert source_of(moved).folder == str(new / "images")
+    assert pictures_of(moved, [2, 0]) == wanted
+    shutil.move(new / "features", tmp_path / "features")
+    assert pictures_of(Manifest.open(features.folder), [2]) == [None]
 
 
 def test_pictures_at_a_server_are_found_with_a_cache(images, expected, tmp_path, caplog):

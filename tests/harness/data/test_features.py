@@ -20,9 +20,10 @@ from harness.errors import ConfigError
 from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
+from shards.origin import source_of
 from shards.read import Reader
 from shards.record import Record, Text
-from shards.statistics import rows_of, source_of
+from shards.statistics import rows_of
 from shards.write import write_shards
 from tiny_models import tiny_clip
 
