@@ -49,7 +49,7 @@ def source_of(manifest: Manifest, cache: Cache | None = None) -> Manifest | None
     return None
 
 
-def remembered(source: Manifest | None, out: str | os.PathLike) -> dict[str, str | None]:
+def remembered(source: Manifest | None, out: str | os.PathLike) -> dict[str, str]:
     """Returns what the index of a feature set in the folder `out` tells of the set of pictures
     that it was made from, and how that is reached from `out`.
     """
