@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 
 # Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# The ends of their files' names.
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe")
 _ORIENTATION = 0x0112
 _PHOTOMETRIC = 262  # of TIFF; 0: the least value is white
 # Where a grey of more than 8 bits may end: white is the first that no pixel is above.

@@ -13,9 +13,11 @@ import re
 from pathlib import Path
 
 import fsspec
+import numpy as np
 from braceexpand import braceexpand
 
 from shards.files import ShardError, is_remote, join, write_whole
+from shards.layout import Layout
 from shards.manifest import FORMAT, INDEX, SIDECAR, SIDECAR_1, SKIPPED, Manifest
 from shards.remote import Patience, patiently
 from shards.sidecar import Indexing, Progress, write_index
@@ -28,6 +30,7 @@ def index_shards(
     dataset: str,
     split: str,
     *,
+    layout: Layout | None = None,
     out: Path | str | None = None,
     overwrite: bool = False,
     on_progress: Progress = lambda samples: None,
@@ -38,9 +41,10 @@ def index_shards(
     `source` is a folder or fsspec URL of tars, or a pattern like `s3://b/train-{0000..0042}.tar`.
     `out` is where the index goes: needed for a remote source, else beside the tars. A sample is
     adjacent files of one key: an image with our record, or with a "caption" in .json, or with a
-    caption in .txt. A sample without image or text is left out, counted in the index and named in
-    `skipped.jsonl`. Raises ShardError, naming shard and offset, for a damaged tar or a key that
-    occurs again.
+    caption in .txt; or what `layout` says. A sample without image or text is left out, counted in
+    the index and named in `skipped.jsonl`. Raises ShardError, naming shard and offset, for a
+    damaged tar or a key that occurs again, and naming the files of a sample where the first
+    thousand are not understood.
     """
     base, names = _find_tars(os.fspath(source).removeprefix("file://"))
     if out is None and is_remote(base):
@@ -50,13 +54,12 @@ def index_shards(
         raise ShardError(
             f"{folder / INDEX} is there already: index the shards again with --overwrite"
         )
-    indexing = Indexing("images", dataset, split, on_progress)
+    indexing = Indexing("images", dataset, split, on_progress, layout)
     for name in names:
         indexing.add(join(base, name))
     skipped = indexing.skipped
     if not any(shard.samples for shard in indexing.shards):
-        why = ": {shard}, {key}: {reason}".format(**skipped[0]) if skipped else ""
-        raise ShardError(f"{base} holds no sample with image and text{why}")
+        raise ShardError(f"{base}: {indexing.nothing_found()}")
     (folder / INDEX).unlink(missing_ok=True)
     if skipped:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped)
@@ -96,6 +99,18 @@ def upgrade_index(
         )
     write_index(new, place)
     return new
+
+
+def how_read(manifest: Manifest) -> str:
+    """Says where the pictures and the texts of a set's samples are read from."""
+    if manifest.layout:
+        return manifest.layout.told()
+    ends = [
+        " or ".join(f".{end.decode()}" for end in np.unique(manifest.sidecar[f"{part}_extension"]))
+        for part in ("payload", "text")
+    ]
+    what = 'records or their "caption"' if ".json" in ends[1] else "captions"
+    return f"pictures from {ends[0]}, {what} from {ends[1]}"
 
 
 def _listed(folder: str) -> list[str]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from shards.files import FileInfo, ShardError, UnreachableError, is_count, is_remote, join
+from shards.layout import Layout
 from shards.remote import Descriptor, Patience, Stream, fetch
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Manifest:
     skipped: int = 0  # samples in the tars that are left out, each named in skipped.jsonl
     format: int = FORMAT
     format_1_digest: str | None = None  # what states of runs before format 2 call this set
+    layout: Layout | None = None  # of shards of other makers: what was said of their files
     # Outside the digest, which says what the samples are:
     statistics_file: StatisticsInfo | None = None  # None: of a set that stores none
     origin: str | None = None  # of a feature set: where the pictures lay that it was made from
@@ -155,6 +157,7 @@ class Manifest:
                 cache=cache,
                 patience=patience,
                 format_1_digest=document.get("format_1_digest"),
+                layout=Layout.from_json(document.get("layout")),
                 **{name: document[name] for name in _PLAIN},
             )
             manifest._check_types()
@@ -225,8 +228,16 @@ class Manifest:
         """Returns what describes the samples, beside the index."""
         return tuple(filter(None, (self.sidecar_file, self.statistics_file)))
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Returns the arguments by which `parse_sample` reads a sample of this set."""
+        return {name: getattr(self, name) for name in ("kind", "dataset", "split", "layout")}
+
     def _content(self) -> dict[str, Any]:
+        # Another layout is another set: the same bytes give other texts.
+        laid_out = {"layout": self.layout.to_json()} if self.layout else {}
         return {
+            **laid_out,
             **{name: getattr(self, name) for name in ("kind", "dataset", "split", "encoder")},
             "shards": [asdict(shard) for shard in self.shards],
             "files": [asdict(file) for file in self.files],

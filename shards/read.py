@@ -19,13 +19,15 @@ import numpy as np
 
 from shards.cache import Cache
 from shards.files import ShardError, UnreachableError, is_remote
+from shards.images import EXTENSIONS
+from shards.layout import Layout, field_texts
 from shards.manifest import Manifest
-from shards.record import Record, RecordError, Text, parse_json
+from shards.record import Record, RecordError, Text
 from shards.remote import Descriptor
 from shards.tar import groups
 
 PAYLOADS = {
-    "images": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe"),
+    "images": EXTENSIONS,
     "features": ("safetensors",),
 }
 
@@ -100,7 +102,9 @@ class Reader:
         try:
             _check_inside(row, manifest.shards[shard].bytes)
             contents = contents_of(descriptor, row)
-            parsed = parse_sample(key, contents, manifest.kind, manifest.dataset, manifest.split)
+            if manifest.layout and contents_of is _walked:
+                contents = manifest.layout.contents(contents)
+            parsed = parse_sample(key, contents, **manifest.described)
         except UnreachableError:
             raise
         except (ShardError, RecordError) as error:
@@ -204,35 +208,40 @@ class Parsed(NamedTuple):
 
 
 def parse_sample(
-    key: str, contents: Mapping[str, bytes], kind: str, dataset: str, split: str
+    key: str,
+    contents: Mapping[str, bytes],
+    kind: str,
+    dataset: str,
+    split: str,
+    layout: Layout | None = None,
 ) -> Parsed:
-    """Reads the files of a sample, by extension.
+    """Reads the files of a sample, by extension; of a set with a layout, those that it left.
 
     `.json` is our record, or anything with a "caption" (a text or a list of texts); without either,
-    `.txt` is the caption. Raises ShardError for a sample without payload or text, RecordError for a
-    bad record.
+    `.txt` is the caption. A layout that says where the text stands holds instead. Raises ShardError
+    for a sample without payload or text, RecordError for a bad record.
     """
     extension = next((name for name in contents if name in PAYLOADS[kind]), None)
     if extension is None:
-        raise ShardError(
-            f"no {kind} file ({', '.join(PAYLOADS[kind])}) among .{', .'.join(contents)}"
-        )
-    if b'"texts"' in contents.get("json", b""):
+        ends = (layout and layout.image) or PAYLOADS[kind]
+        raise ShardError(f"no {kind} file ({', '.join(ends)}) among .{', .'.join(contents)}")
+    described = layout if layout and layout.text else None
+    if not described and b'"texts"' in contents.get("json", b""):
         record = Record.from_json(contents["json"])
         if record.key != key:
             raise ShardError(f"the record is that of {record.key}")
         return Parsed(record, extension, "json")
-    captions = _captions(contents)
-    source = "json" if captions else "txt"
-    try:
-        captions = captions or [contents.get("txt", b"").decode()]
-    except ValueError as error:
-        raise ShardError(f"its text cannot be read: {error}") from error
+    if described:
+        source = described.end
+        captions = described.captions(contents)
+    else:
+        captions = field_texts(contents.get("json", b"null"), "caption")
+        source = "json" if captions else "txt"
+        captions = captions or [_decoded(contents.get("txt", b""))]
     targets = tuple(filter(None, map(str.strip, captions)))
     if not targets:
-        raise ShardError(
-            'no text: neither a record nor a "caption" in .json, nor a caption in .txt'
-        )
+        expected = 'neither a record nor a "caption" in .json, nor a caption in .txt'
+        raise ShardError(f"no text: {layout.told() if layout else expected}")
     text = Text(id=key, task="caption", targets=targets)
     record = Record(record_key(key), dataset, split, key, (text,))
     record.check()
@@ -248,13 +257,8 @@ def record_key(key: str) -> str:
     return name if name == key else f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def _captions(contents: Mapping[str, bytes]) -> list[str]:
-    """Returns the "caption" of .json as a list; none is not an error yet, but no text is."""
-    document = parse_json(contents.get("json", b"null"))
-    found = document.get("caption") if isinstance(document, dict) else None
-    if found is None:
-        return []
-    for text in (texts := found if isinstance(found, list) else [found]):
-        if not isinstance(text, str):
-            raise RecordError(f'its "caption" is {found!r:.60}, expected a text or a list of texts')
-    return list(filter(None, texts))
+def _decoded(caption: bytes) -> str:
+    try:
+        return caption.decode()
+    except ValueError as error:
+        raise ShardError(f"its text cannot be read: {error}") from error

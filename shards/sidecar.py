@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from shards.files import ShardError, UnreachableError, file_info, write_whole
+from shards.layout import Layout, what_would_help
 from shards.manifest import (
     INDEX,
     MAX_KEY_BYTES,
@@ -29,6 +30,8 @@ from shards.record import RecordError
 from shards.tar import Group, Member, groups, open_shard
 
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
+# So many samples at the beginning of which none is understood: the rest will be like them.
+NOT_UNDERSTOOD = 1_000
 
 
 class Indexing:
@@ -37,12 +40,24 @@ class Indexing:
     """
 
     def __init__(
-        self, kind: Kind, dataset: str, split: str, on_progress: Progress = lambda samples: None
+        self,
+        kind: Kind,
+        dataset: str,
+        split: str,
+        on_progress: Progress = lambda samples: None,
+        layout: Layout | None = None,
     ):
-        self._described: dict[str, Any] = {"kind": kind, "dataset": dataset, "split": split}
+        self._described: dict[str, Any] = {
+            "kind": kind,
+            "dataset": dataset,
+            "split": split,
+            "layout": layout,
+        }
+        self._layout = layout
         self._on_progress = on_progress
         self.shards: list[ShardInfo] = []
         self.skipped: list[dict[str, Any]] = []  # what is no sample, with its place and the reason
+        self.first: Group | None = None  # what was left out first though its files are sound
         self._seen: set[str] = set()
         self._keys: list[bytes] = []
         self._rows = bytearray()
@@ -57,6 +72,8 @@ class Indexing:
                 on_stray = partial(self._leave_out, name, "a file that a Mac adds to archives")
                 for group in groups(read, size, on_stray=on_stray):
                     texts += self._add_sample(group, name)
+                    if not self._keys and len(self.skipped) >= NOT_UNDERSTOOD:
+                        raise ShardError(self.nothing_found())
             except UnreachableError:  # which names it
                 raise
             except ShardError as error:
@@ -73,16 +90,26 @@ class Indexing:
                 raise ShardError(group.problem)
             if len(key) > MAX_KEY_BYTES:
                 raise ShardError(f"its key has {len(key)} bytes, at most {MAX_KEY_BYTES} can be")
-            parsed = parse_sample(group.key, group.contents, **self._described)
+            files = self._layout.applied(group) if self._layout else group
+            parsed = parse_sample(group.key, files.contents, **self._described)
         except (ShardError, RecordError) as error:
+            if not group.problem:
+                self.first = self.first or group
             self._leave_out(shard, str(error), group)
             return 0
         if parsed.record.key != group.key:
             self._must_be_new(parsed.record.key, group.start)
         self._keys.append(key)
-        self._rows += np.array((*row_of(group, parsed), b""), _ONE).tobytes()
+        self._rows += np.array((*row_of(files, parsed), b""), _ONE).tobytes()
         self._on_progress(1)
         return len(parsed.record.texts)
+
+    def nothing_found(self) -> str:
+        """Says why no sample was understood so far, and which options would help."""
+        if not self.skipped:
+            return "it holds no samples"
+        why = "no sample with image and text: {shard}, {key}: {reason}".format(**self.skipped[0])
+        return f"{why}; {what_would_help(self.first.contents)}" if self.first else why
 
     def _leave_out(self, shard: str, reason: str, what: Group | Member) -> None:
         where = {"shard": shard, "offset": what.start, "key": what.key}

@@ -130,10 +130,10 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
         ]
     if group.problem:
         return [f"{place}: {group.problem}"]
+    if manifest.layout:
+        group = manifest.layout.applied(group)
     try:
-        parsed = parse_sample(
-            group.key, group.contents, manifest.kind, manifest.dataset, manifest.split
-        )
+        parsed = parse_sample(group.key, group.contents, **manifest.described)
     except (ShardError, RecordError) as error:
         return [f"{place}: {error}"]
     found = row_of(group, parsed)

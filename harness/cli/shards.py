@@ -107,39 +107,63 @@ def index(
     upgrade: Annotated[
         bool, typer.Option("--upgrade", help="Rewrite the index of these sets in today's format.")
     ] = False,
+    image_member: Annotated[
+        list[str] | None,
+        typer.Option(metavar="END", help="A picture's file, as input.jpg in 000.input.jpg."),
+    ] = None,
+    text_member: Annotated[
+        str | None, typer.Option(metavar="END", help="Its text's file, as outputs.txt.")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The field of its JSON with the text(s).")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A name a line, for the numbers of .cls.")
+    ] = None,
 ) -> None:
-    """Indexes WebDataset shards that were made elsewhere."""
-    from shards.files import ShardError
-    from shards.index import index_shards, upgrade_index
+    """Indexes WebDataset shards that were made elsewhere.
 
+    A picture with a .txt, or a "caption" in .json, is found as it is.
+    """
+    from shards.files import ShardError
+    from shards.layout import Layout
+
+    layout = Layout.of(image_member or (), text_member, text_field, class_names)
     if upgrade:
-        if dataset or split or out or overwrite:
-            raise ShardError(
-                "--upgrade takes folders of sets alone: it keeps what their index says"
-            )
-        for place in places:
-            with counted(f"indexing {place}") as count:
-                made = upgrade_index(place, on_progress=count)
-            say(f"{made.folder}: its index has format {made.format}")
-        return
+        if dataset or split or out or overwrite or layout:
+            raise ShardError("--upgrade takes sets alone: it keeps what their index says")
+        return _upgrade(places)
     if out and len(places) > 1:
         raise ShardError(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
         )
     for place in places:
-        _check_no_secret(place)
-        where = place.rstrip("/") if "://" in place else os.path.abspath(place)
-        folder = os.path.dirname(where) if where.endswith(".tar") else where
-        above = os.path.basename(os.path.dirname(folder))
+        _index(place, dataset, split, layout=layout, out=out, overwrite=overwrite)
+
+
+def _upgrade(places: list[str]) -> None:
+    from shards.index import upgrade_index
+
+    for place in places:
         with counted(f"indexing {place}") as count:
-            names = (dataset or above or "webdataset", split or os.path.basename(folder))
-            made = index_shards(place, *names, out=out, overwrite=overwrite, on_progress=count)
-        skipped = (
-            f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl"
-            if made.skipped
-            else ""
-        )
-        say(f"{made.folder}: {made.samples:,} samples, {made.texts:,} texts{skipped}")
+            made = upgrade_index(place, on_progress=count)
+        say(f"{made.folder}: its index has format {made.format}")
+
+
+def _index(place: str, dataset: str | None, split: str | None, **options: Any) -> None:
+    """Indexes one folder of tars, and says what was found and how it is read."""
+    from shards.index import how_read, index_shards
+
+    _check_no_secret(place)
+    where = place.rstrip("/") if "://" in place else os.path.abspath(place)
+    folder = os.path.dirname(where) if where.endswith(".tar") else where
+    above = os.path.basename(os.path.dirname(folder))
+    names = (dataset or above or "webdataset", split or os.path.basename(folder))
+    with counted(f"indexing {place}") as count:
+        made = index_shards(place, *names, on_progress=count, **options)
+    left_out = f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl"
+    counts = f"{made.samples:,} samples, {made.texts:,} texts{left_out if made.skipped else ''}"
+    say(f"{made.folder}: {counts}\n{made.folder}: {how_read(made)}")
 
 
 def _check_no_secret(place: str) -> None:

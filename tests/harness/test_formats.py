@@ -84,7 +84,7 @@ def test_a_run_goes_on_as_before_over_sets_whose_index_was_upgraded(expected, ha
 def test_an_upgrade_takes_nothing_that_the_index_says_already(expected, harness):
     code, _, errors = harness("shards", "index", "shards/dev", "--upgrade", "--split", "test")
     assert code == 2
-    assert "--upgrade takes folders of sets alone" in errors
+    assert "--upgrade takes sets alone" in errors
 
 
 @pytest.mark.parametrize("run", ["t5_run", "gpt2_run"])

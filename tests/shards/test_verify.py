@@ -258,7 +258,7 @@ def files_of(*names):
     [
         (("a.jpg", "b.jpg", "a.txt", "b.txt"), r"the key 'a' occurs again at offset \d+"),
         (("a.jpg", "a.txt", "a.jpg"), r"a\.jpg occurs twice"),
-        (("a.txt", "b.txt"), "holds no sample with image and text"),
+        (("a.txt", "b.txt"), "no sample with image and text"),
     ],
 )
 def test_keys_that_cannot_be_told_apart_are_refused(tmp_path, names, says):
