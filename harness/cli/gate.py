@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from harness.cli.parts import Base, Encoder
 from harness.cli.progress import told
 from harness.redact import say, show
 
@@ -49,6 +50,8 @@ def gate(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="The model of the hub, NF4.")
     ] = False,
+    lm: Base = None,
+    vision: Encoder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Whether a model trained elsewhere uses its images.
@@ -64,7 +67,8 @@ def gate(
         return
     with told("judging") as progress:
         asked |= {"out": out, "progress": progress}
-        report = _judged(model, sets, partial, load_in_4bit, asked)
+        parts = {"lm": lm, "vision": vision}
+        report = _judged(model, sets, partial, load_in_4bit, asked, parts)
     from harness.evaluate.report import table
 
     show(json.dumps(report, indent=2) if as_json else table(report))
@@ -84,7 +88,12 @@ def _write_donors(donors: Path, data: list[str], asked: dict[str, Any]) -> None:
 
 
 def _judged(
-    name: str, data: list[str], partial: bool, load_in_4bit: bool, asked: dict[str, Any]
+    name: str,
+    data: list[str],
+    partial: bool,
+    load_in_4bit: bool,
+    asked: dict[str, Any],
+    parts: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the report on a file of answers, a run, or else a model of the hub."""
     from harness.errors import ConfigError
@@ -93,7 +102,9 @@ def _judged(
     if path.is_dir() and ((path / "state.json").is_file() or any(path.glob("checkpoints/step-*"))):
         from harness.evaluate.run_on_disk import evaluate_run
 
-        return evaluate_run(path, data or None, **asked)
+        return evaluate_run(path, data or None, **asked, **parts)
+    if any(parts.values()):
+        raise ConfigError(f"--lm and --vision tell where the parts of a run are; {name} is none")
     if not data:
         raise ConfigError(f"give the sets to judge {name} on: harness gate {name} DATA")
     if path.is_file():

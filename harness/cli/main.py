@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from harness.cli.gate import gate
+from harness.cli.parts import Base, Encoder
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
 from harness.cli.score import compare
@@ -252,6 +253,8 @@ def evaluate(
         typer.Option(metavar="DIR", help="Images to show, where features have lost theirs."),
     ] = None,
     checkpoint: Which = None,
+    lm: Base = None,
+    vision: Encoder = None,
     as_json: AsJSON = False,
 ) -> None:
     """Scores a run, published models or both, with the verdict.
@@ -271,12 +274,14 @@ def evaluate(
     for place in data or ():
         Manifest.read_index(place)
     asked: dict[str, Any] = {
-        "limit": limit,
-        "given": override or (),
         "pictures": pictures,
         "which": checkpoint,
+        "lm": lm,
+        "vision": vision,
     }
-    reports = _evaluated(run, data, model or (), load_in_4bit, **asked)
+    reports = _evaluated(
+        run, data, model or (), load_in_4bit, limit=limit, given=override or (), of_the_run=asked
+    )
     from harness.evaluate.report import table
 
     if as_json:
@@ -293,8 +298,7 @@ def _evaluated(
     *,
     limit: int | None,
     given: Sequence[str],
-    pictures: str | None,
-    which: str | None,
+    of_the_run: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Returns the report of the run, then those of the published models on the same sets."""
     reports = []
@@ -305,13 +309,7 @@ def _evaluated(
             # A run keeps its prompts where published models are asked with others.
             own = [key for key in given if not (models and key.startswith("prompts."))]
             report = evaluate_run(
-                run,
-                data,
-                which=which,
-                limit=limit,
-                overrides=own,
-                pictures=pictures,
-                progress=progress,
+                run, data, limit=limit, overrides=own, progress=progress, **of_the_run
             )
             reports.append(report)
         for name in models:
@@ -397,6 +395,8 @@ def ask(
     prompt: Annotated[
         str | None, typer.Option(help="A question; without it the picture is described.")
     ] = None,
+    lm: Base = None,
+    vision: Encoder = None,
 ) -> None:
     """Asks a trained model about one picture."""
     from harness.checks import check_run
@@ -407,7 +407,7 @@ def ask(
         raise ConfigError(f"--image {image}: there is no such file")
     from harness.evaluate.ask import ask
 
-    show(ask(run, image, prompt))
+    show(ask(run, image, prompt, lm=lm, vision=vision))
 
 
 @app.command(

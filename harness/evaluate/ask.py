@@ -17,14 +17,21 @@ from shards.read import Sample
 from shards.record import Record, Text
 
 
-def ask(run_dir: Path | str, image: Path, prompt: str | None = None) -> str:
+def ask(
+    run_dir: Path | str,
+    image: Path,
+    prompt: str | None = None,
+    *,
+    lm: Path | None = None,
+    vision: Path | None = None,
+) -> str:
     """Returns what a run's newest model says to one picture; without a prompt it describes it.
 
-    Raises ConfigError, OSError.
+    `lm`, `vision`: where its frozen parts are, if they are not found. Raises ConfigError, OSError.
     """
     found = checkpoint.at(Path(run_dir))
     config = Config(**found.state["config"])
-    model = load_model(found, config, with_vision=True)
+    model = load_model(found, config, lm=lm, vision=vision)
     decoding = config.generate.vqa if prompt else config.generate.caption
     return model.generate(one_picture(model, config, image, prompt), decoding).texts[0]
 

@@ -23,6 +23,7 @@ from harness.data.images import cache_of, patience_of
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER
 from harness.evaluate.floor import Majority, epochs_trained, training_records
+from harness.evaluate.moved import Move
 from harness.evaluate.report import (
     SCORES,
     draw_answers,
@@ -56,7 +57,8 @@ class _Task:
     """What is scored, on what, and where it goes."""
 
     found: checkpoints.Checkpoint
-    home: Path  # where the run lies now; its config may name where it lay once
+    home: Path  # where the run lies now
+    move: Move  # from where it was trained
     config: Config
     paths: list[str]
     manifests: list[Manifest]
@@ -75,6 +77,8 @@ def evaluate_run(
     overrides: Sequence[str] = (),
     text_only_accuracy: float | None = None,
     pictures: str | None = None,
+    lm: Path | None = None,
+    vision: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Scores a run's newest checkpoint on `data`, or on the config's `data.test`.
@@ -85,11 +89,13 @@ def evaluate_run(
     data, for instance to choose the beams on the dev set. With either, on other data or for an
     older checkpoint, `out` is a folder in RUN/evaluation that says so, and nothing goes to the
     tracker. `pictures`: the set of images to show, where the data are features that do not know
-    theirs any more. Returns what scores.json holds. Raises ConfigError, ShardError.
+    theirs any more. `lm`, `vision`: as for `load_model`. Returns what scores.json holds. Raises
+    ConfigError, ShardError.
     """
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     config = task.config
-    model = load_model(task.found, config, with_vision=task.manifests[0].kind == "images")
+    with_vision = task.manifests[0].kind == "images"
+    model = load_model(task.found, config, with_vision=with_vision, lm=lm, vision=vision)
     for manifest in task.manifests:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
@@ -97,7 +103,7 @@ def evaluate_run(
     quarantine = task.out / QUARANTINE
     quarantine.unlink(missing_ok=True)
     if text_only_accuracy is None:
-        text_only_accuracy = known_floor(task.out / SCORES, task.paths)
+        text_only_accuracy = known_floor(task.out / SCORES, task.paths, task.move)
     evaluation = evaluate_model(
         model,
         task.paths,
@@ -144,7 +150,8 @@ def _task(
                 f"{given}: a run is scored as it was trained, only {', '.join(CHANGEABLE)}... can "
                 "be given"
             )
-    document = {**found.state["config"], "out": str(home)}
+    move = Move.of(found)
+    document = move.config(found.state["config"])
     config = changed_by(document, overrides, home)
     tested = [test.path for test in config.data.test]
     paths = list(data or tested)
@@ -164,7 +171,7 @@ def _task(
         changed += names(manifests)
     changed += variant(limit, [given for given in overrides if not _only_reveals(given, document)])
     out = Path(out or home / FOLDER / folder(changed))
-    return _Task(found, home, config, paths, manifests, cache, out, not changed)
+    return _Task(found, home, move, config, paths, manifests, cache, out, not changed)
 
 
 def _only_reveals(override: str, document: dict[str, Any]) -> bool:
@@ -190,32 +197,44 @@ def model_facts(model: VisionLanguageModel) -> dict[str, int]:
     }
 
 
-def known_floor(scores: Path, paths: Sequence[str]) -> float | None:
+def known_floor(scores: Path, paths: Sequence[str], move: Move) -> float | None:
     """Returns the text-only accuracy that an earlier evaluation on the same data was given.
 
-    It does not depend on the run.
+    It does not depend on the run. The data may have been moved with it since.
     """
     if not scores.exists():
         return None
     earlier = read_scores(scores)
-    if earlier["data"] != masked_document(list(paths)):
+    now = masked_document(list(paths))
+    if now not in (earlier["data"], [move.path(path) for path in earlier["data"]]):
         return None
     return earlier.get("tasks", {}).get("vqa", {}).get("text_only_accuracy")
 
 
 def load_model(
-    found: checkpoints.Checkpoint, config: Config, *, with_vision: bool
+    found: checkpoints.Checkpoint,
+    config: Config,
+    *,
+    with_vision: bool = True,
+    lm: Path | str | None = None,
+    vision: Path | str | None = None,
 ) -> VisionLanguageModel:
     """Returns the checkpoint's model in eval mode, on the GPU where there is one.
 
     In the precision of its training, or in the device's own where it cannot do that: then says so.
+    `lm` and `vision`: where its frozen parts are, if they are not found.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_or_fall_back(config.train.precision, device)
     if precision.fell_back:
         say(f"precision: {precision.reason}", sys.stderr)
     return VisionLanguageModel.from_pretrained(
-        found.model, with_vision=with_vision, precision=precision, device=device
+        found.model,
+        lm=lm,
+        vision=vision,
+        with_vision=with_vision,
+        precision=precision,
+        device=device,
     )
 
 

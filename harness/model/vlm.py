@@ -5,7 +5,7 @@ is what was trained.
 
 A saved model is a folder: config.json (with id, revision and hash of every frozen part) and
 model.safetensors (the trained weights by name). Loading builds the frozen parts from where they
-came from, or from `lm=PATH`.
+are found (places.py), or from `lm=PATH` and `vision=PATH`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from transformers import (
 )
 
 from harness.config import schema as settings
+from harness.config.encoder import PACKAGES
 from harness.config.known_mistakes import at_their_new_place
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
+from harness.model import arguments
 from harness.model.batch import Batch
 from harness.model.bridge import Bridge, BridgeOutput
 from harness.model.language import quantise
@@ -38,6 +40,7 @@ from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.interface import LanguageModel
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.t5 import T5Language
+from harness.model.places import Found, Part, find
 from harness.model.pretrained import without_weights
 from harness.model.start import start_from
 from harness.model.vision import VisionTower, load_vision
@@ -306,41 +309,47 @@ class VisionLanguageModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]  # transformers allows no folder at all
         cls,
         pretrained_model_name_or_path: str | Path,
-        *_: Any,
+        *positional: Any,
         lm: str | Path | None = None,
+        vision: str | Path | None = None,
         with_vision: bool = True,
         precision: Precision | None = None,
-        device: torch.device | str = "cpu",
-        **__: Any,
+        device: torch.device | str | None = None,
+        **options: Any,
     ) -> VisionLanguageModel:
-        """Returns the saved model, in eval mode, with the same outputs bit for bit on the same
-        device.
+        """Returns the model saved in a folder or on the hub, in eval mode, with the same outputs
+        bit for bit on the same device.
 
-        `lm` names another place of a base that was moved; its hash must be the saved one. Raises
-        ConfigError.
+        `lm` and `vision` name the folders of the base and the encoder; without them these are
+        looked for as places.py says. Their hashes must be the saved ones. `options`: `dtype`,
+        `device_map` and where the hub is asked, as arguments.py says. Raises ConfigError.
         """
-        folder = Path(pretrained_model_name_or_path)
-        own = _saved_config(folder)
-        if lm is not None:
-            own.model["lm"]["id"] = str(lm)
-        parts = settings.ModelConfig(**own.model)
+        arguments.check_known(positional, options)
+        folder = arguments.model_folder(pretrained_model_name_or_path, options)
+        on = arguments.device_of(device, options.get("device_map"))
+        precision = arguments.precision_of(precision, options, on)
+        own = _saved_config(folder, options.get("config"))
         # Not transformers' own loading: under its meta-device context the frozen parts could not be
         # loaded inside.
         with torch.device("cpu"):
-            _check_base(folder, own, parts.lm.id, quantise.weights_hash(parts.lm))
-            vision = load_vision(parts.vision) if with_vision else None
-            if vision is not None:
-                _check_encoder(folder, own, vision.identity())
-            model = cls._assemble(
-                own, parts, vision, precision or choose("auto", torch.device(device)), device
-            )
+            own.model["lm"]["id"] = _find_base(own, folder, lm).place
+            tower = None
+            if with_vision:
+                encoder = _find_encoder(own, folder, vision)
+                own.model["vision"]["id"] = encoder.place
+                tower = encoder.loaded
+            parts = settings.ModelConfig(**own.model)
+            model = cls._assemble(own, parts, tower, precision, on)
         model.load_trained(folder)
         return model.eval()
 
 
-def _saved_config(folder: Path) -> VLMConfig:
+def _saved_config(folder: Path, given: VLMConfig | None = None) -> VLMConfig:
+    """Returns what a folder's config.json says, or the one that an auto class made of it, keys of
+    an older version at their new places.
+    """
     try:
-        saved = VLMConfig.from_pretrained(folder, local_files_only=True)
+        saved = given or VLMConfig.from_pretrained(folder, local_files_only=True)
         older = at_their_new_place({"model": saved.model})
         saved.model = older["model"]
         saved.known_mistakes |= older.get("known_mistakes", {})
@@ -355,12 +364,40 @@ def _saved_config(folder: Path) -> VLMConfig:
     return saved
 
 
+def _find_base(saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:
+    config = settings.ModelConfig(**saved.model).lm
+
+    def look(place: str) -> Found:
+        named = config.model_copy(update={"id": place})
+        return Found(place, quantise.weights_hash(named), None)
+
+    part = Part("base language model", "lm", config.id, saved.lm_hash)
+    return find(part, folder, given, look)
+
+
+def _find_encoder(saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:
+    config = settings.ModelConfig(**saved.model).vision
+
+    def look(place: str) -> Found:
+        tower = load_vision(config.model_copy(update={"id": place}))
+        return Found(place, tower.identity()["hash"], tower)
+
+    if package := PACKAGES.get(config.kind):
+        if given is not None:
+            raise ConfigError(f"--vision {given}: {config.kind} comes with the package {package}")
+        found = look(config.id)
+        _check_encoder(folder, saved, found.loaded.identity())
+        return found
+    return find(
+        Part("vision encoder", "vision", config.id, saved.encoder["hash"]), folder, given, look
+    )
+
+
 def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:
     if found != saved.lm_hash:
         raise ConfigError(
             f"{folder}: the base language model {name!r} has hash {found[:12]}, the saved parts "
-            f"were trained on one with hash {saved.lm_hash[:12]}: give that one (from_pretrained: "
-            "as lm=PATH)"
+            f"were trained on one with hash {saved.lm_hash[:12]}: use that one"
         )
 
 

@@ -40,7 +40,7 @@ from harness.model.pretrained import (
 KEY = "model.lm.id"
 REMEDY = (
     "give a local folder in the hub's format, or an id that is on the hub or in its local cache; "
-    "for a saved model whose base was moved, lm=PATH"
+    "for a saved model whose base was moved, --lm PATH (in Python lm=PATH)"
 )
 # in the names of all that cross-attention adds: h.0.crossattention.c_attn.weight,
 # h.0.ln_cross_attn.bias

@@ -1,0 +1,45 @@
+"""A run that lies elsewhere than where it was trained: what lay in its folder lies there still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Move:
+    """The output folder of a run, as it was when it was trained and as it is now."""
+
+    out: Path
+    home: Path
+
+    @classmethod
+    def of(cls, found: Checkpoint) -> Move:
+        """Returns the move of the run that a checkpoint belongs to."""
+        config = found.state["config"]
+        return cls(Path(config.get("out") or f"runs/{config['name']}"), found.path.parent.parent)
+
+    def path(self, path: str) -> str:
+        """Returns where that lies now which lay at `path`: in the run's folder, if it went along
+        with that.
+        """
+        once = Path(path)
+        if once.is_relative_to(self.out):
+            now = self.home / once.relative_to(self.out)
+            if now.exists():
+                return str(now)
+        return path
+
+    def config(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the run's config with its folder, and the sets in that, where they lie now."""
+        data = {
+            key: [{**one, "path": self.path(one["path"])} for one in value]
+            if key in ("train", "dev", "test")
+            else value
+            for key, value in document.get("data", {}).items()
+        }
+        return {**document, "out": str(self.home), "data": data}
