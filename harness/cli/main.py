@@ -62,6 +62,13 @@ Published = Annotated[
     typer.Option(metavar="ID|FOLDER", help="A published model, as llava-hf/llava-1.5-7b-hf."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="So many images, the same for every model.")]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
+]
+Pictures = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Images to show, where features have lost theirs.")
+]
 Which = Annotated[str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -244,14 +251,8 @@ def evaluate(
         bool, typer.Option("--load-in-4bit", help="The published model, NF4.")
     ] = False,
     limit: Limit = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="For instance generate.caption.beams=5."),
-    ] = None,
-    pictures: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Images to show, where features have lost theirs."),
-    ] = None,
+    override: Given = None,
+    pictures: Pictures = None,
     checkpoint: Which = None,
     lm: Base = None,
     vision: Encoder = None,
