@@ -23,6 +23,7 @@ from harness.data.features import check_encoder
 from harness.data.images import patience_of
 from harness.errors import ConfigError, install_command
 from harness.machine import launcher
+from harness.model.places import is_hub_id
 from harness.redact import masked_document
 from harness.tracking.tracker import check_tracking
 from shards.files import ShardError, is_remote
@@ -85,9 +86,29 @@ def check_run(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a training run")
-    if not (folder / "state.json").is_file() and not any(folder.glob("checkpoints/step-*")):
+    if not is_run(folder):
         raise ConfigError(
             f"{folder} holds no whole checkpoint in checkpoints/; train the run first"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Tells whether a folder looks like a run or one of its checkpoints."""
+    return (folder / "state.json").is_file() or any(folder.glob("checkpoints/step-*"))
+
+
+def check_model(source: str) -> None:
+    """Raises ConfigError for a source that `harness.load` cannot take, as far as its name tells:
+    what is neither a run nor the folder of a saved model, nor may be a name of the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            check_run(folder)
+    elif source.count("/") != 1 or not is_hub_id(source):
+        raise ConfigError(
+            f"{source} is not a folder; expected a run, a checkpoint, the folder of a saved model, "
+            "or a name of the hub as OWNER/NAME"
         )
 
 

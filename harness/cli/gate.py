@@ -96,10 +96,11 @@ def _judged(
     parts: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns the report on a file of answers, a run, or else a model of the hub."""
+    from harness.checks import is_run
     from harness.errors import ConfigError
 
     path = Path(name)
-    if path.is_dir() and ((path / "state.json").is_file() or any(path.glob("checkpoints/step-*"))):
+    if is_run(path):
         from harness.evaluate.run_on_disk import evaluate_run
 
         return evaluate_run(path, data or None, **asked, **parts)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from harness.cli.gate import gate
-from harness.cli.parts import Base, Encoder
+from harness.cli.parts import Base, Encoder, Trained
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
 from harness.cli.score import compare
@@ -41,7 +41,6 @@ ConfigFile = Annotated[str, typer.Argument(help="A YAML file, or the name of a s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="For instance train.epochs=2.")
 ]
-Run = Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")]
 LaunchFile = Annotated[
     str | None,
     typer.Option(
@@ -391,7 +390,7 @@ def sync(
     epilog='Example: harness ask runs/mine --image a.jpg --prompt "What color is it?"',
 )
 def ask(
-    run: Run,
+    model: Trained,
     image: Annotated[Path, typer.Option(help="The picture.")],
     prompt: Annotated[
         str | None, typer.Option(help="A question; without it the picture is described.")
@@ -400,15 +399,15 @@ def ask(
     vision: Encoder = None,
 ) -> None:
     """Asks a trained model about one picture."""
-    from harness.checks import check_run
+    from harness.checks import check_model
     from harness.errors import ConfigError
 
-    check_run(run)
+    check_model(model)
     if not image.is_file():
         raise ConfigError(f"--image {image}: there is no such file")
     from harness.evaluate.ask import ask
 
-    show(ask(run, image, prompt, lm=lm, vision=vision))
+    show(ask(model, image, prompt, lm=lm, vision=vision))
 
 
 @app.command(

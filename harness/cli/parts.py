@@ -1,4 +1,4 @@
-"""Options that tell where the frozen parts of a saved model are, if they are not found."""
+"""A trained model, and options that tell where its frozen parts are, if they are not found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+Trained = Annotated[
+    str,
+    typer.Argument(metavar="RUN|MODEL", help="A run, a checkpoint, a saved model, OWNER/NAME."),
+]
 Base = Annotated[
     Path | None,
     typer.Option("--lm", metavar="PATH", help="Where the base language model is, if it was moved."),

@@ -1,15 +1,14 @@
-"""One picture and a question to a trained run: what its newest model says."""
+"""One picture and a question to a trained model: what it says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from harness import checkpoint
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.evaluate.run_on_disk import load_model
+from harness.loading import opened
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.files import read_plain
@@ -18,20 +17,19 @@ from shards.record import Record, Text
 
 
 def ask(
-    run_dir: Path | str,
+    source: Path | str,
     image: Path,
     prompt: str | None = None,
     *,
     lm: Path | None = None,
     vision: Path | None = None,
 ) -> str:
-    """Returns what a run's newest model says to one picture; without a prompt it describes it.
+    """Returns what a model says to one picture; without a prompt it describes it.
 
-    `lm`, `vision`: where its frozen parts are, if they are not found. Raises ConfigError, OSError.
+    `source`: anything that harness.load takes; `lm`, `vision`: where its frozen parts are, if they
+    are not found. Raises ConfigError, OSError.
     """
-    found = checkpoint.at(Path(run_dir))
-    config = Config(**found.state["config"])
-    model = load_model(found, config, lm=lm, vision=vision)
+    model, config, _ = opened(source, lm=lm, vision=vision)
     decoding = config.generate.vqa if prompt else config.generate.caption
     return model.generate(one_picture(model, config, image, prompt), decoding).texts[0]
 

@@ -6,13 +6,10 @@ beside its floors, test images with their answers, the loss curves.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from harness import checkpoint as checkpoints
 from harness.config.keys import flatten
@@ -38,9 +35,9 @@ from harness.evaluate.report import (
 )
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
-from harness.machine.precision import choose_or_fall_back
+from harness.loading import load_model
 from harness.model.vlm import VisionLanguageModel
-from harness.redact import masked, masked_document, say
+from harness.redact import masked, masked_document
 from harness.report.terminal import part_rows
 from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
@@ -209,33 +206,6 @@ def known_floor(scores: Path, paths: Sequence[str], move: Move) -> float | None:
     if now not in (earlier["data"], [move.path(path) for path in earlier["data"]]):
         return None
     return earlier.get("tasks", {}).get("vqa", {}).get("text_only_accuracy")
-
-
-def load_model(
-    found: checkpoints.Checkpoint,
-    config: Config,
-    *,
-    with_vision: bool = True,
-    lm: Path | str | None = None,
-    vision: Path | str | None = None,
-) -> VisionLanguageModel:
-    """Returns the checkpoint's model in eval mode, on the GPU where there is one.
-
-    In the precision of its training, or in the device's own where it cannot do that: then says so.
-    `lm` and `vision`: where its frozen parts are, if they are not found.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_or_fall_back(config.train.precision, device)
-    if precision.fell_back:
-        say(f"precision: {precision.reason}", sys.stderr)
-    return VisionLanguageModel.from_pretrained(
-        found.model,
-        lm=lm,
-        vision=vision,
-        with_vision=with_vision,
-        precision=precision,
-        device=device,
-    )
 
 
 def _track(

@@ -5,7 +5,9 @@ A folder or a name of the hub -> a folder; dtype and device_map -> Precision and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from harness.errors import ConfigError
 from harness.machine.precision import Precision, Requested, choose
 from harness.model.places import is_hub_id
 
+MODEL_TYPE = "harness_vlm"  # in the config.json of every model that we save
 # They say where a name of the hub is looked up; to a folder they say nothing.
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Auto classes and pipelines hand them on, whatever the user gave; no code of a model is run here.
@@ -50,9 +53,13 @@ def model_folder(name: str | Path, options: Mapping[str, Any]) -> Path:
         return folder
     if not is_hub_id(str(name)):
         raise ConfigError(f"{name}: there is no such folder, and it is no name of the hub")
-    fetched = {key: options[key] for key in OF_THE_HUB if options.get(key) is not None}
+    asked = {key: options[key] for key in OF_THE_HUB if options.get(key) is not None}
+    fetch = partial(snapshot_download, str(name), **asked)
     try:
-        return Path(snapshot_download(str(name), **fetched))
+        described = Path(fetch(allow_patterns=["config.json"]), "config.json")
+        if json.loads(described.read_bytes()).get("model_type") == MODEL_TYPE:
+            return Path(fetch())  # whole: it may hold its parts
+        raise ValueError("it is a model of another kind")
     except Exception as error:  # whatever the network does wrong, the remedy is the same
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ConfigError(

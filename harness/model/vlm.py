@@ -58,7 +58,7 @@ class VLMConfig(PretrainedConfig):
     its frozen parts.
     """
 
-    model_type = "harness_vlm"
+    model_type = arguments.MODEL_TYPE
 
     def __init__(
         self,

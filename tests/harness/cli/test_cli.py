@@ -257,7 +257,7 @@ def test_an_answer_and_a_figure_are_shown_without_what_a_terminal_would_obey(
     harness, monkeypatch, tmp_path
 ):
     (tmp_path / "a.jpg").write_bytes(b"")
-    monkeypatch.setattr("harness.checks.check_run", lambda run: None)
+    monkeypatch.setattr("harness.checks.check_model", lambda model: None)
     monkeypatch.setattr("harness.evaluate.ask.ask", lambda *_, **__: "a\x1b]0;owned\x07 [red]dog")
     assert harness("ask", tmp_path, "--image", tmp_path / "a.jpg") == (
         0,

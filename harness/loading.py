@@ -1,0 +1,84 @@
+"""A run, a checkpoint, the folder of a saved model or a name of the hub -> its model.
+
+model = harness.load("runs/mine")    # its newest checkpoint
+model = harness.load("owner/name")   # of the hub
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from harness import checkpoint as checkpoints
+from harness.config.schema import Config
+from harness.errors import ConfigError
+from harness.machine.precision import Requested, choose_or_fall_back
+from harness.model.arguments import model_folder
+from harness.model.vlm import VisionLanguageModel
+from harness.redact import say
+
+
+class Opened(NamedTuple):
+    """A trained model with what belongs to it."""
+
+    model: VisionLanguageModel
+    config: Config  # of a saved model without its run: its own, and defaults for all else
+    folder: Path  # of its weights
+
+
+def load(
+    source: Path | str,
+    *,
+    lm: Path | str | None = None,
+    vision: Path | str | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | None = None,
+) -> VisionLanguageModel:
+    """Returns a trained model in eval mode; without a `device` on the GPU, where there is one.
+
+    `source`: a run, of which the newest checkpoint is meant, or that which `checkpoint` names
+    (newest, best or a step); a checkpoint; the folder of a saved model; a name of the hub. `lm`
+    and `vision`: where its frozen parts are, if they are not found. Raises ConfigError.
+    """
+    return opened(source, checkpoint, lm=lm, vision=vision, device=device).model
+
+
+def opened(source: Path | str, checkpoint: str | None = None, **loaded: Any) -> Opened:
+    """Returns the model that `load` returns, and what belongs to it. `loaded`: as for
+    `load_model`.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        found = checkpoints.at(folder, checkpoint)
+        config = Config(**found.state["config"])
+        return Opened(load_model(found, config, **loaded), config, found.model)
+    if checkpoint:
+        raise ConfigError(f"{source} is no run, which alone has checkpoints; asked is {checkpoint}")
+    folder = model_folder(source, {})
+    model = _placed(folder, "auto", **loaded)
+    parts = ("model", "prompts", "generate", "known_mistakes")
+    own = {part: getattr(model.config, part) for part in parts}
+    return Opened(model, Config(name=folder.name or "model", **own), folder)
+
+
+def load_model(found: checkpoints.Checkpoint, config: Config, **loaded: Any) -> VisionLanguageModel:
+    """Returns the checkpoint's model in eval mode, on the GPU where there is one.
+
+    In the precision of its training, or in the device's own where it cannot do that: then says so.
+    `loaded`: `lm` and `vision`, where its frozen parts are, if they are not found; `with_vision`,
+    false for a model that reads features; `device`.
+    """
+    return _placed(found.model, config.train.precision, **loaded)
+
+
+def _placed(
+    folder: Path, asked: Requested, *, device: torch.device | str | None = None, **parts: Any
+) -> VisionLanguageModel:
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = choose_or_fall_back(asked, on)
+    if precision.fell_back:
+        say(f"precision: {precision.reason}", sys.stderr)
+    return VisionLanguageModel.from_pretrained(folder, precision=precision, device=on, **parts)
