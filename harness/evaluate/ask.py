@@ -29,9 +29,10 @@ def ask(
     `source`: anything that harness.load takes; `lm`, `vision`: where its frozen parts are, if they
     are not found. Raises ConfigError, OSError.
     """
-    model, config, _ = opened(source, lm=lm, vision=vision)
-    decoding = config.generate.vqa if prompt else config.generate.caption
-    return model.generate(one_picture(model, config, image, prompt), decoding).texts[0]
+    found = opened(source, lm=lm, vision=vision)
+    decoding = found.config.generate.vqa if prompt else found.config.generate.caption
+    batch = one_picture(found.model, found.config, image, prompt)
+    return found.model.generate(batch, decoding).texts[0]
 
 
 def one_picture(
