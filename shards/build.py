@@ -33,8 +33,10 @@ from shards.record import RecordError
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
+    FURTHER_TURN,
     IMAGE_WITHOUT_TEXT,
     NO_SPLIT,
+    REJECTED_CAPTION,
     TEXT_WITHOUT_IMAGE,
     UNDECODABLE,
     UNUSABLE_TEXT,
@@ -71,6 +73,8 @@ class Summary:
     images_in_no_split: int
     empty_texts: int
     unusable_texts: int
+    rejected_captions: int  # by the makers of the set
+    further_turns: int  # of conversations
     reencoded_images: int
     notes: dict[str, int]  # what is odd and was kept, or was asked to be left out
 
@@ -144,6 +148,8 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
         images_in_no_split=things[NO_SPLIT],
         empty_texts=texts[EMPTY_TEXT],
         unusable_texts=texts[UNUSABLE_TEXT],
+        rejected_captions=texts[REJECTED_CAPTION],
+        further_turns=texts[FURTHER_TURN],
         reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
         notes={note: n for note, n in source.notes.items() if n},
     )

@@ -60,7 +60,7 @@ class _Sources(TyperGroup):
             _build(name, **given)
 
         own = inspect.signature(SOURCES[name], eval_str=True).parameters.values()
-        options = [p.replace(kind=p.KEYWORD_ONLY, annotation=_option(p.annotation)) for p in own]
+        options = [p.replace(kind=p.KEYWORD_ONLY, annotation=_option(p)) for p in own]
         common = [
             p.replace(kind=p.KEYWORD_ONLY)
             for p in inspect.signature(_common, eval_str=True).parameters.values()
@@ -73,10 +73,12 @@ class _Sources(TyperGroup):
         return typer.main.get_command(one)
 
 
-def _option(annotation: object) -> object:
-    """`Annotated[Path, "help"]` of a source, as typer takes it."""
+def _option(parameter: inspect.Parameter) -> object:
+    """`Annotated[Path, "help"]` of a source, as typer takes it; a switch without its --no-."""
+    annotation = parameter.annotation
     parts = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    return Annotated[parts[0], typer.Option(help=" ".join(parts[1:]) or None)]
+    names = [f"--{parameter.name}"] if parts[0] is bool else []
+    return Annotated[parts[0], typer.Option(*names, help=" ".join(parts[1:]) or None)]
 
 
 app.add_typer(
@@ -279,7 +281,10 @@ def _summary(summary: Summary) -> str:
         "empty_texts",
         "unusable_texts",
     )
-    left_out = ", ".join(f"{getattr(summary, name):,} {name.replace('_', ' ')}" for name in counts)
+    rare = [name for name in ("rejected_captions", "further_turns") if getattr(summary, name)]
+    left_out = ", ".join(
+        f"{getattr(summary, name):,} {name.replace('_', ' ')}" for name in [*counts, *rare]
+    )
     lines.append(f"left out: {left_out}; each is named in {summary.skipped}")
     lines.append(f"re-encoded images: {summary.reencoded_images:,}")
     return "\n".join(lines + [f"note: {n:,} {what}" for what, n in summary.notes.items()])

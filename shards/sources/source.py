@@ -17,6 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -28,6 +29,9 @@ ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in PAYLOADS["images"])
 
+# The parts of COCO that are in the names of its images; COCO 2017 has none.
+COCO_PARTS = ("train2014", "val2014", "test2015")
+
 # The kinds of dirt, as `skipped.jsonl` names them; the build adds UNDECODABLE.
 IMAGE_WITHOUT_TEXT = "image without text"
 TEXT_WITHOUT_IMAGE = "text without image"
@@ -35,6 +39,8 @@ EMPTY_TEXT = "empty text"
 UNUSABLE_TEXT = "unusable text"  # no text at all: a number, a list, half a character
 NO_SPLIT = "in no split"
 UNDECODABLE = "undecodable image"
+REJECTED_CAPTION = "rejected caption"  # by the makers of its set
+FURTHER_TURN = "further turn"  # of a conversation: a record has its first one
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +111,7 @@ class Source:
         """Returns the image's path (see `Images.find`); else its texts are left out, and named."""
         path = self.files.find(name, exact)
         if path is None:
-            self.skip(
-                TEXT_WITHOUT_IMAGE, name, f"no such image in {self.images.place.name}", split, texts
-            )
+            self.skip(TEXT_WITHOUT_IMAGE, name, self.files.why_not(name), split, texts)
         else:
             self._found.add(path)
         return path
@@ -202,12 +206,12 @@ class Images:
         else:
             raise ShardError(f"there is no folder or zip of images at {place}")
         # `__MACOSX/._x.jpg` in the official Flickr8k zip is a resource fork, not an image.
-        images = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-        self.names = dict.fromkeys(
-            sorted(name for name in images if not posixpath.basename(name).startswith("._"))
-        )
+        names = sorted(name for name in names if not posixpath.basename(name).startswith("._"))
+        self.names = dict.fromkeys(name for name in names if is_image_name(name))
+        self.others = dict.fromkeys(name for name in names if not is_image_name(name))
         if not self.names:
             raise ShardError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        self._own = (_folded(self.place.resolve().name), _folded(self.place.stem))
         tops = {name.partition("/")[0] for name in self.names}
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""  # the one folder that holds all
         self._by_path: dict[str, list[str]] = {}
@@ -229,27 +233,74 @@ class Images:
             if name in self.names:
                 return name
             parts = wanted.split("/")
-            own = (self.place.resolve().name, self.place.stem)
-            tails = ["/".join(parts[n + 1 :]) for n, part in enumerate(parts[:-1]) if part in own]
+            tails = [
+                "/".join(parts[n + 1 :])
+                for n, part in enumerate(parts[:-1])
+                if _folded(part) in self._own
+            ]
             paths = [top + path for path in (wanted, *tails) for top in ("", self._top)]
             tries += [self._by_path.get(_folded(path), []) for path in paths]
         if not exact:
             tries.append(self._by_basename.get(_folded(posixpath.basename(wanted)), []))
         found = next(filter(None, tries), [])
         same = [path for path in found if path.endswith(wanted)]
-        found = same or found
+        return self._only(name, same or found)
+
+    def find_id(self, number: str) -> str | None:
+        """Returns the path of the image that is called as this id is, whatever it ends in; a whole
+        number is looked for as COCO writes it, too. ShardError if there are two.
+        """
+        stems = [number]
+        if number.isdecimal():
+            stems.append(f"{int(number):012d}")  # COCO 2017
+            stems += [f"COCO_{part}_{int(number):012d}" for part in COCO_PARTS]
+        tries = (self._by_stem.get(_folded(stem), []) for stem in stems)
+        return self._only(number, next(filter(None, tries), []))
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        by_stem: dict[str, list[str]] = {}
+        for name in self.names:
+            stem = posixpath.splitext(name)[0]
+            for called in {stem, posixpath.basename(stem)}:
+                by_stem.setdefault(_folded(called), []).append(name)
+        return by_stem
+
+    def _only(self, name: str, found: list[str]) -> str | None:
         if len(found) > 1:
             raise ShardError(
                 f"{self.place} holds two images called {name}: {found[0]} and {found[1]}"
             )
         return found[0] if found else None
 
+    def why_not(self, name: str) -> str:
+        """Returns why there is no image of this name, in words for `skipped.jsonl`."""
+        if "://" in name:
+            return "it is a web address: download the pictures, and give their folder with --images"
+        why = f"no such image in {self.place.name}"
+        base = posixpath.basename(name.replace("\\", "/"))
+        if like := self._by_basename.get(_folded(base)):
+            return f"{why}; {like[0]} has its file name: names are paths in the folder"
+        if not is_image_name(name):
+            return f"{why}: its names may be said as --images DIR/NAME_{{id:012d}}.jpg"
+        return why
+
     def read(self, path: str) -> bytes:
         return self._zip.read(path) if self._zip else read_plain(self.place / path)
+
+    def size(self, path: str) -> int:
+        """Returns the bytes of a file."""
+        if self._zip:
+            return self._zip.getinfo(path).file_size
+        return os.stat(self.place / path).st_size
 
     def close(self) -> None:
         if self._zip:
             self._zip.close()
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _folded(name: str) -> str:

@@ -57,7 +57,8 @@ GOOD = {"image": "a.jpg", "text": "a good one"}
         (b'{"image": "a.jpg", "text": ' + NESTED, "line 2", "recursion"),
         (b"[1]", "line 2", "no field 'image'"),
         ({"text": "x"}, "line 2", "no field 'image'"),
-        ({"image": "a.jpg", "caption": "x"}, "line 2", "exactly one of"),
+        ({"image": "a.jpg", "title": "x"}, "line 2", "exactly one of"),
+        ({"image": "a.jpg", "caption": "x", "text": "y"}, "line 2", "exactly one of"),
         ({"image": "a.jpg", "question": "x"}, "line 2", "exactly one of"),
         ({"image": "a.jpg", "text": "x", "split": 5}, "line 2", "'split' must be a text"),
         ({"image": "a.jpg", "text": "x", "id": [5]}, "line 2", "'id' a text"),
@@ -74,7 +75,7 @@ def test_a_file_of_odd_lines_alone_says_what_is_wrong_with_them(tmp_path):
     with pytest.raises(
         ShardError, match=r"2 x unusable text, .*first: line 1, it needs exactly one"
     ):
-        built(tmp_path, [{"image": "a.jpg", "caption": "x"}] * 2)
+        built(tmp_path, [{"image": "a.jpg", "title": "x"}] * 2)
 
 
 def test_a_pipe_among_the_images_costs_its_texts_and_is_not_waited_for(tmp_path):
