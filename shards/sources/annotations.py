@@ -65,6 +65,8 @@ def read_annotations(
             f"--questions {questions}: {where} is read as {found.form}, which have their questions "
             "in them; leave it out"
         )
+    source.dataset = found.dataset
+    source.notes[f"rows read as {found.form}"] = len(found.rows)
     return found
 
 

@@ -31,7 +31,6 @@ from shards.sources.source import (
     is_image_name,
     keys_of,
     order_of,
-    read_bytes,
 )
 
 _DATASET = "image_folder"
@@ -43,13 +42,9 @@ def load(
     images: Annotated[
         Path, "Folder or zip of images. Of files that give ids alone: DIR/COCO_{id:012d}.jpg."
     ],
-    jsonl: Annotated[
-        Path | None, "A text a line: image, and caption, or question, answers."
-    ] = None,
+    jsonl: Annotated[Path | None, "A text a line: image, caption or question, answers."] = None,
     csv: Annotated[Path | None, "A table, whose first line names its columns."] = None,
-    json: Annotated[
-        Path | None, "Annotations of VizWiz, (A-)OK-VQA, TextVQA, COCO, LAVIS, LLaVA."
-    ] = None,
+    json: Annotated[Path | None, "VizWiz, (A-)OK-VQA, TextVQA, COCO, LAVIS, LLaVA."] = None,
     questions: Annotated[Path | None, "With --json, where the questions are a second file."] = None,
     metadata: Annotated[bool, "Read metadata.csv or metadata.jsonl in --images."] = False,
     image_column: Annotated[str | None, "Without: image, file_name ..."] = None,
@@ -71,26 +66,18 @@ def load(
     """
     columns = Columns(image_column, caption_column, question_column, answer_column, split_column)
     files = {"--jsonl": jsonl, "--csv": csv, "--json": json, "--metadata": metadata}
-    given = [flag for flag, value in files.items() if value]
-    _check_files(given, columns, separator, questions, encoding)
+    given = {flag: value for flag, value in files.items() if value}
+    _check_files(list(given), columns, separator, questions, encoding)
     _check_shares(dev_share, test_share)
     pattern = _pattern_of(images)
     source = Source(_DATASET, Images(Path(images).parent if pattern else images))
-    reader = Reader(source, columns, separator, encoding)
-    found: Iterable[Fields]
     if json:
         annotations = read_annotations(json, questions, columns.are_given, source)
-        source.dataset = annotations.dataset
-        source.notes[f"rows read as {annotations.form}"] = len(annotations.rows)
         split = split or annotations.split
-        found = annotations.rows
-    elif csv:
-        found = reader.table(read_bytes(csv, "--csv"), f"--csv {csv}")
-    elif jsonl:
-        found = reader.jsonl(read_bytes(jsonl, "--jsonl"), f"--jsonl {jsonl}")
+        found: Iterable[Fields] = annotations.rows
     else:
-        found = reader.metadata() if metadata else reader.beside()
-    what = f"{given[0]} {files[given[0]]}" if given else f"{images}"
+        found = Reader(source, columns, separator, encoding).read(jsonl, csv, metadata)
+    what = " ".join(f"{flag} {value}" for flag, value in given.items()) or f"{images}"
     rows = _rows(source, columns, found, has_ids=jsonl is not None)
     _add_records(source, _by_image(source, rows, pattern, split, what))
     source.check_text_ids(f"{what}: the id (given, or made from an image's name)")

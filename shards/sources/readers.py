@@ -9,12 +9,13 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shards.files import ShardError, decode, other_encoding
 from shards.record import RecordError, parse_json
 from shards.sources.rows import Columns
-from shards.sources.source import TEXT_WITHOUT_IMAGE, UNUSABLE_TEXT, Source
+from shards.sources.source import TEXT_WITHOUT_IMAGE, UNUSABLE_TEXT, Source, read_bytes
 from shards.sources.tables import read_table
 
 Fields = tuple[str, Any]  # where they stand, and what stands there
@@ -32,6 +33,14 @@ class Reader:
     columns: Columns
     separator: str | None  # of tables; None: told by the first line
     encoding: str | None  # None: UTF-8
+
+    def read(self, jsonl: Path | None, csv: Path | None, metadata: bool) -> Iterator[Fields]:
+        """Reads the one that is given; without one NAME.txt beside each image."""
+        if csv:
+            return self.table(read_bytes(csv, "--csv"), f"--csv {csv}")
+        if jsonl:
+            return self.jsonl(read_bytes(jsonl, "--jsonl"), f"--jsonl {jsonl}")
+        return self.metadata() if metadata else self.beside()
 
     def table(self, data: bytes, what: str) -> Iterator[Fields]:
         def is_image(name: str) -> bool:
