@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from harness.cli.progress import HELP, bar, counted, told
+from harness.cli.view import view
 from harness.redact import masked, say, show
 
 if TYPE_CHECKING:
@@ -176,6 +177,9 @@ def _check_no_secret(place: str) -> None:
             f"{masked(place)}: the index names the place of its shards, its secret would be "
             "written down: give it by the environment (for s3 AWS_SECRET_ACCESS_KEY)"
         )
+
+
+app.command(epilog="Example: harness shards view data/mine --config mine.yaml")(view)
 
 
 @app.command(epilog="Example: harness shards verify data/mine/train")

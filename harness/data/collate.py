@@ -98,7 +98,7 @@ class Collator:
         for sample in samples:
             if sample.record is None or sample.payload is None or sample.weight == 0:
                 continue
-            for text, chosen in self._texts(sample.record, sample.epoch):
+            for text, chosen in self.drawn_texts(sample.record, sample.epoch):
                 words = prompt(text.task, getattr(self.prompts, text.task), text.prompt)
                 rows.append((Context(sample.record, text, words), len(images), chosen))
                 if self.loss_weights:
@@ -126,7 +126,7 @@ class Collator:
         batch = self.assemble(payload, [Context(record, record.texts[0], "")], [0], [""], [0])
         return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
 
-    def _texts(self, record: Record, epoch: int) -> list[tuple[Text, list[str]]]:
+    def drawn_texts(self, record: Record, epoch: int) -> list[tuple[Text, list[str]]]:
         """Returns the texts that are drawn, in the record's order, each with its drawn targets."""
         units = [
             (place, target)
