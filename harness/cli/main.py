@@ -149,17 +149,15 @@ def train(
     from harness.errors import ConfigError
     from harness.machine import launcher
     from harness.machine.determinism import set_workspace
+    from harness.machine.launch_file import read_launch
     from harness.machine.lock import refuse_if_held
     from harness.plan.plan import check
 
     loaded = load(config, overrides or ())
-    launch_file = launcher.read_launch(launch, zero_stage)
-    if launch_file.zero_stage is not None and loaded.train.precision == "fp16":
-        raise ConfigError(
-            "train.precision is fp16: DeepSpeed would stall it in silence, take --launch "
-            "multi_gpu (DDP)"
-        )
+    launch_file = read_launch(launch, zero_stage)
     launcher.command([], processes, launch=launch_file)  # refuses what this machine cannot start
+    for sentence in launcher.undecided(launch_file, loaded.train, processes):
+        say(sentence, sys.stderr)
     if resume and restart:
         raise ConfigError("--resume goes on and --restart begins anew: give one of them")
     refuse_if_held(loaded.out_dir)
@@ -191,7 +189,7 @@ def plan(
     Nothing is loaded. Exit code 1 where it does not fit.
     """
     from harness.config.load import load
-    from harness.machine.launcher import read_launch
+    from harness.machine.launch_file import read_launch
     from harness.plan.plan import plan
 
     loaded = load(config, overrides or ())
@@ -220,7 +218,7 @@ def doctor(
     """
     from harness.config.load import load
     from harness.errors import ConfigError
-    from harness.machine.launcher import read_launch
+    from harness.machine.launch_file import read_launch
 
     if config is None and overfit:
         raise ConfigError("--overfit needs a config: harness doctor CONFIG --overfit 8")

@@ -15,7 +15,8 @@ from harness.config.keys import flatten
 from harness.config.schema import Config
 from harness.doctor import examine, machine, overfit
 from harness.doctor.findings import Check, Finding, failed, ok, run, warning
-from harness.machine.launcher import Launch, gpus
+from harness.machine.launch_file import Launch
+from harness.machine.launcher import gpus
 
 
 def diagnose(

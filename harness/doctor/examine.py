@@ -27,7 +27,7 @@ from harness.data.prompts import template
 from harness.doctor.findings import Finding, State, error, ok, warning
 from harness.doctor.machine import Gpu, disk
 from harness.errors import ConfigError
-from harness.machine.launcher import Launch
+from harness.machine.launch_file import Launch
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.plan.plan import check

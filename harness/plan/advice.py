@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from harness.machine.devices import DEVICES
-from harness.machine.launcher import read_launch
+from harness.machine.launch_file import read_launch
 from harness.plan.report import gb
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine import devices
-from harness.machine.launcher import Launch, gpus
+from harness.machine.launch_file import Launch
+from harness.machine.launcher import gpus
 from harness.plan.advice import advice
 from harness.plan.planner import Planner
 from harness.plan.report import Plan, gb

@@ -8,17 +8,14 @@ figure is modelled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from harness.config.schema import Config
 from harness.machine.devices import FREE_SHARE, GIB, Device
-from harness.machine.launcher import Launch, deepspeed_file
+from harness.machine.launch_file import Launch
 from harness.plan.report import Plan, gb, tightest
 
 if TYPE_CHECKING:
@@ -94,14 +91,8 @@ class Planner:
 
     @cached_property
     def zero(self) -> dict[str, Any]:
-        """What the launch file's DeepSpeed JSON says of ZeRO."""
-        if self.launch.zero_stage is None or self.launch.file is None:
-            return {}
-        plugin = yaml.safe_load(self.launch.file.read_text()).get("deepspeed_config") or {}
-        named = plugin.get("deepspeed_config_file")
-        if not named:
-            return {}
-        return json.loads(deepspeed_file(named).read_text()).get("zero_optimization") or {}
+        """What the launch file says of ZeRO."""
+        return self.launch.deepspeed.zero if self.launch.deepspeed else {}
 
     @property
     def share(self) -> int:

@@ -10,7 +10,6 @@ at the end alone; a version older than the tested one is refused.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -27,8 +26,15 @@ from torch import nn
 
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
-from harness.machine.launcher import deepspeed_file
-from harness.train.engine import LONGEST_WAIT, MOMENTS, Engine, check_moments
+from harness.machine.deepspeed_settings import of_environment
+from harness.redact import say
+from harness.train.engine import (
+    LONGEST_WAIT,
+    MOMENTS,
+    Engine,
+    check_moments,
+    wanted_world_size,
+)
 
 # DeepSpeed's collectives go by names that torch 2.13 is about to change: a warning for each, on
 # each rank.
@@ -36,6 +42,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 
 # its private names were read, and it skips a step whose norm is not finite in every stage
 OLDEST = "0.19.8"
+# Its plugin refuses settings beside keys of a launch file, and takes no "auto" for a number.
+READ_BY_ACCELERATE = ("ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
 
 class ZeroEngine(Engine):
@@ -227,36 +235,22 @@ def _check_installation() -> None:
 def _settings(train: TrainConfig) -> dict[str, Any]:
     """Returns DeepSpeed's settings: those of the launch file, and ours over them.
 
-    Raises ConfigError where they would cast the model.
+    Raises ConfigError where they say otherwise than the config, or would cast the model.
     """
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file == "none":
-        settings = _in_accelerates_own_words()
-    else:
-        settings = json.loads(deepspeed_file(file).read_text())
-    for engine in ("fp16", "bf16", "torch_autocast"):
-        if settings.pop(engine, {}).get("enabled"):
-            raise ConfigError(
-                f"{file}: {engine} casts the whole model, T5's `wo` with it: leave it out, "
-                "train.precision says it"
-            )
-    settings.pop("train_batch_size", None)
-    return settings | {
+    found = of_environment(os.environ)
+    said = found.agreed(train, wanted_world_size())
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in said:
+            say(sentence, sys.stderr)
+    for name in READ_BY_ACCELERATE:
+        os.environ.pop(name, None)
+    return found.settings | {
         "train_micro_batch_size_per_gpu": 1,  # never used: batches are ours
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW needs no compiler
     }
-
-
-def _in_accelerates_own_words() -> dict[str, Any]:
-    """Returns the settings of a launch file that names no DeepSpeed JSON.
-
-    Accelerate's plugin puts its own keys in these places.
-    """
-    places = {f"offload_{what}": {"device": "auto"} for what in ("optimizer", "param")}
-    return {"zero_optimization": {"stage": "auto", **places}}
 
 
 # ---- DeepSpeed's private names, as they are in version OLDEST: here and nowhere else -------------

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.machine import devices
-from harness.machine.launcher import Launch
+from harness.machine.launch_file import Launch
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel

@@ -13,7 +13,7 @@ from harness.doctor.diagnose import diagnose
 from harness.doctor.findings import Finding, failed
 from harness.doctor.overfit import Result
 from harness.errors import ConfigError, explain
-from harness.machine.launcher import Launch
+from harness.machine.launch_file import Launch
 from shards.files import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards

@@ -18,13 +18,13 @@ from harness.config.schema import Config
 from harness.data.encode import encode_set
 from harness.doctor import examine
 from harness.doctor.findings import Finding, run
-from harness.machine.launcher import Launch
+from harness.machine.launch_file import Launch, read_launch
 from shards.manifest import Manifest
 from shards.record import Record, Text
 from shards.write import write_shards
 from toy_runs import make_config, picture
 
-ZERO2 = Launch(name="zero2", zero_stage=2)
+ZERO2 = read_launch("zero2")
 
 
 @pytest.fixture

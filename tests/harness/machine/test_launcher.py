@@ -2,7 +2,6 @@
 of each.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -18,7 +17,10 @@ from harness.config.load import shipped
 from harness.errors import ConfigError
 from harness.machine import launcher
 from harness.machine.accelerated import cause
+from harness.machine.deepspeed_settings import deepspeed_file
 from harness.machine.heartbeat import HUNG
+from harness.machine.launch_file import Launch, read_launch
+from launch_files import accelerated
 
 
 def test_without_a_gpu_several_processes_are_started_the_one_way_that_starts_them():
@@ -179,31 +181,11 @@ FILES = sorted((shipped("launch") / "accelerate").glob("*.yaml"))
 ZERO = ("zero2", "zero2_offload", "zero3_offload")
 
 
-def accelerated(file: Path, *flags: str) -> tuple[dict[str, str], argparse.Namespace]:
-    """What `accelerate launch --config_file FILE FLAGS -m harness.train` would start: environment
-    and arguments.
-    """
-    from accelerate.commands import launch as accelerate
-    from accelerate.utils import launch as environments
-
-    given = ["--config_file", str(file), *flags, "-m", "harness.train", "configs/scale.yaml"]
-    args, defaults, from_file = accelerate._validate_launch_command(
-        accelerate.launch_command_parser().parse_args(given)
-    )
-    if args.use_deepspeed:
-        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if from_file else [])]
-        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
-        return environments.prepare_deepspeed_cmd_env(args)[1], args
-    if args.multi_gpu:
-        return environments.prepare_multi_gpu_env(args), args
-    return environments.prepare_simple_launcher_cmd_env(args)[1], args
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_accelerate_takes_every_launch_file_as_we_do(file, monkeypatch):
     for key in [key for key in os.environ if key.startswith("ACCELERATE_")]:
         monkeypatch.delenv(key)
-    launch, flags = launcher.read_launch(file.stem), []
+    launch, flags = read_launch(file.stem), []
     if launch.machines > 1:
         flags = ["--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
     environment, args = accelerated(file, *flags)
@@ -242,7 +224,7 @@ def test_several_machines_run_torchrun_on_each_with_ddp_and_with_deepspeed(name,
     flags += ["--main_process_port", "29511"]
     if with_zero:
         flags += ["--use_deepspeed", "--deepspeed_config_file", "launch/deepspeed/zero2.json"]
-    environment, args = accelerated(launcher.read_launch(name).file, *flags)
+    environment, args = accelerated(read_launch(name).file, *flags)
     assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("4", "8", 3)
     assert args.rdzv_endpoint == "10.0.0.1:29511"
     assert ("ACCELERATE_USE_DEEPSPEED" in environment) == (with_zero or name in ZERO)
@@ -262,14 +244,12 @@ def test_deepspeed_takes_every_json_with_the_stage_that_was_asked_for(name, monk
         "deepspeed.comm.get_rank", lambda: 0
     )  # it looks for the world size after that alone
     for stage in (None, 3) if name == "zero3_offload" else (None, 1, 2, 3):
-        launch = launcher.read_launch(name, stage)
+        launch = read_launch(name, stage)
         environment, _ = accelerated(launch.file, *(["--zero_stage", str(stage)] if stage else []))
         for key, value in environment.items():
             if key.startswith("ACCELERATE_DEEPSPEED") or key == "ACCELERATE_CONFIG_DS_FIELDS":
                 monkeypatch.setenv(key, value)
-        plugin = DeepSpeedPlugin(
-            hf_ds_config=str(launcher.deepspeed_file(f"launch/deepspeed/{name}.json"))
-        )
+        plugin = DeepSpeedPlugin(hf_ds_config=str(deepspeed_file(f"launch/deepspeed/{name}.json")))
         assert (
             not {"fp16", "bf16", "torch_autocast"} & plugin.deepspeed_config.keys()
         )  # they would cast `wo`
@@ -293,28 +273,28 @@ def test_deepspeed_takes_every_json_with_the_stage_that_was_asked_for(name, monk
 
 def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    zero2 = launcher.read_launch("launch/accelerate/zero2.yaml")
-    assert zero2 == launcher.read_launch("zero2") == launcher.read_launch(str(zero2.file))
+    zero2 = read_launch("launch/accelerate/zero2.yaml")
+    assert zero2 == read_launch("zero2") == read_launch(str(zero2.file))
     assert (zero2.zero_stage, zero2.offload_optimizer, zero2.offload_parameters) == (
         2,
         False,
         False,
     )
-    assert launcher.read_launch("zero2", 1).zero_stage == 1
-    offload = launcher.read_launch("zero3_offload")
+    assert read_launch("zero2", 1).zero_stage == 1
+    offload = read_launch("zero3_offload")
     assert (offload.zero_stage, offload.offload_optimizer, offload.offload_parameters) == (
         3,
         True,
         True,
     )
-    assert launcher.read_launch(None) == launcher.Launch()
+    assert read_launch(None) == Launch()
 
     (tmp_path / "mine.yaml").write_text(  # as `accelerate config` writes it
         "distributed_type: DEEPSPEED\nnum_processes: 4\n"
         "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: "
         "none}\n"
     )
-    mine = launcher.read_launch("mine.yaml")
+    mine = read_launch("mine.yaml")
     assert (mine.processes, mine.zero_stage, mine.offload_optimizer, mine.offload_parameters) == (
         4,
         3,
@@ -333,7 +313,7 @@ def test_a_launch_file_is_found_by_name_and_by_path_from_any_folder(tmp_path, mo
         ("zero3_offload", 2, "fixes stage 3"),
         ("list.yaml", None, "expected a mapping"),
         ("broken.yaml", None, "cannot be read"),
-        ("fsdp.yaml", None, "distributed_type is 'FSDP', expected"),
+        ("fsdp.yaml", None, "distributed_type is 'FSDP': weights are divided by"),
         ("gone.yaml", None, "there is no file no/where.json"),
         ("many.yaml", None, "ZeRO has the stages 0 to 3, found 7"),
     ],
@@ -349,7 +329,7 @@ def test_a_launch_file_that_cannot_be_used_is_one_sentence(
     (tmp_path / "gone.yaml").write_text(zero + "{deepspeed_config_file: no/where.json}\n")
     (tmp_path / "many.yaml").write_text(zero + "{zero_stage: 7}\n")
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
-        launcher.read_launch(name, stage)
+        read_launch(name, stage)
     assert "\n" not in str(refused.value)
 
 
@@ -359,7 +339,7 @@ def test_a_launch_file_that_cannot_be_used_is_one_sentence(
 @pytest.mark.parametrize("name", [None, "cpu", "t4", "multi_gpu", *ZERO])
 def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeypatch):
     pytest.importorskip("deepspeed")
-    launch = launcher.read_launch(name)
+    launch = read_launch(name)
     given = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     given["ACCELERATE_USE_DEEPSPEED"] = "true"
     given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # some platforms export them
@@ -381,17 +361,17 @@ def test_deepspeed_and_accelerates_cpu_flag_are_never_set_together(name, monkeyp
 @pytest.mark.usefixtures("two_gpus")
 def test_what_this_machine_cannot_start_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="this machine has 2 GPUs; expected 1 to 2"):
-        launcher.command([], 4, launch=launcher.read_launch("multi_gpu"), environment={})
+        launcher.command([], 4, launch=read_launch("multi_gpu"), environment={})
     with pytest.raises(ConfigError, match="starts one; multi_gpu is the launch file for more"):
-        launcher.command([], 2, launch=launcher.read_launch("t4"), environment={})
+        launcher.command([], 2, launch=read_launch("t4"), environment={})
     with pytest.raises(ConfigError, match=r"is for 2 machines .* use launch/slurm\.sbatch"):
-        launcher.command([], 2, launch=launcher.read_launch("multi_node"), environment={})
+        launcher.command([], 2, launch=read_launch("multi_node"), environment={})
     _, environment = launcher.command(
-        [], 4, launch=launcher.read_launch("cpu"), environment={}
+        [], 4, launch=read_launch("cpu"), environment={}
     )  # hides the GPUs
     assert environment["ACCELERATE_USE_CPU"] == "true"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"--launch zero2 needs DeepSpeed: pip install -e '\.\[deepspeed\]'"
     ):
-        launcher.command([], 2, launch=launcher.read_launch("zero2"), environment={})
+        launcher.command([], 2, launch=read_launch("zero2"), environment={})

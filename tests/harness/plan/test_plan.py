@@ -17,7 +17,7 @@ from harness.doctor import machine
 from harness.errors import ConfigError
 from harness.machine import devices, launcher
 from harness.machine.devices import DEVICES
-from harness.machine.launcher import read_launch
+from harness.machine.launch_file import read_launch
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.plan import advised, check, plan

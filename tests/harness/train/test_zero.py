@@ -22,7 +22,8 @@ from harness import checkpoint as checkpoints
 from harness.config import schema
 from harness.config.load import dump
 from harness.errors import ConfigError
-from harness.machine.launcher import launch, read_launch
+from harness.machine.launch_file import read_launch
+from harness.machine.launcher import launch
 from harness.train import run as train
 from harness.train import zero
 
