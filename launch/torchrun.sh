@@ -3,6 +3,8 @@
 #     bash launch/torchrun.sh configs/scale.yaml train.epochs=2
 # or of several, started on each, NODE_RANK counting from 0, MASTER_ADDR being the machine with NODE_RANK 0:
 #     NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 LAUNCH=zero2 bash launch/torchrun.sh configs/scale.yaml --resume auto
+# In a Slurm job (slurm.sbatch is easier) srun wants the job's cores again, from Slurm 22.05 on, else all have one:
+#     srun --ntasks 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" bash launch/torchrun.sh configs/scale.yaml
 # LAUNCH is described in engine.sh. NPROC_PER_NODE (all GPUs), MASTER_PORT (29500), PYTHON (python) are optional.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/engine.sh"

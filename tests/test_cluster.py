@@ -65,6 +65,7 @@ JOB = {
     "SLURM_JOB_NODELIST": "node[7-8]",
     "SLURM_NTASKS": "8",
     "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_CPUS_PER_TASK": "6",
 }
 
 
@@ -183,6 +184,8 @@ def test_a_job_starts_a_task_for_each_gpu_and_tells_it_who_it_is(start):
     assert job.wait(60) == 0, job.stderr.read()
     assert start.told("train5") == "-m harness.train configs/scale.yaml out=a b --resume auto\n"
     assert "--kill-on-bad-exit=1" in start.told("srun")
+    # srun of Slurm 22.05 to 23.02 does not inherit it: a task would have one core.
+    assert " --cpus-per-task=6 bash " in start.told("srun")
     said = set(start.told("environment5").splitlines())
     assert {
         "RANK=5",

@@ -107,7 +107,8 @@ class ZeroEngine(Engine):
     def _wrapped(self) -> nn.Module:
         if self.stage == 0:  # clipped here, where the norm is looked at first
             self.plugin.deepspeed_config["gradient_clipping"] = 0.0
-        wrapped: Any = self.accelerator.prepare(self.bare, self.optimizer)[0]
+        with _contiguous(self.bare, after=self.stage < 3):
+            wrapped: Any = self.accelerator.prepare(self.bare, self.optimizer)[0]
         self.optimizer = wrapped.optimizer
         stage_of = getattr(wrapped, "zero_optimization_stage", None)
         if stage_of is None or stage_of() != self.stage:
@@ -262,6 +263,21 @@ def _compile_nothing() -> None:
     It takes a minute, where there is no GPU.
     """
     sys.modules["deepspeed.comm.torch"].__dict__["build_shm_op"] = lambda: None
+
+
+@contextmanager
+def _contiguous(model: nn.Module, after: bool) -> Iterator[None]:
+    """Lays out weights plainly while DeepSpeed sends them to all ranks as bytes.
+
+    `after`: those of the encoder's convolutions get their own layout, channels last, back.
+    """
+    # Of one by one pixel too, which is called contiguous in either layout.
+    odd = [weight for weight in model.parameters() if weight.ndim and weight.stride(-1) != 1]
+    for weight in odd:
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    yield
+    for weight in odd if after else ():
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _is_partitioned(zero: Any) -> bool:

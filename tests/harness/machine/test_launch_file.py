@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.config.load import dump, load
-from harness.config.schema import TrainConfig
+from harness.config.schema import Config, TrainConfig
 from harness.errors import ConfigError
 from harness.machine import deepspeed_settings, launch_file, launcher
 from harness.machine.deepspeed_settings import of_environment, read_document
@@ -283,15 +283,21 @@ def test_what_accelerate_starts_and_harness_does_not_do_is_refused(here, monkeyp
 
 @pytest.mark.slow
 def test_two_processes_train_by_stage_2_inline_and_by_a_json_of_auto(root, monkeypatch, capfd):
-    """Inline as by `harness train`, the JSON by `accelerate launch` alone; both as one process."""
+    """Inline as by `harness train`, the JSON by `accelerate launch` alone; both as one process.
+
+    From images, by an encoder whose weights are not laid out as DeepSpeed's broadcast wants them.
+    """
     pytest.importorskip("deepspeed")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `demo` is not installed")
     shutil.copytree(DATA, root, dirs_exist_ok=True)
     monkeypatch.chdir(root)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     steps = {"max_steps": 2, "dev": False, "global_batch": 8, "micro_batch": 1}
     configs = {}
     for name in ("alone", "stage2_inline", "auto_zero2"):
-        config = make_config(root, root / "clip", root / "t5", name, **steps)
+        parts = make_config(root, root / "clip", root / "t5", name, **steps).model_dump(mode="json")
+        parts["model"]["vision"] = {"kind": "efficientnet_lite0", "id": "lite0", "image_size": 32}
+        config = Config(**parts)
         configs[name] = root / f"{name}-config.yaml"
         configs[name].write_text(dump(config))
     run(load(configs["alone"]))
