@@ -59,6 +59,7 @@ OPTIONAL = (
     "harness.doctor",
     "harness.evaluate.published",
     "harness.export",
+    "harness.hub",
     "harness.own_data",
     "harness.plan",
     "harness.tracking.mlflow",

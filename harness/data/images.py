@@ -63,6 +63,11 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
         ) from error
     except Exception as error:  # Pillow raises at least six types for damaged files
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
+    return fitted(image, image_size, mode)
+
+
+def fitted(image: Image.Image, image_size: int, mode: Mode) -> np.ndarray:
+    """Returns uint8 pixels_HW3 of an upright RGB picture, as `decode_image` says of each mode."""
     if mode == "whole":
         return np.array(image)
     if mode == "squash":

@@ -50,7 +50,7 @@ class DecoderLanguage(LanguageModel):
         ids_CL = batch.prompt_ids_CL
         mask_CS = batch.prompt_mask_CL
         if bos:
-            ids_CL = nn.functional.pad(ids_CL, (0, 1), value=self._bos)
+            ids_CL = nn.functional.pad(ids_CL, (0, 1), value=self.begins)
             mask_CS = nn.functional.pad(mask_CS, (0, 1), value=True)
         embeds_CSD = self.base.transformer.wte(ids_CL)
         if not self.config.cross_attention:
@@ -64,7 +64,7 @@ class DecoderLanguage(LanguageModel):
         return embeds_CSD.gather(1, order_CS[..., None].expand_as(embeds_CSD)), mask_CS
 
     @property
-    def _bos(self) -> int:
+    def begins(self) -> int:
         bos = self.base.config.bos_token_id
         return self.base.config.eos_token_id if bos is None else bos
 
@@ -149,31 +149,31 @@ class DecoderLanguage(LanguageModel):
             )
         return attending_cache(keys_and_values, image.token_row_of_C)
 
+    def generation_inputs(self, image: BridgeOutput, batch: Batch) -> dict[str, Any]:
+        embeds_CSD, mask_CS = self._prefix(image, batch, bos=True)
+        inputs = {
+            "inputs_embeds": embeds_CSD,
+            "attention_mask": mask_CS.long(),
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": padding_id(self.tokenizer),
+        }
+        if (tokens_CQD := self._attended(image)) is not None:
+            inputs["encoder_hidden_states"] = tokens_CQD
+        return inputs
+
     @torch.no_grad()
     def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
-        embeds_CSD, mask_CS = self._prefix(image, batch, bos=True)
-        self._check_length(embeds_CSD.shape[1] + decoding.max_new_tokens)
-        eos = self.tokenizer.eos_token_id
-        pad = padding_id(self.tokenizer)
-        attended = {}
-        if (tokens_CQD := self._attended(image)) is not None:
-            attended["encoder_hidden_states"] = tokens_CQD
-        first = self.base.transformer(
-            inputs_embeds=embeds_CSD,
-            attention_mask=mask_CS,
-            position_ids=_places(mask_CS),
-            use_cache=False,
-            **attended,
-        )
+        inputs = self.generation_inputs(image, batch)
+        self._check_length(inputs["inputs_embeds"].shape[1] + decoding.max_new_tokens)
+        eos = inputs["eos_token_id"]
+        seen = {name: inputs[name] for name in inputs if not name.endswith("_token_id")}
+        places_CS = _places(inputs["attention_mask"])
+        first = self.base.transformer(**seen, position_ids=places_CS, use_cache=False)
         return self._answers(
             self._logits(first.last_hidden_state[:, -1]).float().softmax(dim=-1)[:, eos],
             decoding,
-            (eos, pad),
-            inputs_embeds=embeds_CSD,
-            attention_mask=mask_CS.long(),
-            eos_token_id=eos,
-            pad_token_id=pad,
-            **attended,
+            (eos, inputs["pad_token_id"]),
+            **inputs,
         )
 
 

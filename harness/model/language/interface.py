@@ -64,6 +64,12 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def generation_inputs(self, image: BridgeOutput, batch: Batch) -> dict[str, Any]:
+        """Returns what `base.generate` of transformers goes on from: all that stands before the
+        answers, one per context.
+        """
+
+    @abstractmethod
     def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
         """Returns one answer per context (greedy or beam search). Raises ConfigError as `loss`."""
 
@@ -71,6 +77,11 @@ class LanguageModel(nn.Module, ABC):
     def base(self) -> Any:
         """The model of transformers, whatever is wrapped around it."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    @property
+    def begins(self) -> int | None:
+        """The token id after the prompt from which a decoder answers; T5's starts on its own."""
+        return None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

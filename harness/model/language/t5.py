@@ -101,28 +101,28 @@ class T5Language(LanguageModel):
             made.append((keys_CHSD, values_CHSD))
         return made
 
+    def generation_inputs(self, image: BridgeOutput, batch: Batch) -> dict[str, Any]:
+        states_CSD, mask_CS = self.encode(image, batch)
+        encoded = BaseModelOutput(last_hidden_state=states_CSD)
+        return {"encoder_outputs": encoded, "attention_mask": mask_CS}
+
     @torch.no_grad()
     def generate(self, image: BridgeOutput, batch: Batch, decoding: DecodingConfig) -> Generated:
-        states_CSD, mask_CS = self.encode(image, batch)
+        inputs = self.generation_inputs(image, batch)
+        mask_CS = inputs["attention_mask"]
         config = self.t5.config
         start_C1 = torch.full(
-            (len(states_CSD), 1),
+            (len(mask_CS), 1),
             config.decoder_start_token_id,
             dtype=torch.long,
-            device=states_CSD.device,
+            device=mask_CS.device,
         )
-        first = self.t5(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
-            attention_mask=mask_CS,
-            decoder_input_ids=start_C1,
-            use_cache=False,
-        )
+        first = self.t5(**inputs, decoder_input_ids=start_C1, use_cache=False)
         return self._answers(
             first.logits[:, 0].float().softmax(dim=-1)[:, config.eos_token_id],
             decoding,
             (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id),
-            encoder_outputs=BaseModelOutput(last_hidden_state=states_CSD),
-            attention_mask=mask_CS,
+            **inputs,
         )
 
 

@@ -1,0 +1,1 @@
+"""A trained run -> a folder that transformers, peft and the hub understand, proven equal to it."""
