@@ -48,10 +48,11 @@ HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
     """Vision tower, bridge and language model, with tensors of `VLMProcessor` in."""
 
+    config: VLMConfig
     config_class = VLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  # of transformers
     _supports_sdpa = True
 
     def __init__(self, config: VLMConfig, vlm: VisionLanguageModel | None = None):
@@ -121,7 +122,7 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
                 shutil.copytree(self.folder / part, folder / part)
         write_model(self.vlm, self.config, folder)
 
-    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]  # refused whatever
         """Raises ValueError: what is published is proven first."""
         raise ValueError(
             "push_to_hub: a model is published by `harness export RUN OUT --push-to-hub "
@@ -288,7 +289,8 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
         sets itself. Raises ValueError for rows that do not end with it.
         """
         begins = self.vlm.lm.begins
-        if not (batch.prompt_ids_CL[:, -1] == begins).all():
+        assert begins is not None  # a decoder
+        if not batch.prompt_ids_CL[:, -1].eq(begins).all():
             raise ValueError(
                 f"input_ids do not end with {begins}, after which this model's answers begin: make "
                 "them by its processor"

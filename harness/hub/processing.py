@@ -64,9 +64,7 @@ class VLMProcessor(ProcessorMixin):
         self._decode = ImageDecoder.of(VisionConfig(**self.vision), limits.max_image_pixels)
         self._collate = Collator(tokenizer, limits, PromptsConfig(**self.prompts), training=False)
 
-    def __call__(  # type: ignore[override]  # transformers' take videos and sounds too
-        self, images: Any = None, text: Any = None, **given: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, **given: Any) -> BatchFeature:
         """Returns one row a picture: uint8 pixel_values_C3HW (the model normalises them), input_ids
         and attention_mask, padded; of a Q-Former that reads the question also its own.
 
@@ -154,7 +152,7 @@ class VLMProcessor(ProcessorMixin):
     def register_for_auto_class(cls, auto_class: Any = "AutoProcessor") -> None:
         """Does nothing: transformers would copy this module beside every processor it saves."""
 
-    def save_pretrained(  # type: ignore[override]  # of a parent without types
+    def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **given: Any
     ) -> Any:
         Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,7 @@ class VLMConfig(PretrainedConfig):
 class VisionLanguageModel(PreTrainedModel):
     """The three parts and how they meet. `vision` is None where features replace images."""
 
+    config: VLMConfig
     config_class = VLMConfig
     base_model_prefix = ""
     main_input_name = "batch"

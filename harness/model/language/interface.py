@@ -109,6 +109,10 @@ class LanguageModel(nn.Module, ABC):
         decode = self._decoder(image, batch)
         return weighted_loss(decode, batch, self._logits, label_smoothing, whole=partitioned(self))
 
+    def logits(self, image: BridgeOutput, batch: Batch) -> torch.Tensor:
+        """Returns logits_TLV, from which each label is told. Raises ConfigError as `loss`."""
+        return self._logits(self._decoder(image, batch)(batch))
+
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         return self.base.lm_head(hidden_KD)
 
