@@ -61,9 +61,8 @@ def _adapter(asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> f
     """Returns the largest divergence of plain peft on the plain base, given the run's image tokens
     and the prompts.
     """
-    base = _plain_base(asked)
-    peft: Any = PeftModel.from_pretrained(base, asked["adapter"])
-    lm = peft.eval()
+    lm: Any = PeftModel.from_pretrained(_plain_base(asked), asked["adapter"])
+    lm.eval()
     embed = lm.get_input_embeddings()
     worst = 0.0
     for rows in _rows(len(tensors["labels_CL"])):
@@ -106,7 +105,7 @@ def _plain_base(asked: Mapping[str, Any]) -> Any:
             bnb_4bit_compute_dtype=torch.float32,
         )
     auto = AutoModelForSeq2SeqLM if asked["encoder_decoder"] else AutoModelForCausalLM
-    base = auto.from_pretrained(
+    base: Any = auto.from_pretrained(
         asked["base"],
         revision=asked["revision"],
         dtype=torch.float32,
