@@ -19,6 +19,7 @@ from harness import checkpoint
 from harness.checkpoint import Checkpoint
 from harness.config.schema import Config
 from harness.errors import ConfigError
+from harness.evaluate.moved import Move
 from harness.evaluate.run_on_disk import load_model
 from harness.export.contexts import PICTURES, dev_contexts
 from harness.export.parts import write_parts
@@ -59,7 +60,7 @@ def export(
     """
     out = Path(out)
     found = checkpoint.at(run, which)
-    config = Config(**found.state["config"])
+    config = Config(**Move.of(found).config(found.state["config"]))
     check_out(out)
     check_merge(config, merge)
     model = load_model(found, config, with_vision=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +27,7 @@ from harness.config.schema import DecodingConfig
 from harness.data.prompts import prompt
 from harness.hub.remote import AUTO_MAP, write_remote_code
 from harness.machine.precision import Precision, choose
+from harness.model.arguments import OF_THE_HUB, device_of, model_folder
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import generate_arguments
@@ -42,7 +42,6 @@ SETTLED = (
 )
 # What a picture may be given as, beside pixel_values, and what a Q-Former reads with it.
 PICTURES = ("patch_features", "qformer_input_ids", "qformer_attention_mask")
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
@@ -83,16 +82,14 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
         """
         if arguments:
             raise ValueError("from_pretrained takes a folder, or a name on the hub, and keywords")
-        where = {name: given.pop(name) for name in HUB if name in given}
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **where))
+        where = {name: given.pop(name) for name in OF_THE_HUB if name in given}
+        folder = model_folder(pretrained_model_name_or_path, where)
         config = given.pop("config", None)
         told = given.pop("output_loading_info", False)
         device_map = given.pop("device_map", None)
         dtype = _dtype(given)
         _refuse_the_rest(given)
-        device = _device(device_map)
+        device = device_of(None, device_map)
         vlm = VisionLanguageModel.from_pretrained(
             folder, precision=_precision(dtype, device), device=device
         )
@@ -349,24 +346,6 @@ def _dtype(given: dict[str, Any]) -> torch.dtype | None:
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: expected float32, bfloat16, float16 or auto")
     return dtype
-
-
-def _device(device_map: Any) -> torch.device:
-    """Returns the one device that a device_map names. Raises ValueError."""
-    named = device_map
-    if isinstance(device_map, dict) and len(set(device_map.values())) == 1:
-        named = next(iter(device_map.values()))
-    if named is None:
-        return torch.device("cpu")
-    if named == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(named)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device_map={device_map!r}: this model lies on one device, give auto, cpu, cuda or "
-            "cuda:1"
-        ) from error
 
 
 def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:

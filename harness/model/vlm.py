@@ -354,9 +354,6 @@ def _saved_config(folder: Path, given: VLMConfig | None = None) -> VLMConfig:
         older = at_their_new_place({"model": saved.model})
         saved.model = older["model"]
         saved.known_mistakes |= older.get("known_mistakes", {})
-        for part in ("lm", "vision"):
-            if (folder / saved.model.get(part, {}).get("id", "")).is_dir():  # it lies in the model
-                saved.model[part]["id"] = str(folder / saved.model[part]["id"])
         settings.ModelConfig(**saved.model)
         if not (saved.lm_hash and saved.encoder.get("hash")):
             raise ValueError("it names no frozen parts")
