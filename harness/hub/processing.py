@@ -97,7 +97,8 @@ class VLMProcessor(ProcessorMixin):
         rows = list(range(len(prompts)))
         contexts = [Context(None, _NoText, words) for words in prompts]
         batch = self._collate.assemble(pixels_CHW3, contexts, rows, [""] * len(rows), rows)
-        ids_CL, mask_CL = batch.prompt_ids_CL, batch.prompt_mask_CL.long()
+        ids_CL = batch.prompt_ids_CL
+        mask_CL = batch.prompt_mask_CL.long()
         own = dict(zip(QFORMER, (ids_CL, mask_CL), strict=True)) if self.question_aware else {}
         if self.begins is not None:
             order_CL = mask_CL.argsort(dim=1, stable=True)

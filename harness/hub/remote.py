@@ -11,12 +11,14 @@ AUTO_MAP = {
     "AutoConfig": f"{NAME}.VLMConfig",
     "AutoModelForImageTextToText": f"{NAME}.VLMForImageTextToText",
 }
-CODE = '''"""The classes of this model, from the package vl-harness."""
+CODE = '''"""The classes of this model, from the package vl-harness (imported as harness)."""
 
 try:
     from harness.hub import VLMConfig, VLMForImageTextToText, VLMProcessor  # noqa: F401
 except ImportError as error:
-    raise ImportError("this model needs the package vl-harness: pip install vl-harness") from error
+    raise ImportError(
+        "this model needs the package vl-harness: install it as README.md says"
+    ) from error
 '''
 
 
