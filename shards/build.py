@@ -162,10 +162,10 @@ def prepare_image(
 
     Raises ValueError for too many pixels, and what Pillow raises for damage (mostly OSError). The
     bytes stay as they are when plain decoding to RGB shows the picture people
-    see. Else it is encoded anew, JPEG as JPEG (quality 95), the others as PNG: EXIF rotation
-    applied, transparency laid on white, CMYK to RGB, grey of more than 8 bits to 8, the first
-    frame of an animation, formats other than JPEG, PNG and WebP. A short side above `short_side` is
-    brought down to it (Lanczos, JPEG).
+    see. Else it is encoded anew, JPEG and AVIF as JPEG (quality 95), the others as PNG: EXIF
+    rotation applied, transparency laid on white, CMYK to RGB, grey of more than 8 bits to 8, the
+    first frame of an animation, formats other than JPEG, PNG and WebP. A short side above
+    `short_side` is brought down to it (Lanczos, JPEG).
     """
 
     def check_size(width: int, height: int) -> None:
@@ -187,7 +187,7 @@ def prepare_image(
         changed.append("shrunk")
     image.info.clear()  # a CMYK profile or a transparent colour must not travel on
     encoded = io.BytesIO()
-    if shrink or form in ("JPEG", "MPO"):
+    if shrink or form in ("JPEG", "MPO", "AVIF"):
         extension = "jpg"
         image.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     else:

@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's plugins for these are its own code; others start programs (EPS: ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Pillow's plugins for these are its own code; others start programs (EPS: ghostscript). AVIF came
+# with Pillow 11.3, and Pillow fails at the name of a format that it does not know.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
+    *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []),
+)
+# How files of one container begin, from their fifth byte on, that this Pillow may not read.
+_CONTAINERS = {
+    b"ftypavi": "AVIF, which this Pillow does not read: install pillow 11.3 or later",
+    b"ftyphe": "HEIC, which is not read here: save it as JPEG",
+    b"ftypmif1": "HEIC or AVIF, which this Pillow does not read: save it as JPEG",
+}
 # The ends of their files' names.
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe")
+EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe"),
+    *("avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
+)
 _ORIENTATION = 0x0112
 _PHOTOMETRIC = 262  # of TIFF; 0: the least value is white
 # Where a grey of more than 8 bits may end: white is the first that no pixel is above.
@@ -31,7 +45,7 @@ def upright(
 
     `check_size(width, height)` is called before any pixel is decoded, and may raise.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    with _opened(data) as opened:
         check_size(opened.width, opened.height)
         form = opened.format or ""
         # The further pictures of an MPO file (phones) are no animation.
@@ -45,11 +59,25 @@ def upright(
     if image.mode.startswith(("I", "F")):
         changed.append({"I": "32-bit", "F": "float"}.get(image.mode, "16-bit"))
         is_inverted = getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-        image = _eight_bits(image, is_inverted)
+        # Pillow brings a PGM of more than 8 bits to 16, and calls that I.
+        ends = _ENDS.get("I;16" if form == "PPM" and image.mode == "I" else image.mode, (65535.0,))
+        image = _eight_bits(image, ends, is_inverted)
     return image, form, changed
 
 
-def _eight_bits(image: Image.Image, is_inverted: bool) -> Image.Image:
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        for beginning, name in _CONTAINERS.items():
+            if data[4:12].startswith(beginning):
+                raise UnidentifiedImageError(f"it is an image of the form {name}") from None
+        raise
+
+
+def _eight_bits(
+    image: Image.Image, possible_ends: tuple[float, ...], is_inverted: bool
+) -> Image.Image:
     """Returns a grey of 16 or 32 bits or of floats in 8 bits, which Pillow would cut off at 255.
 
     16 bits: 65535 is white, as PNG and TIFF define it and every viewer shows it, so that pictures
@@ -65,7 +93,7 @@ def _eight_bits(image: Image.Image, is_inverted: bool) -> Image.Image:
         raise ValueError("no pixel is a number")
     least = grey[known].min()
     most = grey[known].max()
-    ends = [end for end in _ENDS.get(image.mode, (65535.0,)) if most <= end]
+    ends = [end for end in possible_ends if most <= end]
     black, white = (0.0, ends[0]) if least >= 0 and ends else (least, most)
     transparent = grey == image.info.get("transparency", np.nan)
     share = np.where(known, (grey - black) / max(white - black, np.finfo(float).tiny), 0.0)

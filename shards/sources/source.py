@@ -29,6 +29,8 @@ ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in PAYLOADS["images"])
 
+_HEIC = (".heic", ".heif")
+
 # The parts of COCO that are in the names of its images; COCO 2017 has none.
 COCO_PARTS = ("train2014", "val2014", "test2015")
 
@@ -126,6 +128,9 @@ class Source:
         for path in self.files.names:
             if path not in self._found and among(path):
                 self.skip(IMAGE_WITHOUT_TEXT, path, reason, split)
+        for path in filter(among, self.files.others):
+            if path.lower().endswith(_HEIC):  # what phones make would be missed in silence
+                self.skip(UNDECODABLE, path, "HEIC is not read: save it as JPEG", split)
 
     def clean(self, captions: Iterable[Any], name: str, split: str | None) -> tuple[str, ...]:
         """Returns captions without outer whitespace; empty ones and what is no text are left out
@@ -278,6 +283,8 @@ class Images:
         if "://" in name:
             return "it is a web address: download the pictures, and give their folder with --images"
         why = f"no such image in {self.place.name}"
+        if name in self.others:
+            return f"{why}: a file of another kind (read are {', '.join(IMAGE_SUFFIXES)})"
         base = posixpath.basename(name.replace("\\", "/"))
         if like := self._by_basename.get(_folded(base)):
             return f"{why}; {like[0]} has its file name: names are paths in the folder"

@@ -312,6 +312,39 @@ def test_cmyk_16_bit_animations_and_other_formats_become_plain_images():
     )
 
 
+def test_avif_jpeg_2000_and_pgm_become_plain_images_and_heic_is_told_what_to_do(tmp_path):
+    grey = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    photo = opened(picture("photo", 64, 48))
+    for form, extension in (("AVIF", "jpg"), ("JPEG2000", "png"), ("PPM", "png")):
+        payload, made, changed = prepare_image(encoded(photo, form))
+        assert (made, changed) == (extension, form)
+        seen = np.asarray(opened(payload).convert("RGB"), int)
+        assert np.abs(seen - np.asarray(photo, int)).mean() < 4, form
+    dark = encoded(Image.fromarray(grey.astype(np.int32)), "PPM")  # 16 bits: of 65535
+    assert b"65535" in dark[:20]
+    assert np.asarray(opened(prepare_image(dark)[0])).max() == 0
+
+    images = fill(tmp_path / "photos", ["a.jfif", "b.avif"])
+    (images / "b.avif").write_bytes(encoded(photo, "AVIF"))
+    (images / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (images / "c.jpg").write_bytes(b"\0\0\0\x18ftypheic")  # renamed
+    rows = "a.jfif,A\nb.avif,B\nIMG_1.HEIC,C\nc.jpg,D"
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
+    out = tmp_path / "out"
+    summary = build("image-folder", out, images=images, csv=tmp_path / "t.csv")
+    assert summary.total("records") == 2
+    reasons = {(line["kind"], line["name"]): line["reason"] for line in skipped(out)}
+    assert "a file of another kind" in reasons["text without image", "IMG_1.HEIC"]
+    assert reasons["undecodable image", "IMG_1.HEIC"] == "HEIC is not read: save it as JPEG"
+    assert "the form HEIC, which is not read here" in reasons["undecodable image", "c.jpg"]
+
+
+def test_a_pillow_without_avif_is_told_of(monkeypatch):
+    monkeypatch.setattr("shards.images.FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(OSError, match=r"AVIF, which this Pillow does not read: install pillow 11"):
+        prepare_image(encoded(opened(picture("photo")), "AVIF"))
+
+
 def test_formats_whose_decoder_starts_programs_are_not_opened():
     with pytest.raises(OSError, match="cannot identify"):
         prepare_image(encoded(Image.new("RGB", (8, 8)), "EPS"))
