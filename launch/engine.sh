@@ -14,7 +14,7 @@ installed() {
 }
 
 command -v "$python" >/dev/null || stop "there is no $python: activate harness' environment, or name its PYTHON=..."
-installed harness || stop "harness is not installed for $(command -v "$python"): pip install -e . in its checkout, or PYTHON=..."
+installed harness || stop "harness is not installed for $(command -v "$python"): pip install -e '.[mlflow]' in its checkout, or PYTHON=..."
 [ "$#" -gt 0 ] || stop "a config is missing, as in configs/scale.yaml"
 
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # threads that spin slow their neighbours 100 times

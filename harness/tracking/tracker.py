@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from harness.config.schema import Config
-from harness.errors import ConfigError
+from harness.errors import ConfigError, install_command
 from harness.redact import clean
 from harness.report.pictures import Shown
 from harness.tracking.journal import RUN_ID, Journal, JournalTracker
@@ -96,7 +96,9 @@ def sync(folder: Path, uri: str | None = None) -> str:
     `uri`: in place of the stored one.
     """
     if importlib.util.find_spec("mlflow") is None:
-        raise ConfigError("harness sync needs mlflow, which is not installed: pip install mlflow")
+        raise ConfigError(
+            f"harness sync needs mlflow, which is not installed: {install_command('mlflow')}"
+        )
     _limit_mlflow()
     return send(folder, uri)
 
@@ -121,8 +123,8 @@ def check_tracking(config: Config) -> None:
         return
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
-            "tracking.kind is mlflow, which is not installed: pip install mlflow, or "
-            "tracking.kind=none"
+            "tracking.kind is mlflow, which is not installed: give tracking.kind=none, or "
+            f"{install_command('mlflow')}"
         )
     scheme = store_uri(config).partition(":")[0].partition("+")[0]
     plugins = {
