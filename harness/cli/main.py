@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from harness.cli.export import export
 from harness.cli.gate import gate
 from harness.cli.parts import Base, Encoder, Trained
 from harness.cli.progress import HELP, told
@@ -459,6 +460,10 @@ app.command(
     rich_help_panel=LOOK,
     epilog="Example: harness gate llava-hf/llava-1.5-7b-hf data/vqav2/val --limit 500",
 )(gate)
+app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: harness export runs/mine exports/mine --push-to-hub OWNER/NAME",
+)(export)
 app.command(
     rich_help_panel=LOOK,
     epilog="Example: harness compare runs/mine runs/theirs",

@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from harness.config.schema import Config
-from harness.data.collate import Collator
+from harness.data.collate import Collator, most_common
 from harness.data.images import ImageDecoder, cache_of, patience_of
-from harness.model.batch import Batch
+from harness.data.prompts import prompt
+from harness.model.batch import Batch, Context
 from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.origin import pictures_of
@@ -35,6 +36,7 @@ class Contexts:
     batch: Batch  # every context with one target, so C = T
     pictures: list[bytes]  # of I, encoded; [] where features are compared
     source: str  # in words
+    has_pictures: bool  # of the run's sets, neither features nor noise
 
 
 def dev_contexts(config: Config, tokenizer: PreTrainedTokenizerBase, pictures: int) -> Contexts:
@@ -44,20 +46,45 @@ def dev_contexts(config: Config, tokenizer: PreTrainedTokenizerBase, pictures: i
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     source = "random pictures, since none of the run's sets can be read"
     samples = [_random(number) for number in range(RANDOM)]
+    is_own = False
     for manifest in _sets(config):
         found = _samples(manifest, config, pictures)
         if found:
             samples = found
+            is_own = True
             source = f"{manifest.dataset}/{manifest.split}"
             if found[0].extension == "safetensors":
                 source += " (features: the pictures they were made from are gone)"
             break
     encoded = [sample.payload for sample in samples]
     kept = samples[0].extension != "safetensors"
-    decoded = [replace(sample, payload=decode(sample)) for sample in samples]
-    batch = Collator.of(config, tokenizer, training=False)(decoded)
-    assert batch is not None  # samples with texts
-    return Contexts(batch, encoded if kept else [], source)
+    images = np.stack([decode(sample) for sample in samples])
+    return Contexts(
+        _batch(images, samples, config, tokenizer), encoded if kept else [], source, kept and is_own
+    )
+
+
+def _batch(
+    images: np.ndarray, samples: list[Sample], config: Config, tokenizer: PreTrainedTokenizerBase
+) -> Batch:
+    """Returns few contexts of each sample: one target each, and all its references to score by."""
+    rows = [
+        (Context(sample.known, text, prompt(text.task, _template(config, text), text.prompt)), row)
+        for row, sample in enumerate(samples)
+        for text in _chosen(sample.known)
+    ]
+    collate = Collator.of(config, tokenizer, training=False)
+    return collate.assemble(
+        images,
+        [context for context, _ in rows],
+        [row for _, row in rows],
+        [most_common(context.text.targets) for context, _ in rows],
+        list(range(len(rows))),
+    )
+
+
+def _template(config: Config, text: Text) -> str:
+    return getattr(config.prompts, text.task)
 
 
 def _sets(config: Config) -> Iterator[Manifest]:
@@ -86,18 +113,19 @@ def _samples(manifest: Manifest, config: Config, wanted: int) -> list[Sample]:
             decode(sample)
         except (ShardError, ValueError):  # `evaluate` counts and names what cannot be read
             continue
-        if record := _shortened(sample.known):
-            found[picture is not None].append(replace(sample, record=record))
+        if _chosen(sample.known):
+            found[picture is not None].append(sample)
     return found[True] or found[False]
 
 
-def _shortened(record: Record) -> Record | None:
-    """Returns the record with few texts of one target each; None for one without texts."""
+def _chosen(record: Record) -> list[Text]:
+    """Returns at most one text without a question of a record and some with; [] where none has a
+    target.
+    """
     texts = [text for text in record.texts if any(target.strip() for target in text.targets)]
-    first = [replace(text, targets=text.targets[:1]) for text in texts if text.task == "caption"]
+    captions = [text for text in texts if text.task == "caption"]
     asked = [text for text in texts if text.task != "caption"]
-    chosen = tuple([*first[:1], *asked][:TEXTS])
-    return replace(record, texts=chosen) if chosen else None
+    return [*captions[:1], *asked][:TEXTS]
 
 
 def _random(number: int) -> Sample:

