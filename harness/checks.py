@@ -79,6 +79,31 @@ def data_sets(config: Config) -> dict[str, str]:
     }
 
 
+def without_dev(config: Config) -> list[str]:
+    """Returns a sentence for each thing that a run without a dev set goes without; [] with one."""
+    if config.data.dev:
+        return []
+    train = config.train
+    lacks = [
+        "data.dev is empty: nothing is scored during training, and nothing says whether the "
+        "answers come from the images; set some pictures apart with --dev-share 0.1 of `harness "
+        "shards build`, or name a set with data.dev=[{path: DIR}]"
+    ]
+    if train.keep_best:
+        lacks.append(
+            f"train.keep_best={train.keep_best} has nothing to choose by: the newest checkpoint is "
+            "what the run gives"
+        )
+    if train.early_stop.metric:
+        lacks.append(
+            f"train.early_stop.metric={train.early_stop.metric} is never measured: the run goes to "
+            "its last epoch"
+        )
+    if train.stop_if_image_ignored:
+        lacks.append("train.stop_if_image_ignored has no verdict to stop at")
+    return lacks
+
+
 def check_run(folder: Path) -> None:
     """Raises ConfigError for a folder that holds no run and is no checkpoint.
 

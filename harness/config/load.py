@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from harness.config.known_mistakes import at_their_new_place
 from harness.config.mistakes import explain_mistake, short
 from harness.config.schema import Config, Section
+from harness.config.splits import with_splits_named
 from harness.errors import ConfigError
 from harness.redact import MASK, masked_document, remember, revealed
 
@@ -45,7 +46,12 @@ def changed_by(document: Mapping[str, Any], overrides: Sequence[str], file: Path
 
     Keys of an older version are moved first, so that overrides decide by either name.
     """
-    changed = apply_overrides(revealed(at_their_new_place(document)), overrides)
+    try:
+        changed = with_splits_named(revealed(at_their_new_place(document)))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    for override in overrides:  # one by one: data.folder is what a later one reaches into
+        changed = with_splits_named(apply_overrides(changed, [override]), replaces=True)
     remember(changed)
     return validated(Config, changed, file, overrides)
 

@@ -53,6 +53,9 @@ class DataSetConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is drawn."""
 
+    # A folder of splits, as `harness shards build` makes it, in place of train, dev and test: those
+    # of them that are there are read. As `data.folder=DIR` it takes the place of a config's own.
+    folder: str | None = None
     # Sets to learn from; of each, weight: its share of a mixture's images; loss_weight: what a
     # token of its targets counts in the loss against another set's, 1 where it is not given.
     train: tuple[DataSetConfig, ...] = ()

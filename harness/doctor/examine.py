@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from harness.checks import check_vision
+from harness.checks import check_vision, without_dev
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder, cache_of, patience_of
@@ -74,9 +74,8 @@ def sets_apart(config: Config) -> Iterator[Finding]:
             if Manifest.read_index(scored.path).digest in trained:
                 fix = "score another split, else what is learnt by heart counts as understood"
                 yield warning(f"data.{part}", f"{scored.path} is trained on too", fix)
-    if not config.data.dev:
-        found = "empty: nothing is scored during training"
-        yield warning("data.dev", found, "data.dev=[{path: DIR}]")
+    for sentence in without_dev(config):
+        yield warning("data.dev", sentence, "data.dev=[{path: DIR}]")
 
 
 def precision(config: Config, gpus: Sequence[Gpu]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ beside its floors, test images with their answers, the loss curves.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.loading import load_model
 from harness.model.vlm import VisionLanguageModel
-from harness.redact import masked, masked_document
+from harness.redact import masked, masked_document, say
 from harness.report.terminal import part_rows
 from harness.tracking.tracker import open_tracker
 from shards.cache import Cache
@@ -151,11 +152,7 @@ def _task(
     document = move.config(found.state["config"])
     config = changed_by(document, overrides, home)
     tested = [test.path for test in config.data.test]
-    paths = list(data or tested)
-    if not paths:
-        raise ConfigError(
-            f"{home}: its config names no data.test; give the shards to score with --data DIR"
-        )
+    paths = list(data or tested) or _dev_instead(config, home)
     by_key = {f"data.test.{place}.path": path for place, path in enumerate(paths)}
     check_revealed(by_key, "give the whole one, as --override KEY=VALUE")
     cache = cache_of(config)
@@ -169,6 +166,22 @@ def _task(
     changed += variant(limit, [given for given in overrides if not _only_reveals(given, document)])
     out = Path(out or home / FOLDER / folder(changed))
     return _Task(found, home, move, config, paths, manifests, cache, out, not changed)
+
+
+def _dev_instead(config: Config, home: Path) -> list[str]:
+    """Returns the dev sets of a run that names no test sets, and says so. Raises ConfigError."""
+    paths = [dev.path for dev in config.data.dev]
+    if not paths:
+        raise ConfigError(
+            f"{home}: its config names neither data.test nor data.dev; give the shards to score "
+            "with --data DIR, of pictures that it has not learnt"
+        )
+    say(
+        f"{home}: its config names no data.test, so that data.dev is scored ({', '.join(paths)}): "
+        "what was chosen on it flatters the score",
+        sys.stderr,
+    )
+    return paths
 
 
 def _only_reveals(override: str, document: dict[str, Any]) -> bool:

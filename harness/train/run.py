@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import checkpoint as checkpoints
 from harness.checkpoint import Checkpoint
-from harness.checks import changes
+from harness.checks import changes, without_dev
 from harness.config.schema import Config
 from harness.machine.signals import stop_requests
 from harness.report.terminal import Terminal, part_rows
@@ -53,6 +53,11 @@ def run(
         name = signal.Signals(number).name
         terminal.say(f"stopped by {name} after step {this.state.step}, which is saved: {last}")
         raise SystemExit(128 + number)
+    if not config.data.dev:
+        terminal.say(
+            "no verdict: nothing was scored, since data.dev is empty; `harness evaluate "
+            f"{config.out_dir} --data DIR` scores it on pictures that it has not learnt"
+        )
     return last
 
 
@@ -81,7 +86,7 @@ def _made(
     found: Checkpoint | None,
 ) -> Run:
     """Returns the run with models, data and tracker, as `found` left it; None: a new one."""
-    for sentence in changes(found, config) if found else ():
+    for sentence in [*(changes(found, config) if found else ()), *without_dev(config)]:
         terminal.say(sentence)
     loader = make_loader(config, engine)
     check_alike(config, loader, engine)

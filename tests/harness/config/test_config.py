@@ -183,3 +183,30 @@ def test_a_shipped_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch
     assert load("demo").name == load("configs/demo.yaml").name == "demo"
     (tmp_path / "demo").write_text("name: mine")
     assert load("demo").name == "mine"
+
+
+def test_one_line_names_the_folder_of_all_splits_and_its_override_replaces_a_configs_own(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for split in ("mine/train", "mine/val", "alone"):
+        (tmp_path / split).mkdir(parents=True)
+        (tmp_path / split / "index.json").touch()
+
+    def sets(config):
+        named = (config.data.train, config.data.dev, config.data.test)
+        assert config.data.folder is None  # the resolved config says which sets are read
+        return [[one.path for one in part] for part in named]
+
+    file = write("name: a\ndata:\n  folder: mine")
+    assert sets(load(file)) == [["mine/train"], ["mine/val"], []]
+    assert sets(load(file, ["data.train.0.path=x"]))[0] == ["x"]
+    assert sets(load("flickr8k_t4", ["data.folder=mine"])) == [["mine/train"], ["mine/val"], []]
+    absent = "data/flickr8k"  # what looks for them says so
+    assert sets(load("flickr8k_t4")) == [[f"{absent}/{part}"] for part in ("train", "dev", "test")]
+    assert sets(load(file, ["data.folder=alone"])) == [["alone"], [], []]
+    assert "expected a local folder" in refusal(file, "data.folder=s3://bucket/mine")
+    both = write("name: a\ndata: {folder: mine, dev: [{path: x}]}")
+    assert refusal(both) == (
+        f"{both}: data.folder stands for train, dev and test: give it, or data.dev, not both"
+    )
