@@ -9,27 +9,20 @@ nothing.
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import os
 import re
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from shards.files import ShardError, write_whole
-from shards.images import on_white, upright
 from shards.manifest import SKIPPED
-from shards.record import RecordError
+from shards.prepare import MAX_PIXELS, Fault, Prepared, preparing
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
@@ -41,19 +34,10 @@ from shards.sources.source import (
     UNDECODABLE,
     UNUSABLE_TEXT,
 )
-from shards.statistics import picture_statistics, statistics_of
 from shards.write import Sample, add_to, folder_beside, settle, write_shards
 
-MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
-JPEG_QUALITY = 95
-
-# What shards hold byte by byte; the other formats (and what plain decoding would not show) become
-# JPEG or PNG.
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ANEW = "images encoded anew: "
 
-# payload, extension, what was changed, statistics
-Prepared = tuple[bytes, str, str, np.ndarray]
 Progress = Callable[[str, int, int], None]  # split, images done, images of the split
 
 
@@ -95,15 +79,15 @@ def build(
     """Builds OUT/SPLIT for every split of `source`, with `options` being those of its `load` (None:
     not given).
 
-    `workers` threads decode (default: the cores of this process); the result does not depend on
-    their number. An image of more than `max_pixels` is skipped like one that cannot be decoded. OUT
-    may hold other splits already. Raises ShardError for anything wrong with the official files or
-    the options, and then leaves OUT as it was.
+    `workers` processes decode (default: as many as there are cores; 1 or few images: this one
+    alone); the result does not depend on their number. An image of more than `max_pixels` is
+    skipped like one that cannot be decoded. OUT may hold other splits already. Raises ShardError
+    for anything wrong with the official files or the options, and then leaves OUT as it was.
     """
     if short_side is not None and short_side < 1:
         raise ShardError(f"--short-side is {short_side}: it is a number of pixels, 1 or more")
     if workers is not None and workers < 1:
-        raise ShardError(f"--workers is {workers}: it is a number of threads, 1 or more")
+        raise ShardError(f"--workers is {workers}: it is a number of processes, 1 or more")
     out = Path(out)
     found = _load(source, options)
     settle(out)
@@ -111,11 +95,10 @@ def build(
     lines = _lines_of_other_splits(found, out / SKIPPED)
     splits = {}
     with folder_beside(out) as beside, closing(found.images):
-        with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+        with preparing(found, workers or os.cpu_count() or 1, short_side, max_pixels) as prepare:
             for split, items in found.splits.items():
                 show = partial(progress, split) if progress else lambda done, images: None
-                samples = _samples(found, split, items, pool, (short_side, max_pixels), show)
+                samples = _samples(found, split, prepare(items), show)
                 made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
                 splits[split] = {
                     "records": made.samples,
@@ -153,58 +136,6 @@ def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Su
         reencoded_images=sum(n for note, n in source.notes.items() if note.startswith(_ANEW)),
         notes={note: n for note, n in source.notes.items() if n},
     )
-
-
-def prepare_image(
-    data: bytes, short_side: int | None = None, max_pixels: int = MAX_PIXELS
-) -> Prepared:
-    """Returns an image file as (payload, extension, what was changed or "", its statistics (K,)).
-
-    Raises ValueError for too many pixels, and what Pillow raises for damage (mostly OSError). The
-    bytes stay as they are when plain decoding to RGB shows the picture people
-    see. Else it is encoded anew, JPEG and AVIF as JPEG (quality 95), the others as PNG: EXIF
-    rotation applied, transparency laid on white, CMYK to RGB, grey of more than 8 bits to 8, the
-    first frame of an animation, formats other than JPEG, PNG and WebP. A short side above
-    `short_side` is brought down to it (Lanczos, JPEG).
-    """
-
-    def check_size(width: int, height: int) -> None:
-        if width * height > max_pixels:
-            raise ValueError(f"{width}x{height} pixels, more than {max_pixels}")
-
-    image, form, changed = upright(data, check_size)
-    _note_colours(image, changed)
-    if form not in _EXTENSIONS:
-        changed.append(form)
-    shrink = short_side is not None and min(image.size) > short_side
-    if not shrink and not changed:
-        return data, _EXTENSIONS[form], "", picture_statistics(on_white(image), len(data))
-    image = on_white(image)
-    if short_side is not None and shrink:
-        scale = short_side / min(image.size)
-        sides = [max(short_side, round(side * scale)) for side in image.size]
-        image = image.resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
-        changed.append("shrunk")
-    image.info.clear()  # a CMYK profile or a transparent colour must not travel on
-    encoded = io.BytesIO()
-    if shrink or form in ("JPEG", "MPO", "AVIF"):
-        extension = "jpg"
-        image.save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        extension = "png"
-        image.save(encoded, "PNG")
-    payload = encoded.getvalue()
-    return payload, extension, ", ".join(changed), statistics_of(payload)
-
-
-def _note_colours(image: Image.Image, changed: list[str]) -> None:
-    """Adds to `changed` what plain decoding to RGB would not show."""
-    if image.mode == "CMYK":
-        changed.append("CMYK")
-    elif image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A").tobytes()
-        if alpha.strip(b"\xff"):  # somewhere it is not opaque
-            changed.append("transparency")
 
 
 def _load(name: str, options: dict[str, Any]) -> Source:
@@ -248,46 +179,27 @@ def _check_splits(source: Source, out: Path) -> None:
 def _samples(
     source: Source,
     split: str,
-    items: list[Item],
-    pool: ThreadPoolExecutor,
-    image_options: tuple[int | None, int],
+    prepared: Iterator[tuple[Item, Prepared | Fault]],
     progress: Callable[[int, int], None],
 ) -> Iterator[Sample]:
-    """Yields the items in their order, a bounded number of images ahead of the writer; unusable
-    ones go to `skipped`.
-    """
-
-    waiting: deque[tuple[Item, Future[Prepared]]] = deque()
-    rest = iter(items)
+    """Yields the usable items in their order; the others go to `skipped`."""
+    items = len(source.splits[split])
     usable = 0
-    for done in range(1, len(items) + 1):
-        while len(waiting) < 64 and (item := next(rest, None)):
-            waiting.append((item, pool.submit(_prepare, source, item, image_options)))
-        item, future = waiting.popleft()
-        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept
-        if error := future.exception():
-            kind = UNUSABLE_TEXT if isinstance(error, RecordError) else UNDECODABLE
-            reason = f"{type(error).__name__}: {error}"
-            reason = reason.split(" <_io")[0]  # an address in memory, another in every build
-            source.skip(kind, item.image, reason, split, len(item.record.texts))
+    for done, (item, outcome) in enumerate(prepared, 1):
+        if isinstance(outcome, Fault):
+            kind = UNUSABLE_TEXT if outcome.is_of_text else UNDECODABLE
+            source.skip(kind, item.image, outcome.reason, split, len(item.record.texts))
         else:
             usable += 1
-            prepared = future.result()
-            payload, extension, changed, row_K = prepared
+            payload, extension, changed, row_K = outcome
             source.notes[_ANEW + changed] += bool(changed)
             yield item.record, payload, extension, row_K
-        progress(done, len(items))
+        progress(done, items)
     if not usable:
         last = source.skipped[-1]
         raise ShardError(
             f"no image of the split {split} can be used; the last: {last.name}, {last.reason}"
         )
-
-
-def _prepare(source: Source, item: Item, image_options: tuple[int | None, int]) -> Prepared:
-    item.record.check()
-    item.record.to_json()  # a text that cannot be written costs its sample
-    return prepare_image(source.images.read(item.image), *image_options)
 
 
 def _lines_of_other_splits(source: Source, path: Path) -> list[str]:

@@ -37,7 +37,7 @@ def _common(
         int | None, typer.Option(min=1, help="Shrink images to it on their short side.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode. Without: one a core.")
+        int | None, typer.Option(min=1, help="Processes that decode. Without: one a core.")
     ] = None,
 ) -> None:
     """Takes what every `harness shards build SOURCE` takes beside the options of its `load`."""

@@ -210,7 +210,7 @@ class RowImages:
     """Images in the place of `source.Images`: that of each row, from a temporary file, or from
     where its path points.
 
-    `place` is a file or folder, or an id of the hub. Reading is safe from several threads.
+    `place` is a file or folder, or an id of the hub.
     """
 
     def __init__(self, place: Path):
@@ -220,6 +220,10 @@ class RowImages:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it
         self._named: dict[bytes, str] = {}
         self._spans: dict[str, tuple[int, int]] = {}
+        self.descriptors: tuple[int, ...] = (self._file.fileno(),)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_spans": self._spans, "descriptors": self.descriptors}
 
     def add(self, number: int, value: Any) -> tuple[str, str | bytes]:
         """Returns the name to read it by, and what equal images share. ValueError with the reason
@@ -257,7 +261,7 @@ class RowImages:
     def read(self, name: str) -> bytes:
         if name in self._spans:
             start, size = self._spans[name]
-            return os.pread(self._file.fileno(), size, start)
+            return os.pread(self.descriptors[0], size, start)
         if "://" not in name:
             return Path(name).read_bytes()
         import fsspec

@@ -7,20 +7,24 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from pictures import FLICKR8K, FLICKR8K_IMAGES, OFFICIAL, encoded, fill, picture
 from shards.build import build
-from shards.build import prepare_image as prepared_image
 from shards.files import ShardError
 from shards.manifest import Manifest
+from shards.prepare import prepare_image as prepared_image
 from shards.record import Record
 
 TOKEN = FLICKR8K / "Flickr8k.token.txt"
@@ -95,16 +99,81 @@ def test_a_build_writes_a_set_a_split_with_the_original_bytes(tmp_path, flickr_i
     assert seen == [("train", 1, 2), ("train", 2, 2), ("dev", 1, 1), ("test", 1, 1)]
 
 
-def test_zip_and_folder_and_any_number_of_workers_give_the_same_shards(tmp_path, flickr_images):
+@pytest.fixture
+def processes_pay(monkeypatch):
+    """Processes are started for the smallest set."""
+    monkeypatch.setattr("shards.prepare._WORTH_PROCESSES", 0)
+
+
+def test_zip_and_folder_and_any_number_of_workers_give_the_same_shards(
+    tmp_path, flickr_images, processes_pay
+):
+    (flickr_images / FLICKR8K_IMAGES[2]).write_text("no image")
     archive = tmp_path / "Flickr8k_Dataset.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in flickr_images.iterdir():
             file.write(path, f"Flicker8k_Dataset/{path.name}")
-    digests = set()
-    for n, (images, workers) in enumerate([(flickr_images, 1), (flickr_images, 3), (archive, 4)]):
-        build("flickr8k", tmp_path / str(n), images=images, captions=TOKEN, workers=workers)
-        digests.add(Manifest.open(tmp_path / str(n) / "train").digest)
-    assert len(digests) == 1
+    made = []
+    for n, (images, workers) in enumerate([(flickr_images, 1), (flickr_images, 3), (archive, 2)]):
+        out = tmp_path / str(n)
+        build("flickr8k", out, images=images, captions=TOKEN, workers=workers)
+        files = {path.name: path.read_bytes() for path in (out / "train").iterdir()}
+        made.append((files, skipped(out)[0]["reason"]))
+    assert made[0] == made[1]
+    assert made[0][0] == made[2][0]
+
+
+def many(folder: Path, count: int) -> dict[str, Path]:
+    """So many images with a caption each, as options of image-folder."""
+    images = fill(folder / "photos", [f"{n}.jpg" for n in range(count)])
+    rows = "".join(f"{n}.jpg,picture {n}\n" for n in range(count))
+    (folder / "t.csv").write_text(f"image,caption\n{rows}")
+    return {"images": images, "csv": folder / "t.csv"}
+
+
+def test_a_worker_that_dies_is_told_of_and_leaves_nothing(tmp_path, processes_pay):
+    def kill(split, done, total):
+        for worker in psutil.Process().children():
+            worker.kill()
+
+    options = {**many(tmp_path, 100), "workers": 2, "progress": kill}
+    with pytest.raises(ShardError, match=r"decodes images ended with -9 .*use fewer --workers"):
+        build("image-folder", tmp_path / "a" / "out", **options)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+import shards.prepare
+from shards.build import build
+
+shards.prepare._WORTH_PROCESSES = 0
+def kill(split, done, images):
+    if done == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+build("image-folder", sys.argv[1], images=sys.argv[2], csv=sys.argv[3], workers=2, progress=kill)
+"""
+
+
+def test_a_build_that_is_killed_takes_its_workers_along_and_is_done_anew(tmp_path, processes_pay):
+    options = many(tmp_path, 60)
+    place = tmp_path / "a" / "out"
+    given = [str(place), *map(str, options.values())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", KILLED, *given], env=environment) as process:
+        workers = []
+        while process.poll() is None:
+            workers = psutil.Process(process.pid).children() or workers
+            time.sleep(0.01)
+    assert process.returncode == -9
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    (left,) = (tmp_path / "a").iterdir()
+    assert left.name.startswith(".out.")
+    summary = build("image-folder", place, workers=2, **options)
+    assert summary.total("records") == 60
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
 def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(
