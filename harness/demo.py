@@ -143,7 +143,7 @@ def show(report: dict[str, Any], out: Path, config: Config) -> None:
     say(table(report))
     say("\n".join(verdict_lines("easy-VQA", report)) + "\n")
     say(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}")
-    say(f"MLflow     {ui_command(config, recorded_run_id(config))}")
+    say(f"MLflow     {ui_command(config)}")
 
 
 def make_folder(out: Path, config: Config) -> bool:

@@ -107,10 +107,9 @@ def _run(
     named = ", ".join(map(str, seeds))
     say(f"{len(ablation.variants)} variants x seeds {named} in {out}, {finished} finished already")
     tracker = open_tracker(parent, run_id=recorded_run_id(parent), resume_step=0)
-    tracking = (
-        f"tracking.parent_run_id={tracker.run_id or 'null'}",
-        f"tracking.uri={store_uri(parent)}",
-    )
+    tracking = [f"tracking.parent_run_id={tracker.run_id or 'null'}"]
+    if parent.tracking.kind == "mlflow":
+        tracking.append(f"tracking.uri={json.dumps(store_uri(parent))}")
     status = "FAILED"
     try:
         with stop_requests() as stop_asked:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +26,10 @@ from harness.cli.score import app as score_app
 from harness.cli.score import compare
 from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
+from harness.cli.ui import ui
 from harness.machine.parent import watch_parent
 from harness.redact import guard_output, masked_document, say, show
+from harness.tracking.provenance import COMMAND
 
 START = "Start"
 DATA = "Data and models to start from"
@@ -468,12 +471,14 @@ app.command(
     rich_help_panel=LOOK,
     epilog="Example: harness compare runs/mine runs/theirs",
 )(compare)
+app.command(rich_help_panel=LOOK, epilog="Example: harness ui runs/mine")(ui)
 
 
 def main() -> None:
     """The entry point."""
     watch_parent()
     guard_output()
+    os.environ[COMMAND] = shlex.join(["harness", *sys.argv[1:]])
     try:
         app(prog_name="harness")
     except Exception as error:

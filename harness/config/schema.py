@@ -265,8 +265,8 @@ class TrackingConfig(Section):
 
     kind: Literal["mlflow", "none"] = "mlflow"  # none needs no mlflow
     uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the output folder
-    experiment: str = "harness"  # MLflow's
-    run_name: str | None = None  # null: the config's name
+    experiment: str | None = None  # MLflow's; null: MLFLOW_EXPERIMENT_NAME, else harness
+    run_name: str | None = None  # null: MLFLOW_RUN_NAME, else the config's name
     parent_run_id: str | None = None  # the MLflow run whose child this is; `harness ablate` sets it
     # Seconds that the end of a run waits in all for the store; `harness sync RUN` sends the rest.
     last_wait: From0 = 30.0

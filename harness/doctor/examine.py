@@ -192,7 +192,7 @@ def tracking(config: Config) -> Finding:
             file = database(uri)
             if not file.exists():
                 return ok("MLflow", f"{shown}, which the run will make")
-            with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
+            with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
                 runs = store.execute("SELECT count(*) FROM runs").fetchone()[0]
             return ok("MLflow", f"{shown} with {runs} runs")
         # (!) By default one call to a server that does not answer blocks for 246 s.

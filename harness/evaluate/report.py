@@ -67,7 +67,7 @@ def report_of(
         "data": masked_document(list(paths)),
         "images": evaluation.images,
         "unreadable": evaluation.unreadable,
-        "tasks": {task: result.to_dict() for task, result in evaluation.tasks.items()},
+        "tasks": evaluation.by_task(),
     }
 
 

@@ -123,6 +123,10 @@ class Evaluation:
     )  # the same images every time, one text each
     shown_images: list[Shown] = field(default_factory=list)
 
+    def by_task(self) -> dict[str, dict[str, Any]]:
+        """Returns all that is known of each task, JSON-ready."""
+        return {task: result.to_dict() for task, result in self.tasks.items()}
+
     def metrics(self) -> dict[str, float]:
         """Returns the few figures to watch in training; of several tasks each name starts with its
         task.

@@ -36,6 +36,7 @@ from harness.evaluate.report import (
 )
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
+from harness.evaluate.told import described
 from harness.loading import load_model
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import masked, masked_document, say
@@ -231,6 +232,7 @@ def _track(
     figures = {f"test/{name}": value for name, value in evaluation.metrics().items()}
     tracker = open_tracker(config, run_id=run_id)
     tracker.metrics(figures, found.step)
+    tracker.describe(described(f"test, step {found.step}", evaluation.by_task()))
     for file in files:
         tracker.artifact(file, FOLDER)
     tracker.close()

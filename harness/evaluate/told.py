@@ -60,6 +60,21 @@ def verdict_lines(where: str, figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the verdicts on all tasks with their reasons and terms, as Markdown: what stands at
+    the top of a run's page. `when`: "dev, step 100".
+    """
+    parts = []
+    for task, figures in tasks.items():
+        sets = figures.get("sets") or {"": figures}
+        for name, own in sets.items():
+            where = f"{task}, {name}" if name else task
+            terms = "".join(f"- {told}\n" for term in TERMS if (told := term_line(term, own)))
+            reason = own.get("reason") or ""
+            parts.append(f"**{own.get('verdict')}** ({where}; {when}). {reason}\n\n{terms}")
+    return "\n".join(parts)
+
+
 def term_line(name: str, figures: Mapping[str, Any]) -> str:
     """Returns what a term showed; "" for one that the task does not have."""
     key = name.replace(" ", "_")

@@ -23,6 +23,8 @@ from shards.files import write_whole
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+DESCRIPTION = "mlflow.note.content"
+MAX_TAG = 5000  # characters
 RUN_ID = "mlflow_run_id"  # a file too: MLflow's run
 
 
@@ -161,6 +163,10 @@ class JournalTracker:
 
     def tags(self, values: Mapping[str, str]) -> None:
         pass
+
+    def describe(self, text: str) -> None:
+        """Sets what stands at the top of the run's page, as Markdown."""
+        self.tags({DESCRIPTION: text[:MAX_TAG]})
 
     def checkpoint(self, path: Path, digest: str, step: int) -> None:
         path = Path(path).absolute()

@@ -34,7 +34,16 @@ from harness.report.pictures import Shown, thumbnail
 from harness.tracking.journal import METRICS, RUN_ID, Journal, JournalTracker, read_rows
 from harness.tracking.outbox import Outbox
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
-from harness.tracking.store import database, default_database, store_uri, whole_uri
+from harness.tracking.store import (
+    database,
+    default_store,
+    environment_tags,
+    experiment_name,
+    refuse_deleted,
+    run_name,
+    store_uri,
+    whole_uri,
+)
 from shards.files import write_whole
 
 if TYPE_CHECKING:
@@ -66,13 +75,19 @@ def description(
     values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flatten(config).items()}
     document = {
         "uri": config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
-        "experiment": config.tracking.experiment,
-        "name": config.tracking.run_name or config.name,
+        "experiment": experiment_name(config),
+        "name": run_name(config),
         "key": uuid.uuid4().hex,
         "time": _now(),
         "source": source_tags() | ({"mlflow.parentRunId": parent} if parent else {}),
         "params": {k: v for k, v in values.items() if len(v) <= MAX_PARAM},  # the rest: config.yaml
-        "tags": {**version_tags(), **git_tags(), **facts, "host": os.uname().nodename},
+        "tags": {
+            **version_tags(),
+            **git_tags(),
+            **facts,
+            "host": os.uname().nodename,
+            **environment_tags(),
+        },
         "inputs": dataset_inputs(datasets),
     }
     return masked_document(document) | {"config": dump(config)}
@@ -289,6 +304,7 @@ class Sender:
     def _experiment(self, client: Any) -> str:
         name = self._told["experiment"]
         if found := client.get_experiment_by_name(name):
+            refuse_deleted(self.uri, name, found.experiment_id, found.lifecycle_stage)
             return found.experiment_id
         place = database(self.uri).parent / "mlartifacts" if self.uri.startswith("sqlite") else None
         try:
@@ -375,12 +391,16 @@ class MLflowTracker(JournalTracker):
         self._adds_only = adds_only
         self._last_wait = config.tracking.last_wait
         self._why = ""  # what the store said last; "" while it answers
+        self._refusal: ConfigError | None = None  # what no waiting helps against
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
         if not adds_only:
             self._ready.wait(START_SECONDS[self._sender.uri.startswith("sqlite")])
+        if self._refusal:
+            self._stop.set()
+            raise self._refusal
 
     @property
     def run_id(self) -> str | None:  # type: ignore[override]  # known once the store has answered
@@ -465,6 +485,8 @@ class MLflowTracker(JournalTracker):
         try:
             self._sender.send_all()
         except Exception as error:
+            if isinstance(error, ConfigError):
+                self._refusal = error
             if not self._why and not self._sender.gives_up:
                 self._why = why(error)
                 log.warning(
@@ -499,12 +521,14 @@ def send(folder: Path, uri: str | None = None) -> str:
     told = read_description(folder)
     recorded = folder / RUN_ID
     run_id = recorded.read_text().strip() if recorded.exists() else None
-    place = whole_uri(uri or told["uri"]) or f"sqlite:///{default_database(folder)}"
+    place = whole_uri(uri or told["uri"]) or default_store(folder)
     (folder / METRICS).touch()
     sender = Sender(folder, place, run_id, told, adds_only=False)
     sender.jobs.extend(Outbox(folder).waiting())
     try:
         sender.send_all()
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"the MLflow store {sender.name} does not answer ({why(error)}); still to be sent: "

@@ -6,6 +6,7 @@ import getpass
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ PACKAGES = (
     "mlflow",
     "numpy",
 )
+COMMAND = "HARNESS_COMMAND"  # what the user typed, for the processes that come of it
 MAX_DIGEST = 36  # characters, mlflow 3.17; the whole one is a tag of the input
 
 
@@ -55,9 +57,11 @@ def dataset_inputs(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, st
 
 
 def source_tags() -> dict[str, str]:
+    typed = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
     tags = {
-        "mlflow.source.name": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": os.environ.get(COMMAND) or typed,
+        # Of a LOCAL source mlflow's pages show what stands behind the last slash: "demo.yaml".
+        "mlflow.source.type": "JOB",
     }
     try:
         return {**tags, "mlflow.user": getpass.getuser()}

@@ -1,20 +1,35 @@
-"""Where MLflow keeps its runs: the URI that a config means, and its database file."""
+"""Where MLflow keeps a run, and under which names: a config, and mlflow's environment variables.
+
+A key of the config that is given wins over the environment, the environment over defaults.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
+import re
+import sqlite3
+import threading
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import quote, unquote
+
+from packaging.version import Version
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from harness.redact import MASK, remember
+from harness.redact import MASK, clean, remember
+
+TRAINING = "?workflowType=machine_learning"  # else the pages are those for chats with LLMs
+QUICK_SECONDS = 5.0  # that a check before the start waits for a server
 
 
 def store_uri(config: Config) -> str:
     """tracking.uri, else MLFLOW_TRACKING_URI, else a database in the output folder. Raises
     ConfigError for one that was stored without its secret.
     """
-    return whole_uri(config.tracking.uri) or f"sqlite:///{default_database(config.out_dir)}"
+    return whole_uri(config.tracking.uri) or default_store(config.out_dir)
 
 
 def whole_uri(given: str | None) -> str | None:
@@ -40,9 +55,99 @@ def whole_uri(given: str | None) -> str | None:
     return uri
 
 
-def default_database(out: Path) -> str:
-    return (out / "mlflow.db").absolute().as_posix()
+def default_store(out: Path) -> str:
+    """Returns the URI of the database in an output folder, whatever characters its path has."""
+    path = (out / "mlflow.db").absolute().as_posix()
+    if not re.search("[?]|%[0-9A-Fa-f]{2}", path):
+        return f"sqlite:///{path}"
+    # The driver is named: of a plain sqlite:/// mlflow makes the folders as they stand there.
+    if Version(importlib.metadata.version("sqlalchemy")) >= Version("2.1"):  # it decodes paths
+        return f"sqlite+pysqlite:///{quote(path)}"
+    return f"sqlite+pysqlite:///file:{quote(path)}?uri=true"  # SQLite itself decodes them
 
 
 def database(uri: str) -> Path:
-    return Path(uri.partition(":///")[2]).absolute()
+    """Returns the file of an SQLite store."""
+    from sqlalchemy.engine import make_url  # comes with mlflow
+
+    path = make_url(uri).database or ""
+    return Path(unquote(path[5:]) if path.startswith("file:") else path).absolute()
+
+
+def experiment_name(config: Config) -> str:
+    return config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "harness"
+
+
+def run_name(config: Config) -> str:
+    return config.tracking.run_name or os.environ.get("MLFLOW_RUN_NAME") or config.name
+
+
+def environment_tags() -> dict[str, str]:
+    """Returns the run's tags in MLFLOW_TAGS. Raises ConfigError for anything but a JSON object."""
+    text = os.environ.get("MLFLOW_TAGS") or "{}"
+    try:
+        tags = json.loads(text)
+    except (ValueError, RecursionError):
+        tags = None
+    if not isinstance(tags, dict):
+        raise ConfigError(
+            f'MLFLOW_TAGS is {text!r}, expected a JSON object such as {{"team": "vision"}}'
+        )
+    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in tags.items()}
+
+
+def check_experiment(config: Config) -> None:
+    """Raises ConfigError for an experiment that was deleted, as far as its store answers quickly.
+
+    A database file is read without mlflow. A store that is silent says it later, or never: a run
+    does not need it.
+    """
+    uri = store_uri(config)
+    name = experiment_name(config)
+    if uri.startswith("sqlite"):
+        file = database(uri)
+        if not file.exists():
+            return
+        query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
+        found = None
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store,
+        ):
+            found = store.execute(query, (name,)).fetchone()
+        if found:
+            refuse_deleted(uri, name, *found)
+    elif os.environ.get("RANK", "0") == "0":
+        answer: list[tuple[str, str]] = []
+        thread = threading.Thread(target=_ask_server, args=(uri, name, answer), daemon=True)
+        thread.start()
+        thread.join(QUICK_SECONDS)
+        for place, stage in answer:
+            refuse_deleted(uri, name, place, stage)
+
+
+def _ask_server(uri: str, name: str, answer: list[tuple[str, str]]) -> None:
+    with suppress(Exception):  # every kind of store has exceptions of its own
+        from mlflow import MlflowClient
+
+        if found := MlflowClient(uri).get_experiment_by_name(name):
+            answer.append((found.experiment_id, found.lifecycle_stage))
+
+
+def refuse_deleted(uri: str, name: str, place: str | int, stage: str) -> None:
+    """Raises ConfigError for an experiment, whose id is `place`, that is not active."""
+    if stage != "active":
+        raise ConfigError(
+            f"tracking.experiment is {name!r}, which was deleted in {clean(uri)}: give another "
+            "tracking.experiment=NAME, or restore it by `mlflow experiments restore "
+            f"--experiment-id {place}` with MLFLOW_TRACKING_URI set to that store"
+        )
+
+
+def runs_page(experiment: str) -> str:
+    """Returns where the server's pages show the training runs of an experiment (mlflow 3.17)."""
+    return f"/#/experiments/{experiment}/runs{TRAINING}"
+
+
+def run_page(experiment: str, run_id: str) -> str:
+    return f"/#/experiments/{experiment}/runs/{run_id}{TRAINING}"

@@ -24,7 +24,7 @@ from harness.redact import clean
 from harness.report.pictures import Shown
 from harness.tracking.journal import RUN_ID, Journal, JournalTracker
 from harness.tracking.mlflow import MLflowTracker, send
-from harness.tracking.store import database, store_uri
+from harness.tracking.store import check_experiment, environment_tags, store_uri
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -58,6 +58,7 @@ class Tracker(Protocol):
     ) -> None: ...  # must stay as it is until `close`
     def checkpoint(self, path: Path, digest: str, step: int) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
+    def describe(self, text: str) -> None: ...  # in Markdown, in place of what was said before
     def close(self, status: str = "FINISHED") -> None: ...  # FINISHED, FAILED or KILLED
 
 
@@ -82,7 +83,7 @@ def open_tracker(
     journal = Journal(config.out_dir, None if adds_only else (resume_step or 0))
     if config.tracking.kind == "none":
         return JournalTracker(config.out_dir, journal)
-    _limit_mlflow()
+    limit_mlflow()
     import mlflow  # noqa: F401  seconds; here, on the calling thread, so that a broken installation is seen
 
     return MLflowTracker(
@@ -99,11 +100,11 @@ def sync(folder: Path, uri: str | None = None) -> str:
         raise ConfigError(
             f"harness sync needs mlflow, which is not installed: {install_command('mlflow')}"
         )
-    _limit_mlflow()
+    limit_mlflow()
     return send(folder, uri)
 
 
-def _limit_mlflow() -> None:
+def limit_mlflow() -> None:
     """Sets what mlflow reads from the environment, unless the user did, and what it logs."""
     # (!) By default one call to a server that does not answer blocks for 246 s. None is repeated
     # by the client: of a run that was made without an answer there would be two.
@@ -116,8 +117,9 @@ def _limit_mlflow() -> None:
 
 
 def check_tracking(config: Config) -> None:
-    """Cheap and without mlflow's import, to be called before anything is spawned. Raises
-    ConfigError.
+    """Raises ConfigError; to be called before anything is spawned.
+
+    Without mlflow's import for a database, and at most a few seconds for a server.
     """
     if config.tracking.kind == "none":
         return
@@ -137,6 +139,9 @@ def check_tracking(config: Config) -> None:
             f"{key} is {found}, expected a database or a server, such as sqlite:///mlflow.db or "
             "http://HOST"
         )
+    environment_tags()
+    limit_mlflow()
+    check_experiment(config)
 
 
 def recorded_run_id(config: Config) -> str | None:
@@ -147,23 +152,10 @@ def recorded_run_id(config: Config) -> str | None:
     return file.read_text().strip() or None if file.exists() else None
 
 
-def ui_command(config: Config, run_id: str | None = None) -> str:
-    """Returns what to type to see the run: a shell command; the address of the page behind it, as a
-    comment.
-    """
-    uri = store_uri(config)
-    page = f"/#/runs/{run_id}" if run_id else ""
-    if uri.startswith("http"):
-        return f"python -m webbrowser {shlex.quote(clean(uri).rstrip('/') + page)}"
-    if uri.startswith("sqlite:////"):  # shorter from where the user is
-        uri = (
-            f"sqlite:///{os.path.relpath(database(uri))}"
-            if database(uri).is_relative_to(Path.cwd())
-            else uri
-        )
-    program = "mlflow"
-    beside = Path(sys.executable).with_name("mlflow")
+def ui_command(config: Config) -> str:
+    """Returns what to type to see the run in MLflow."""
+    program = "harness"
+    beside = Path(sys.executable).with_name(program)
     if beside.exists() and not shutil.which(program):  # an environment that is not activated
         program = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-    store = shlex.quote(clean(uri))
-    return f"{shlex.quote(program)} ui --workers 1 --backend-store-uri {store}  # then open http://127.0.0.1:5000{page}"
+    return shlex.join([program, "ui", str(config.out_dir)])

@@ -11,7 +11,7 @@ from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
-from harness.evaluate.told import verdict_lines
+from harness.evaluate.told import described, verdict_lines
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
 from harness.train.together import gathered
@@ -189,6 +189,7 @@ def _tell(run: Run, result: Evaluation) -> str:
     figures = _figures(result)
     run.track("dev", figures)
     run.tracker.predictions(result.shown_images, run.state.step)
+    run.tracker.describe(described(f"dev, step {run.state.step}", result.by_task()))
     words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     run.terminal.say(f"step {run.state.step}: {words}")
     run.terminal.answers(result.shown_images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness import checkpoint as checkpoints
 from harness.checkpoint import Checkpoint
 from harness.checks import changes, without_dev
-from harness.config.schema import Config
+from harness.config.schema import Config, DataSetConfig
 from harness.machine.signals import stop_requests
 from harness.report.terminal import Terminal, part_rows
 from harness.tracking.tracker import JournalTracker, Tracker, open_tracker, recorded_run_id
@@ -115,9 +115,13 @@ def _made(
             run_id=_run_id(config, resume, found),
             resume_step=state.step,
             facts=engine.facts(),
-            datasets=[*loader.manifests, *(Manifest.open(dev.path) for dev in config.data.dev)],
+            datasets=[*loader.manifests, *_opened(config.data.dev), *_opened(config.data.test)],
         )
     return Run(config, engine, model, wrapped, loader, state, terminal, tracker, observers)
+
+
+def _opened(sets: Sequence[DataSetConfig]) -> list[Manifest]:
+    return [Manifest.open(each.path) for each in sets]
 
 
 def _run_id(config: Config, resume: str | None, found: Checkpoint | None) -> str | None:

@@ -19,8 +19,12 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.report.pictures import Shown
 from harness.tracking import mlflow as mlflow_tracker
+from harness.tracking import tracker as tracker_module
 from harness.tracking.journal import METRICS, JournalTracker
-from harness.tracking.tracker import open_tracker, recorded_run_id, ui_command
+from harness.tracking.provenance import COMMAND, source_tags
+from harness.tracking.store import default_store
+from harness.tracking.tracker import check_tracking, open_tracker, recorded_run_id, ui_command
+from mlflow_server import MlflowServer
 
 
 @dataclass
@@ -42,7 +46,9 @@ class Manifest:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_NAME", "TAGS"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
+    monkeypatch.delenv(COMMAND, raising=False)
     monkeypatch.setattr(mlflow_tracker, "PERIOD", 0.05)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
@@ -299,10 +305,75 @@ def test_a_store_that_cannot_be_one_is_refused_by_name(tmp_path, monkeypatch):
         open_tracker(make_config(tmp_path))
 
 
-def test_the_command_for_the_ui_names_the_store_and_the_run(tmp_path, monkeypatch):
+def test_the_command_that_shows_a_run_is_typed_where_the_user_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ui_command(Config(name="demo"), "abc")
-    assert "ui --workers 1 --backend-store-uri sqlite:///runs/demo/mlflow.db" in command
-    assert command.endswith("http://127.0.0.1:5000/#/runs/abc")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org/")
-    assert "'https://mlflow.example.org/#/runs/abc'" in ui_command(Config(name="demo"), "abc")
+    monkeypatch.setenv("PATH", "")
+    assert ui_command(Config(name="a b")).endswith("harness ui 'runs/a b'")
+
+
+def test_mlflows_own_variables_stand_between_the_config_and_its_defaults(
+    tmp_path, store, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "tuesday")
+    monkeypatch.setenv("MLFLOW_TAGS", '{"team": "vision", "try": 2}')
+    told = {}
+    for name, given in (("silent", {}), ("given", {"experiment": "harness", "run_name": "mine"})):
+        tracker = open_tracker(make_config(tmp_path / name, store, **given))
+        tracker.close()
+        run = client_of(store).get_run(tracker.run_id)
+        experiment = client_of(store).get_experiment(run.info.experiment_id).name
+        told[name] = (experiment, run.info.run_name)
+        assert (run.data.tags["team"], run.data.tags["try"]) == ("vision", "2")
+    assert told == {"silent": ("theirs", "tuesday"), "given": ("harness", "mine")}
+    monkeypatch.setenv("MLFLOW_TAGS", "team=vision")
+    with pytest.raises(ConfigError, match=r"MLFLOW_TAGS is 'team=vision', expected a JSON object"):
+        check_tracking(make_config(tmp_path, store))
+
+
+def test_a_deleted_experiment_is_refused_before_anything_starts_and_by_a_server_too(
+    tmp_path, store, monkeypatch
+):
+    client = client_of(store)
+    place = client.create_experiment("old")
+    client.delete_experiment(place)
+    refusal = rf"tracking.experiment is 'old', which was deleted in .*--experiment-id {place}`"
+    config = make_config(tmp_path, store, experiment="old")
+    with pytest.raises(ConfigError, match=refusal):
+        check_tracking(config)
+    # A store that answers only after the check, or is asked by a rank that leaves that to another.
+    monkeypatch.setattr(tracker_module, "check_experiment", lambda config: None)
+    with pytest.raises(ConfigError, match=refusal):
+        open_tracker(config)
+    monkeypatch.undo()
+    server = MlflowServer(tmp_path)
+    try:
+        client_of(server.uri).delete_experiment(client_of(server.uri).create_experiment("gone"))
+        config = make_config(tmp_path, server.uri, experiment="gone")
+        with pytest.raises(ConfigError, match=r"'gone', which was deleted in http://127\.0\.0\.1"):
+            check_tracking(config)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("folder", ["a b ü?c", "d#e%20f"])
+def test_an_output_folder_may_have_any_name(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / folder
+    tracker = open_tracker(make_config(out))
+    tracker.predictions(SHOWN, 1)
+    tracker.describe("**image used**: because")
+    tracker.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder], "nothing beside it"
+    assert (out / "mlflow.db").is_file()
+    kept = out / "mlartifacts" / tracker.run_id / "artifacts" / "answers" / "step-000001.json"
+    assert len(json.loads(kept.read_text())["data"]) == len(SHOWN)
+    run = client_of(default_store(out)).get_run(tracker.run_id)
+    assert run.data.tags["mlflow.note.content"] == "**image used**: because"
+    check_tracking(make_config(out))
+
+
+def test_the_source_of_a_run_is_what_was_typed(tmp_path, monkeypatch):
+    assert "pytest" in source_tags()["mlflow.source.name"]
+    monkeypatch.setenv(COMMAND, "harness train demo out=runs/x")
+    assert source_tags()["mlflow.source.name"] == "harness train demo out=runs/x"
