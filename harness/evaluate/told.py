@@ -17,6 +17,7 @@ from harness.evaluate.image_use.evidence import (
     SHALLOW,
     TEXT_ONLY,
 )
+from harness.evaluate.measures import TASKS
 from harness.report.pictures import markdown_table
 
 # Terms in the order in which they are told.
@@ -73,6 +74,24 @@ def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
             reason = own.get("reason") or ""
             parts.append(f"**{own.get('verdict')}** ({where}; {when}). {reason}\n\n{terms}")
     return "\n".join(parts)
+
+
+def score_line(task: str, figures: Mapping[str, Any]) -> str:
+    """Returns the score beside what it falls to with other images and with none, and the loss."""
+    measure = TASKS[task].measure
+    points = 1 if measure == "accuracy" else 100  # a hundredth of CIDEr is a point
+    words = [f"{task}: {measure} {_figure(figures.get(measure), measure)}"]
+    for condition, told in (("shuffled", "with other images"), ("no_image", "with none")):
+        value = figures.get(f"{condition}_{measure}")
+        if value is not None:
+            words.append(f"{told} {_figure(value / points, measure)}")
+    return f"{', '.join(words)}; loss {_figure(figures.get('loss_nats'))}"
+
+
+def _figure(value: float | None, measure: str = "") -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.1f}%" if measure == "accuracy" else f"{value:.3f}"
 
 
 def term_line(name: str, figures: Mapping[str, Any]) -> str:

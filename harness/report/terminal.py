@@ -1,20 +1,20 @@
-"""What the user sees while a run goes on: the table of parts, a progress bar, answers to the same
-images.
+"""What the user sees while a run goes on: the table of parts, a progress bar, answers that changed.
 
 Rank-aware: only the main process writes. Where there is no terminal, a line every few seconds takes
-the bar's place.
+the bar's place. Of the figures as many are shown as fit, the most important first.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
@@ -23,6 +23,8 @@ from harness.redact import clean, printable
 from harness.report.pictures import Shown
 
 LINE_SECONDS = 10.0  # between two lines of a log
+LOG_WIDTH = 100  # columns of such a line
+BAR = 12  # columns
 
 
 def part_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
@@ -59,35 +61,75 @@ class Terminal:
         self.console = Console(stderr=True, quiet=not enabled, emoji=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            BarColumn(bar_width=BAR),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             refresh_per_second=4,  # a notebook gets each as a message
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
         )
-        self._said = 0.0
+        self._said = -LINE_SECONDS
+        self._answers: dict[tuple[str, str], str] = {}  # to each prompt, the last time
+        self._evaluation_seconds = 0.0  # that the last one took
 
     @contextmanager
     def progress(self, total: int, done: int) -> Iterator[None]:
         """Shows a bar for as long as the block lasts."""
         self._task = self._bar.add_task("training", total=total, completed=done, numbers="")
+        self._pace = Pace(done)
         with self._bar:
             yield
 
     def advance(self, step: int, numbers: Mapping[str, float]) -> None:
-        shown = (
-            f"loss {numbers['loss']:.3f}  {numbers['images_per_second']:.0f} images/s  "
-            f"{numbers['targets_per_second']:.0f} targets/s  waiting {numbers['data_wait']:.0%}  "
-            f"{numbers['memory_mb']:.0f} MB"
+        """Shows a step: in a log every `LINE_SECONDS`, at the first and at the last one."""
+        total = int(self._bar.tasks[self._task].total or 0)
+        figures = (
+            f"loss {numbers['loss']:.3f}",
+            f"{numbers['images_per_second']:.0f} images/s",
+            f"waiting {numbers['data_wait']:.0%}",
+            f"{numbers['targets_per_second']:.0f} targets/s",
+            f"{numbers['memory_mb']:.0f} MB",
         )
-        self._bar.update(self._task, completed=step, numbers=shown)
-        total = self._bar.tasks[self._task].total
+        where = f"{step}/{total}  {self._pace.left(step, total)}"
+        self._show(self._task, "step", where, figures, step, at_once=step == total)
+
+    @contextmanager
+    def evaluation(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Announces an evaluation of `what`, and shows how far it is when told (images done, of how
+        many); the answers to exchanged images come after the last.
+        """
+        began = time.monotonic()
+        last = self._evaluation_seconds
+        takes = f"the last one took {duration(last)}" if last else "this takes a while"
+        self.say(f"evaluating on {what}; {takes}")
+        task = self._bar.add_task("evaluating", total=None, numbers="")
+        pace = Pace(0)
+        self._said = began
+
+        def advance(done: int, total: int) -> None:
+            left = pace.left(done, total) if done < total else "now with other images"
+            where = f"{done}/{total} images  {left}"
+            self._bar.update(task, total=total)
+            self._show(task, "evaluating", where, (), done, at_once=False)
+
+        try:
+            yield advance
+        finally:
+            self._bar.remove_task(task)
+            self._evaluation_seconds = time.monotonic() - began
+
+    def _show(
+        self, task: TaskID, title: str, where: str, figures: Sequence[str], done: int, at_once: bool
+    ) -> None:
+        """Moves a bar, or writes a line of a log with the time of day; `figures`: the first so many
+        that fit.
+        """
+        width = self.console.width - max(len(t.description) for t in self._bar.tasks) - BAR - 2
+        self._bar.update(task, completed=done, numbers=fitting(where, figures, width))
         now = time.monotonic()
-        if self._bar.disable and (now - self._said >= LINE_SECONDS or step == total):
+        if self._bar.disable and (at_once or now - self._said >= LINE_SECONDS):
             self._said = now
-            self.say(f"step {step}/{total}  {shown}")
+            clock = time.strftime("%H:%M:%S")
+            self.say(fitting(f"{clock}  {title} {where}", figures, LOG_WIDTH))
 
     def say(self, message: str) -> None:
         message = clean(message)
@@ -107,9 +149,54 @@ class Terminal:
         self.console.print(table)
 
     def answers(self, items: Sequence[Shown]) -> None:
-        self.say("answers to the same images")
-        table = Table("prompt", "truth", "answer")
+        """Shows answers to the same images as always: all at first, then those that changed."""
+        rows = []
+        before = self._answers
         for item in items:
-            texts = (item.prompt, item.expected, item.said)
-            table.add_row(*(Text(printable(text)) for text in texts))
-        self.console.print(table)
+            earlier = before.get((item.prompt, item.expected))
+            if earlier != item.said:
+                was = () if not before else (earlier or "",)
+                rows.append((item.prompt, item.expected, *was, item.said))
+        if not before:
+            self.say(f"answers to {len(items)} images")
+        else:
+            self.say(f"answers to the same {len(items)} images: {len(rows) or 'none'} changed")
+        self._answers = {(item.prompt, item.expected): item.said for item in items}
+        if rows:
+            columns = (
+                ("prompt", "truth", "before", "now") if before else ("prompt", "truth", "answer")
+            )
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*(Text(printable(text)) for text in row))
+            self.console.print(table)
+
+
+class Pace:
+    """How long the rest takes, at the pace since the start, evaluations included."""
+
+    def __init__(self, done: int) -> None:
+        self._first = done
+        self._began = time.monotonic()
+
+    def left(self, done: int, total: int) -> str:
+        """Says it: "0:12:30 left"; while nothing is done it is unknown."""
+        if done <= self._first:
+            return "-:--:-- left"
+        seconds = (time.monotonic() - self._began) / (done - self._first) * (total - done)
+        return f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Returns hours, minutes and seconds: "0:12:30"."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def fitting(start: str, figures: Sequence[str], width: int) -> str:
+    """Returns `start` and the first so many figures that fit into `width` columns."""
+    line = start
+    for figure in figures:
+        if len(line) + 2 + len(figure) > width:
+            break
+        line = f"{line}  {figure}"
+    return line

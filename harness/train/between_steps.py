@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from harness.config.schema import Config
+from harness.data.images import cache_of, patience_of
 from harness.errors import GuardError
 from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
-from harness.evaluate.told import described, verdict_lines
+from harness.evaluate.told import described, score_line, verdict_lines
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
 from harness.train.together import gathered
 from shards.files import ShardError, UnreachableError
+from shards.manifest import Manifest
 
 
 class Due(NamedTuple):
@@ -158,26 +161,43 @@ def _scored(run: Run, stop_asked: Callable[[], int]) -> Evaluation | ShardError 
     """Evaluates. Returns the error of a dev set, None where a signal came."""
     config = run.config
 
-    def go_on(done: int, images: int) -> None:
-        run.engine.heart.doing(f"evaluates, {done} of {images} images done", alone=True)
-        if stop_asked():
-            raise _CutOffError
-
     try:
-        return evaluate_model(
-            run.model,
-            [dev.path for dev in config.data.dev],
-            config,
-            limit=config.evaluation.dev_images,
-            counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-            progress=go_on,
-            epochs=run.epochs,
-            floors=False,
-        )
+        with run.terminal.evaluation(_dev_sets(config)) as show:
+
+            def go_on(done: int, images: int) -> None:
+                run.engine.heart.doing(f"evaluates, {done} of {images} images done", alone=True)
+                show(done, images)
+                if stop_asked():
+                    raise _CutOffError
+
+            return evaluate_model(
+                run.model,
+                [dev.path for dev in config.data.dev],
+                config,
+                limit=config.evaluation.dev_images,
+                counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+                progress=go_on,
+                epochs=run.epochs,
+                floors=False,
+            )
     except _CutOffError:
         return None
     except ShardError as error:
         return error
+
+
+def _dev_sets(config: Config) -> str:
+    """Says on how much is evaluated: "400 dev images with 2,000 texts". Raises ShardError."""
+    images = 0
+    texts = 0.0
+    about = ""
+    for dev in config.data.dev:
+        manifest = Manifest.open(dev.path, cache_of(config), patience_of(config))
+        read = min(manifest.samples, config.evaluation.dev_images or manifest.samples)
+        about = "about " if read < manifest.samples else about
+        images += read
+        texts += manifest.texts * read / max(manifest.samples, 1)
+    return f"{images:,} dev images with {about}{texts:,.0f} texts"
 
 
 def _figures(result: Evaluation) -> dict[str, float]:
@@ -189,9 +209,11 @@ def _tell(run: Run, result: Evaluation) -> str:
     figures = _figures(result)
     run.track("dev", figures)
     run.tracker.predictions(result.shown_images, run.state.step)
-    run.tracker.describe(described(f"dev, step {run.state.step}", result.by_task()))
-    words = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    run.terminal.say(f"step {run.state.step}: {words}")
+    tasks = result.by_task()
+    run.tracker.describe(described(f"dev, step {run.state.step}", tasks))
+    run.terminal.say(f"after step {run.state.step}, {run.epochs:.3g} epochs:")
+    for task, known in tasks.items():
+        run.terminal.say(f"  {score_line(task, known)}")
     run.terminal.answers(result.shown_images)
     ignored = ""
     for task, scored in result.tasks.items():

@@ -3,8 +3,10 @@ sees what goes on.
 """
 
 import gc
+import io
 import json
 import math
+import re
 import shutil
 import time
 import tracemalloc
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import harness
 from harness import checkpoint as checkpoints
@@ -21,6 +24,7 @@ from harness.data.collate import Collator
 from harness.errors import ConfigError, GuardError
 from harness.model.vlm import VisionLanguageModel
 from harness.report import terminal as terminals
+from harness.report.pictures import Shown
 from harness.report.terminal import Terminal
 from harness.train import between_steps, prepare
 from harness.train import engine as engines
@@ -294,30 +298,89 @@ def test_what_went_wrong_on_another_rank_alone_is_said_there_after_a_while(
     assert capfd.readouterr().err.startswith("harness, rank 1: ")
 
 
-def test_without_a_terminal_a_line_comes_at_once_then_now_and_then_and_at_the_end(
+NUMBERS = {
+    "loss": 1.5,
+    "images_per_second": 3,
+    "targets_per_second": 9,
+    "data_wait": 0.25,
+    "memory_mb": 7,
+}
+
+
+def test_a_log_has_lines_at_once_then_now_and_then_and_at_the_end_with_clock_and_time_left(
     capfd, monkeypatch
 ):
     now = [100.0]
     monkeypatch.setattr(terminals.time, "monotonic", lambda: now[0])
-    numbers = {
-        "loss": 1.5,
-        "images_per_second": 3,
-        "targets_per_second": 9,
-        "data_wait": 0.25,
-        "memory_mb": 7,
-    }
     shown = Terminal(True)
     with shown.progress(40, 0):
         for step in range(1, 41):
-            shown.advance(step, numbers)
+            shown.advance(step, NUMBERS)
             now[0] += 1
-    said = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
-    assert said == ["step 1/40", "step 11/40", "step 21/40", "step 31/40", "step 40/40"]
+            if step == 20:
+                with shown.evaluation("400 dev images") as advance:
+                    for done in range(0, 401, 100):
+                        advance(done, 400)
+                        now[0] += 6
+    lines = capfd.readouterr().err.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    said = [tuple(line.split("  ")[1:3]) for line in lines if "  " in line]
+    assert said == [
+        ("step 1/40", "0:00:00 left"),
+        ("step 11/40", "0:00:26 left"),
+        ("evaluating 200/400 images", "0:00:12 left"),
+        ("evaluating 400/400 images", "now with other images"),
+        ("step 25/40", "0:00:32 left"),
+        ("step 35/40", "0:00:09 left"),
+        ("step 40/40", "0:00:00 left"),
+    ]
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines if "step" in line)
+    assert "evaluating on 400 dev images; this takes a while" in lines
+    with shown.evaluation("400 dev images"):
+        pass
+    assert "the last one took 0:00:30" in capfd.readouterr().err
     silent = Terminal(False)
-    with silent.progress(1, 0):
-        silent.advance(1, numbers)
+    with silent.progress(1, 0), silent.evaluation("nothing") as advance:
+        advance(1, 1)
+        silent.advance(1, NUMBERS)
         silent.say("nothing")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "seen", "left_out"),
+    [(60, "left", "images"), (80, "images/s", "MB"), (130, "targets/s  7 MB", "nothing")],
+)
+def test_a_narrow_terminal_keeps_the_step_and_the_time_left(columns, seen, left_out, monkeypatch):
+    narrow = Console(file=io.StringIO(), width=columns, force_terminal=True)
+    monkeypatch.setattr(terminals, "Console", lambda **options: narrow)
+    shown = Terminal(True)
+    with shown.progress(123_456, 0):
+        shown.advance(12_345, NUMBERS)
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", shown.console.file.getvalue()).splitlines()[-1]
+    assert "12345/123456" in last
+    assert " left" in last
+    assert len(last.rstrip()) <= columns
+    assert seen in last
+    assert left_out not in last
+
+
+def test_of_answers_to_the_same_images_only_the_changed_ones_are_shown_again(capfd):
+    def answers(*said):
+        return [
+            Shown(None, f"what is {n}?", ("a box",), text) for n, text in enumerate(said, start=1)
+        ]
+
+    terminal = Terminal(True)
+    terminal.answers(answers("red", "red"))
+    assert capfd.readouterr().err.count("red") == 2
+    terminal.answers(answers("red", "a box"))
+    said = capfd.readouterr().err
+    assert "answers to the same 2 images: 1 changed" in said
+    assert "what is 2?" in said
+    assert "what is 1?" not in said
+    terminal.answers(answers("red", "a box"))
+    assert capfd.readouterr().err == "answers to the same 2 images: none changed\n"
 
 
 def test_the_share_of_waiting_leaves_evaluations_out(monkeypatch):
