@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -70,10 +71,15 @@ def write_shards(
         rows = bytearray()
         triples = _with_rows_noted(samples, kind, rows)
         numbered = _numbered(triples, split, kind, max_shard_bytes, max_shard_samples)
-        for number, members in groupby(numbered, key=itemgetter(0)):
-            path = beside / f"{split}-{number:06d}.tar"
-            _write_tar(path, members)
-            indexing.add(str(path))
+        # Each is read again while the next one is written.
+        with ThreadPoolExecutor(1) as reading:
+            added = []
+            for number, members in groupby(numbered, key=itemgetter(0)):
+                path = beside / f"{split}-{number:06d}.tar"
+                _write_tar(path, members)
+                added.append(reading.submit(indexing.add, str(path)))
+            for done in added:
+                done.result()
         if not indexing.shards:
             raise ShardError(f"there is no sample to write for {split}")
         assert not indexing.skipped, indexing.skipped[0]  # each was checked before it was written
