@@ -71,15 +71,7 @@ def write_shards(
         rows = bytearray()
         triples = _with_rows_noted(samples, kind, rows)
         numbered = _numbered(triples, split, kind, max_shard_bytes, max_shard_samples)
-        # Each is read again while the next one is written.
-        with ThreadPoolExecutor(1) as reading:
-            added = []
-            for number, members in groupby(numbered, key=itemgetter(0)):
-                path = beside / f"{split}-{number:06d}.tar"
-                _write_tar(path, members)
-                added.append(reading.submit(indexing.add, str(path)))
-            for done in added:
-                done.result()
+        _write_tars(numbered, beside, split, indexing)
         if not indexing.shards:
             raise ShardError(f"there is no sample to write for {split}")
         assert not indexing.skipped, indexing.skipped[0]  # each was checked before it was written
@@ -234,6 +226,23 @@ def _numbered(
         held += size
         count += 1
         yield number, record, members
+
+
+def _write_tars(
+    numbered: Iterable[tuple[int, Record, dict[str, bytes]]],
+    folder: Path,
+    split: str,
+    indexing: Indexing,
+) -> None:
+    """Writes the shards; each is read again for its index while the next one is written."""
+    with ThreadPoolExecutor(1) as reading:
+        added = []
+        for number, samples in groupby(numbered, key=itemgetter(0)):
+            path = folder / f"{split}-{number:06d}.tar"
+            _write_tar(path, samples)
+            added.append(reading.submit(indexing.add, str(path)))
+    for done in added:
+        done.result()
 
 
 def _write_tar(path: Path, samples: Iterable[tuple[int, Record, dict[str, bytes]]]) -> None:
