@@ -3,14 +3,20 @@ JSON of known sets, each built or refused in one sentence.
 """
 
 import json
+import re
+import shlex
 from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from harness.cli.shards import app
 from pictures import fill, picture
 from shards.build import build
 from shards.files import ShardError
+from shards.manifest import Manifest
 from shards.sources import image_folder
 
 
@@ -517,3 +523,53 @@ def test_any_list_and_lines_of_it_are_read_once_their_fields_are_named(tmp_path)
     assert texts(loaded(tmp_path, lines, form="jsonl", **named)) == expected
     with pytest.raises(ShardError, match="is one JSON list, not an object a line"):
         loaded(tmp_path, rows, form="jsonl")
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "data-forms.md"
+COMMANDS = re.findall(r"\| `harness shards build (image-folder [^`]*)` \|", PAGE.read_text())
+
+
+def write_what_the_page_names(folder):
+    names = ["a.jpg", "coco/train2017/000000033471.jpg", "val2014/" + coco(42)[0]]
+    names += ["VizWiz_val_00000001.jpg", "VizWiz_train_00000000.jpg", "003a8ae2ef43b901.jpg"]
+    names += ["000000461751.jpg", *(f"{n}.jpg" for n in range(12))]
+    for place in ("photos", "folder"):
+        fill(folder / place, names)
+    captions = "".join(f"{n}.jpg,a dog\n" for n in range(12))
+    for name, text in {
+        "photos/a.txt": "a dog",
+        "mine.csv": "Image,Caption\na.jpg,a dog\n",
+        "texts.jsonl": '{"image": "a.jpg", "captions": ["a dog"]}',
+        "folder/metadata.csv": "file_name,text\na.jpg,a dog\n",
+        "captions.txt": f"image,caption\n{captions}",
+        "results.csv": "image_name| comment_number| comment\na.jpg| 0| a dog\n",
+    }.items():
+        (folder / name).write_text(text)
+    (folder / "bilder.csv").write_bytes("Bild;Frage;Antwort\na.jpg;Was?;Hündin\n".encode("cp1252"))
+    for name, document in {
+        "vizwiz": VIZWIZ,
+        "vizwiz_captions": VIZWIZ_CAPTIONS,
+        "TextVQA_0.5.1_train": TEXTVQA,
+        "okvqa": OKVQA,
+        "okvqa_questions": OKVQA_QUESTIONS,
+        "aokvqa_v1p0_train": AOKVQA,
+        "lavis": LAVIS,
+        "llava": LLAVA,
+        "bilder": [{"Bild": "a.jpg", "Satz": "ein Hund"}],
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-50:])
+def test_each_command_of_the_page_builds_shards(tmp_path, monkeypatch, command):
+    write_what_the_page_names(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["build", *shlex.split(command)])
+    assert result.exit_code == 0, result.output
+    made = [path.parent for path in Path("data/mine").glob("*/index.json")]
+    assert sum(Manifest.open(path).samples for path in made) in (1, 12)
+    assert len(made) == (3 if "--dev-share" in command else 1)
+
+
+def test_the_page_has_a_command_for_every_form():
+    assert len(COMMANDS) == 15
