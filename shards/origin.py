@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -78,14 +78,18 @@ def _warn(sentence: str) -> None:
 
 def indices_at_source(manifest: Manifest, source: Manifest, indices_S: Iterable[int]) -> np.ndarray:
     """Returns which samples of `source` have the keys of these samples, int64; -1 where none."""
-    keys = [manifest.key(int(index)) for index in indices_S]
-    needed = set(keys)
+    return indices_of(source, [manifest.key(int(index)) for index in indices_S])
+
+
+def indices_of(manifest: Manifest, keys_S: Sequence[str]) -> np.ndarray:
+    """Returns which samples of a set have the records of these keys, int64; -1 where none has."""
+    needed = set(keys_S)
     places = {
         key: place
-        for place, raw in enumerate(source.sidecar["key"])
+        for place, raw in enumerate(manifest.sidecar["key"])
         if (key := record_key(raw.decode(errors="replace"))) in needed
     }
-    return np.array([places.get(key, -1) for key in keys], np.int64)
+    return np.array([places.get(key, -1) for key in keys_S], np.int64)
 
 
 def pictures_of(

@@ -256,6 +256,8 @@ class EvaluationConfig(Section):
     # Images of each dev set for train.image_use_every: one text of each task and image.
     small_gate_images: Positive = 32
     show_images: Positive = 8  # the same images after each epoch, with what the model says
+    # Images of report.html for each task on which it is shown where the model looked; 0: none.
+    look_images: NonNegative = 6
     confidence: Between0And1 = 0.95  # of the intervals
     bootstrap: Positive = 1000  # resamples over images
 

@@ -73,7 +73,13 @@ class Collected:
             decoding = getattr(self.config.generate, stratum.task)
             part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
             sums = sums_per_context(self.model.loss(part, part_tokens), part)
-            said = answers(self.model, part, decoding, part_tokens)
+            loss_C = sums.nats_C / np.where(sums.weight_C > 0, sums.weight_C, np.nan)
+            said = [
+                replace(prediction, loss=float(loss))
+                for prediction, loss in zip(
+                    answers(self.model, part, decoding, part_tokens), loss_C, strict=True
+                )
+            ]
             result = self.evaluation.tasks.setdefault(stratum.task, TaskResult(stratum.task))
             result.predictions += said
             result.nats += sums.nats_C.sum()

@@ -8,6 +8,7 @@ Q queries, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -46,6 +47,7 @@ class Prediction:
     p_eos_first: float  # probability of ending before the first word
     meta: dict[str, Any] = field(default_factory=dict)
     ended: bool = True  # false: cut at max_new_tokens
+    loss: float = math.nan  # of its truth, nats a target token
 
     @property
     def picture(self) -> tuple[str, str, str]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
+from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import results, set_name
 from harness.evaluate.told import further_tables, term_rows, verdict_lines
 from harness.redact import masked_document
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from harness.evaluate.results import Evaluation
 
 SCORES = "scores.json"
+PREDICTIONS = "predictions.jsonl"
 PICTURES = 12  # test images with their answers
 CURVES = {"train/loss": "training images", "dev/loss": "dev images"}
 # Figures of a task -> what they are beside the score, in the order of the table.
@@ -49,12 +52,40 @@ FLOORS = {
 def write_report(
     evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Returns the report, and the files that hold it and the predictions."""
+    """Returns the report, and the files that hold it and the predictions.
+
+    predictions.jsonl has a line for each text, whatever its task: its set, key and id, what was
+    said, the most common answer to a question, the score (of a VQA answer in [0, 1], of a caption
+    its CIDEr-D) and the loss of the truth in nats a token.
+    """
     report = report_of(evaluation, paths, checkpoint, step)
     out.mkdir(parents=True, exist_ok=True)
     predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
     files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
+    lines = [json.dumps(row, ensure_ascii=False) for row in prediction_rows(evaluation)]
+    write_whole(out / PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
+    files.append(out / PREDICTIONS)
     return report, [*files, write_json(out / SCORES, report)]
+
+
+def prediction_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yields what predictions.jsonl says of each text."""
+    for task, result in evaluation.tasks.items():
+        said = result.predictions
+        known = TASKS[task]
+        scores = known.scores([p.answer for p in said], [p.references for p in said])
+        for prediction, score in zip(said, scores, strict=True):
+            truth = vqa.most_common(prediction.references) if known.has_right else None
+            yield {
+                "set": prediction.set,
+                "key": prediction.key,
+                "text_id": prediction.text_id,
+                "task": task,
+                "answer": prediction.answer,
+                "truth": truth,
+                "score": round(float(score), 4),
+                "loss": round(prediction.loss, 5) if math.isfinite(prediction.loss) else None,
+            }
 
 
 def report_of(

@@ -90,6 +90,10 @@ class TaskResult:
                 kind: {name: i.value for name, i in self.groups.get(kind, {}).items()}
                 for kind in _GROUPS
             },
+            **{
+                f"{kind}_intervals": {name: i.to_dict() for name, i in known.items()}
+                for kind, known in self.groups.items()
+            },
             "complementary_pairs_right": right.percent,
             "complementary_pairs": right.pairs or None,
             "majority_accuracy": self.majority_accuracy,

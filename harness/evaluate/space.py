@@ -103,19 +103,24 @@ class Source:
 
     @cached_property
     def _tower(self) -> Any:
-        """The model's encoder: a model that reads features may have been loaded without it."""
-        model = self.collected.model
-        if getattr(model, "vision", None) is not None:
-            return model.vision
-        if not hasattr(model, "precision"):
-            raise UnmeasuredError("the model has no encoder")
-        try:
-            tower = load_vision(ModelConfig(**model.config.model).vision)
-        except ConfigError as error:
-            raise UnmeasuredError(f"the encoder cannot be loaded: {error}") from error
-        if tower.identity()["hash"] != model.config.encoder["hash"]:
-            raise UnmeasuredError("the features were made by another encoder than there is now")
-        return tower.to(next(model.parameters()).device)
+        return encoder_of(self.collected.model)
+
+
+def encoder_of(model: Any) -> Any:
+    """Returns the model's encoder; of a model that was loaded without it, to read features, the
+    one that these were made by. Raises UnmeasuredError.
+    """
+    if getattr(model, "vision", None) is not None:
+        return model.vision
+    if not hasattr(model, "precision"):
+        raise UnmeasuredError("the model has no encoder")
+    try:
+        tower = load_vision(ModelConfig(**model.config.model).vision)
+    except ConfigError as error:
+        raise UnmeasuredError(f"the encoder cannot be loaded: {error}") from error
+    if tower.identity()["hash"] != model.config.encoder["hash"]:
+        raise UnmeasuredError("the features were made by another encoder than there is now")
+    return tower.to(next(model.parameters()).device)
 
 
 def tiles_shuffled(gate: Gate, source: Source, most: int) -> dict[str, Any]:

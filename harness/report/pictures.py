@@ -86,7 +86,7 @@ def markdown_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str
     return "".join(f"|{'|'.join(line)}|\n" for line in zip(*columns, strict=True))
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Returns DejaVu Sans, which ships with matplotlib: the same picture on every machine, accents
     included.
     """
@@ -96,7 +96,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(get_data_path(), "fonts/ttf", name), size)
 
 
-def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Breaks a text at words (or inside a word too long for a line) to `width` pixels and at most
     `most` lines.
     """
@@ -125,8 +125,8 @@ def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> li
 
 def _card(item: Shown, side: int) -> Image.Image:
     """Draws one prediction: the image in a square, and under it the lines of text."""
-    plain = _font(15)
-    bold = _font(15, bold=True)
+    plain = font_of(15)
+    bold = font_of(15, bold=True)
     colour = {True: RIGHT, False: WRONG, None: INK}[item.right]
     truth = f"truth: {item.expected}" if item.expected else ""
     texts = (
@@ -138,7 +138,7 @@ def _card(item: Shown, side: int) -> Image.Image:
     rows = [
         (line, font, ink)
         for text, font, ink, most in texts
-        for line in _lines(text, font, side, most)
+        for line in wrapped(text, font, side, most)
     ]
     card = Image.new("RGB", (side, side + PAD + LINE * len(rows)), "white")
     picture = thumbnail(item.image, side)

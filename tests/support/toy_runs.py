@@ -121,6 +121,7 @@ def make_config(
             "batch_images": 3,
             "counterfactual_texts": 4,
             "show_images": 2,
+            "look_images": 0,
             "bootstrap": 20,
         },
         tracking={"kind": "none"},

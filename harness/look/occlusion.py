@@ -1,0 +1,345 @@
+"""Where did it look? What an answer's likelihood loses when a part of the picture is hidden.
+
+A model, a picture with its prompt and the answer -> a heat map, coarse to fine (Zeiler & Fergus
+2014, section 4.2), its deletion curve beside random ones (Petsiuk et al. 2018, section 4.1), and
+how far a bridge with random weights gives the same map (Adebayo et al. 2018). Attention is not
+asked: it says little of what an answer rests on. Legend: M masks, G cells a side of the finest
+grid, N cells a side of one, H W pixels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from harness.config.schema import Config, ModelConfig
+from harness.data.collate import Collator
+from harness.evaluate.space import UnmeasuredError
+from harness.model.batch import Batch, Context
+from harness.model.bridge import Bridge
+from harness.model.vlm import VisionLanguageModel
+
+LEVELS = (4, 8, 16)  # cells a side: all of the coarsest, of a finer one those that matter
+REFINED = 8  # cells of a grid that are looked at on the next one
+DELETED = (
+    0,
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    3 / 8,
+    1 / 2,
+    3 / 4,
+    1,
+)  # shares of the picture, the hottest first
+RANDOM_ORDERS = 3
+AT_ONCE = 32  # masks in a batch
+_SEED = 0  # of random orders and weights: the same for every run, so that runs compare
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A picture as the model gets it (pixels_HW3 uint8, or features_PD), what it was asked and
+    what it said.
+    """
+
+    payload: np.ndarray
+    context: Context
+    answer: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where a model looked. Heat in nats a token of the answer: what a cell of `heat_GG` costs,
+    such that the cells of a coarser grid keep their sum.
+    """
+
+    heat_GG: np.ndarray
+    coarse_NN: np.ndarray
+    nats: float  # a token of the whole picture's answer
+    deleted: tuple[float, ...] = ()  # likelihood a token, at the shares of DELETED
+    deleted_at_random: tuple[float, ...] = ()  # the same, mean over random orders
+
+    @property
+    def is_of_pixels(self) -> bool:
+        return len(self.heat_GG) == LEVELS[-1]
+
+
+class Hiding(Protocol):
+    """A picture whose parts can be hidden."""
+
+    @property
+    def levels(self) -> tuple[int, ...]: ...
+    def patches(self, hidden_MGG: np.ndarray) -> list[torch.Tensor]: ...
+
+
+@dataclass
+class Pixels:
+    """A picture whose cells are painted over, in the mean of its colours, before the frozen encoder
+    sees it. The same grey for all pictures would be a thing of its own in a drawing: a model that
+    was asked for a rectangle found it there.
+    """
+
+    model: VisionLanguageModel
+    encoder: Any
+    pixels_HW3: np.ndarray
+    _known: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    levels = LEVELS
+
+    def patches(self, hidden_MGG: np.ndarray) -> list[torch.Tensor]:
+        """Returns M of patches_PD; each masked picture is encoded once, whichever bridge asks."""
+        new = [hidden_GG for hidden_GG in hidden_MGG if hidden_GG.tobytes() not in self._known]
+        for start in range(0, len(new), AT_ONCE):
+            chunk = new[start : start + AT_ONCE]
+            painted = torch.from_numpy(
+                np.stack([self._painted_over(hidden_GG) for hidden_GG in chunk])
+            )
+            with self.model.precision.autocast("vision"):
+                patches_MPD = self.encoder(painted.to(self.model.device)).float()
+            for hidden_GG, patches_PD in zip(chunk, patches_MPD, strict=True):
+                self._known[hidden_GG.tobytes()] = patches_PD
+        return [self._known[hidden_GG.tobytes()] for hidden_GG in hidden_MGG]
+
+    def _painted_over(self, hidden_GG: np.ndarray) -> np.ndarray:
+        high, wide, _ = self.pixels_HW3.shape
+        row_H = np.arange(high) * len(hidden_GG) // high
+        column_W = np.arange(wide) * len(hidden_GG) // wide
+        hidden_HW1 = hidden_GG[np.ix_(row_H, column_W)][:, :, None]
+        mean_3 = self.pixels_HW3.mean(axis=(0, 1)).round().astype(np.uint8)
+        return np.where(hidden_HW1, mean_3, self.pixels_HW3)
+
+
+@dataclass
+class Tokens:
+    """A picture that is gone, of which patch tokens are left out: each has seen the whole picture,
+    so this tells less of places. A token that stands for no place (CLIP's first) always stays.
+    """
+
+    features_PD: torch.Tensor
+
+    @property
+    def side(self) -> int:
+        return math.isqrt(len(self.features_PD))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        side = self.side
+        return (side // 2, side) if side > LEVELS[1] and side % 2 == 0 else (side,)
+
+    def patches(self, hidden_MGG: np.ndarray) -> list[torch.Tensor]:
+        """Returns M of patches_PD with fewer patches; where all are hidden one of no content."""
+        further = len(self.features_PD) - self.side**2
+        found = []
+        for hidden_GG in hidden_MGG:
+            kept_P = torch.from_numpy(np.r_[np.ones(further, bool), ~hidden_GG.ravel()])
+            kept = self.features_PD[kept_P.to(self.features_PD.device)]
+            found.append(kept if len(kept) else torch.zeros_like(self.features_PD[:1]))
+        return found
+
+
+@dataclass
+class Likelihood:
+    """The nats a token of one answer, with parts of its picture hidden."""
+
+    model: VisionLanguageModel
+    config: Config
+    asked: Asked
+    hiding: Hiding
+
+    @property
+    def side(self) -> int:
+        return self.hiding.levels[-1]
+
+    @torch.no_grad()
+    def __call__(self, hidden_MGG: np.ndarray) -> np.ndarray:
+        """Returns nats_M."""
+        nats_M = np.empty(len(hidden_MGG))
+        by_length: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        for mask, patches_PD in enumerate(self.hiding.patches(hidden_MGG)):
+            by_length[len(patches_PD)].append((mask, patches_PD))
+        for masks in by_length.values():
+            for start in range(0, len(masks), AT_ONCE):
+                chunk = masks[start : start + AT_ONCE]
+                patches_MPD = torch.stack([patches_PD for _, patches_PD in chunk])
+                asked = [self.asked] * len(chunk)
+                nats_M[[mask for mask, _ in chunk]] = nats(
+                    self.model, self.config, asked, patches_MPD
+                )
+        return nats_M
+
+
+@torch.no_grad()
+def nats(
+    model: VisionLanguageModel,
+    config: Config,
+    asked: Sequence[Asked],
+    patches_IPD: torch.Tensor | None = None,
+    *,
+    whole: bool = False,
+) -> np.ndarray:
+    """Returns nats_I a token of each answer (`whole`: of all its tokens, so that exp(-nats) is its
+    probability), with `patches_IPD` in place of the pictures' own.
+    """
+    batch = batch_of(model, config, asked)
+    if patches_IPD is not None:
+        batch = replace(batch, pixels_IHW3=None, features_IPD=patches_IPD)
+    loss = model.loss(batch)
+    sums = loss.sum_T.double()
+    return (sums if whole else sums / loss.weight_T).cpu().numpy()
+
+
+def batch_of(model: VisionLanguageModel, config: Config, asked: Sequence[Asked]) -> Batch:
+    """Returns the batch of pictures with their prompts, each with its answer as the target."""
+    collator = Collator.of(config, model.tokenizer, training=False)
+    rows = list(range(len(asked)))
+    payloads = np.stack([one.payload for one in asked])
+    contexts = [one.context for one in asked]
+    answers = [one.answer for one in asked]
+    return collator.assemble(payloads, contexts, rows, answers, rows).to(model.device)
+
+
+def hiding_of(
+    model: VisionLanguageModel, encoder: Any, asked: Asked, pixels_HW3: np.ndarray | None
+) -> Hiding:
+    """Returns the picture as one whose parts can be hidden: its pixels, or where these or the
+    `encoder` are None its patch tokens. Raises UnmeasuredError where those can not be left out.
+    """
+    if pixels_HW3 is not None and encoder is not None:
+        return Pixels(model, encoder, pixels_HW3)
+    tokens = Tokens(torch.from_numpy(asked.payload).float().to(model.device))
+    if asked.payload.ndim != 2 or len(asked.payload) - tokens.side**2 > 1 or model.token_per_patch:
+        raise UnmeasuredError("its patch tokens are in no square, or none can be left out")
+    return tokens
+
+
+def look(likelihood: Likelihood, curve: bool = True) -> Look:
+    """Returns where the model looked when it gave the answer; `curve`: with its deletion curve."""
+    side = likelihood.side
+    whole = float(likelihood(np.zeros((1, side, side), bool))[0])
+    coarse_NN, heat_GG = _heat(likelihood, whole)
+    found = Look(heat_GG, coarse_NN, whole)
+    if not curve:
+        return found
+    levels = likelihood.hiding.levels
+    count = max((level for level in levels if level <= LEVELS[1]), default=side)
+    heat_NN = heat_GG.reshape(count, side // count, count, side // count).sum(axis=(1, 3))
+    rng = np.random.default_rng(_SEED)
+    own = _deleted(likelihood, np.argsort(-heat_NN.ravel(), kind="stable"))
+    at_random = [_deleted(likelihood, rng.permutation(count * count)) for _ in range(RANDOM_ORDERS)]
+    return replace(
+        found,
+        deleted=tuple(own.tolist()),
+        deleted_at_random=tuple(np.mean(at_random, axis=0).tolist()),
+    )
+
+
+def _heat(likelihood: Likelihood, whole: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns coarse_NN and heat_GG: all cells of the coarsest grid are hidden one by one, then the
+    parts of those that cost most. What a cell costs is shared out among its parts as each costs
+    alone, evenly where none does.
+    """
+    levels = likelihood.hiding.levels
+    heat_NN = coarse_NN = (
+        likelihood(_one_by_one(levels[0], range(levels[0] ** 2), likelihood.side)) - whole
+    ).reshape(levels[0], levels[0])
+    for before, count in pairwise(levels):
+        parts = count // before
+        order = np.argsort(-heat_NN.ravel(), kind="stable")
+        refined = [int(cell) for cell in order[:REFINED] if heat_NN.ravel()[cell] > 0]
+        finer_NN = np.repeat(np.repeat(heat_NN, parts, axis=0), parts, axis=1) / parts**2
+        inside = {cell: _parts_of(cell, before, parts) for cell in refined}
+        masks = _one_by_one(
+            count, [part for own in inside.values() for part in own], likelihood.side
+        )
+        costs = iter(np.maximum(likelihood(masks) - whole, 0) if len(masks) else ())
+        for cell, own in inside.items():
+            shares = np.array([next(costs) for _ in own])
+            if shares.sum() > 0:
+                finer_NN.ravel()[own] = heat_NN.ravel()[cell] * shares / shares.sum()
+        heat_NN = finer_NN
+    return coarse_NN, heat_NN
+
+
+def _parts_of(cell: int, count: int, parts: int) -> list[int]:
+    """Returns the cells of the grid with `parts` times as many a side that lie in a cell."""
+    row = cell // count
+    column = cell % count
+    return [
+        (row * parts + down) * count * parts + column * parts + right
+        for down in range(parts)
+        for right in range(parts)
+    ]
+
+
+def _one_by_one(count: int, cells: Sequence[int], side: int) -> np.ndarray:
+    """Returns hidden_MGG: a mask for each of these cells of a grid of `count` a side."""
+    hidden_MNN = np.zeros((len(cells), count, count), bool)
+    hidden_MNN.reshape(len(cells), -1)[np.arange(len(cells)), list(cells)] = True
+    return _enlarged(hidden_MNN, side)
+
+
+def _enlarged(hidden_MNN: np.ndarray, side: int) -> np.ndarray:
+    times = side // hidden_MNN.shape[1]
+    return hidden_MNN.repeat(times, axis=1).repeat(times, axis=2)
+
+
+def _deleted(likelihood: Likelihood, order: np.ndarray) -> np.ndarray:
+    """Returns the likelihood a token with the first cells of the order hidden, at DELETED."""
+    count = math.isqrt(len(order))
+    hidden_MNN = np.zeros((len(DELETED), len(order)), bool)
+    for row, share in enumerate(DELETED):
+        hidden_MNN[row, order[: round(share * len(order))]] = True
+    masks = _enlarged(hidden_MNN.reshape(-1, count, count), likelihood.side)
+    return np.exp(-likelihood(masks))
+
+
+# ---- the sanity check ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def random_bridge(model: VisionLanguageModel, config: Config, pictures: Sequence[Asked]) -> Bridge:
+    """Returns a bridge like the model's with random weights, calibrated on these pictures as a run
+    begins.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        bridge = Bridge(
+            ModelConfig(**model.config.model).bridge,
+            patch_width=model.config.encoder["width"],
+            lm_width=model.lm.width,
+            patches=model.config.encoder["tokens"],
+            embedding_rms=model.lm.embedding_rms,
+            vocabulary=model.lm.base.config.vocab_size,
+        )
+    bridge = bridge.to(model.device).eval()
+    batch = batch_of(model, config, pictures)
+    bridge.calibrate(*model.bridge_inputs(batch, model.patch_tokens(batch)))
+    return bridge
+
+
+@contextmanager
+def replaced(model: VisionLanguageModel, bridge: Bridge) -> Iterator[None]:
+    """Has the model look through another bridge for as long as the block lasts."""
+    own = model.bridge
+    model.bridge = bridge
+    try:
+        yield
+    finally:
+        model.bridge = own
+
+
+def agreement(one: Look, other: Look) -> float | None:
+    """Returns Spearman's rank correlation of two coarse maps; None where one is flat."""
+    ranks = [rankdata(look.coarse_NN) for look in (one, other)]
+    if min(np.ptp(rank) for rank in ranks) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
