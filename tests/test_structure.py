@@ -60,6 +60,7 @@ OPTIONAL = (
     "harness.evaluate.published",
     "harness.export",
     "harness.hub",
+    "harness.look",
     "harness.own_data",
     "harness.plan",
     "harness.tracking.mlflow",

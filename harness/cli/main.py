@@ -20,6 +20,7 @@ import typer
 
 from harness.cli.export import export
 from harness.cli.gate import gate
+from harness.cli.look import look, report
 from harness.cli.parts import Base, Encoder, Trained
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
@@ -290,6 +291,8 @@ def evaluate(
         show(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         show(table(*reports))
+    for page in filter(None, (scored.get("page") for scored in reports)):
+        say(f"report: {page}", sys.stderr)
 
 
 def _evaluated(
@@ -472,6 +475,11 @@ app.command(
     epilog="Example: harness compare runs/mine runs/theirs",
 )(compare)
 app.command(rich_help_panel=LOOK, epilog="Example: harness ui runs/mine")(ui)
+app.command(rich_help_panel=LOOK, epilog="Example: harness report runs/mine")(report)
+app.command(
+    rich_help_panel=LOOK,
+    epilog='Example: harness look runs/mine --image a.jpg --prompt "What color is it?"',
+)(look)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ beside its floors, test images with their answers, the loss curves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from harness.config.schema import Config
 from harness.data.features import check_encoder
 from harness.data.images import cache_of, patience_of
 from harness.errors import ConfigError
-from harness.evaluate import FOLDER
+from harness.evaluate import DEV, FOLDER
 from harness.evaluate.floor import Majority, epochs_trained, training_records
 from harness.evaluate.moved import Move
 from harness.evaluate.report import (
@@ -47,6 +47,7 @@ from shards.files import write_whole
 from shards.manifest import Manifest
 from shards.quarantine import FILE as QUARANTINE
 
+PAGE = "report.html"  # of the run's own evaluations in its folder, of others beside their scores
 # Of a run's config, when it is scored.
 CHANGEABLE = ("generate.", "evaluation.", "data.", "tracking.uri=")
 
@@ -114,24 +115,93 @@ def evaluate_run(
         quarantine=quarantine,
         epochs=epochs_trained(config, task.found.state["train"]["stream"]),
     )
-    return _leave(task, evaluation, model_facts(model), pictures or task.paths[0])
+    return _leave(task, evaluation, model, pictures or task.paths[0])
+
+
+def report_run(
+    run_dir: Path | str,
+    data: Sequence[str] | None = None,
+    file: Path | None = None,
+    *,
+    which: str | None = None,
+    maps: int | None = None,
+    lm: Path | None = None,
+    vision: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Makes the report page of an evaluation anew, and returns where it is.
+
+    `data`, `which`: as for `evaluate_run`; of a run that was never evaluated on data.test the last
+    evaluation in training is meant. `file`: where to, in place of the run's own. `maps`: as for
+    `write_report_page`. Raises ConfigError where nothing was evaluated, ShardError.
+    """
+    from harness.look.page import write_report_page
+
+    task = _evaluated_task(checkpoints.at(run_dir, which), data)
+    report = read_scores(task.out / SCORES)
+    if report["step"] != task.found.step:
+        raise ConfigError(
+            f"{task.out / SCORES} is of step {report['step']}, and {task.found.path} is meant: "
+            f"harness evaluate {task.home} scores it"
+        )
+    with_vision = task.manifests[0].kind == "images"
+    model = load_model(task.found, task.config, with_vision=with_vision, lm=lm, vision=vision)
+    evaluated = _evaluated(task, report, model)
+    return write_report_page(file or _page_of(task), evaluated, maps=maps, progress=progress)
+
+
+def _evaluated_task(found: checkpoints.Checkpoint, data: Sequence[str] | None) -> _Task:
+    """Returns the evaluation that is meant. Raises ConfigError where there was none."""
+    own = found.path.parent.parent / FOLDER
+    config = Config(**Move.of(found).config(found.state["config"]))
+    dev = [one.path for one in config.data.dev]
+    if dev and not data and not (own / SCORES).is_file():
+        for out in (None, own / DEV):  # of a run without test sets, of its training
+            task = _task(found, dev, out, None, ())
+            if (task.out / SCORES).is_file():
+                return task
+    task = _task(found, data, None, None, ())
+    if not (task.out / SCORES).is_file():
+        raise ConfigError(f"{task.out} holds no {SCORES}: harness evaluate {task.home} writes it")
+    return task
+
+
+def _page_of(task: _Task) -> Path:
+    """Returns where the report page goes: for the run's own evaluations into the run's folder."""
+    own = task.home / FOLDER
+    places = [own, own / DEV]
+    if not task.config.data.test:
+        dev = [one.path for one in task.config.data.dev]
+        places += [own / folder(names(task.manifests))] if task.paths == dev else []
+    return (task.home if task.out in places else task.out) / PAGE
+
+
+def _evaluated(task: _Task, report: Mapping[str, Any], model: VisionLanguageModel) -> Any:
+    from harness.look.page import Evaluated, read_rows
+
+    rows = read_rows(task.out)
+    return Evaluated(report, rows, task.home, task.config, task.manifests, model, task.cache)
 
 
 def _leave(
-    task: _Task, evaluation: Evaluation, facts: dict[str, int], pictures: str
+    task: _Task, evaluation: Evaluation, model: VisionLanguageModel, pictures: str
 ) -> dict[str, Any]:
     """Writes what an evaluated run leaves, and returns its report."""
+    from harness.look.page import try_report_page
+
     checkpoint = str(task.found.path)
     report, files = write_report(evaluation, task.out, task.paths, checkpoint, task.found.step)
-    report["model"] = facts
+    report["model"] = model_facts(model)
     write_json(task.out / SCORES, report)
     drawn = draw_answers(evaluation, pictures, task.out, task.cache)
     drawn += draw_curves(task.home, task.out)
     summary = task.out / "report.md"
     write_whole(summary, page(report, drawn).encode())
+    made = try_report_page(_page_of(task), _evaluated(task, report, model))
     if task.is_the_runs_own:
-        _track(task.config, task.found, evaluation, [*files, *drawn, summary])
-    return report
+        pages = [made] if made else []
+        _track(task.config, task.found, evaluation, [*files, *drawn, summary, *pages])
+    return report | {"page": str(made) if made else None}
 
 
 def _task(

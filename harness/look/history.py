@@ -77,12 +77,12 @@ class History:
         """Returns a figure by task, which stands in its name where a run has several."""
         if key in self.series:
             return {"": self.series[key]}
-        group, name = key.split("/")
+        ends = key.split("/")
         tasks = (found.split("/") for found in self.series)
         return {
             parts[1]: self.series["/".join(parts)]
             for parts in tasks
-            if len(parts) == 3 and parts[0] == group and parts[2] == name
+            if len(parts) == 3 and [parts[0], parts[2]] == ends
         }
 
     def facts(self) -> list[tuple[str, str]]:

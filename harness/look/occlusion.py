@@ -225,7 +225,8 @@ def look(likelihood: Likelihood, curve: bool = True) -> Look:
     """Returns where the model looked when it gave the answer; `curve`: with its deletion curve."""
     side = likelihood.side
     whole = float(likelihood(np.zeros((1, side, side), bool))[0])
-    coarse_NN, heat_GG = _heat(likelihood, whole)
+    coarse_NN = _coarse(likelihood, whole)
+    heat_GG = _refined(likelihood, whole, coarse_NN)
     found = Look(heat_GG, coarse_NN, whole)
     if not curve:
         return found
@@ -242,15 +243,20 @@ def look(likelihood: Likelihood, curve: bool = True) -> Look:
     )
 
 
-def _heat(likelihood: Likelihood, whole: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns coarse_NN and heat_GG: all cells of the coarsest grid are hidden one by one, then the
-    parts of those that cost most. What a cell costs is shared out among its parts as each costs
-    alone, evenly where none does.
+def _coarse(likelihood: Likelihood, whole: float) -> np.ndarray:
+    """Returns coarse_NN: what each cell of the coarsest grid costs alone."""
+    count = likelihood.hiding.levels[0]
+    masks = _one_by_one(count, range(count * count), likelihood.side)
+    return (likelihood(masks) - whole).reshape(count, count)
+
+
+def _refined(likelihood: Likelihood, whole: float, coarse_NN: np.ndarray) -> np.ndarray:
+    """Returns heat_GG. On each finer grid the parts of those cells are hidden one by one that cost
+    most; what a cell costs is shared out among its parts as each costs alone, evenly where none
+    does.
     """
     levels = likelihood.hiding.levels
-    heat_NN = coarse_NN = (
-        likelihood(_one_by_one(levels[0], range(levels[0] ** 2), likelihood.side)) - whole
-    ).reshape(levels[0], levels[0])
+    heat_NN = coarse_NN
     for before, count in pairwise(levels):
         parts = count // before
         order = np.argsort(-heat_NN.ravel(), kind="stable")
@@ -266,7 +272,7 @@ def _heat(likelihood: Likelihood, whole: float) -> tuple[np.ndarray, np.ndarray]
             if shares.sum() > 0:
                 finer_NN.ravel()[own] = heat_NN.ravel()[cell] * shares / shares.sum()
         heat_NN = finer_NN
-    return coarse_NN, heat_NN
+    return heat_NN
 
 
 def _parts_of(cell: int, count: int, parts: int) -> list[int]:
@@ -283,7 +289,7 @@ def _parts_of(cell: int, count: int, parts: int) -> list[int]:
 def _one_by_one(count: int, cells: Sequence[int], side: int) -> np.ndarray:
     """Returns hidden_MGG: a mask for each of these cells of a grid of `count` a side."""
     hidden_MNN = np.zeros((len(cells), count, count), bool)
-    hidden_MNN.reshape(len(cells), -1)[np.arange(len(cells)), list(cells)] = True
+    hidden_MNN.reshape(len(cells), count * count)[np.arange(len(cells)), list(cells)] = True
     return _enlarged(hidden_MNN, side)
 
 
@@ -300,6 +306,11 @@ def _deleted(likelihood: Likelihood, order: np.ndarray) -> np.ndarray:
         hidden_MNN[row, order[: round(share * len(order))]] = True
     masks = _enlarged(hidden_MNN.reshape(-1, count, count), likelihood.side)
     return np.exp(-likelihood(masks))
+
+
+def area(curve_D: Sequence[float]) -> float:
+    """Returns the area under a deletion curve, in [0, 1]: the smaller, the sooner it falls."""
+    return float(np.trapezoid(curve_D, DELETED))
 
 
 # ---- the sanity check ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from harness.config.load import dump
 from harness.config.schema import Config
@@ -28,12 +30,13 @@ from harness.look.chart import line_chart
 from harness.look.choice import RIGHT, Chooser, Chosen, Row
 from harness.look.history import History
 from harness.look.maps import SECONDS, Mapped, Mapper, Maps
-from harness.look.occlusion import DELETED, RANDOM_ORDERS
+from harness.look.occlusion import DELETED, RANDOM_ORDERS, area
 from harness.look.overlay import FAINTEST, overlay
 from harness.model.vlm import VisionLanguageModel
+from harness.redact import say
 from harness.report.pages import data_uri, write_page
 from shards.cache import Cache
-from shards.files import decode
+from shards.files import ShardError, decode
 from shards.manifest import Manifest
 
 CONFUSED = 12  # truths and answers of the confusion table
@@ -100,6 +103,17 @@ def write_report_page(
     }
     seconds = f"{time.monotonic() - began:.0f} s, {sum(t['maps'].seconds for t in tasks):.0f} s"
     return write_page(path, "report.html", seconds=seconds, **values)
+
+
+def try_report_page(path: Path, evaluated: Evaluated, **asked: Any) -> Path | None:
+    """Writes the page as `write_report_page` does; where that fails says why and returns None: an
+    evaluation that is done is not to be lost by its page.
+    """
+    try:
+        return write_report_page(path, evaluated, **asked)
+    except (ConfigError, ShardError, OSError, RuntimeError) as error:  # one of torch: no memory
+        say(f"no {path.name}: {error}; harness report {evaluated.home} tries again", sys.stderr)
+        return None
 
 
 def _about(report: Mapping[str, Any]) -> str:
@@ -276,16 +290,14 @@ def _look(mapped: Mapped) -> dict[str, Any]:
 def _where(mapped: Mapped) -> str:
     """Says in words where the hottest cell lies."""
     heat_GG = mapped.look.heat_GG
-    row, column = np.unravel_index(int(heat_GG.argmax()), heat_GG.shape)
     side = len(heat_GG)
-    up = ("upper", "middle", "lower")[int(row) * 3 // side]
-    across = ("left", "centre", "right")[int(column) * 3 // side]
+    hottest = int(heat_GG.argmax())
+    up = ("upper", "middle", "lower")[hottest // side * 3 // side]
+    across = ("left", "centre", "right")[hottest % side * 3 // side]
     return f"{up} {across}"
 
 
 def _plain(pixels_HW3: np.ndarray) -> str:
-    from PIL import Image
-
     return _jpeg(Image.fromarray(pixels_HW3).resize((MAP_SIDE, MAP_SIDE)))
 
 
@@ -311,8 +323,8 @@ def deletion(mapped: Sequence[Mapped]) -> dict[str, Any] | None:
         "chart": line_chart(
             "likelihood of its answer, a token", lines, x="% of the picture hidden"
         ),
-        "own": f"{np.trapezoid(own_D, DELETED):.2f}",
-        "random": f"{np.trapezoid(random_D, DELETED):.2f}",
+        "own": f"{area(own_D):.2f}",
+        "random": f"{area(random_D):.2f}",
         "agreement": f"{np.mean(agreements):+.2f}" if agreements else None,
         "pictures": len(mapped),
     }

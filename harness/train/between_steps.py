@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from harness import checkpoint as checkpoints
 from harness.config.schema import Config
 from harness.data.images import cache_of, patience_of
 from harness.errors import GuardError
+from harness.evaluate import DEV, FOLDER
 from harness.evaluate.image_use.evidence import IMAGE_IGNORED
+from harness.evaluate.report import SCORES, write_json, write_report
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
+from harness.evaluate.run_on_disk import PAGE, model_facts
 from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
 from harness.evaluate.told import described, score_line, verdict_lines
 from harness.train.saving import Saver
@@ -47,7 +51,7 @@ class BetweenSteps:
         is_end = step >= self.last_step
         if step and (is_end or self._is_evaluation_due()):
             # the earlier process may have been killed inside it
-            self._evaluate(is_saved=True, again=False)
+            self._evaluate(is_saved=True, again=False, is_last=is_end)
         why = self.saver.best.has_stopped()
         has_stopped = run.engine.sum([why != ""])[0] > 0
         if is_end or has_stopped:
@@ -67,7 +71,7 @@ class BetweenSteps:
         if saves:
             self.saver.save(at_once=is_end)
         if is_end or self._is_evaluation_due():
-            due = self._evaluate(saves)
+            due = self._evaluate(saves, is_last=is_end)
             if due.stops or due.ends:
                 self.saver.save_once()
             return due
@@ -75,8 +79,10 @@ class BetweenSteps:
             self._look()
         return Due()
 
-    def _evaluate(self, is_saved: bool, again: bool = True) -> Due:
-        """Evaluates, keeps the best checkpoint, and tells whether the run has got no better."""
+    def _evaluate(self, is_saved: bool, again: bool = True, is_last: bool = False) -> Due:
+        """Evaluates, keeps the best checkpoint, and tells whether the run has got no better. The
+        last evaluation leaves the run's report.
+        """
         run = self.run
         best = self.saver.best
         try:
@@ -84,7 +90,8 @@ class BetweenSteps:
         except ShardError:
             self.saver.save_once()
             raise
-        figures = evaluated[1]
+        result = evaluated[1]
+        figures = _figures(result) if result else None
         is_best = figures is not None and best.is_new(figures)
         why = best.has_stopped(figures) if figures is not None else ""
         told = run.engine.sum([is_best, why != ""])
@@ -92,7 +99,13 @@ class BetweenSteps:
             self.saver.keep_as_best(is_saved)
         if why:
             run.terminal.say(why)
-        return Due(evaluated[0], told[1] > 0)
+        due = Due(evaluated[0], told[1] > 0)
+        if (is_last or due.ends) and not due.stops:
+            with run.engine.gathered_weights():
+                if result:
+                    leave_report(run, result)
+                run.engine.wait()
+        return due
 
     def _is_due(self, every: int | None) -> bool:
         """Tells whether `every` steps are over; None: whether an epoch is."""
@@ -124,12 +137,12 @@ class _CutOffError(Exception):
 
 def evaluate(
     run: Run, stop_asked: Callable[[], int], again: bool = True
-) -> tuple[bool, Mapping[str, float] | None]:
+) -> tuple[bool, Evaluation | None]:
     """Scores on the dev sets, and answers for the same images as always.
 
     The main process alone evaluates, the others wait. `again` False: only where this step's answers
     are not there yet. Returns whether a signal came, which ends it at the next batch, and on the
-    main process the figures. Raises GuardError as `stop_if_image_ignored` says; on all ranks
+    main process what it found. Raises GuardError as `stop_if_image_ignored` says; on all ranks
     ShardError for a dev set that cannot be scored, UnreachableError for one that does not answer.
     """
     config = run.config
@@ -154,7 +167,7 @@ def evaluate(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
             f"({ignored})"
         )
-    return told[1] > 0, _figures(result) if isinstance(result, Evaluation) else None
+    return told[1] > 0, result if isinstance(result, Evaluation) else None
 
 
 def _scored(run: Run, stop_asked: Callable[[], int]) -> Evaluation | ShardError | None:
@@ -198,6 +211,40 @@ def _dev_sets(config: Config) -> str:
         images += read
         texts += manifest.texts * read / max(manifest.samples, 1)
     return f"{images:,} dev images with {about}{texts:,.0f} texts"
+
+
+def leave_report(run: Run, result: Evaluation) -> None:
+    """Writes the last evaluation's scores and predictions, and the run's page; what cannot be
+    written is told, since the run itself is done and saved.
+    """
+    from harness.look.page import Evaluated, read_rows, try_report_page
+
+    config = run.config
+    out = config.out_dir / FOLDER / DEV
+    paths = [dev.path for dev in config.data.dev]
+    step = run.state.step
+    last = str(checkpoints.place(config.out_dir, step))
+
+    def go_on(done: int, pictures: int) -> None:
+        run.engine.heart.doing(f"makes its report, {done} of {pictures} maps done", alone=True)
+
+    go_on(0, config.evaluation.look_images)
+    try:
+        report = write_report(result, out, paths, last, step)[0] | {"model": model_facts(run.model)}
+        write_json(out / SCORES, report)
+        cache = cache_of(config)
+        manifests = [Manifest.open(path, cache, patience_of(config)) for path in paths]
+        evaluated = Evaluated(
+            report, read_rows(out), config.out_dir, config, manifests, run.model, cache
+        )
+    except (OSError, ShardError) as error:
+        run.terminal.say(f"no report: {error}")
+        return
+    page = try_report_page(config.out_dir / PAGE, evaluated, progress=go_on)
+    run.model.train()
+    if page:
+        run.tracker.artifact(page)
+        run.terminal.say(f"report: {page}")
 
 
 def _figures(result: Evaluation) -> dict[str, float]:

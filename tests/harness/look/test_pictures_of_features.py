@@ -6,14 +6,12 @@ import re
 import shutil
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from harness.data.encode import encode_set
 from harness.evaluate.run_on_disk import evaluate_run
-from harness.train import run as train
+from shards import origin
 from shards.manifest import Manifest
-from toy_runs import make_config, picture
+from toy_runs import picture
 
 
 def pictures_in(page):
@@ -23,41 +21,26 @@ def pictures_in(page):
     return [np.asarray(image).reshape(-1, 3).mean(axis=0) for image in images]
 
 
-@pytest.fixture(scope="module")
-def trained(root):
-    """The config of a run on features, which lie in ROOT/features beside ROOT/train and /dev."""
-    config = make_config(root, root / "clip", root / "t5", max_steps=2)
-    for split in ("train", "dev"):
-        encode_set(root / split, root / "features" / split, config.model.vision)
-    data = {
-        "train": [{"path": str(root / "features/train")}],
-        "dev": [{"path": str(root / "features/dev")}],
-        "test": [{"path": str(root / "features/dev")}],
-    }
-    config = config.model_validate(config.model_dump() | {"data": config.data.model_dump() | data})
-    train.run(config)
-    return config
-
-
 def test_answers_and_evaluation_of_a_run_from_features_show_pictures_till_these_are_gone(
-    trained, root, caplog
+    features_run, look_root, caplog
 ):
     dev = [Image.open(io.BytesIO(picture(n))) for n in range(100, 105)]
     colours = [np.asarray(image).reshape(-1, 3).mean(axis=0) for image in dev]
-    page = trained.out_dir / "answers" / "step-000002.html"
+    page = features_run.out_dir / "answers" / "step-000002.html"
     shown = pictures_in(page)
     assert len(shown) == 2
     for mean in shown:
         assert min(np.abs(known - mean).max() for known in colours) < 4
     assert "not at hand" not in page.read_text()
-    evaluate_run(trained.out_dir)
-    assert (trained.out_dir / "evaluation/predictions.png").is_file()
-    (trained.out_dir / "evaluation/predictions.png").unlink()
-    shutil.move(root / "dev", root / "away")
+    evaluate_run(features_run.out_dir)
+    assert (features_run.out_dir / "evaluation/predictions.png").is_file()
+    (features_run.out_dir / "evaluation/predictions.png").unlink()
+    shutil.move(look_root / "dev", look_root / "away")
+    origin._warn.cache_clear()
     try:
-        evaluate_run(trained.out_dir)
-        assert not (trained.out_dir / "evaluation/predictions.png").exists()
+        evaluate_run(features_run.out_dir)
+        assert not (features_run.out_dir / "evaluation/predictions.png").exists()
         assert caplog.text.count("the pictures that") == 1, "said once, not after every epoch"
     finally:
-        shutil.move(root / "away", root / "dev")
-    assert Manifest.open(root / "features/dev").origin_relative == "../../dev"
+        shutil.move(look_root / "away", look_root / "dev")
+    assert Manifest.open(look_root / "features/dev").origin_relative == "../../dev"

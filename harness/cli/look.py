@@ -1,0 +1,76 @@
+"""`harness report` and `harness look`: a run's page, and where a model looked in one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.cli.parts import Base, Encoder, Trained
+from harness.cli.progress import told
+from harness.redact import say, show
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Without: report.html in the run.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="The sets of another evaluation of the run.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
+    ] = None,
+    maps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Pictures with where it looked. Without: what a minute gives."),
+    ] = None,
+    lm: Base = None,
+    vision: Encoder = None,
+) -> None:
+    """One page on an evaluated run: verdict, curves, scores, pictures, where it looked.
+
+    Every evaluation makes it; this makes it anew.
+    """
+    from harness.checks import check_run
+
+    check_run(run)
+    from harness.evaluate.run_on_disk import report_run
+
+    asked: dict[str, Any] = {"which": checkpoint, "maps": maps, "lm": lm, "vision": vision}
+    with told("looking") as progress:
+        made = report_run(run, data, out, **asked, progress=progress)
+    say(made)
+
+
+def look(
+    model: Trained,
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="A question; without it the picture is described.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Without: IMAGE-look.png here.")
+    ] = None,
+    lm: Base = None,
+    vision: Encoder = None,
+) -> None:
+    """Asks a model about one picture, and draws where it looked.
+
+    By painting parts of the picture over: what the answer loses by that.
+    """
+    from harness.checks import check_model
+    from harness.errors import ConfigError
+
+    check_model(model)
+    if not image.is_file():
+        raise ConfigError(f"--image {image}: there is no such file")
+    if out and out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: a PNG is written, give a name that ends in .png")
+    from harness.look.picture import look_at
+
+    looked = look_at(model, image, prompt, out, lm=lm, vision=vision)
+    show(looked.answer)
+    say(looked.overlay)
