@@ -291,8 +291,6 @@ def evaluate(
         show(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         show(table(*reports))
-    for page in filter(None, (scored.get("page") for scored in reports)):
-        say(f"report: {page}", sys.stderr)
 
 
 def _evaluated(

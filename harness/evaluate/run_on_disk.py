@@ -201,7 +201,9 @@ def _leave(
     if task.is_the_runs_own:
         pages = [made] if made else []
         _track(task.config, task.found, evaluation, [*files, *drawn, summary, *pages])
-    return report | {"page": str(made) if made else None}
+    if made:
+        say(f"report: {made}", sys.stderr)
+    return report
 
 
 def _task(

@@ -118,7 +118,6 @@ def test_every_score_on_the_page_is_the_evaluations_and_the_verdict_comes_first(
     assert places == sorted(places)
     lines = len(read_rows(trained.out / "evaluation"))
     assert lines == sum(figures["texts"] for figures in scores["tasks"].values())
-    assert trained.report["page"] == str(trained.out / PAGE)
 
 
 def test_the_page_needs_nothing_beside_it_and_tells_what_its_pictures_are(trained):
