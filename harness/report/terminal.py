@@ -75,13 +75,14 @@ class Terminal:
     def progress(self, total: int, done: int) -> Iterator[None]:
         """Shows a bar for as long as the block lasts."""
         self._task = self._bar.add_task("training", total=total, completed=done, numbers="")
+        self._total = total
         self._pace = Pace(done)
         with self._bar:
             yield
 
     def advance(self, step: int, numbers: Mapping[str, float]) -> None:
         """Shows a step: in a log every `LINE_SECONDS`, at the first and at the last one."""
-        total = int(self._bar.tasks[self._task].total or 0)
+        total = self._total
         figures = (
             f"loss {numbers['loss']:.3f}",
             f"{numbers['images_per_second']:.0f} images/s",
