@@ -208,6 +208,7 @@ def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> N
         opened = Manifest.read_index if is_remote(path) else Manifest.open
         manifest = opened(path, patience=patience_of(config))
         manifest.check_texts()
+        manifest.check_answered()
         if manifest.kind == "features":
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:

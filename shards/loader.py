@@ -65,7 +65,7 @@ class Loader:
     max_unreadable: the share of a set's images of an epoch beyond which iterating ends with
     ShardError, as `most_unreadable` has it; None: whoever iterates sees to it, as where several
     ranks read. mask: takes the secrets out of what is written: a place may be a URL with a
-    password.
+    password. answered: as of a Reader.
 
     Raises ShardError for sets that cannot be opened, hold no text, do not belong together, or do
     not fit through the cache.
@@ -93,6 +93,7 @@ class Loader:
         patience: Patience | None = None,
         max_unreadable: float | None = None,
         mask: Callable[[str], str] = str,
+        answered: bool = True,
     ):
         cache = Cache.at(cache_dir, cache_bytes, patience)
         self.manifests = tuple(Manifest.open(str(path), cache, patience) for path in paths)
@@ -110,7 +111,9 @@ class Loader:
         parts = [weights, seed, window_shards, shuffle]
         self.digests = self._digests(parts + ([] if images is None else [images]))
         self.digest = self.digests[0]
-        readers = [Reader(m, cache, set_index=s) for s, m in enumerate(self.manifests)]
+        readers = [
+            Reader(m, cache, set_index=s, answered=answered) for s, m in enumerate(self.manifests)
+        ]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
         self._mask = mask

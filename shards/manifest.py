@@ -101,6 +101,7 @@ class Manifest:
     format: int = FORMAT
     format_1_digest: str | None = None  # what states of runs before format 2 call this set
     layout: Layout | None = None  # of shards of other makers: what was said of their files
+    unanswered: int = 0  # records whose questions have no answers
     # Outside the digest, which says what the samples are:
     statistics_file: StatisticsInfo | None = None  # None: of a set that stores none
     origin: str | None = None  # of a feature set: where the pictures lay that it was made from
@@ -158,6 +159,7 @@ class Manifest:
                 patience=patience,
                 format_1_digest=document.get("format_1_digest"),
                 layout=Layout.from_json(document.get("layout")),
+                unanswered=document.get("unanswered", 0),
                 **{name: document[name] for name in _PLAIN},
             )
             manifest._check_types()
@@ -186,8 +188,8 @@ class Manifest:
             raise ValueError(f"one of {', '.join(_ORIGIN)} is no text")
         if not isinstance(self.encoder, dict | None):
             raise ValueError("encoder is no mapping")
-        if not is_count(self.skipped) or not is_count(self.key_bytes):
-            raise ValueError("skipped or key_bytes is no count")
+        if not all(map(is_count, (self.skipped, self.key_bytes, self.unanswered))):
+            raise ValueError("skipped, key_bytes or unanswered is no count")
         if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
             raise ValueError("key_bytes is not between 1 and 255, or base is no place")
         if "\0" in (self.origin or "") + (self.origin_relative or ""):
@@ -199,6 +201,17 @@ class Manifest:
             raise ShardError(
                 f"{self.folder}: none of its {self.samples} records has a text: build or index the "
                 "set again, with captions or questions"
+            )
+
+    def check_answered(self) -> None:
+        """Raises ShardError for a set with questions that nobody answered: what is learnt from them
+        or scored on them would be made up.
+        """
+        if self.unanswered:
+            raise ShardError(
+                f"{self.folder}: {self.unanswered} of its {self.samples} records are questions "
+                "without answers, from which nothing can be learnt and on which nothing can be "
+                f"scored; a model answers them with `harness predict RUN --images {self.folder}`"
             )
 
     def file_problems(self) -> list[str]:
@@ -253,6 +266,7 @@ class Manifest:
             "format_1_digest": self.format_1_digest,
             "statistics": self.statistics_file and asdict(self.statistics_file),
             **{name: getattr(self, name) for name in _ORIGIN},
+            **({"unanswered": self.unanswered} if self.unanswered else {}),
         }
 
     @cached_property

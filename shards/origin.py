@@ -34,7 +34,9 @@ def source_of(manifest: Manifest, cache: Cache | None = None) -> Manifest | None
     for place in _places(manifest):
         try:
             source = Manifest.open(place, cache or manifest.cache)
-            Reader(source, cache)  # one that is remote cannot be read without a cache
+            Reader(
+                source, cache, answered=False
+            )  # one that is remote cannot be read without a cache
         except ShardError as error:
             problems.append(f"the pictures that {manifest.folder} was made from are gone: {error}")
             continue
@@ -104,7 +106,7 @@ def pictures_of(
         return [None] * len(indices)
     if source is not manifest:
         indices = indices_at_source(manifest, source, indices).tolist()
-    reader = Reader(source, cache)
+    reader = Reader(source, cache, answered=False)
     return [_payload(reader, index) if index >= 0 else None for index in indices]
 
 

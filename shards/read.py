@@ -67,7 +67,13 @@ class Reader:
         *,
         set_index: int = 0,
         max_open: int = 32,
+        answered: bool = True,
     ):
+        """`answered`: whether questions must have answers, without which nothing can be learnt or
+        scored. Raises ShardError.
+        """
+        if answered:
+            manifest.check_answered()
         self.manifest = manifest
         self.set_index = set_index
         self._cache = cache or manifest.cache

@@ -57,7 +57,8 @@ class Text:
     """One text of an image: all its captions, or one question with its answers in the order given.
 
     caption: `prompt` is None and every element of `targets` is a training target of its own.
-    vqa: `prompt` is the question and `targets` the annotators' answers (ten in VQAv2).
+    vqa: `prompt` is the question and `targets` the annotators' answers (ten in VQAv2); () where
+    nobody gave any, as in a test split whose answers are withheld: "targets": null in JSON.
     """
 
     id: str
@@ -82,6 +83,11 @@ class Record:
         return sum(len(text.targets) for text in self.texts)
 
     @property
+    def is_answered(self) -> bool:
+        """Tells whether its texts have targets: of a record all have, or none."""
+        return bool(self.targets)
+
+    @property
     def characters(self) -> int:
         return sum(len(text.prompt or "") + sum(map(len, text.targets)) for text in self.texts)
 
@@ -90,7 +96,10 @@ class Record:
         that JSON cannot hold, and for half a character in any text.
         """
         try:
-            return _as_json(asdict(self))
+            document = asdict(self)
+            for text in document["texts"]:
+                text["targets"] = text["targets"] or None
+            return _as_json(document)
         except (ValueError, TypeError, RecursionError) as error:
             raise RecordError(f"record {self.key} cannot be written as JSON: {error}") from error
 
@@ -134,6 +143,8 @@ class Record:
                 )
             seen.add(text.id)
             _check_text(text, where)
+        if self.is_answered and not all(text.targets for text in self.texts):
+            raise RecordError(f"record {self.key}: 'targets' is null in some of its texts alone")
 
 
 def _check_text(text: Text, where: str) -> None:
@@ -151,6 +162,8 @@ def _check_text(text: Text, where: str) -> None:
     for target in text.targets:
         if not isinstance(target, str):
             raise RecordError(f"{where}: 'targets' holds {target!r:.60}, which is no text")
+    if text.task == "vqa" and not text.targets:
+        return
     filled = [bool(target.strip()) for target in text.targets]
     # An annotator of VQAv2 may have left an answer empty: it is kept, since the scores count all
     # ten.
@@ -161,7 +174,8 @@ def _check_text(text: Text, where: str) -> None:
 def _text(fields: Any) -> Text:
     """Reads a text of `to_json`'s document. Raises KeyError, TypeError or RecordError."""
     targets = fields["targets"]
-    if not isinstance(targets, list):  # a string would be taken for a list of letters
+    # A string would be taken for a list of letters; an empty list is none of unanswered questions.
+    if targets is not None and not (isinstance(targets, list) and targets):
         raise RecordError(f"'targets' is {targets!r:.60}, expected a list of texts")
     meta = {} if fields.get("meta") is None else fields["meta"]
-    return Text(fields["id"], fields["task"], tuple(targets), fields.get("prompt"), meta)
+    return Text(fields["id"], fields["task"], tuple(targets or ()), fields.get("prompt"), meta)

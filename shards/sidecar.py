@@ -138,6 +138,7 @@ class Indexing:
             sidecar_file=write_whole(folder / SIDECAR, rows.tobytes()),
             key_bytes=width,
             skipped=len(self.skipped),
+            unanswered=int((rows["targets"] == 0).sum()),
             **self._described,
             **further,
         )

@@ -77,7 +77,7 @@ def rows_of(
     if source is None:
         return None
     if manifest.kind == "images":
-        reader = Reader(manifest, cache)
+        reader = Reader(manifest, cache, answered=False)
         return _filled(len(indices), (_of_sample(reader, index) for index in indices))
     places = indices_at_source(manifest, source, indices)
     is_there = places >= 0

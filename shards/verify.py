@@ -97,7 +97,7 @@ def _verify_shard(
     precise = len(problems)
     if stopped and not is_remote(location):
         # behind a damaged place the samples are still found by their offsets
-        reader = Reader(manifest)
+        reader = Reader(manifest, answered=False)
         for index in waiting.values():
             problems += _problem(partial(_read_and_decode, reader, index))
             on_progress(1)
@@ -200,7 +200,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
     says on how many. `unreadable` counts those of them that cannot be read, or decoded.
     """
     manifest = Manifest.open(folder)
-    reader = Reader(manifest)
+    reader = Reader(manifest, answered=False)
     read = _spread(manifest.samples, 100_000)
     measured = set(_spread(manifest.samples, 1_000) if manifest.kind == "images" else ())
     tasks: dict[str, dict[str, Any]] = {}

@@ -78,7 +78,12 @@ def encode_set(
     """
     decoder = ImageDecoder.of(vision, max_image_pixels)
     loader = Loader(
-        [str(folder)], global_batch=batch_images, shuffle=False, decode=decoder, workers=workers
+        [str(folder)],
+        global_batch=batch_images,
+        shuffle=False,
+        decode=decoder,
+        workers=workers,
+        answered=False,
     )
     source = loader.manifests[0]
     if source.kind != "images":

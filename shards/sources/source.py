@@ -155,16 +155,21 @@ class Source:
             kept.append(trimmed)
         return tuple(kept)
 
-    def takes(self, question: Any, answers: Iterable[Any], name: str, split: str | None) -> bool:
-        """Tells whether there are a question and an answer; else they are left out, and named."""
-        answers = list(answers)
+    def takes(
+        self, question: Any, answers: Iterable[Any] | None, name: str, split: str | None
+    ) -> bool:
+        """Tells whether there are a question and an answer; else they are left out, and named.
+        `answers` is None where they are withheld.
+        """
+        is_withheld = answers is None
+        answers = list(answers or ())
         odd = [text for text in (question, *answers) if not is_text(text)]
         if odd:
             why = f"its question or an answer is {odd[0]!r:.60}, not a text"
             self.skip(UNUSABLE_TEXT, name, why, split, texts=1)
         elif not question.strip():
             self.skip(EMPTY_TEXT, name, "its question is empty", split, texts=1)
-        elif not any(answer.strip() for answer in answers):
+        elif not (is_withheld or any(answer.strip() for answer in answers)):
             self.skip(EMPTY_TEXT, name, "all its answers are empty", split, texts=1)
         else:
             return True

@@ -1,8 +1,8 @@
 """VQAv2: official questions, annotations and image folders -> one record an image with all its
 questions.
 
-Answers stay as they are given, ten in order. `limit` draws images; `pair_id` names the
-complementary question.
+Answers stay as they are given, ten in order; those of the official test splits are withheld, and
+their questions alone are taken. `limit` draws images; `pair_id` names the complementary question.
 """
 
 from __future__ import annotations
@@ -26,46 +26,50 @@ from shards.sources.source import (
     unique,
 )
 
+WITHHELD = ("test", "test-dev")  # the official splits without annotations
+
 
 def load(
     images: ImagesAt,
     questions: Annotated[Path, "v2_OpenEnded_..._questions.json"],
-    split: Annotated[str, "train or val."],
-    annotations: Annotated[Path | None, "v2_..._annotations.json"] = None,
+    split: Annotated[str, "train, val, test or test-dev."],
+    annotations: Annotated[Path | None, "v2_..._annotations.json; test has none."] = None,
     pairs: Annotated[Path | None, "v2_..._complementary_pairs.json"] = None,
     limit: Annotated[int | None, "Draw this many images; pairs stay together."] = None,
     seed: Annotated[int, "Of the draw."] = 0,
 ) -> Source:
-    """Reads the official files; `split` is train or val; `pairs` the official list of [question id,
-    question id] of complementary pairs.
+    """Reads the official files; `pairs` is the official list of [question id, question id] of
+    complementary pairs. Without `annotations` the questions of test or test-dev become records
+    without answers, which a model can only answer.
 
     `limit` images are drawn by a hash of (`seed`, image id) among those on disk. ShardError for a
     question without annotation, an annotation without question, duplicate question ids, files of
     another split.
     """
-    if annotations is None:
+    if annotations is None and split not in WITHHELD:
         raise ShardError(
-            "vqav2 needs --annotations: the official test split has none, so only train and val "
-            "can be built"
+            f"vqav2 --split {split} needs --annotations: only those of "
+            f"{' and '.join(WITHHELD)} are withheld"
         )
     check_limit(limit)
     asked, year = _read_questions(questions, split)
-    answered = _read_annotations(annotations, asked, questions)
+    answered = _read_annotations(annotations, asked, questions) if annotations else None
     joined = _read_pairs(pairs) if pairs else []
     partner = {a: b for pair in joined for a, b in (pair, pair[::-1])}
 
     source = Source("vqav2", Images(images))
+    pictures = f"COCO_{'test' if split in WITHHELD else split}"  # test-dev is a part of test
     of_image = _by_image(asked)
     found: dict[int, str] = {}
     for image_id, rows in of_image.items():
-        if path := source.find(f"COCO_{split}{year}_{image_id:012d}.jpg", split, len(rows)):
+        if path := source.find(f"{pictures}{year}_{image_id:012d}.jpg", split, len(rows)):
             found[image_id] = path
     drawn = _drawn(source, set(found), asked, joined, limit, seed)
     for image_id, path in found.items():
         if image_id not in drawn:
             continue
         made = (
-            _text(source, q, answered[q["question_id"]], partner, asked, split)
+            _text(source, q, answered and answered[q["question_id"]], partner, asked, split)
             for q in of_image[image_id]
         )
         if texts := [text for text in made if text]:
@@ -75,7 +79,7 @@ def load(
             source.skip(IMAGE_WITHOUT_TEXT, path, why, split)
     # One folder may hold train2014 and val2014: the other split's images are not this one's dirt.
     why = "no question asks about it"
-    source.skip_rest(why, split, lambda path: Path(path).name.startswith(f"COCO_{split}"))
+    source.skip_rest(why, split, lambda path: Path(path).name.startswith(pictures))
     return source
 
 
@@ -87,21 +91,28 @@ def _by_image(asked: dict[int, dict]) -> dict[int, list[dict]]:
 
 
 def _text(
-    source: Source, question: dict, annotation: dict, partner: dict, asked: dict, split: str
+    source: Source,
+    question: dict,
+    annotation: dict | None,
+    partner: dict,
+    asked: dict,
+    split: str,
 ) -> Text | None:
     number = question["question_id"]
-    answers = tuple(annotation["answers"])
+    answers = tuple(annotation["answers"]) if annotation else ()
     prompt = question["question"]
-    if not source.takes(prompt, answers, str(number), split):
+    if not source.takes(prompt, answers if annotation else None, str(number), split):
         return None
-    source.notes["questions with other than ten answers, kept"] += len(answers) != 10
+    if annotation:
+        source.notes["questions with other than ten answers, kept"] += len(answers) != 10
+    else:
+        source.notes["questions without answers, which can only be predicted"] += 1
     other = partner.get(number)
     source.notes["questions whose complementary question is not in --questions"] += (
         bool(other) and other not in asked
     )
     meta = {
-        "answer_type": annotation.get("answer_type"),
-        "question_type": annotation.get("question_type"),
+        **{name: (annotation or {}).get(name) for name in ("answer_type", "question_type")},
         "pair_id": str(other) if other in asked else None,
     }
     return Text(str(number), "vqa", answers, prompt, meta)
