@@ -211,7 +211,7 @@ class Manifest:
             raise ShardError(
                 f"{self.folder}: {self.unanswered} of its {self.samples} records are questions "
                 "without answers, from which nothing can be learnt and on which nothing can be "
-                f"scored; a model answers them with `harness predict RUN --images {self.folder}`"
+                f"scored; `harness predict RUN --images {self.folder} --out FILE` answers them"
             )
 
     def file_problems(self) -> list[str]:

@@ -22,6 +22,7 @@ from harness.cli.export import export
 from harness.cli.gate import gate
 from harness.cli.look import look, report
 from harness.cli.parts import Base, Encoder, Trained
+from harness.cli.predict import predict
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
 from harness.cli.score import compare
@@ -460,6 +461,10 @@ def base_lm(
 
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
 app.add_typer(score_app, name="score", rich_help_panel=LOOK)
+app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: harness predict runs/mine --images holiday --out answers.jsonl",
+)(predict)
 app.command(
     rich_help_panel=LOOK,
     epilog="Example: harness gate llava-hf/llava-1.5-7b-hf data/vqav2/val --limit 500",

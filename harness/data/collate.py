@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.schema import Config, DataConfig, PromptsConfig
 from harness.data.prompts import prompt
 from harness.model.batch import Batch, Context, padding_id
+from shards.files import ShardError
 from shards.read import Sample
 from shards.record import Record, Text
 
@@ -117,6 +118,28 @@ class Collator:
             return batch
         return replace(batch, weight_TL=batch.weight_TL * torch.tensor(factors)[:, None])
 
+    def asked(self, samples: Sequence[Sample]) -> Batch:
+        """Returns the batch of all texts of these samples, answered or not, which were all read:
+        for a model to answer. It has one target of weight 0 for each.
+        """
+        rows = [
+            (n, sample.known, text)
+            for n, sample in enumerate(samples)
+            for text in sample.known.texts
+        ]
+        contexts = [
+            Context(record, text, prompt(text.task, getattr(self.prompts, text.task), text.prompt))
+            for _, record, text in rows
+        ]
+        batch = self.assemble(
+            np.stack([sample.payload for sample in samples]),
+            contexts,
+            [image for image, _, _ in rows],
+            [""] * len(rows),
+            list(range(len(rows))),
+        )
+        return replace(batch, weight_TL=torch.zeros_like(batch.weight_TL))
+
     def filler(self, payload_shape: Sequence[int], is_features: bool) -> Batch:
         """Returns a batch of weight 0 for a rank that has nothing left: it joins every collective
         and teaches nothing.
@@ -140,6 +163,8 @@ class Collator:
         chosen: dict[int, list[str]] = {}
         for place, target in units:
             text = record.texts[place]
+            if not text.targets:
+                raise ShardError(f"{record.key}: its question {text.id} has no answer to learn")
             if target >= 0:
                 words = text.targets[target]
             elif self.training and self.data.answer == "drawn":

@@ -73,7 +73,8 @@ def write_sheets(
     done = 0
     for manifest, chosen in zip(manifests, indices, strict=True):
         as_seen = AsSeen(config, manifest) if config else None
-        reader = Reader(manifest, cache)
+        # Without a config nothing is learnt of it: questions without answers are shown too.
+        reader = Reader(manifest, cache, answered=config is not None)
         cards = []
         for index in chosen:
             cards.append(_card(reader, index, as_seen, cache))

@@ -311,8 +311,12 @@ def test_vqav2_files_that_do_not_belong_together_are_refused(
         vqav2.load(coco_images, files[QUESTIONS], "val", files[ANNOTATIONS])
 
 
-def test_vqav2_without_annotations_says_why_the_test_split_cannot_be_built(coco_images):
-    with pytest.raises(ShardError, match="needs --annotations: the official test split has none"):
+def test_vqav2_needs_annotations_but_for_the_splits_whose_answers_are_withheld(coco_images):
+    with pytest.raises(
+        ShardError, match="--split val needs --annotations: only those of test and test-dev"
+    ):
+        vqav2.load(coco_images, QUESTIONS, "val")
+    with pytest.raises(ShardError, match="are of val2014, but --split is test"):
         vqav2.load(coco_images, QUESTIONS, "test")
 
 

@@ -1,0 +1,1 @@
+"""What a trained model says to pictures that nobody labelled, on disk."""
