@@ -15,6 +15,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -108,12 +109,9 @@ class Loader:
         self._check_cache(mixture, window_shards, cache.max_bytes if cache else 0)
         self.samples = mixture.samples
         self.steps_per_epoch = self._count_steps()
-        parts = [weights, seed, window_shards, shuffle]
-        self.digests = self._digests(parts + ([] if images is None else [images]))
-        self.digest = self.digests[0]
-        readers = [
-            Reader(m, cache, set_index=s, answered=answered) for s, m in enumerate(self.manifests)
-        ]
+        self.digests = self._digests([weights, seed, window_shards, shuffle], images)
+        read = partial(Reader, cache=cache, answered=answered)
+        readers = [read(m, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
         self._mask = mask
@@ -125,10 +123,16 @@ class Loader:
         self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
 
-    def _digests(self, parts: Sequence[Any]) -> tuple[str, str]:
+    @property
+    def digest(self) -> str:
+        """What names this order."""
+        return self.digests[0]
+
+    def _digests(self, parts: Sequence[Any], images: int | None) -> tuple[str, str]:
         """Returns what names this order, and what a state calls it of a run that was begun when
-        indexes had format 1; `parts` without what is not asked for, so that older states fit.
+        indexes had format 1; `images` only where they are asked for, so that older states fit.
         """
+        parts = [*parts, *([] if images is None else [images])]
         return (
             _order_digest([m.digest for m in self.manifests], parts),
             _order_digest([m.format_1_digest for m in self.manifests], parts),

@@ -77,14 +77,8 @@ def encode_set(
     ConfigError for sets and encoders that cannot be used; then OUT is as it was before.
     """
     decoder = ImageDecoder.of(vision, max_image_pixels)
-    loader = Loader(
-        [str(folder)],
-        global_batch=batch_images,
-        shuffle=False,
-        decode=decoder,
-        workers=workers,
-        answered=False,
-    )
+    reading: dict[str, Any] = {"shuffle": False, "workers": workers, "answered": False}
+    loader = Loader([str(folder)], global_batch=batch_images, decode=decoder, **reading)
     source = loader.manifests[0]
     if source.kind != "images":
         raise ConfigError(

@@ -97,8 +97,8 @@ def precision_of(
     given = {key: options[key] for key in OF_DTYPE if options.get(key) is not None}
     if not given:
         return precision or choose("auto", device)
-    key, dtype = next(iter(given.items()))
-    name = str(dtype).removeprefix("torch.")
+    key = next(iter(given))
+    name = str(given[key]).removeprefix("torch.")
     if precision is not None or name not in _PRECISIONS:
         raise ConfigError(
             f"{key}={name}: expected {', '.join(_PRECISIONS)}, and no precision beside it"

@@ -139,6 +139,6 @@ def write_results(lines: Lines, out: Path) -> int:
                 f"{damaged[0]}), and a result file must be whole"
             )
         raise ConfigError(f"{out} is not written: {lines.path} {what}")
-    ((task, pairs),) = answers.items()
-    write_whole(out, json.dumps(TASKS[task].results(pairs), ensure_ascii=False).encode())
-    return len(pairs)
+    entries = [entry for task, pairs in answers.items() for entry in TASKS[task].results(pairs)]
+    write_whole(out, json.dumps(entries, ensure_ascii=False).encode())
+    return len(entries)

@@ -46,11 +46,7 @@ def load(
     question without annotation, an annotation without question, duplicate question ids, files of
     another split.
     """
-    if annotations is None and split not in WITHHELD:
-        raise ShardError(
-            f"vqav2 --split {split} needs --annotations: only those of "
-            f"{' and '.join(WITHHELD)} are withheld"
-        )
+    _check_given(annotations, split)
     check_limit(limit)
     asked, year = _read_questions(questions, split)
     answered = _read_annotations(annotations, asked, questions) if annotations else None
@@ -81,6 +77,14 @@ def load(
     why = "no question asks about it"
     source.skip_rest(why, split, lambda path: Path(path).name.startswith(pictures))
     return source
+
+
+def _check_given(annotations: Path | None, split: str) -> None:
+    if annotations is None and split not in WITHHELD:
+        known = " and ".join(WITHHELD)
+        raise ShardError(
+            f"vqav2 --split {split} needs --annotations: only those of {known} are withheld"
+        )
 
 
 def _by_image(asked: dict[int, dict]) -> dict[int, list[dict]]:
