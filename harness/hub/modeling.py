@@ -375,13 +375,19 @@ def _cast(vlm: VisionLanguageModel, dtype: torch.dtype) -> None:
 
 
 def _check_config(given: VLMConfig | None, own: VLMConfig) -> None:
-    """Raises ValueError for a config that describes another model than the folder's."""
+    """Raises ValueError for a config that describes another model than the folder's, or holds an
+    option that was meant for it.
+    """
+    if given is None:
+        return
     for name in ("model", "encoder", "lm_hash", "known_mistakes"):
-        if given is not None and getattr(given, name) != getattr(own, name):
+        if getattr(given, name) != getattr(own, name):
             raise ValueError(
                 f"config: its {name} is not that of the folder, whose weights would not fit it; "
                 "prompts and generate can be changed"
             )
+    # AutoConfig has taken it out of what was given.
+    _refuse_the_rest({"attn_implementation": given._attn_implementation})
 
 
 def _refuse_the_rest(given: Mapping[str, Any]) -> None:
