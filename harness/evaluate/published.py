@@ -32,6 +32,7 @@ from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
+from harness.hub import VLMConfig  # and registers what our own exports are loaded by
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.language.interface import generate_arguments
@@ -53,6 +54,8 @@ PROMPTS: Mapping[str, dict[str, str]] = {
         "caption": "A short image description:",
         "vqa": "Question: {question} Short answer:",
     },
+    # An export of harness: its processor puts the words of the training around a question itself.
+    VLMConfig.model_type: {"caption": "none", "vqa": "none"},
     "llava": {  # Liu et al. 2023 (LLaVA-1.5), section 3
         "caption": "Provide a one-sentence caption for the provided image.",
         "vqa": "{question}\nAnswer the question using a single word or phrase.",
@@ -167,8 +170,13 @@ class PublishedModel(nn.Module):
             )
 
     @property
-    def prompts(self) -> dict[str, str]:
-        return PROMPTS.get(self.model.config.model_type, {})
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Sections of a config that say how this model is asked, and how it answers if it says."""
+        own = self.model.config
+        return {
+            "prompts": PROMPTS.get(own.model_type, {}),
+            "generate": getattr(own, "generate", None) or {},
+        }
 
     def bridge_tokens(self, batch: PictureBatch) -> Pictures:
         return Pictures(batch.pictures, batch.image_of_C)
@@ -305,7 +313,7 @@ def evaluate_published(
                 "they were made from"
             )
     model = PublishedModel(name, load_in_4bit)
-    config = _config(name, model.prompts, overrides)
+    config = _config(name, model.settings, overrides)
     evaluation = evaluate_model(
         model,
         data,
@@ -321,10 +329,12 @@ def evaluate_published(
     return write_report(evaluation, out, data, checkpoint=name, step=None)[0]
 
 
-def _config(name: str, prompts: Mapping[str, str], overrides: Sequence[str]) -> Config:
+def _config(
+    name: str, settings: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]
+) -> Config:
     document = {
         "name": Path(name).name,
-        "prompts": dict(prompts),
+        **settings,
         # Prompts go to the model's own processor whole; the Collator's copy is not to be cut and
         # warned of.
         "data": {"max_prompt_tokens": 4096},

@@ -10,6 +10,7 @@ vocabulary, H W pixels.
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,8 @@ from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import generate_arguments
 from harness.model.vlm import VisionLanguageModel, VLMConfig
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("caption", "vqa")
 ADAPTER = "adapter"
@@ -349,6 +352,9 @@ def _dtype(given: dict[str, Any]) -> torch.dtype | None:
 
 
 def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
+    """Returns what the parts compute in. A T5 in float16 follows the T4's policy of training: fp16
+    in its 4-bit layers alone, since the rest of it overflows.
+    """
     if dtype is None:
         return choose("fp32", device)
     return Precision(
@@ -360,15 +366,20 @@ def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
         compute_dtype=dtype,
         loss_scaler=False,
         reason="as dtype says",
-        lm_dtype=dtype,
     )
 
 
 def _cast(vlm: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Casts what the language model's own loading has not. Raises ValueError for T5 in float16."""
+    """Casts all weights that are not in 4 bits, and says which it may not."""
+    parts = [vlm.vision and vlm.vision.network, vlm.bridge]
     if dtype == torch.float16 and vlm.lm.begins is None:
-        raise ValueError("dtype=float16: T5 overflows in it, take bfloat16 or float32")
-    for part in filter(None, (vlm.vision and vlm.vision.network, vlm.bridge, vlm.lm)):
+        logger.warning(
+            "dtype=float16: T5 overflows in it, so its weights that are not in 4 bits stay in "
+            "float32"
+        )
+    else:
+        parts.append(vlm.lm)
+    for part in filter(None, parts):
         for tensor in (*part.parameters(), *part.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)

@@ -51,7 +51,7 @@ def setting(request, folders):
     for sample in samples:
         sample.payload = decode(sample)
     return model, PictureCollator(
-        model.tokenizer, DataConfig(), PromptsConfig(**model.prompts), training=False
+        model.tokenizer, DataConfig(), PromptsConfig(**model.settings["prompts"]), training=False
     )(samples)
 
 

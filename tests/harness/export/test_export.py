@@ -14,7 +14,9 @@ from transformers import T5ForConditionalGeneration
 from harness import checkpoint
 from harness.config.schema import Config
 from harness.evaluate.ask import ask
-from harness.evaluate.run_on_disk import load_model
+from harness.evaluate.published import evaluate_published
+from harness.evaluate.report import read_scores
+from harness.evaluate.run_on_disk import evaluate_run, load_model
 from harness.export.contexts import dev_contexts
 from toy_runs import picture
 
@@ -83,3 +85,20 @@ def test_the_proof_says_how_far_the_export_is(exported):
 @pytest.mark.parametrize("name", ["config.json", "lm/config.json", "vision/config.json"])
 def test_the_folder_stands_alone(exported, name):
     assert (exported.out / name).is_file()
+
+
+def test_harness_evaluate_scores_an_export_as_its_run(exported, run, tmp_path):
+    short = ["evaluation.bootstrap=20", "evaluation.counterfactual_texts=4"]
+    evaluate_run(run, out=tmp_path / "run", overrides=short)
+    evaluate_published(
+        str(exported.out), [str(run.parent / "test")], tmp_path / "out", overrides=short
+    )
+    for name in ("toy_test_answers.json", "toy_test_captions.json"):
+        found, expected = (
+            json.loads((tmp_path / where / name).read_text()) for where in ("out", "run")
+        )
+        assert found == expected
+        assert len(found) == {"toy_test_answers.json": 9, "toy_test_captions.json": 6}[name]
+    losses = [read_scores(tmp_path / where / "scores.json")["tasks"] for where in ("out", "run")]
+    for task in ("vqa", "caption"):
+        assert losses[0][task]["loss_nats"] == pytest.approx(losses[1][task]["loss_nats"], rel=1e-4)

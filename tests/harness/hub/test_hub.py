@@ -195,7 +195,7 @@ def test_what_is_given_to_generate_decides_and_what_is_not_is_as_the_run_was_eva
     model.generation_config.max_new_tokens = 3
 
 
-def test_a_dtype_and_a_device_are_obeyed(out, processor):
+def test_a_dtype_and_a_device_are_obeyed(out, processor, caplog):
     inputs = processor(images=[picture(0)], text=["is it red?"])
     model = AutoModelForImageTextToText.from_pretrained(
         out, dtype=torch.bfloat16, device_map={"": "cpu"}
@@ -208,12 +208,16 @@ def test_a_dtype_and_a_device_are_obeyed(out, processor):
     rough = model(**inputs, labels=labels).loss.item()
     assert rough == pytest.approx(whole(**inputs, labels=labels).loss.item(), rel=0.05)
     assert model.generate(**inputs).shape[0] == 1
+    half = AutoModelForImageTextToText.from_pretrained(out, dtype="float16")
+    assert {p.dtype for p in half.vlm.bridge.parameters()} == {torch.float16}
+    assert {p.dtype for p in half.vlm.lm.parameters()} == {torch.float32}
+    assert "T5 overflows in it" in caplog.text
+    assert half(**inputs, labels=labels).loss.item() == pytest.approx(rough, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"dtype": torch.float16}, "T5 overflows in it"),
         ({"dtype": torch.float64}, "expected float32, bfloat16, float16 or auto"),
         ({"device_map": "balanced"}, "one device"),
         ({"device_map": {"vlm.lm": 0, "vlm.bridge": "cpu"}}, "one device"),
