@@ -3,7 +3,7 @@ a split.
 
 Source -> every image decoded once, dirt set aside -> OUT/SPLIT/... and OUT/skipped.jsonl ->
 Summary. Everything is written beside OUT and moved there at the end, so that a failed build leaves
-nothing.
+nothing; one that was killed leaves its shards, from which the next one takes what it needs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shards.earlier import Journal
 from shards.files import ShardError, write_whole
 from shards.manifest import SKIPPED
-from shards.prepare import MAX_PIXELS, Fault, Prepared, preparing
+from shards.prepare import MAX_PIXELS, Fault, Outcome, preparing
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
     EMPTY_TEXT,
@@ -94,11 +95,17 @@ def build(
     _check_splits(found, out)
     lines = _lines_of_other_splits(found, out / SKIPPED)
     splits = {}
-    with folder_beside(out) as beside, closing(found.images):
+    with (
+        closing(found.images),
+        closing(Journal(out, found.images, (short_side, max_pixels))) as journal,
+        folder_beside(out) as beside,
+    ):
+        journal.begin(beside)
         with preparing(found, workers or os.cpu_count() or 1, short_side, max_pixels) as prepare:
             for split, items in found.splits.items():
                 show = partial(progress, split) if progress else lambda done, images: None
-                samples = _samples(found, split, prepare(items), show)
+                prepared = journal.taking(found, items, prepare)
+                samples = _samples(found, split, prepared, journal, show)
                 made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
                 splits[split] = {
                     "records": made.samples,
@@ -110,6 +117,7 @@ def build(
         # A file's name may be no UTF-8.
         text = "".join(f"{line}\n" for line in lines)
         write_whole(beside / SKIPPED, text.encode("utf-8", "backslashreplace"))
+        journal.end()
         add_to(beside, out)
     return _summary(found, out, splits)
 
@@ -179,7 +187,8 @@ def _check_splits(source: Source, out: Path) -> None:
 def _samples(
     source: Source,
     split: str,
-    prepared: Iterator[tuple[Item, Prepared | Fault]],
+    prepared: Iterator[tuple[Item, Outcome]],
+    journal: Journal,
     progress: Callable[[int, int], None],
 ) -> Iterator[Sample]:
     """Yields the usable items in their order; the others go to `skipped`."""
@@ -193,6 +202,7 @@ def _samples(
             usable += 1
             payload, extension, changed, row_K = outcome
             source.notes[_ANEW + changed] += bool(changed)
+            journal.note(item, outcome)
             yield item.record, payload, extension, row_K
         progress(done, items)
     if not usable:

@@ -175,18 +175,31 @@ def folder_beside(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))  # also where it is "."
     out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.{os.uname().nodename}."
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        process = left.name.removeprefix(prefix).partition(".")[0]
-        # not decimal: that of a machine whose name goes on
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left)
-    beside = out.with_name(f"{prefix}{os.getpid()}")
+    for left in left_beside(out):
+        shutil.rmtree(left)
+    beside = out.with_name(f"{_prefix(out)}{os.getpid()}")
     beside.mkdir()
     try:
         yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def left_beside(out: Path) -> list[Path]:
+    """Returns the folders that killed processes of this machine left beside `out`."""
+    out = Path(os.path.abspath(out))
+    prefix = _prefix(out)
+    return [
+        left
+        for left in sorted(out.parent.glob(f"{glob.escape(prefix)}*"))
+        if (process := left.name.removeprefix(prefix).partition(".")[0]).isdecimal()
+        # not decimal: that of a machine whose name goes on
+        and not psutil.pid_exists(int(process))
+    ]
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.{os.uname().nodename}."
 
 
 def _numbered(

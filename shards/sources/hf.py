@@ -219,6 +219,7 @@ class RowImages:
         self._folder = place if place.is_dir() else place.parent
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it
         self._named: dict[bytes, str] = {}
+        self._digest_of: dict[str, str] = {}
         self._spans: dict[str, tuple[int, int]] = {}
         self.descriptors: tuple[int, ...] = (self._file.fileno(),)
 
@@ -239,6 +240,7 @@ class RowImages:
             digest = hashlib.sha256(data).digest()
             if digest not in self._named:
                 self._named[digest] = f"row {number}"
+                self._digest_of[f"row {number}"] = digest.hex()
                 self._spans[f"row {number}"] = (self._file.tell(), len(data))
                 self._file.write(data)
             return self._named[digest], digest
@@ -257,6 +259,12 @@ class RowImages:
     def complete(self) -> None:
         """Must be called once, after the last `add` and before the first `read`."""
         self._file.flush()
+
+    def stamp(self, name: str) -> str:
+        """Returns what another image of this name would not have."""
+        if name in self._spans:
+            return self._digest_of[name]
+        return name if "://" in name else f"{os.stat(name).st_mtime_ns}"
 
     def read(self, name: str) -> bytes:
         if name in self._spans:

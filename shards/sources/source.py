@@ -76,6 +76,8 @@ class ImageFiles(Protocol):
 
     def read(self, name: str, /) -> bytes: ...
 
+    def stamp(self, name: str, /) -> str: ...  # changes with the file
+
     def close(self) -> None: ...
 
 
@@ -317,6 +319,13 @@ class Images:
         if self._zip:
             return self._zip.getinfo(path).file_size
         return os.stat(self.place / path).st_size
+
+    def stamp(self, path: str) -> str:
+        """Returns what another file of this name would not have."""
+        if self._zip:
+            return f"{self.size(path)} {self._zip.getinfo(path).CRC}"
+        found = os.stat(self.place / path)
+        return f"{found.st_size} {found.st_mtime_ns}"
 
     def close(self) -> None:
         if self._zip:

@@ -13,6 +13,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.prepare import prepare_image as prepared_image
 from shards.record import Record
+from shards.sources.source import Images
+from shards.write import write_shards
 
 TOKEN = FLICKR8K / "Flickr8k.token.txt"
 
@@ -143,23 +146,29 @@ def test_a_worker_that_dies_is_told_of_and_leaves_nothing(tmp_path, processes_pa
 
 
 KILLED = """
-import os, signal, sys
-import shards.prepare
-from shards.build import build
+import functools, os, signal, sys
+import shards.build, shards.prepare, shards.write
 
 shards.prepare._WORTH_PROCESSES = 0
+shards.build.write_shards = functools.partial(shards.write.write_shards, max_shard_samples=60)
 def kill(split, done, images):
-    if done == 40:
+    if done == 150:
         os.kill(os.getpid(), signal.SIGKILL)
-build("image-folder", sys.argv[1], images=sys.argv[2], csv=sys.argv[3], workers=2, progress=kill)
+out, images, csv = sys.argv[1:]
+shards.build.build("image-folder", out, images=images, csv=csv, workers=2, progress=kill)
 """
 
 
-def test_a_build_that_is_killed_takes_its_workers_along_and_is_done_anew(tmp_path, processes_pay):
-    options = many(tmp_path, 60)
+def test_a_build_that_is_killed_takes_its_workers_along_and_the_next_one_goes_on(
+    tmp_path, processes_pay, monkeypatch
+):
+    monkeypatch.setattr("shards.build.write_shards", partial(write_shards, max_shard_samples=60))
+    options = many(tmp_path, 200)
+    (options["images"] / "3.jpg").write_text("no image")
+    build("image-folder", tmp_path / "undisturbed", **options)
     place = tmp_path / "a" / "out"
-    given = [str(place), *map(str, options.values())]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    given = [str(place), *map(str, options.values())]
     with subprocess.Popen([sys.executable, "-c", KILLED, *given], env=environment) as process:
         workers = []
         while process.poll() is None:
@@ -171,9 +180,29 @@ def test_a_build_that_is_killed_takes_its_workers_along_and_is_done_anew(tmp_pat
     assert not alive
     (left,) = (tmp_path / "a").iterdir()
     assert left.name.startswith(".out.")
-    summary = build("image-folder", place, workers=2, **options)
-    assert summary.total("records") == 60
+    tar = left / next(left.glob(".train*")) / "train-000000.tar"
+    with tarfile.open(tar) as file:
+        damaged = file.getmember("7.jpg").offset_data
+    with open(tar, "r+b") as file:  # as a machine leaves it that goes down
+        file.seek(damaged)
+        file.write(bytes(20))
+    os.utime(options["images"] / "5.jpg")  # another picture, for all we know
+
+    asked = []
+    read = Images.read
+    monkeypatch.setattr(Images, "read", lambda self, path: asked.append(path) or read(self, path))
+    summary = build("image-folder", place, workers=1, **options)
+    assert summary.total("records") == 199
+    taken = summary.notes["images taken from a build that was killed"]
+    assert 100 <= taken <= 150
+    assert len(asked) == 200 - taken
+    assert {"3.jpg", "5.jpg", "7.jpg", "199.jpg"} <= set(asked)
+    for name, files in (("train", "*"), (".", "skipped.jsonl")):
+        for path in (tmp_path / "undisturbed" / name).glob(files):
+            if path.is_file():
+                assert path.read_bytes() == (place / name / path.name).read_bytes()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert sorted(path.name for path in place.iterdir()) == ["skipped.jsonl", "train"]
 
 
 def test_images_that_cannot_be_decoded_are_skipped_and_named_with_the_reason(
