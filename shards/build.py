@@ -22,7 +22,7 @@ from typing import Any
 
 from shards.earlier import Journal
 from shards.files import ShardError, write_whole
-from shards.manifest import SKIPPED
+from shards.manifest import SKIPPED, Manifest
 from shards.prepare import MAX_PIXELS, Fault, Outcome, preparing
 from shards.sources import SOURCES, Item, Source
 from shards.sources.source import (
@@ -107,12 +107,7 @@ def build(
                 prepared = journal.taking(found, items, prepare)
                 samples = _samples(found, split, prepared, journal, show)
                 made = write_shards(samples, beside / split, dataset=found.dataset, split=split)
-                splits[split] = {
-                    "records": made.samples,
-                    "texts": made.texts,
-                    "targets": int(made.sidecar["targets"].sum()),
-                    "bytes": made.bytes,
-                }
+                splits[split] = _figures(made)
         lines += [json.dumps(asdict(skipped), ensure_ascii=False) for skipped in found.skipped]
         # A file's name may be no UTF-8.
         text = "".join(f"{line}\n" for line in lines)
@@ -120,6 +115,15 @@ def build(
         journal.end()
         add_to(beside, out)
     return _summary(found, out, splits)
+
+
+def _figures(made: Manifest) -> dict[str, int]:
+    return {
+        "records": made.samples,
+        "texts": made.texts,
+        "targets": int(made.sidecar["targets"].sum()),
+        "bytes": made.bytes,
+    }
 
 
 def _summary(source: Source, out: Path, splits: dict[str, dict[str, int]]) -> Summary:

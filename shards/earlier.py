@@ -62,10 +62,10 @@ class Journal:
     def _read(self, folder: Path) -> None:
         """Reads what one left, as far as it is whole."""
         try:
-            head, *lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
+            lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):
             return
-        if head != self._head:
+        if lines[:1] != [self._head]:
             return
         places: dict[tuple[str, str, str], tuple[int, Member]] = {}
         for path in folder.rglob("*.tar"):
@@ -74,7 +74,7 @@ class Journal:
             split = path.name.rpartition("-")[0]
             for member in _members(tar):
                 places[split, member.key, member.extension] = (tar, member)
-        for line in lines:
+        for line in lines[1:]:
             try:
                 split, key, image, stamp, extension, changed, crc, row = json.loads(line)
                 place = places[split, key, extension]
