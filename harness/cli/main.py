@@ -20,6 +20,7 @@ import typer
 
 from harness.cli.export import export
 from harness.cli.gate import gate
+from harness.cli.init import init
 from harness.cli.look import look, report
 from harness.cli.parts import Base, Encoder, Trained
 from harness.cli.predict import predict
@@ -459,6 +460,10 @@ def base_lm(
     say(f"{out}: {made}; use it by model.lm.kind={kind} model.lm.id={out}")
 
 
+app.command(
+    rich_help_panel=START,
+    epilog="Example: harness init --task captions --data data/mine --device t4",
+)(init)
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
 app.add_typer(score_app, name="score", rich_help_panel=LOOK)
 app.command(

@@ -62,6 +62,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
+    return parse_yaml(text, str(file))
+
+
+def parse_yaml(text: str, file: str) -> dict[str, Any]:
+    """Returns the mapping that the text of a YAML file holds. Raises ConfigError naming the
+    file.
+    """
     document = _parsed(text, f"{file}: is not YAML")
     if not isinstance(document, dict):
         raise ConfigError(
