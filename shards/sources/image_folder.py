@@ -257,10 +257,11 @@ def _divide(source: Source, shares: dict[str, float], seed: int) -> None:
 def _alike(source: Source, items: list[Item]) -> dict[str, list[Item]]:
     """Returns the images in groups of equal bytes; only files of one size are read."""
     files = source.files
-    sizes = Counter(files.size(item.image) for item in items)
+    size_of = {item.image: files.size(item.image) for item in items}
+    sizes = Counter(size_of.values())
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        is_alone = sizes[files.size(item.image)] == 1
+        is_alone = sizes[size_of[item.image]] == 1
         data = b"" if is_alone else files.read(item.image)
         groups[item.image if is_alone else hashlib.sha256(data).hexdigest()].append(item)
     return groups

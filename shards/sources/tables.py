@@ -23,6 +23,7 @@ from shards.sources.source import UNUSABLE_TEXT, Source
 
 SEPARATORS = (",", "\t", ";", "|")
 _NAMED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+_EXCEL = re.compile("sep=(.)")  # a first line by which it is told the separator
 # Line 20,001 of Flickr30k's results.csv: "2199200615.jpg| 4   A dog runs across the grass ."
 _NUMBER_AND_TEXT = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 _JOINED = "lines with the separator in their last, unquoted column, which was joined again"
@@ -47,6 +48,9 @@ def read_table(
     """
     lines = deque(enumerate(text.split("\n"), 1))
     while lines and not lines[0][1].strip():
+        lines.popleft()
+    if lines and (said := _EXCEL.fullmatch(lines[0][1])):
+        separator = separator or said[1]
         lines.popleft()
     if not lines:
         raise ShardError(f"{what} is empty")
