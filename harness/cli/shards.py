@@ -69,7 +69,7 @@ class _Sources(TyperGroup):
         about = sys.modules[SOURCES[name].__module__].__doc__ or ""
         verb.__signature__ = inspect.Signature(options + common)  # type: ignore[attr-defined]  # for typer
         verb.__doc__ = about.partition("\n")[0]
-        one = typer.Typer(**HELP)
+        one = typer.Typer(**HELP, add_completion=False)
         one.command(name)(verb)
         return typer.main.get_command(one)
 

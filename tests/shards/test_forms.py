@@ -116,7 +116,8 @@ def test_a_quote_that_nobody_closed_costs_no_line_behind_it(tmp_path):
 
 
 def test_what_excel_and_windows_make_of_a_table_is_read(tmp_path):
-    text = "sep=;\r\nBild;Frage;Antwort;Teil\r\nC:\\x\\Photos\\A.JPG;Was?;['Hund','Hündin'];dev\r\n\r\n;;;\r\n"
+    text = "sep=;\r\nBild;Frage;Antwort;Teil\r\n"
+    text += "C:\\x\\Photos\\A.JPG;Was?;['Hund','Hündin'];dev\r\n\r\n;;;\r\n"
     options = {"image": "Bild", "question": "Frage", "answer": "Antwort", "split": "Teil"}
     options = {f"{role}_column": name for role, name in options.items()}
     expected = {"a.jpg": [("Was?", ["Hund", "Hündin"])]}
