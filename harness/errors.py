@@ -22,6 +22,7 @@ EXTRA_OF = {
     "mlflow": "mlflow",
     "pandas": "mlflow",
     "s3fs": "s3",
+    "sqlalchemy": "mlflow",
 }
 
 

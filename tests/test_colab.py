@@ -5,6 +5,7 @@ images a split, three steps.
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ def read() -> nbformat.NotebookNode:
 
 
 def shown(cell) -> str:
-    """What a reader sees of a cell's text: colours and cursor movements gone, a carriage return
-    obeyed.
+    """What a reader sees of a cell's text: colours gone, a carriage return and a line that is taken
+    back (of two bars, one under the other) obeyed.
     """
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    while (back := text.find("\x1b[1A\x1b[2K")) >= 0:
+        above = text.rfind("\n", 0, back)
+        text = text[: text.rfind("\n", 0, above) + 1] + text[back + len("\x1b[1A\x1b[2K") :]
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n").split("\n")
     return "\n".join(re.sub(r".*\r(?=.)", "", line) for line in lines)
 
@@ -43,7 +47,10 @@ colab.output = types.SimpleNamespace(
 )
 sys.modules.setdefault("google", types.ModuleType("google")).colab = colab
 """
-SERVER = {"mlflow": 'echo "mlflow $*" >>"$HARNESS_COLAB_TOY/asked"', "curl": "exit 0"}
+SERVER = """case $1 in
+ui) echo "harness $*" >>"$HARNESS_COLAB_TOY/asked" ;;
+*) exec {harness} "$@" ;;
+esac"""
 
 
 def programs(folder: Path, **codes: str) -> Path:
@@ -68,7 +75,8 @@ def colab(tmp_path_factory):
     beside = Path(sys.executable).parent
     if not shutil.which("harness", path=str(beside)):
         pytest.skip("the command harness is not installed beside this Python: pip install -e .")
-    path = (programs(home / "bin", **SERVER), beside, os.environ["PATH"])
+    server = SERVER.format(harness=shlex.quote(str(beside / "harness")))
+    path = (programs(home / "bin", harness=server, curl="exit 0"), beside, os.environ["PATH"])
 
     def _colab(*names: str) -> dict:
         notebook = read()
@@ -216,7 +224,7 @@ def test_elsewhere_than_on_colab_that_is_said_and_everything_stays_here(execute,
     cells = [given, source("place"), source("mlflow")]
     _, place, page = execute(tmp_path, *cells)
     assert place[0].text == f"This is not Colab: everything is kept in {tmp_path}\n"
-    assert "mlflow ui" in page[0].text
+    assert page[0].text == "harness ui runs/demo\n"
     refused = f"{COLAB}\ncolab.drive.mount = lambda place: 1 / 0"
     cells = [f"{refused}\n{given}", source("place"), "print(DRIVE, Path.cwd().name)"]
     _, place, after = execute(tmp_path, *cells, HARNESS_COLAB_TOY=str(tmp_path))
@@ -296,7 +304,7 @@ def test_the_verdict_stands_beside_pictures(cells):
 
 def test_the_page_of_mlflow_is_shown_from_the_live_store(colab, cells):
     assert "a page of 5000" in shown(cells["mlflow"])
-    assert (colab.home / "asked").read_text().startswith("mlflow ui ")
+    assert (colab.home / "asked").read_text() == "harness ui runs/demo --port 5000\n"
     assert (cells["home"] / "runs" / "demo" / "mlflow.db").stat().st_size > 0
 
 

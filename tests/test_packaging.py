@@ -81,7 +81,7 @@ def test_a_run_without_tracking_needs_no_mlflow(tmp_path, monkeypatch):
     run(config)
     assert len(losses(tmp_path / "run")) == 1
     tracked = config.model_copy(update={"tracking": load("demo").tracking})
-    with pytest.raises(ConfigError, match=r"kind=none, or pip install -e '.*\[mlflow\]'"):
+    with pytest.raises(ConfigError, match=r"kind=none, or pip install .*mlflow"):
         check_tracking(tracked)
 
 
