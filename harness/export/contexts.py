@@ -54,7 +54,7 @@ def dev_contexts(config: Config, tokenizer: PreTrainedTokenizerBase, pictures: i
             is_own = True
             source = f"{manifest.dataset}/{manifest.split}"
             if found[0].extension == "safetensors":
-                source += " (features: the pictures they were made from are gone)"
+                source += " (features: their pictures were not found)"
             break
     encoded = [sample.payload for sample in samples]
     kept = samples[0].extension != "safetensors"

@@ -272,7 +272,7 @@ def test_pictures_are_found_through_features_and_what_stands_in_for_them_is_name
     told.append(room.export(run, tmp_path / "out", tell=lambda line: None).proof)
     assert [one.source for one in told] == [
         "toy/dev",
-        "toy/dev (features: the pictures they were made from are gone)",
+        "toy/dev (features: their pictures were not found)",
         "random pictures, since none of the run's sets can be read",
     ]
     assert [one.contexts for one in told] == [10, 10, 8]
