@@ -103,8 +103,12 @@ def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run
     monkeypatch.setattr(mlflow_tracker, "PERIOD", 0.02)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = config_of(root, "tracked", dev=False, save_every=4)
+    test = (configs.DataSetConfig(path=str(root / "dev")),)
     config = config.model_copy(
-        update={"tracking": config.tracking.model_copy(update={"kind": "mlflow"})}
+        update={
+            "tracking": config.tracking.model_copy(update={"kind": "mlflow"}),
+            "data": config.data.model_copy(update={"test": test}),
+        }
     )
     killed_at(2, config)
     train.run(config, "auto")
@@ -116,6 +120,8 @@ def test_a_job_killed_before_its_first_checkpoint_goes_on_in_the_same_mlflow_run
     assert len(history) == 8
     assert checkpoints.newest(config.out_dir).state["run_id"] == run.info.run_id
     assert run.info.status == "FINISHED"
+    sets = [given.dataset.name for given in run.inputs.dataset_inputs]
+    assert sorted(sets) == ["toy/dev", "toy/train"], "the test set is one of the inputs"
 
 
 def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
