@@ -33,6 +33,8 @@ CHARACTERS_OF_A_TOKEN = 3
 MOST_TOKENS = 256
 TOY_STEPS = 150
 FEWEST_STEPS = 500
+FEWEST_EPOCHS = 5
+MOST_EPOCHS = 30  # few pictures are known by heart by then
 EVALUATIONS = 4  # of a run whose epochs are short
 # GiB of a GPU's memory -> pictures at a time, where the models are not at hand to be planned with
 GUESSED = ((17, 16), (25, 32), (48, 64), (math.inf, 128))
@@ -158,7 +160,8 @@ def _sizes(answers: Answers, found: Found) -> Sizes:
         micro = next(many for gib, many in GUESSED if chosen.memory < gib * GIB)
         why = "at a time: a guess, which `harness plan` will check"
     steps = math.ceil(images / batch)
-    epochs = max(5, math.ceil((TOY_STEPS if toy else FEWEST_STEPS) / steps))
+    wanted = math.ceil((TOY_STEPS if toy else FEWEST_STEPS) / steps)
+    epochs = min(max(FEWEST_EPOCHS, wanted), MOST_EPOCHS)
     every = math.ceil(steps * epochs / EVALUATIONS) if epochs > 3 * EVALUATIONS else None
     return Sizes(epochs, batch, min(micro, batch), every, why)
 
