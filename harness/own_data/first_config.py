@@ -35,7 +35,7 @@ TOY_STEPS = 150
 FEWEST_STEPS = 500
 FEWEST_EPOCHS = 5
 MOST_EPOCHS = 30  # few pictures are known by heart by then
-EVALUATIONS = 4  # of a run whose epochs are short
+EVALUATIONS = 3  # of a run whose epochs are short
 # GiB of a GPU's memory -> pictures at a time, where the models are not at hand to be planned with
 GUESSED = ((17, 16), (25, 32), (48, 64), (math.inf, 128))
 Task = Literal["captions", "questions"]
