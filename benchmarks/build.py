@@ -56,7 +56,7 @@ def timed(out: Path, workers: int, short_side: int | None, options: dict[str, Pa
     seconds = time.perf_counter() - started
     own = _processor_seconds() - used
     now = psutil.cpu_times()
-    all_of_it = sum(getattr(now, name) - getattr(busy, name) for name in ("user", "system"))
+    all_of_it = sum(getattr(now, name) - getattr(busy, name) for name in ("user", "nice", "system"))
     digest = Manifest.open(out / "train").digest
     shutil.rmtree(out)
     return {

@@ -16,6 +16,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import pytest
@@ -124,6 +125,22 @@ def test_zip_and_folder_and_any_number_of_workers_give_the_same_shards(
         made.append((files, skipped(out)[0]["reason"]))
     assert made[0] == made[1]
     assert made[0][0] == made[2][0]
+
+
+def test_rows_of_a_table_are_read_by_several_processes(tmp_path, processes_pay):
+    fill(tmp_path, ["x.jpg"])
+    images = [{"bytes": picture(f"{n}"), "path": None} for n in range(30)]
+    images.append({"bytes": None, "path": str(tmp_path / "x.jpg")})
+    rows = {"image": images, "caption": [f"picture {n}" for n in range(31)]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
+    options = {"dataset": str(tmp_path / "t.parquet"), "split": "train"}
+    options |= {"text_columns": ["caption"]}
+    digests = set()
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}"
+        assert build("hf", out, workers=workers, **options).total("records") == 31
+        digests.add(Manifest.open(out / "train").digest)
+    assert len(digests) == 1
 
 
 def many(folder: Path, count: int) -> dict[str, Path]:
