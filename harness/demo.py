@@ -32,7 +32,7 @@ from harness.data.encode import encode_set
 from harness.errors import ConfigError
 from harness.evaluate import FOLDER, vqa
 from harness.evaluate.report import floors, model_rows
-from harness.evaluate.run_on_disk import evaluate_run, model_facts
+from harness.evaluate.run_on_disk import PAGE, evaluate_run, model_facts
 from harness.evaluate.told import TERM_FIGURES, verdict_lines
 from harness.machine.launcher import gpus, launch
 from harness.model.vlm import VisionLanguageModel
@@ -138,11 +138,12 @@ def say(line: str) -> None:
 
 
 def show(report: dict[str, Any], out: Path, config: Config) -> None:
-    """Prints the table, and where pictures, report and MLflow's pages are."""
+    """Prints the table, and where the picture and the report are, and what shows the run."""
 
     say(table(report))
     say("\n".join(verdict_lines("easy-VQA", report)) + "\n")
-    say(f"pictures   {out / 'predictions.png'}\nreport     {out / REPORT}")
+    page = out / PAGE if (out / PAGE).exists() else out / REPORT  # a demo of an earlier version
+    say(f"picture    {out / 'predictions.png'}\nreport     {page}")
     say(f"MLflow     {ui_command(config)}")
 
 

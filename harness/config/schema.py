@@ -270,6 +270,9 @@ class TrackingConfig(Section):
     experiment: str | None = None  # MLflow's; null: MLFLOW_EXPERIMENT_NAME, else harness
     run_name: str | None = None  # null: MLFLOW_RUN_NAME, else the config's name
     parent_run_id: str | None = None  # the MLflow run whose child this is; `harness ablate` sets it
+    # At the end of training the model is exported to OUT/export and registered in MLflow, under the
+    # config's name, as one that answers a picture and a prompt.
+    log_model: bool = False
     # Seconds that the end of a run waits in all for the store; `harness sync RUN` sends the rest.
     last_wait: From0 = 30.0
 

@@ -68,7 +68,7 @@ class Terminal:
             disable=not (enabled and self.console.is_terminal),
         )
         self._said = -LINE_SECONDS
-        self._answers: dict[tuple[str, str], str] = {}  # to each prompt, the last time
+        self._answers: list[tuple[str, str]] = []  # prompts and answers, the last time
         self._evaluation_seconds = 0.0  # that the last one took
 
     @contextmanager
@@ -151,23 +151,19 @@ class Terminal:
 
     def answers(self, items: Sequence[Shown]) -> None:
         """Shows answers to the same images as always: all at first, then those that changed."""
-        rows = []
-        before = self._answers
-        for item in items:
-            earlier = before.get((item.prompt, item.expected))
-            if earlier != item.said:
-                was = () if not before else (earlier or "",)
-                rows.append((item.prompt, item.expected, *was, item.said))
-        if not before:
-            self.say(f"answers to {len(items)} images")
-        else:
-            self.say(f"answers to the same {len(items)} images: {len(rows) or 'none'} changed")
-        self._answers = {(item.prompt, item.expected): item.said for item in items}
+        before = self._answers if len(self._answers) == len(items) else []
+        now = [(item.prompt, item.said) for item in items]
+        rows: list[tuple[str, ...]] = []
+        for place, item in enumerate(items):
+            if not before:
+                rows.append((item.prompt, item.expected, item.said))
+            elif now[place] != before[place]:
+                rows.append((item.prompt, item.expected, before[place][1], item.said))
+        changed = f": {len(rows) or 'none'} changed" if before else ""
+        self.say(f"answers to {'the same ' if before else ''}{len(items)} images{changed}")
+        self._answers = now
         if rows:
-            columns = (
-                ("prompt", "truth", "before", "now") if before else ("prompt", "truth", "answer")
-            )
-            table = Table(*columns)
+            table = Table("prompt", "truth", *(("before", "now") if before else ("answer",)))
             for row in rows:
                 table.add_row(*(Text(printable(text)) for text in row))
             self.console.print(table)

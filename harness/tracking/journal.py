@@ -164,6 +164,9 @@ class JournalTracker:
     def tags(self, values: Mapping[str, str]) -> None:
         pass
 
+    def model(self, folder: Path, name: str) -> None:
+        pass
+
     def describe(self, text: str) -> None:
         """Sets what stands at the top of the run's page, as Markdown."""
         self.tags({DESCRIPTION: text[:MAX_TAG]})

@@ -34,6 +34,7 @@ from harness.report.pictures import Shown, thumbnail
 from harness.tracking.journal import METRICS, RUN_ID, Journal, JournalTracker, read_rows
 from harness.tracking.outbox import Outbox
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
+from harness.tracking.served import log_export
 from harness.tracking.store import (
     database,
     default_store,
@@ -160,6 +161,8 @@ class Sender:
             self._set_tags(job["tags"])
         elif kind == "table":
             self._log_table(job["columns"], job["name"], job["folder"])
+        elif kind == "model":
+            log_export(self._folder / job["path"], job["name"], self.uri, str(self.run_id))
         elif kind == "status":
             self._client.set_terminated(self.run_id, job["status"], job["time"])
         else:
@@ -438,6 +441,11 @@ class MLflowTracker(JournalTracker):
         home = self._folder.absolute()
         inside = path.relative_to(home) if path.is_relative_to(home) else path
         self._put({"kind": "artifact", "path": str(inside), "folder": folder})
+
+    def model(self, folder: Path, name: str) -> None:
+        """Registers an export, which lies in the run's folder and stays as it is."""
+        inside = folder.absolute().relative_to(self._folder.absolute())
+        self._put({"kind": "model", "path": str(inside), "name": name})
 
     def tags(self, values: Mapping[str, str]) -> None:
         self._put({"kind": "tags", "tags": masked_document(dict(values))})

@@ -58,6 +58,7 @@ class Tracker(Protocol):
     ) -> None: ...  # must stay as it is until `close`
     def checkpoint(self, path: Path, digest: str, step: int) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
+    def model(self, folder: Path, name: str) -> None: ...  # an export, to be registered
     def describe(self, text: str) -> None: ...  # in Markdown, in place of what was said before
     def close(self, status: str = "FINISHED") -> None: ...  # FINISHED, FAILED or KILLED
 
@@ -122,6 +123,8 @@ def check_tracking(config: Config) -> None:
     Without mlflow's import for a database, and at most a few seconds for a server.
     """
     if config.tracking.kind == "none":
+        if config.tracking.log_model:
+            raise ConfigError("tracking.log_model is true, which needs tracking.kind=mlflow")
         return
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(

@@ -15,6 +15,7 @@ from harness.machine.parent import watch_parent
 from harness.machine.ranks import settle
 from harness.redact import guard_output, say
 from harness.train.failures import explain_failure
+from harness.train.log_model import log_model
 from harness.train.run import run
 
 
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{speaker}: {sentence}", sys.stderr)
         return code
     if rank == "0":
+        if config.tracking.log_model:
+            log_model(config, last)
         say(f"checkpoint: {last}")
     return 0
 

@@ -80,7 +80,14 @@ def test_the_whole_demo_writes_what_it_promises(toy, tmp_path, capfd):
     ):
         assert (out / name).stat().st_size > 0, name
     told = capfd.readouterr().err
-    assert "mlflow ui" in told
+    *_, picture, page, look = told.rstrip().splitlines()
+    assert picture.split() == ["picture", str(out / "predictions.png")]
+    assert page.split() == ["report", str(out / "report.html")]
+    assert look.endswith(f"harness ui {out}")
+    written = [line for line in told.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, written)) <= 100, "a line that a log can hold"
+    assert "evaluating on 4 dev images with" in told
+    assert "vqa: accuracy" in told
     assert "kept" not in told
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
