@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +27,10 @@ from harness.model.batch import Batch, Context
 from harness.model.bridge import Bridge
 from harness.model.vlm import VisionLanguageModel
 
-LEVELS = (4, 8, 16)  # cells a side: all of the coarsest, of a finer one those that matter
+LEVELS = (2, 4, 8, 16)  # cells a side: all up to `PATCHES`, of a finer grid those that matter
+PATCHES = 4
 REFINED = 8  # cells of a grid that are looked at on the next one
+DELETED_CELLS = 8  # a side, in deletion curves
 DELETED = (
     0,
     1 / 16,
@@ -59,11 +60,12 @@ class Asked:
 @dataclass(frozen=True)
 class Look:
     """Where a model looked. Heat in nats a token of the answer: what a cell of `heat_GG` costs,
-    such that the cells of a coarser grid keep their sum.
+    such that the cells of the coarsest grid keep their sum. `patch_NN`: what each cell costs alone,
+    on the finest grid whose cells were all asked.
     """
 
     heat_GG: np.ndarray
-    coarse_NN: np.ndarray
+    patch_NN: np.ndarray
     nats: float  # a token of the whole picture's answer
     deleted: tuple[float, ...] = ()  # likelihood a token, at the shares of DELETED
     deleted_at_random: tuple[float, ...] = ()  # the same, mean over random orders
@@ -133,7 +135,7 @@ class Tokens:
     @property
     def levels(self) -> tuple[int, ...]:
         side = self.side
-        return (side // 2, side) if side > LEVELS[1] and side % 2 == 0 else (side,)
+        return (side // 2, side) if side > DELETED_CELLS and side % 2 == 0 else (side,)
 
     def patches(self, hidden_MGG: np.ndarray) -> list[torch.Tensor]:
         """Returns M of patches_PD with fewer patches; where all are hidden one of no content."""
@@ -225,14 +227,12 @@ def look(likelihood: Likelihood, curve: bool = True) -> Look:
     """Returns where the model looked when it gave the answer; `curve`: with its deletion curve."""
     side = likelihood.side
     whole = float(likelihood(np.zeros((1, side, side), bool))[0])
-    coarse_NN = _coarse(likelihood, whole)
-    heat_GG = _refined(likelihood, whole, coarse_NN)
-    found = Look(heat_GG, coarse_NN, whole)
+    found = _map(likelihood, whole)
     if not curve:
         return found
     levels = likelihood.hiding.levels
-    count = max((level for level in levels if level <= LEVELS[1]), default=side)
-    heat_NN = heat_GG.reshape(count, side // count, count, side // count).sum(axis=(1, 3))
+    count = max((level for level in levels if level <= DELETED_CELLS), default=side)
+    heat_NN = found.heat_GG.reshape(count, side // count, count, side // count).sum(axis=(1, 3))
     rng = np.random.default_rng(_SEED)
     own = _deleted(likelihood, np.argsort(-heat_NN.ravel(), kind="stable"))
     at_random = [_deleted(likelihood, rng.permutation(count * count)) for _ in range(RANDOM_ORDERS)]
@@ -243,54 +243,52 @@ def look(likelihood: Likelihood, curve: bool = True) -> Look:
     )
 
 
-def _coarse(likelihood: Likelihood, whole: float) -> np.ndarray:
-    """Returns coarse_NN: what each cell of the coarsest grid costs alone."""
-    count = likelihood.hiding.levels[0]
-    masks = _one_by_one(count, range(count * count), likelihood.side)
-    return (likelihood(masks) - whole).reshape(count, count)
-
-
-def _refined(likelihood: Likelihood, whole: float, coarse_NN: np.ndarray) -> np.ndarray:
-    """Returns heat_GG. On each finer grid the parts of those cells are hidden one by one that cost
-    most; what a cell costs is shared out among its parts as each costs alone, evenly where none
-    does.
+def _map(likelihood: Likelihood, whole: float) -> Look:
+    """Hides the cells of a coarse grid one by one, then on finer grids the parts of those that cost
+    most.
     """
-    levels = likelihood.hiding.levels
-    heat_NN = coarse_NN
-    for before, count in pairwise(levels):
-        parts = count // before
-        order = np.argsort(-heat_NN.ravel(), kind="stable")
-        refined = [int(cell) for cell in order[:REFINED] if heat_NN.ravel()[cell] > 0]
-        finer_NN = np.repeat(np.repeat(heat_NN, parts, axis=0), parts, axis=1) / parts**2
-        inside = {cell: _parts_of(cell, before, parts) for cell in refined}
-        masks = _one_by_one(
-            count, [part for own in inside.values() for part in own], likelihood.side
-        )
-        costs = iter(np.maximum(likelihood(masks) - whole, 0) if len(masks) else ())
-        for cell, own in inside.items():
-            shares = np.array([next(costs) for _ in own])
-            if shares.sum() > 0:
-                finer_NN.ravel()[own] = heat_NN.ravel()[cell] * shares / shares.sum()
-        heat_NN = finer_NN
-    return heat_NN
+    side = likelihood.side
+    heat_NN = patch_NN = np.zeros((0, 0))
+    for count in likelihood.hiding.levels:
+        wanted_NN = np.ones((count, count), bool)
+        if len(heat_NN) and count > PATCHES:
+            wanted_NN = _enlarged(_hottest(heat_NN)[None], count)[0]
+        hidden_MNN = np.zeros((int(wanted_NN.sum()), count, count), bool)
+        hidden_MNN[(np.arange(len(hidden_MNN)), *np.nonzero(wanted_NN))] = True
+        alone_NN = np.full((count, count), np.nan)
+        alone_NN[wanted_NN] = likelihood(_enlarged(hidden_MNN, side)) - whole
+        if wanted_NN.all():
+            patch_NN = alone_NN
+        heat_NN = _shared_out(heat_NN, alone_NN) if len(heat_NN) else alone_NN
+    return Look(heat_NN, patch_NN, whole)
 
 
-def _parts_of(cell: int, count: int, parts: int) -> list[int]:
-    """Returns the cells of the grid with `parts` times as many a side that lie in a cell."""
-    row = cell // count
-    column = cell % count
-    return [
-        (row * parts + down) * count * parts + column * parts + right
-        for down in range(parts)
-        for right in range(parts)
-    ]
+def _hottest(heat_NN: np.ndarray) -> np.ndarray:
+    """Returns which cells are looked at more closely: those that cost most, if anything."""
+    chosen_N = np.zeros(heat_NN.size, bool)
+    chosen_N[np.argsort(-heat_NN.ravel(), kind="stable")[:REFINED]] = True
+    return chosen_N.reshape(heat_NN.shape) & (heat_NN > 0)
 
 
-def _one_by_one(count: int, cells: Sequence[int], side: int) -> np.ndarray:
-    """Returns hidden_MGG: a mask for each of these cells of a grid of `count` a side."""
-    hidden_MNN = np.zeros((len(cells), count, count), bool)
-    hidden_MNN.reshape(len(cells), count * count)[np.arange(len(cells)), list(cells)] = True
-    return _enlarged(hidden_MNN, side)
+def _shared_out(heat_NN: np.ndarray, alone_NN: np.ndarray) -> np.ndarray:
+    """Returns the heat of a finer grid. What a cell costs goes to its parts: to each what it costs
+    alone, scaled down where that is more than the cell, and the rest evenly: it is lost only when
+    several parts are hidden. `alone_NN` of the finer grid; NaN: not asked, so evenly.
+    """
+    count = len(heat_NN)
+    parts = len(alone_NN) // count
+    blocks = alone_NN.reshape(count, parts, count, parts).transpose(0, 2, 1, 3)
+    alone_NNk = np.nan_to_num(blocks.reshape(count, count, parts * parts))
+    size_NN1 = np.abs(heat_NN)[:, :, None]
+    sign_NN1 = np.sign(heat_NN)[:, :, None]
+    own_NNk = np.maximum(sign_NN1 * alone_NNk, 0)
+    total_NN1 = own_NNk.sum(axis=2, keepdims=True)
+    fits_NN1 = total_NN1 <= size_NN1
+    scaled_NNk = own_NNk * size_NN1 / np.where(fits_NN1, 1, total_NN1)
+    rest_NNk = own_NNk + (size_NN1 - total_NN1) / parts**2
+    shared_NNk = sign_NN1 * np.where(fits_NN1, rest_NNk, scaled_NNk)
+    shaped = shared_NNk.reshape(count, count, parts, parts).transpose(0, 2, 1, 3)
+    return shaped.reshape(alone_NN.shape)
 
 
 def _enlarged(hidden_MNN: np.ndarray, side: int) -> np.ndarray:
@@ -349,8 +347,10 @@ def replaced(model: VisionLanguageModel, bridge: Bridge) -> Iterator[None]:
 
 
 def agreement(one: Look, other: Look) -> float | None:
-    """Returns Spearman's rank correlation of two coarse maps; None where one is flat."""
-    ranks = [rankdata(look.coarse_NN) for look in (one, other)]
+    """Returns Spearman's rank correlation of what single patches cost in two maps; None where one
+    is flat.
+    """
+    ranks = [rankdata(look.patch_NN) for look in (one, other)]
     if min(np.ptp(rank) for rank in ranks) == 0:
         return None
     return float(np.corrcoef(*ranks)[0, 1])

@@ -43,7 +43,7 @@ def scale(look: Look) -> float:
     """Returns the heat of the strongest colour, in nats a token: the largest of the map, or what a
     cell of a patch of `FAINTEST` has, so that a map of next to nothing is pale.
     """
-    cells = (len(look.heat_GG) // len(look.coarse_NN)) ** 2
+    cells = (len(look.heat_GG) // len(look.patch_NN)) ** 2
     return max(float(np.abs(look.heat_GG).max()), FAINTEST / cells)
 
 

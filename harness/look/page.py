@@ -279,9 +279,9 @@ def _look(mapped: Mapped) -> dict[str, Any]:
         "shown": shown,
         "picture": None if mapped.pixels_HW3 is None else _plain(mapped.pixels_HW3),
         "map": _jpeg(overlay(mapped.pixels_HW3, mapped.look, MAP_SIDE)),
-        "most": f"{mapped.look.coarse_NN.max():.2f}",
+        "most": f"{mapped.look.patch_NN.max():.2f}",
         "random": _jpeg(overlay(mapped.pixels_HW3, mapped.random, MAP_SIDE)),
-        "random_most": f"{mapped.random.coarse_NN.max():.2f}",
+        "random_most": f"{mapped.random.patch_NN.max():.2f}",
         "agreement": None if mapped.agreement is None else f"{mapped.agreement:+.2f}",
         "where": _where(mapped),
     }

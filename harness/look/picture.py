@@ -45,9 +45,9 @@ def look_at(
     hiding = Pixels(model, encoder_of(model), pixels_HW3)
     seen = look(Likelihood(model, found.config, asked, hiding))
     note = (
-        f"a patch of a sixteenth of the picture costs the answer up to {seen.coarse_NN.max():.2f} "
-        f"nats a token; area under its deletion curve {area(seen.deleted):.2f}, in random order "
-        f"{area(seen.deleted_at_random):.2f}"
+        f"a patch of a sixteenth of the picture costs the answer up to {seen.patch_NN.max():.2f} "
+        "nats a token, though what it rests on may be larger; area under its deletion curve "
+        f"{area(seen.deleted):.2f}, in random order {area(seen.deleted_at_random):.2f}"
     )
     shown = Shown(None, prompt or "", (), answer)
     place = out or Path(f"{image.stem}-look.png")

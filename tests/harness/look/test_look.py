@@ -59,7 +59,8 @@ def test_the_place_that_an_answer_rests_on_is_found_coarse_to_fine_and_deleted_f
     assert np.unravel_index(seen.heat_GG.argmax(), (16, 16)) == (5, 9)
     assert seen.heat_GG[5, 9] == pytest.approx(3)
     assert seen.heat_GG[12:, :4].sum() == pytest.approx(-0.5), "what hiding it gains is kept"
-    assert seen.heat_GG.sum() == pytest.approx(seen.coarse_NN.sum()) == pytest.approx(3.5)
+    assert seen.heat_GG.sum() == pytest.approx(seen.patch_NN.sum()) == pytest.approx(3.5)
+    assert np.unravel_index(seen.patch_NN.argmax(), (4, 4)) == (1, 2)
     assert seen.deleted[0] == pytest.approx(np.exp(-0.1))
     assert seen.deleted[1] == pytest.approx(np.exp(-4.1)), "the first sixteenth is all it needs"
     assert area(seen.deleted) < area(seen.deleted_at_random) - 0.2
@@ -67,6 +68,20 @@ def test_the_place_that_an_answer_rests_on_is_found_coarse_to_fine_and_deleted_f
     assert area(flat.deleted) == pytest.approx(area(flat.deleted_at_random))
     assert agreement(seen, seen) == pytest.approx(1)
     assert agreement(seen, flat) is None
+
+
+def test_what_is_lost_only_when_all_of_a_thing_is_hidden_is_spread_over_it():
+    class Large(Planted):
+        """Loses three nats when all of the upper left quarter is hidden, and nothing before."""
+
+        def __call__(self, hidden_MGG):
+            return 3.0 * hidden_MGG[:, :8, :8].all(axis=(1, 2))
+
+    seen = look(Large(np.zeros((16, 16))), curve=False)
+    np.testing.assert_allclose(seen.heat_GG[:8, :8], 3 / 64)
+    assert not seen.heat_GG[8:].any()
+    assert not seen.heat_GG[:, 8:].any()
+    assert not seen.patch_NN.any()
 
 
 def test_tokens_are_left_out_where_the_picture_is_gone_but_the_first_that_has_no_place():
@@ -160,7 +175,7 @@ def test_a_random_bridge_is_another_and_the_models_own_comes_back(trained, look_
     assert 0 < chosen[0].confidence < 1
     made = maps_room.Mapper(model, trained.config).maps(chosen[:2])
     assert model.bridge is own
-    assert not np.allclose(made.mapped[0].look.coarse_NN, made.mapped[0].random.coarse_NN)
+    assert not np.allclose(made.mapped[0].look.patch_NN, made.mapped[0].random.patch_NN)
     again = maps_room.Mapper(model, trained.config).maps(chosen[:2])
     np.testing.assert_array_equal(made.mapped[1].random.heat_GG, again.mapped[1].random.heat_GG)
     late = maps_room.Mapper(model, trained.config).maps(chosen[:2], seconds=-1)
