@@ -135,6 +135,7 @@ def children_of(
             out=out / name / f"seed-{seed}",
             base=variant.base or ablation.base,
             overrides=(
+                "evaluation.look_images=0",  # a page for each, but no minute of maps
                 *ablation.overrides,
                 *variant.overrides,
                 *overrides,

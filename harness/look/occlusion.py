@@ -1,7 +1,7 @@
 """Where did it look? What an answer's likelihood loses when a part of the picture is hidden.
 
 A model, a picture with its prompt and the answer -> a heat map, coarse to fine (Zeiler & Fergus
-2014, section 4.2), its deletion curve beside random ones (Petsiuk et al. 2018, section 4.1), and
+2014, section 4.2), its deletion curve beside random ones (Petsiuk et al. 2018), and
 how far a bridge with random weights gives the same map (Adebayo et al. 2018). Attention is not
 asked: it says little of what an answer rests on. Legend: M masks, G cells a side of the finest
 grid, N cells a side of one, H W pixels, P patches, D width.
