@@ -13,7 +13,8 @@ from markupsafe import Markup
 Points = Sequence[tuple[float, float]]
 WIDTH = 360
 HEIGHT = 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 30, 34  # margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 22, 30, 34  # margins
+ROW = 16  # of a legend
 MOST_POINTS = 300  # of a line; more of them are means of neighbours
 FEW = 20  # points that are also drawn as dots
 _SERIES = 4  # colours of the page
@@ -28,7 +29,8 @@ def line_chart(title: str, series: Mapping[str, Points], *, x: str = "step") -> 
         return Markup("")
     xs = _ticks([point[0] for point in everything])
     ys = _ticks([point[1] for point in everything])
-    top = TOP + (16 if len(lines) > 1 else 0)
+    names = _names(list(lines)) if len(lines) > 1 else []
+    top = TOP + ROW * len(names)
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         across = (point[0] - xs[0]) / ((xs[-1] - xs[0]) or 1)
@@ -50,8 +52,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, x: str = "step") -> 
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, x, "tick end"))
     for index, points in enumerate(lines.values()):
         parts.append(_curve([place(point) for point in points], index % _SERIES))
-    if len(lines) > 1:
-        parts += _names(list(lines))
+    parts += [text for row in names for text in row]
     told = "; ".join(_told(name, points, x) for name, points in lines.items())
     label = Markup.escape(f"{title}: {told}")
     body = Markup("").join(parts)
@@ -92,14 +93,18 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [place * step for place in range(first, last + 1)]
 
 
-def _names(names: Sequence[str]) -> list[Markup]:
-    """Returns the legend under the title, from left to right."""
-    parts = []
+def _names(names: Sequence[str]) -> list[list[Markup]]:
+    """Returns the rows of the legend under the title, from left to right."""
+    rows: list[list[Markup]] = [[]]
     left = float(LEFT)
     for index, name in enumerate(names):
-        parts.append(_text(left, 32, name, f"tick ink{index % _SERIES}"))
-        left += 6.4 * len(name) + 14
-    return parts
+        width = 6.4 * len(name) + 14
+        if rows[-1] and left + width > WIDTH:
+            rows.append([])
+            left = LEFT
+        rows[-1].append(_text(left, 16 + ROW * len(rows), name, f"tick ink{index % _SERIES}"))
+        left += width
+    return rows
 
 
 def _curve(points: Points, colour: int) -> Markup:

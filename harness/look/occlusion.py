@@ -59,9 +59,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Look:
-    """Where a model looked. Heat in nats a token of the answer: what a cell of `heat_GG` costs,
-    such that the cells of the coarsest grid keep their sum. `patch_NN`: what each cell costs alone,
-    on the finest grid whose cells were all asked.
+    """Where a model looked. Heat in nats a token of the answer: what a cell of `heat_GG` costs
+    alone, with its share of what larger ones around it cost beyond that. `patch_NN`: what each cell
+    costs alone, on the finest grid whose cells were all asked.
     """
 
     heat_GG: np.ndarray
@@ -271,24 +271,17 @@ def _hottest(heat_NN: np.ndarray) -> np.ndarray:
 
 
 def _shared_out(heat_NN: np.ndarray, alone_NN: np.ndarray) -> np.ndarray:
-    """Returns the heat of a finer grid. What a cell costs goes to its parts: to each what it costs
-    alone, scaled down where that is more than the cell, and the rest evenly: it is lost only when
-    several parts are hidden. `alone_NN` of the finer grid; NaN: not asked, so evenly.
+    """Returns the heat of a finer grid: what each cell costs alone, and an even share of what the
+    coarser cell costs beyond that, which is lost only when several of its parts are hidden.
+    `alone_NN` of the finer grid; NaN: not asked.
     """
     count = len(heat_NN)
     parts = len(alone_NN) // count
-    blocks = alone_NN.reshape(count, parts, count, parts).transpose(0, 2, 1, 3)
-    alone_NNk = np.nan_to_num(blocks.reshape(count, count, parts * parts))
-    size_NN1 = np.abs(heat_NN)[:, :, None]
-    sign_NN1 = np.sign(heat_NN)[:, :, None]
-    own_NNk = np.maximum(sign_NN1 * alone_NNk, 0)
-    total_NN1 = own_NNk.sum(axis=2, keepdims=True)
-    fits_NN1 = total_NN1 <= size_NN1
-    scaled_NNk = own_NNk * size_NN1 / np.where(fits_NN1, 1, total_NN1)
-    rest_NNk = own_NNk + (size_NN1 - total_NN1) / parts**2
-    shared_NNk = sign_NN1 * np.where(fits_NN1, rest_NNk, scaled_NNk)
-    shaped = shared_NNk.reshape(count, count, parts, parts).transpose(0, 2, 1, 3)
-    return shaped.reshape(alone_NN.shape)
+    blocks = np.nan_to_num(alone_NN).reshape(count, parts, count, parts)
+    sign_N1N1 = np.sign(heat_NN)[:, None, :, None]
+    explained_N1N1 = np.maximum(sign_N1N1 * blocks, 0).sum(axis=(1, 3), keepdims=True)
+    rest_N1N1 = np.maximum(np.abs(heat_NN)[:, None, :, None] - explained_N1N1, 0)
+    return (blocks + sign_N1N1 * rest_N1N1 / parts**2).reshape(alone_NN.shape)
 
 
 def _enlarged(hidden_MNN: np.ndarray, side: int) -> np.ndarray:

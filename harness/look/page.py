@@ -203,6 +203,7 @@ def floor_bars(figures: Mapping[str, Any]) -> list[tuple[str, float, float, bool
     for key, label in FLOORS.items():
         if figures.get(key) is not None:
             is_own = key in ("accuracy", "CIDEr")
+            label = label.replace("CIDEr,", "CIDEr x 100,")
             value = 100 * figures[key] if key == "CIDEr" else figures[key]
             found.append((label, value, is_own))
     for term, label in FLOOR_LABELS.items():

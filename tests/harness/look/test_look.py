@@ -84,6 +84,19 @@ def test_what_is_lost_only_when_all_of_a_thing_is_hidden_is_spread_over_it():
     assert not seen.patch_NN.any()
 
 
+def test_a_part_keeps_what_it_costs_alone_though_its_quarter_costs_nothing():
+    class Cut(Planted):
+        """Loses four nats when a sixteenth is hidden, and nothing when more is."""
+
+        def __call__(self, hidden_MGG):
+            cut_M = hidden_MGG[:, 4:8, 4:8].all(axis=(1, 2))
+            return 4.0 * (cut_M & (hidden_MGG.sum(axis=(1, 2)) == 16))
+
+    seen = look(Cut(np.zeros((16, 16))), curve=False)
+    np.testing.assert_allclose(seen.heat_GG[4:8, 4:8], 4 / 16)
+    assert seen.heat_GG.sum() == pytest.approx(seen.patch_NN.max()) == pytest.approx(4)
+
+
 def test_tokens_are_left_out_where_the_picture_is_gone_but_the_first_that_has_no_place():
     tokens = Tokens(torch.arange(17.0)[:, None])
     hidden_MGG = np.zeros((3, 4, 4), bool)
