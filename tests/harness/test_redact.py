@@ -152,13 +152,21 @@ def test_no_module_prints_past_the_one_that_cleans():
     assert not past
 
 
+# They name it among what a user's Auto class or pipeline hands on, and take it out.
+DROPS_IT = ("harness.hub.modeling", "harness.model.arguments")
+
+
 def test_no_code_of_ours_trusts_code_of_others():
     allowed = [
         f"{name}:{node.lineno}"
         for name, file in modules().items()
         for node in ast.walk(ast.parse(file.read_text()))
         if (isinstance(node, ast.keyword) and node.arg == "trust_remote_code")
-        or (isinstance(node, ast.Constant) and node.value == "trust_remote_code")
+        or (
+            isinstance(node, ast.Constant)
+            and node.value == "trust_remote_code"
+            and name not in DROPS_IT
+        )
         or (isinstance(node, ast.Name | ast.Attribute) and "trust_remote_code" in ast.dump(node))
     ]
     assert not allowed, "not even as False: it is false unless somebody says otherwise"

@@ -135,7 +135,7 @@ def test_a_sliver_that_would_grow_beyond_the_limit_is_refused():
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"no image", encoded(picture(64, 64), "JPEG")[:-200], encoded(picture(64, 64), "PPM")],
+    [b"", b"no image", encoded(picture(64, 64), "JPEG")[:-200], encoded(picture(64, 64), "PCX")],
     ids=["empty", "text", "truncated", "a format that is not read"],
 )
 def test_what_cannot_be_decoded_is_refused_by_one_error(data):
