@@ -374,6 +374,8 @@ def test_an_output_folder_may_have_any_name(tmp_path, monkeypatch, folder):
 
 
 def test_the_source_of_a_run_is_what_was_typed(tmp_path, monkeypatch):
-    assert "pytest" in source_tags()["mlflow.source.name"]
+    monkeypatch.delenv(COMMAND, raising=False)
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python", "train.py", "a b"])
+    assert source_tags()["mlflow.source.name"] == "python train.py 'a b'"
     monkeypatch.setenv(COMMAND, "harness train demo out=runs/x")
     assert source_tags()["mlflow.source.name"] == "harness train demo out=runs/x"
