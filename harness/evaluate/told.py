@@ -72,7 +72,7 @@ def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
             where = f"{task}, {name}" if name else task
             terms = "".join(f"- {told}\n" for term in TERMS if (told := term_line(term, own)))
             reason = own.get("reason") or ""
-            parts.append(f"**{own.get('verdict')}** ({where}; {when}). {reason}\n\n{terms}")
+            parts.append(f"**{own.get('verdict')}** ({where}; {when}): {reason}\n\n{terms}")
     return "\n".join(parts)
 
 

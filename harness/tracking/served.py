@@ -53,20 +53,20 @@ class Answers:
         self._model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
         self._processor: Any = AutoProcessor.from_pretrained(folder)
 
-    def predict(self, rows: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, rows: pandas.DataFrame) -> list[str]:
         """Returns an answer to each row: `image`, an encoded picture; `prompt`, or none for a
-        caption. `params`: as `generate` takes them.
+        caption.
         """
         answers = []
         for row in rows.to_dict("records"):
             prompt = row.get("prompt")  # pandas calls a missing one nan
             asked = prompt if isinstance(prompt, str) and prompt else None
-            answers.append(self._answer(row["image"], asked, params or {}))
+            answers.append(self._answer(row["image"], asked))
         return answers
 
-    def _answer(self, image: bytes, prompt: str | None, params: dict[str, Any]) -> str:
+    def _answer(self, image: bytes, prompt: str | None) -> str:
         inputs = self._processor(images=[image], text=prompt and [prompt])
-        ids = self._model.generate(**inputs.to(self._model.device), **params)
+        ids = self._model.generate(**inputs.to(self._model.device))
         return str(self._processor.post_process_image_text_to_text(ids)[0])
 
 
