@@ -1,27 +1,26 @@
-"""Images of a source -> what shards hold of them, in processes of their own.
+"""Images of a source -> what shards hold of them, decoded in processes of their own.
 
 Item -> its file's bytes, or these encoded anew, with the statistics of the picture, or why not.
-A process is told items on its stdin and answers on its stdout, so that it ends with whoever started
-it, however that ends (the pickles are its own). multiprocessing would import the caller's script
-again, which not every script stands, and its workers outlive a killed parent.
+A process is sent files on its stdin and answers on its stdout, so that it ends with whoever started
+it, however that ends: a line of JSON, then the bytes that it tells of. multiprocessing would import
+the caller's script again, which not every script stands, and its workers outlive a killed parent.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,7 +29,7 @@ from shards.files import ShardError
 from shards.images import on_white, upright
 from shards.record import RecordError
 from shards.sources.source import ImageFiles, Item, Source
-from shards.statistics import picture_statistics, statistics_of
+from shards.statistics import COLUMNS, picture_statistics, statistics_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
@@ -64,13 +63,22 @@ def preparing(
     source: Source, workers: int, short_side: int | None, max_pixels: int
 ) -> Iterator[Callable[[Sequence[Item]], Iterator[tuple[Item, Outcome]]]]:
     """Gives a function that yields items with what became of them, in their order, a bounded number
-    of images ahead; `workers` processes do it, or this one, where they would not pay.
+    of images ahead; `workers` processes decode, or this one, where they would not pay.
     """
-    prepare = partial(_prepare, source.images, short_side, max_pixels)
+
+    def here(items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
+        for item in items:
+            data = _file_of(source.images, item)
+            if isinstance(data, Fault):
+                yield item, data
+            else:
+                yield item, _decoded(data, short_side, max_pixels)
+
     if workers == 1 or sum(map(len, source.splits.values())) < _WORTH_PROCESSES:
-        yield lambda items: ((item, prepare([item])[0]) for item in items)
+        yield here
         return
-    pool = _Pool(workers, source.images, (short_side, max_pixels))
+    options = {"short_side": short_side, "max_pixels": max_pixels}
+    pool = _Pool(workers, source.images, options)
     try:
         yield pool.prepare
     finally:
@@ -78,12 +86,12 @@ def preparing(
 
 
 class _Pool:
-    """Processes, each with a thread that talks to it."""
+    """Processes, each with a thread that reads files for it and talks to it."""
 
-    def __init__(self, workers: int, files: ImageFiles, options: tuple[int | None, int]):
+    def __init__(self, workers: int, files: ImageFiles, options: dict[str, Any]):
         self._workers = workers
-        self._told = pickle.dumps((files, *options))
-        self._descriptors = files.descriptors
+        self._files = files
+        self._options = options
         self._threads = ThreadPoolExecutor(workers)
         self._own = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -103,27 +111,26 @@ class _Pool:
         if not hasattr(self._own, "process"):
             self._own.process = self._start()
         process = self._own.process
+        found = [_file_of(self._files, item) for item in chunk]
+        files = [data for data in found if not isinstance(data, Fault)]
         try:
-            pickle.dump(chunk, process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            _send(process.stdin, self._options | {"sizes": list(map(len, files))}, files)
+            answers = iter(_answers(process.stdout, files))
+        except (OSError, EOFError) as error:
             process.communicate()
             raise ShardError(
                 f"a process that decodes images ended with {process.returncode} (-9 mostly means "
                 "too little memory): use fewer --workers"
             ) from error
+        return [data if isinstance(data, Fault) else next(answers) for data in found]
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=self._descriptors,
         )
         self._processes.append(process)
-        assert process.stdin is not None
-        process.stdin.write(self._told)
         return process
 
     def close(self) -> None:
@@ -138,34 +145,89 @@ def serve() -> None:
     asked = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints is no answer
-    files, short_side, max_pixels = pickle.load(asked)
-    while True:
-        try:
-            items = pickle.load(asked)
-        except EOFError:
-            return
-        pickle.dump(_prepare(files, short_side, max_pixels, items), answers)
-        answers.flush()
+    try:
+        while True:
+            _answer(asked, answers)
+    except EOFError:
+        return
 
 
-def _prepare(
-    files: ImageFiles, short_side: int | None, max_pixels: int, items: Sequence[Item]
-) -> list[Outcome]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-        return [_outcome(files, short_side, max_pixels, item) for item in items]
+def _answer(asked: IO[bytes], answers: IO[bytes]) -> None:
+    """Tells of each file what became of it: a reason, or extension, changes and bytes of the
+    payload (null: it is the file), behind which come the statistics and the payload.
+    """
+    asked_of = _told(asked)
+    told: list[Any] = []
+    parts: list[bytes] = []
+    for data in [_exactly(asked, size) for size in asked_of["sizes"]]:
+        outcome = _decoded(data, asked_of["short_side"], asked_of["max_pixels"])
+        if isinstance(outcome, Fault):
+            told.append(outcome.reason)
+            continue
+        payload, extension, changed, row_K = outcome
+        is_file = payload is data
+        told.append([extension, changed, None if is_file else len(payload)])
+        parts += [row_K.tobytes(), b"" if is_file else payload]
+    _send(answers, told, parts)
 
 
-def _outcome(files: ImageFiles, short_side: int | None, max_pixels: int, item: Item) -> Outcome:
-    # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept.
+def _answers(pipe: IO[bytes], files: Sequence[bytes]) -> list[Outcome]:
+    """Reads what `_answer` tells of these files. Raises EOFError where it ends before that."""
+    outcomes: list[Outcome] = []
+    for data, told in zip(files, _told(pipe), strict=True):
+        if isinstance(told, str):
+            outcomes.append(Fault(False, told))
+            continue
+        extension, changed, size = told
+        row_K = np.frombuffer(_exactly(pipe, 4 * len(COLUMNS)), np.float32)
+        payload = data if size is None else _exactly(pipe, size)
+        outcomes.append((payload, extension, changed, row_K))
+    return outcomes
+
+
+def _send(pipe: IO[bytes], told: Any, parts: Iterable[bytes]) -> None:
+    pipe.write(json.dumps(told).encode() + b"\n")
+    pipe.writelines(parts)
+    pipe.flush()
+
+
+def _told(pipe: IO[bytes]) -> Any:
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
+
+
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+def _file_of(files: ImageFiles, item: Item) -> bytes | Fault:
     try:
         item.record.check()
         item.record.to_json()  # a text that cannot be written costs its sample
-        return prepare_image(files.read(item.image), short_side, max_pixels)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        reason = reason.split(" <_io")[0]  # an address in memory, another in every build
-        return Fault(isinstance(error, RecordError), reason)
+        return files.read(item.image)
+    except Exception as error:  # of a damaged zip, of a server
+        return _fault(error)
+
+
+def _decoded(data: bytes, short_side: int | None, max_pixels: int) -> Outcome:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+        # Pillow's plugins raise nearly anything on damaged bytes; the reason is kept.
+        try:
+            return prepare_image(data, short_side, max_pixels)
+        except Exception as error:
+            return _fault(error)
+
+
+def _fault(error: Exception) -> Fault:
+    reason = f"{type(error).__name__}: {error}"
+    reason = reason.split(" <_io")[0]  # an address in memory, another in every build
+    return Fault(isinstance(error, RecordError), reason)
 
 
 def prepare_image(

@@ -221,10 +221,6 @@ class RowImages:
         self._named: dict[bytes, str] = {}
         self._digest_of: dict[str, str] = {}
         self._spans: dict[str, tuple[int, int]] = {}
-        self.descriptors: tuple[int, ...] = (self._file.fileno(),)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_spans": self._spans, "descriptors": self.descriptors}
 
     def add(self, number: int, value: Any) -> tuple[str, str | bytes]:
         """Returns the name to read it by, and what equal images share. ValueError with the reason
@@ -269,7 +265,7 @@ class RowImages:
     def read(self, name: str) -> bytes:
         if name in self._spans:
             start, size = self._spans[name]
-            return os.pread(self.descriptors[0], size, start)
+            return os.pread(self._file.fileno(), size, start)
         if "://" not in name:
             return Path(name).read_bytes()
         import fsspec

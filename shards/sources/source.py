@@ -67,12 +67,9 @@ class Skipped:
 
 
 class ImageFiles(Protocol):
-    """Images by name. A pickled one reads on in another process, which has inherited its
-    `descriptors`.
-    """
+    """Images by name. Reading is safe from several threads."""
 
     place: Path
-    descriptors: tuple[int, ...]
 
     def read(self, name: str, /) -> bytes: ...
 
@@ -197,11 +194,7 @@ class Source:
 
 
 class Images:
-    """The image files of a folder or of a zip, by their path relative to it. A pickled one reads,
-    and finds nothing.
-    """
-
-    descriptors: tuple[int, ...] = ()
+    """The image files of a folder or of a zip, by their path relative to it."""
 
     def __init__(self, place: str | os.PathLike[str]):
         self.place = Path(place)
@@ -306,13 +299,6 @@ class Images:
 
     def read(self, path: str) -> bytes:
         return self._zip.read(path) if self._zip else read_plain(self.place / path)
-
-    def __getstate__(self) -> tuple[Path, bool]:
-        return self.place, self._zip is not None
-
-    def __setstate__(self, state: tuple[Path, bool]) -> None:
-        self.place = state[0]
-        self._zip = zipfile.ZipFile(state[0]) if state[1] else None
 
     def size(self, path: str) -> int:
         """Returns the bytes of a file."""
