@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.parts import Run, Which
 from harness.redact import say
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")],
+    run: Run,
     out: Annotated[Path, typer.Argument(help="A new folder, or an earlier export.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold LoRA into the base, in full precision.")
@@ -24,9 +25,7 @@ def export(
     with_pictures: Annotated[
         bool, typer.Option("--with-pictures", help="Show pictures of the dev set in the card.")
     ] = False,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
-    ] = None,
+    checkpoint: Which = None,
 ) -> None:
     """A trained model for transformers, peft and the hub.
 

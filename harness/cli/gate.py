@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.parts import Base, Encoder
+from harness.cli.parts import AsJSON, Base, Encoder
 from harness.cli.progress import told
 from harness.redact import say, show
 
@@ -52,7 +52,7 @@ def gate(
     ] = False,
     lm: Base = None,
     vision: Encoder = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Whether a model trained elsewhere uses its images.
 

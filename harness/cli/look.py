@@ -7,22 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.parts import Base, Encoder, Trained
+from harness.cli.parts import Base, Encoder, Image, Prompt, Run, Trained, Which
 from harness.cli.progress import told
 from harness.redact import say, show
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, or one checkpoint.")],
+    run: Run,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Without: report.html in the run.")
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="The sets of another evaluation of the run.")
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
-    ] = None,
+    checkpoint: Which = None,
     maps: Annotated[
         int | None,
         typer.Option(min=0, help="Pictures with where it looked. Without: what a minute gives."),
@@ -47,10 +45,8 @@ def report(
 
 def look(
     model: Trained,
-    image: Annotated[Path, typer.Option(help="The picture.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="A question; without it the picture is described.")
-    ] = None,
+    image: Image,
+    prompt: Prompt = None,
     out: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Without: IMAGE-look.png here.")
     ] = None,

@@ -22,7 +22,7 @@ from harness.cli.export import export
 from harness.cli.gate import gate
 from harness.cli.init import init
 from harness.cli.look import look, report
-from harness.cli.parts import Base, Encoder, Trained
+from harness.cli.parts import AsJSON, Base, Encoder, Image, Prompt, Trained, Which
 from harness.cli.predict import predict
 from harness.cli.progress import HELP, told
 from harness.cli.score import app as score_app
@@ -75,8 +75,6 @@ Given = Annotated[
 Pictures = Annotated[
     str | None, typer.Option(metavar="DIR", help="Images to show, where features have lost theirs.")
 ]
-Which = Annotated[str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(asked: bool) -> None:
@@ -396,10 +394,8 @@ def sync(
 )
 def ask(
     model: Trained,
-    image: Annotated[Path, typer.Option(help="The picture.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="A question; without it the picture is described.")
-    ] = None,
+    image: Image,
+    prompt: Prompt = None,
     lm: Base = None,
     vision: Encoder = None,
 ) -> None:

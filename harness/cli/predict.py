@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.cli.parts import Base, Encoder, Trained
+from harness.cli.parts import Base, Encoder, Trained, Which
 from harness.cli.progress import told
 from harness.redact import say
 
@@ -33,9 +33,7 @@ def predict(
         typer.Option(help="A question for all. Without: a set's own, or a description."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="newest|best|STEP", help="Of the run's.")
-    ] = None,
+    checkpoint: Which = None,
     override: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For instance generate.vqa.beams=5."),

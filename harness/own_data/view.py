@@ -17,7 +17,6 @@ from harness.data.images import ImageError, cache_of, patience_of
 from harness.own_data.as_seen import AsSeen, Seen
 from harness.redact import masked
 from harness.report.pages import write_page
-from shards.cache import Cache
 from shards.files import ShardError, UnreachableError
 from shards.images import upright
 from shards.manifest import Manifest
@@ -76,8 +75,9 @@ def write_sheets(
         # Without a config nothing is learnt of it: questions without answers are shown too.
         reader = Reader(manifest, cache, answered=config is not None)
         cards = []
-        for index in chosen:
-            cards.append(_card(reader, index, as_seen, cache))
+        pictures = pictures_of(manifest, chosen, cache)
+        for index, picture in zip(chosen, pictures, strict=True):
+            cards.append(_card(reader, index, picture, as_seen))
             done += 1
             progress(done, total)
         sheets.append(_sheet(manifest, cards, as_seen))
@@ -103,15 +103,13 @@ def _sheet(manifest: Manifest, cards: Sequence[Card], as_seen: AsSeen | None) ->
     return Sheet(masked(manifest.folder), about, tuple(cards), as_seen is not None)
 
 
-def _card(reader: Reader, index: int, as_seen: AsSeen | None, cache: Cache | None) -> Card:
-    manifest = reader.manifest
+def _card(reader: Reader, index: int, picture: bytes | None, as_seen: AsSeen | None) -> Card:
     try:
         sample = reader.read(index)
     except UnreachableError:
         raise
     except ShardError as error:
-        return Card(manifest.key(index), None, "", (), None, str(error))
-    picture = pictures_of(manifest, [index], cache)[0]
+        return Card(reader.manifest.key(index), None, "", (), None, str(error))
     problem = "" if picture else "its picture is not where the features were made from"
     seen = None
     about = ""

@@ -14,7 +14,7 @@ import re
 import tokenize
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.files import ShardError
 from shards.record import RecordError
@@ -77,12 +77,11 @@ def read_table(
         source.notes[f"{_UNCLOSED}line {unclosed[0]}"] += len(unclosed)
 
 
-class _Record:
+class _Record(NamedTuple):
     """The cells of a record and the line where it begins."""
 
-    def __init__(self, line: int, cells: list[str]):
-        self.line = line
-        self.cells = cells
+    line: int
+    cells: list[str]
 
 
 def _records(
