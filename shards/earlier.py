@@ -91,10 +91,10 @@ class Journal:
         """Yields items with what becomes of them, in their order; `prepare` does those that are not
         there.
         """
-        known = {item.image for item in items if self._noted and self._has(item)}
-        rest = prepare([item for item in items if item.image not in known])
+        known = {item.record.key for item in items if self._noted and self._has(item)}
+        rest = prepare([item for item in items if item.record.key not in known])
         for item in items:
-            if item.image not in known:
+            if item.record.key not in known:
                 yield next(rest)
             elif (found := self._taken(item.image)) is not None:
                 source.notes[TAKEN] += 1

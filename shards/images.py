@@ -31,6 +31,7 @@ EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "jpe"),
     *("avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
 )
+SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 _ORIENTATION = 0x0112
 _PHOTOMETRIC = 262  # of TIFF; 0: the least value is white
 # Where a grey of more than 8 bits may end: white is the first that no pixel is above.
@@ -63,6 +64,10 @@ def upright(
         ends = _ENDS.get("I;16" if form == "PPM" and image.mode == "I" else image.mode, (65535.0,))
         image = _eight_bits(image, ends, is_inverted)
     return image, form, changed
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def _opened(data: bytes) -> Image.Image:

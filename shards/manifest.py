@@ -485,6 +485,11 @@ def _statistics_info(entry: Any) -> StatisticsInfo | None:
     return _info(StatisticsInfo, {**entry, "columns": tuple(columns)})
 
 
+def splits_in(folder: str | os.PathLike) -> list[str]:
+    """Returns the names of the sets that lie in a folder of splits."""
+    return sorted(index.parent.name for index in Path(folder).glob(f"*/{INDEX}"))
+
+
 def _no_index(folder: str) -> str:
     """Says why a folder without an index cannot be opened, and what to do."""
     if is_remote(folder):
@@ -499,8 +504,7 @@ def _no_index(folder: str) -> str:
                 f"{replaced}; run the same command again, or move it back"
             )
         return f"there is no folder of shards at {folder}: build one with `harness shards build`"
-    splits = sorted(child.parent.name for child in path.glob(f"*/{INDEX}"))
-    if splits:
+    if splits := splits_in(path):
         first = join(folder, splits[0])
         return f"{folder} holds the splits {', '.join(splits)}: name one of them, as in {first}"
     if any(path.glob("*.tar")):

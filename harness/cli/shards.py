@@ -230,11 +230,11 @@ def features(
     check_vision(loaded)
     from harness.data.encode import encode_set
     from harness.data.features import skipped
+    from shards.manifest import splits_in
 
-    splits = [index.parent.name for index in sorted(Path(shards).glob("*/index.json"))]
     lines = []
     with told("encoding") as progress:
-        for split in splits or [""]:
+        for split in splits_in(shards) or [""]:
             made = encode_set(
                 f"{shards}/{split}" if split else shards,
                 out / split,

@@ -34,12 +34,12 @@ def view(
     prompt after its template, the target's tokens with their weights in the loss.
     """
     from harness.errors import ConfigError
+    from shards.manifest import INDEX, splits_in
 
     if overrides and config is None:
         raise ConfigError(f"{overrides[0]}: keys belong to a config, give it with --config")
-    splits = [str(index.parent) for index in Path(place).glob("*/index.json")]
-    splits.sort(key=lambda split: (Path(split).name != "train", split))
-    is_set = "://" in place or not splits or (Path(place) / "index.json").exists()
+    splits = sorted(splits_in(place), key=lambda split: split != "train")
+    is_set = not splits or Path(place, INDEX).exists()
     loaded = None
     if config is not None:
         from harness.checks import check_models
@@ -51,7 +51,7 @@ def view(
 
     with told("drawing") as progress:
         sheets = write_sheets(
-            [place] if is_set else splits,
+            [place] if is_set else [str(Path(place, split)) for split in splits],
             out,
             count=count,
             seed=seed,

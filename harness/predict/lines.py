@@ -2,8 +2,9 @@
 
     {"image": "a/b.jpg", "image_id": null, "text_id": null, "task": "vqa",
      "question": "What is it?", "prompt": "Question: What is it? Answer:", "answer": "a dog",
-     "ended": true, "model": "1f0c...", "set": null}
-    {"image": "c.jpg", "error": "12 bytes cannot be decoded ...", "model": "1f0c...", "set": null}
+     "ended": true, "model": "1f0c...", "set": null, "asked": "What is it?"}
+    {"image": "c.jpg", "error": "12 bytes cannot be decoded ...", "model": "1f0c...", "set": null,
+     "asked": "What is it?"}
 
 Imports no torch.
 """
@@ -29,7 +30,7 @@ COMMON = {
     "set": "another set of pictures",
     "asked": "another --prompt",
 }
-KEYS = ("image", "model", "set", "asked")
+KEYS = ("image", *COMMON)
 
 
 @dataclass

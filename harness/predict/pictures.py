@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from shards.cache import Cache
 from shards.files import ShardError, is_remote, read_plain
-from shards.images import EXTENSIONS
-from shards.manifest import INDEX, Manifest
+from shards.images import SUFFIXES, is_image_name
+from shards.manifest import INDEX, Manifest, splits_in
 from shards.read import PAYLOADS, Reader, Sample
 from shards.record import Record, Text
 from shards.tar import Group, groups, open_shard
@@ -74,20 +74,19 @@ def kind_at(place: str) -> str:
 def _of_folder(folder: Path, text: Text) -> Pictures:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {_name(path.relative_to(folder).as_posix()): path for path in files}
-    is_picture = {name: name.lower().rpartition(".")[2] in EXTENSIONS for name in named}
-    if not any(is_picture.values()):
-        splits = ", ".join(sorted(index.parent.name for index in folder.glob(f"*/{INDEX}")))
+    others = [name for name in named if not is_image_name(name)]
+    if len(others) == len(named):
+        splits = ", ".join(splits_in(folder))
         hint = f"; it holds the sets {splits}: name one of them" if splits else ""
         raise ShardError(
-            f"--images {folder}: no file in it is a picture by its name (.{', .'.join(EXTENSIONS)})"
+            f"--images {folder}: no file in it is a picture by its name ({', '.join(SUFFIXES)})"
             f"{hint}"
         )
     each = [
         Picture(name, partial(_of_file, name, path, text))
         for name, path in named.items()
-        if is_picture[name]
+        if is_image_name(name)
     ]
-    others = [name for name in named if not is_picture[name]]
     return Pictures(str(folder), each, len(each), passed_over=others)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.files import ShardError
+from shards.images import is_image_name
 from shards.sources.rows import NAMES, listed
 from shards.sources.source import (
     FURTHER_TURN,
@@ -19,7 +20,6 @@ from shards.sources.source import (
     TEXT_WITHOUT_IMAGE,
     UNUSABLE_TEXT,
     Source,
-    is_image_name,
     read_json,
     rows_of,
     unique,
@@ -40,7 +40,7 @@ class Annotations:
 
     form: str
     rows: list[tuple[str, Any]]  # where it stands, its fields
-    dataset: str = "image_folder"
+    dataset: str | None = None  # None: no known one
     split: str | None = None
 
 
@@ -65,7 +65,7 @@ def read_annotations(
             f"--questions {questions}: {where} is read as {found.form}, which have their questions "
             "in them; leave it out"
         )
-    source.dataset = found.dataset
+    source.dataset = found.dataset or source.dataset
     source.notes[f"rows read as {found.form}"] = len(found.rows)
     return found
 
@@ -110,7 +110,7 @@ def _of_list(document: list[Any], where: str, are_named: bool) -> Annotations:
         )
     rows = [(f"element {n}", fields) for n, fields in enumerate(document)]
     datasets = {"A-OKVQA annotations": "aokvqa", "VizWiz questions": "vizwiz"}
-    return Annotations(form, rows, datasets.get(form, "image_folder"))
+    return Annotations(form, rows, datasets.get(form))
 
 
 def _of_mapping(

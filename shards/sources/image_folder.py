@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 from shards.files import ShardError
+from shards.images import is_image_name
 from shards.record import RecordError, Text
 from shards.sources.annotations import plain_fields, read_annotations
 from shards.sources.readers import Fields, Reader
@@ -28,7 +29,6 @@ from shards.sources.source import (
     Images,
     Item,
     Source,
-    is_image_name,
     keys_of,
     order_of,
 )

@@ -83,7 +83,11 @@ class Reader:
     def beside(self) -> Iterator[Fields]:
         """Reads NAME.txt of each NAME.jpg: each of its lines is a caption."""
         files = self.source.files
-        texts = {posixpath.splitext(path)[0]: path for path in files.others if _is_text(path)}
+        texts = {
+            posixpath.splitext(path)[0]: path
+            for path in files.others
+            if path.lower().endswith(".txt")
+        }
         images = {posixpath.splitext(path)[0] for path in files.names}
         if not images & texts.keys():
             raise ShardError(
@@ -113,7 +117,3 @@ class Reader:
             raise ShardError(f"{what} cannot be read as --encoding says: {error}") from error
         except ShardError as error:
             raise ShardError(f"{error}, or name its encoding with --encoding") from error
-
-
-def _is_text(path: str) -> bool:
-    return path.lower().endswith(".txt")

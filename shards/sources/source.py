@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from shards.files import ShardError, decode, read_plain
-from shards.read import PAYLOADS
+from shards.images import SUFFIXES, is_image_name
 from shards.record import Record, Text, is_text
 
 ImagesAt = Annotated[Path, "Folder of images, or a zip, which is not extracted."]
-
-IMAGE_SUFFIXES = tuple(f".{extension}" for extension in PAYLOADS["images"])
 
 _HEIC = (".heic", ".heif")
 
@@ -220,7 +218,7 @@ class Images:
         self.names = dict.fromkeys(name for name in names if is_image_name(name))
         self.others = dict.fromkeys(name for name in names if not is_image_name(name))
         if not self.names:
-            raise ShardError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            raise ShardError(f"{place} holds no image ({', '.join(SUFFIXES)})")
         self._own = (_folded(self.place.resolve().name), _folded(self.place.stem))
         tops = {name.partition("/")[0] for name in self.names}
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""  # the one folder that holds all
@@ -289,7 +287,7 @@ class Images:
             return "it is a web address: download the pictures, and give their folder with --images"
         why = f"no such image in {self.place.name}"
         if name in self.others:
-            return f"{why}: a file of another kind (read are {', '.join(IMAGE_SUFFIXES)})"
+            return f"{why}: a file of another kind (read are {', '.join(SUFFIXES)})"
         base = posixpath.basename(name.replace("\\", "/"))
         if like := self._by_basename.get(_folded(base)):
             return f"{why}; {like[0]} has its file name: names are paths in the folder"
@@ -316,10 +314,6 @@ class Images:
     def close(self) -> None:
         if self._zip:
             self._zip.close()
-
-
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _folded(name: str) -> str:
