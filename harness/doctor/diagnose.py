@@ -39,6 +39,7 @@ def diagnose(
     found += refused
     gpus_here = machine.gpus_here() if count else []
     found += run("options", lambda: examine.options(config, launch, gpus_here))
+    found += run("launch file", lambda: examine.launch_file(config, launch, processes))
     found += run("train.precision", lambda: examine.precision(config, gpus_here))
     found += run("MLflow", lambda: examine.tracking(config))
     if failed(refused):

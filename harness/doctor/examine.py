@@ -28,6 +28,7 @@ from harness.doctor.findings import Finding, State, error, ok, warning
 from harness.doctor.machine import Gpu, disk
 from harness.errors import ConfigError
 from harness.machine.launch_file import Launch
+from harness.machine.launcher import undecided
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.plan.plan import check
@@ -113,6 +114,14 @@ def options(config: Config, launch: Launch, gpus: Sequence[Gpu] = ()) -> Iterato
     if not config.model.bridge.trainable and lm.tuning == "frozen":
         found = "bridge and language model are both frozen: nothing is trained"
         yield error("model", found, "model.bridge.trainable=true, or tuning=qlora")
+
+
+def launch_file(config: Config, launch: Launch, processes: int) -> Iterator[Finding]:
+    """Yields what of a launch file decides nothing. Raises ConfigError for what contradicts the
+    config.
+    """
+    for sentence in undecided(launch, config.train, processes):
+        yield warning("launch file", sentence, "take it out of the file")
 
 
 def _quantisation(folder: Path) -> str | None:

@@ -3,6 +3,7 @@ and by the doctor.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +14,12 @@ from harness.doctor.diagnose import diagnose
 from harness.doctor.findings import Finding, failed
 from harness.doctor.overfit import Result
 from harness.errors import ConfigError, explain
-from harness.machine.launch_file import Launch
+from harness.machine.launch_file import Launch, read_launch
 from shards.files import ShardError
 from shards.record import Record, RecordError, Text
 from shards.write import write_shards
 
+LAUNCH = Path(__file__).parents[2] / "data" / "launch"
 
 @pytest.fixture
 def features(tmp_path):
@@ -212,6 +214,19 @@ def test_every_refusal_of_a_launch_is_a_line_of_its_own(config, quick, monkeypat
     assert found["data and model"] == Finding(
         "data and model", "warning", "not looked at", "put the errors above right first"
     )
+
+
+def test_a_launch_file_is_held_against_the_config_as_before_training(config, quick, monkeypatch):
+    monkeypatch.setattr("harness.doctor.examine.options", lambda *_: ())  # imports DeepSpeed
+    unready = config("data.dev=[{path: /nowhere}]", "train.global_batch=32", "train.micro_batch=32")
+    found = {}
+    for name in ("ddp_bf16", "stage2_inline"):
+        launch = read_launch(LAUNCH / f"{name}.yaml")
+        (found[name],) = (f for f in diagnose(unready, launch, 2) if f.name == "launch file")
+    assert found["ddp_bf16"].state == "warning"
+    assert "mixed_precision is bf16, which decides nothing" in found["ddp_bf16"].found
+    assert found["stage2_inline"].state == "error"
+    assert "gradient_accumulation_steps is 4, but" in found["stage2_inline"].found
 
 
 def test_a_sound_config_has_no_error_and_its_model_is_looked_at(
