@@ -19,7 +19,8 @@ from harness.errors import ConfigError
 from harness.evaluate import FOLDER, captions, vqa
 from harness.evaluate.bootstrap import Interval, image_rows, percentile, resampled_sums
 from harness.evaluate.measures import TASKS
-from harness.evaluate.report import read_scores
+from harness.evaluate.moved import Move
+from harness.evaluate.report import SCORES, read_scores
 from shards.files import is_remote
 from shards.read import records
 
@@ -136,13 +137,15 @@ def runs(
 
 
 def evaluation_of(run: Path) -> tuple[Path, list[str]]:
-    """Returns the folder of a run's result files, and the sets they are about."""
-    folder = run if (run / "scores.json").is_file() else run / FOLDER
-    if not (folder / "scores.json").is_file():
-        raise ConfigError(
-            f"{run} holds no {FOLDER}/scores.json; run `harness evaluate {run}` first"
-        )
-    return folder, read_scores(folder / "scores.json")["data"]
+    """Returns the folder of a run's result files, and the sets they are about, where these lie
+    now.
+    """
+    folder = run if (run / SCORES).is_file() else run / FOLDER
+    if not (folder / SCORES).is_file():
+        raise ConfigError(f"{run} holds no {FOLDER}/{SCORES}; run `harness evaluate {run}` first")
+    report = read_scores(folder / SCORES)
+    move = Move.since(report, folder)
+    return folder, [move.path(path) for path in report["data"]] if move else report["data"]
 
 
 def _test_texts(paths: Sequence[str]) -> tuple[list[vqa.VQATruth], dict[str, tuple[str, ...]]]:

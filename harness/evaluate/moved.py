@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import Checkpoint
+from harness.evaluate import FOLDER
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Move:
         """Returns the move of the run that a checkpoint belongs to."""
         config = found.state["config"]
         return cls(Path(config.get("out") or f"runs/{config['name']}"), found.path.parent.parent)
+
+    @classmethod
+    def since(cls, report: Mapping[str, Any], evaluation: Path) -> Move | None:
+        """Returns the move of a run since an evaluation of it, whose folder is now `evaluation`;
+        None where that lies in no run, or is of a model that was not trained here.
+        """
+        once = Path(report.get("checkpoint", "")).parent.parent
+        above = (evaluation, *evaluation.parents)
+        home = next((folder.parent for folder in above if folder.name == FOLDER), None)
+        return cls(once, home) if home and report.get("step") is not None else None
 
     def path(self, path: str) -> str:
         """Returns where that lies now which lay at `path`: in the run's folder, if it went along

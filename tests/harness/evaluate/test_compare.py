@@ -106,6 +106,19 @@ def test_what_cannot_be_compared_is_one_sentence(test_set, tmp_path):
         compare.answers({"1": "a"}, {"2": "a"}, [vqa.VQATruth("1", ("a",))])
 
 
+def test_sets_that_were_moved_in_the_folder_of_a_run_are_found(test_set, tmp_path):
+    run = evaluated(tmp_path / "away" / "mine", Path("runs/mine/test"), 0.9)
+    shutil.copytree(test_set, run / "test")
+    scores = run / "evaluation" / "scores.json"
+    report = json.loads(scores.read_text()) | {"checkpoint": "runs/mine/checkpoints/step-000002"}
+    scores.write_text(json.dumps({**report, "step": 2}))
+    for given in (run, scores.parent):
+        assert compare.runs(given, given)["vqa"]["accuracy"].left_out == 0
+    scores.write_text(json.dumps({**report, "step": None}))  # of a model that is no run
+    with pytest.raises(ConfigError, match="runs/mine/test, which is gone"):
+        compare.runs(run, run)
+
+
 def test_the_verb_takes_runs_and_result_files(test_set, tmp_path, harness):
     good, bad = (
         evaluated(tmp_path / "good", test_set, 0.9),
