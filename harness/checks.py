@@ -153,6 +153,8 @@ def check_resume(config: Config, resume: str | None) -> None:
 
 # Parts may have been moved: loading compares their hashes.
 BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")
+# Where training began may be gone: the checkpoint holds what became of it.
+STARTS = ("model.init_from", "model.bridge.init_from")
 
 
 def changes(found: Checkpoint, config: Config) -> list[str]:
@@ -168,7 +170,8 @@ def changes(found: Checkpoint, config: Config) -> list[str]:
         new = now.get(key)
         if key == "out" or old == new:
             continue
-        if key.startswith(("model.", "known_mistakes.bos")) and key not in BY_HASH:
+        is_free = key in BY_HASH or (key in STARTS and new is None)
+        if key.startswith(("model.", "known_mistakes.bos")) and not is_free:
             raise ConfigError(f"--resume: {key} was {old!r} in {found.path} and is {new!r} now")
         sentences.append(f"from here on {key} is {new!r}, it was {old!r}")
     return sentences
@@ -182,7 +185,10 @@ def check_models(config: Config, with_vision: bool = True) -> None:
     if config.model.bridge.init_from:
         _check_model("model.bridge.init_from", config.model.bridge.init_from, None)
     if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
-        raise ConfigError(f"model.init_from: there is no folder {config.model.init_from}")
+        raise ConfigError(
+            f"model.init_from: there is no folder {config.model.init_from} (a run that goes on "
+            "needs none: model.init_from=null)"
+        )
 
 
 def check_vision(config: Config) -> None:

@@ -11,7 +11,10 @@ from harness.checkpoint import FILES, fact
 from harness.evaluate import run_on_disk
 from harness.evaluate.moved import Move
 from harness.redact import printable
+from harness.train.__main__ import main
+from toy_runs import losses
 
+PARTS = ("train", "dev")
 FORMATS = Path(__file__).parents[2] / "data" / "formats" / "version_1"
 
 
@@ -61,7 +64,7 @@ def test_sets_in_the_folder_of_a_run_are_scored_where_they_lie_now(moved, harnes
     config = json.loads((step / "state.json").read_text())["config"]
     assert config["out"] == "t5_run"
     shutil.copytree(FORMATS / "shards" / "dev", moved / "dev")
-    rewrite(step, {"test": [{"path": "t5_run/dev"}]})
+    rewrite(step, "data", {"test": [{"path": "t5_run/dev"}]})
     scores = moved / "evaluation" / "scores.json"
     earlier = json.loads(scores.read_text())
     earlier["data"] = ["t5_run/dev"]
@@ -76,10 +79,24 @@ def test_sets_in_the_folder_of_a_run_are_scored_where_they_lie_now(moved, harnes
     assert report["tasks"]["vqa"]["accuracy"] == pytest.approx(before)
 
 
-def rewrite(step: Path, data: dict) -> None:
-    """Changes the sets in a checkpoint's config, and its hash with it."""
+def test_a_moved_run_goes_on_without_the_weights_that_it_began_from(moved, capfd):
+    (step,) = (moved / "checkpoints").iterdir()
+    rewrite(step, "model", {"init_from": "gone"})
+    sets = {part: shutil.copytree(FORMATS / "shards" / part, moved / part) for part in PARTS}
+    places = [f"data.{part}=[{{path: {folder}}}]" for part, folder in sets.items()]
+    models = [f"model.lm.id={moved / 't5'}", f"model.vision.id={moved / 'clip'}"]
+    given = [f"{moved}/config.yaml", f"out={moved}", "data.test=[]", *places, *models]
+    assert main([*given, f"model.init_from={moved}", "--resume", "auto"]) == 2
+    assert "--resume: model.init_from was 'gone' in " in capfd.readouterr().err
+    assert main([*given, "model.init_from=null", "--resume", "auto"]) == 0
+    uncut = {int(number): loss for number, loss in known("losses").items()}
+    assert losses(moved) == pytest.approx(uncut, rel=1e-5)
+
+
+def rewrite(step: Path, section: str, changes: dict) -> None:
+    """Changes a checkpoint's config, and its hash with it."""
     state = json.loads((step / "state.json").read_text())
-    state["config"]["data"] |= data
+    state["config"][section] |= changes
     (step / "state.json").write_text(json.dumps(state))
     files = json.loads((step / FILES).read_text()) | {"state.json": fact(step / "state.json")}
     (step / FILES).write_text(json.dumps(files))
