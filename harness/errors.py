@@ -55,6 +55,13 @@ def explain(error: BaseException) -> str | None:
     return way
 
 
+def reason_of(error: BaseException) -> str:
+    """Returns the first sentence of a library's error on one line, or its type where it says
+    nothing.
+    """
+    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+
+
 def _missing(error: BaseException | None) -> str:
     """Returns the package whose lack an error comes from; "" where it comes from none."""
     while error is not None and not isinstance(error, ModuleNotFoundError):

@@ -29,7 +29,7 @@ from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import Collator
 from harness.data.features import control_pixels
 from harness.data.images import ImageDecoder
-from harness.errors import ConfigError
+from harness.errors import ConfigError, reason_of
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.hub import VLMConfig  # and registers what our own exports are loaded by
@@ -155,11 +155,10 @@ class PublishedModel(nn.Module):
                 )
         # A damaged file raises half a dozen types, of tokenizers a bare Exception.
         except Exception as error:
-            reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(
-                f"--model {name}: cannot be loaded as an image-text-to-text model ({reason}): "
-                "give a folder in the "
-                "hub's format, or an id that is on the hub or in its local cache"
+                f"--model {name}: cannot be loaded as an image-text-to-text model "
+                f"({reason_of(error)}): give a folder in the hub's format, or an id that is on the "
+                "hub or in its local cache"
             ) from error
         self.model: Any = loaded[0]
         if absent := sorted(loaded[1]["missing_keys"]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, reason_of
 from harness.hub.remote import NAME
 
 OPTION = "--push-to-hub"
@@ -27,8 +27,8 @@ def check_repository(repository: str, public: bool) -> None:
         api.whoami()
     except Exception as error:  # no token, no network, offline mode: the remedy is told with it
         raise ConfigError(
-            f"{OPTION} {repository}: the hub does not know who you are ({_reason(error)}): log in "
-            "with `hf auth login`, where there is a network"
+            f"{OPTION} {repository}: the hub does not know who you are ({reason_of(error)}): log "
+            "in with `hf auth login`, where there is a network"
         ) from error
     try:
         there = api.model_info(repository)
@@ -62,10 +62,6 @@ def push(folder: Path, repository: str, public: bool) -> str:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(
-            f"{folder} is written, and {OPTION} {repository} failed: {_reason(error)}"
+            f"{folder} is written, and {OPTION} {repository} failed: {reason_of(error)}"
         ) from error
     return str(made)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__

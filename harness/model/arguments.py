@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, reason_of
 from harness.machine.precision import Precision, Requested, choose
 from harness.model.places import is_hub_id
 
@@ -61,10 +61,10 @@ def model_folder(name: str | Path, options: Mapping[str, Any]) -> Path:
             return Path(fetch())  # whole: it may hold its parts
         raise ValueError("it is a model of another kind")
     except Exception as error:  # whatever the network does wrong, the remedy is the same
-        reason = " ".join(str(error).split()).partition(". ")[0]
         raise ConfigError(
-            f"{name} is neither a folder nor a model that the hub gave ({reason}): give the folder "
-            f"of a saved model, or fetch it where there is a network (hf download {name})"
+            f"{name} is neither a folder nor a model that the hub gave ({reason_of(error)}): give "
+            "the folder of a saved model, or fetch it where there is a network (hf download "
+            f"{name})"
         ) from error
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, reason_of
 
 # Folders above a model in which a part is looked for: of RUN/checkpoints/step-000100/model these
 # are the checkpoint, checkpoints, RUN, the folder that RUN lies in, and the one above that.
@@ -58,7 +58,7 @@ def find(part: Part, folder: Path, given: Any, look: Callable[[str], Found]) -> 
         except ConfigError as error:
             if given is not None:
                 raise
-            looked_at.append(f"{place} ({_reason(error)})")
+            looked_at.append(f"{place} ({reason_of(error.__cause__ or error)})")
             continue
         if found.hash == part.hash:
             return found
@@ -101,7 +101,3 @@ def _near(folder: Path) -> list[Path]:
 def _beside(name: str, folder: Path) -> str:
     near = _near(folder)
     return f", and for a folder {Path(name).name} in {near[0]} and up to {near[-1]}"
-
-
-def _reason(error: ConfigError) -> str:
-    return " ".join(str(error.__cause__ or error).split()).partition(". ")[0]

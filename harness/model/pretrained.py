@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file, logging
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, reason_of
 
 
 def without_weights() -> bool:
@@ -54,7 +54,7 @@ def loading(key: str, name: str, remedy: str) -> Iterator[None]:
         raise
     # A damaged file raises half a dozen types, one of tokenizers a bare Exception.
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
+        reason = reason_of(error)
         if without_weights():
             raise ConfigError(
                 f"{key}: {name!r} cannot be planned ({reason}): its config.json is all that is "

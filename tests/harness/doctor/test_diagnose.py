@@ -21,6 +21,7 @@ from shards.write import write_shards
 
 LAUNCH = Path(__file__).parents[2] / "data" / "launch"
 
+
 @pytest.fixture
 def features(tmp_path):
     return a_set(tmp_path / "features", load("demo").model.vision)
