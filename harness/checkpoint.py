@@ -51,6 +51,11 @@ class Checkpoint:
         return self.path / MODEL
 
     @property
+    def home(self) -> Path:
+        """The output folder of its run, where that lies now."""
+        return self.path.parent.parent
+
+    @property
     def step(self) -> int:
         return self.state["step"]
 

@@ -22,7 +22,7 @@ class Move:
     def of(cls, found: Checkpoint) -> Move:
         """Returns the move of the run that a checkpoint belongs to."""
         config = found.state["config"]
-        return cls(Path(config.get("out") or f"runs/{config['name']}"), found.path.parent.parent)
+        return cls(Path(config.get("out") or f"runs/{config['name']}"), found.home)
 
     @classmethod
     def since(cls, report: Mapping[str, Any], evaluation: Path) -> Move | None:

@@ -152,7 +152,7 @@ def report_run(
 
 def _evaluated_task(found: checkpoints.Checkpoint, data: Sequence[str] | None) -> _Task:
     """Returns the evaluation that is meant. Raises ConfigError where there was none."""
-    own = found.path.parent.parent / FOLDER
+    own = found.home / FOLDER
     config = Config(**Move.of(found).config(found.state["config"]))
     dev = [one.path for one in config.data.dev]
     if dev and not data and not (own / SCORES).is_file():
@@ -214,7 +214,7 @@ def _task(
     overrides: Sequence[str],
 ) -> _Task:
     """Returns what was asked for. Raises ConfigError, ShardError."""
-    home = found.path.parent.parent
+    home = found.home
     for given in overrides:
         if not given.startswith(CHANGEABLE):
             raise ConfigError(

@@ -69,10 +69,6 @@ class Story:
     def name(self) -> str:
         return self.repository or self.config.name
 
-    @property
-    def home(self) -> Path:
-        return self.found.path.parent.parent
-
 
 def card(story: Story, own: VLMConfig) -> str:
     """Returns the text of README.md; `own` is the config in the export."""
@@ -134,7 +130,7 @@ def _scores(story: Story) -> str:
         lines += [f"- {line}" for line in story.effect.of_the_export()]
         lines.append("\nThe run's scores are those of its unmerged model, and are not shown.")
         return "\n".join(lines)
-    file = story.home / FOLDER / SCORES
+    file = story.found.home / FOLDER / SCORES
     report = read_scores(file) if file.is_file() else {}
     if report.get("step") != story.found.step:
         lines.append(
@@ -228,7 +224,7 @@ def _training(story: Story, own: VLMConfig) -> str:
     lines = [
         f"- checkpoint: step {story.found.step}",
         f"- hardware: {hardware}, {count} process{'es' if count > 1 else ''}",
-        f"- time: {_time(story.home, story.found.step)}",
+        f"- time: {_time(story.found.home, story.found.step)}",
     ]
     document = without_places(story.config, own)
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
