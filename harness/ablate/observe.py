@@ -22,7 +22,7 @@ from harness.evaluate.bootstrap import Interval, ratio
 from harness.evaluate.compare import said
 from harness.evaluate.measures import TASKS
 from harness.redact import revealed
-from harness.tracking.journal import METRICS, parsed_row
+from harness.tracking.journal import every_row
 from shards.cache import Cache
 from shards.read import records
 from shards.record import Text
@@ -190,9 +190,7 @@ def mean_curves(children: Sequence[Child]) -> dict[str, list[tuple[float, float]
     """
     logged: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for child in children:
-        file = child.out / METRICS
-        lines = file.read_bytes().splitlines() if file.exists() else ()
-        for row in filter(None, map(parsed_row, lines)):
+        for row in every_row(child.out):
             if (loss := row["values"].get("train/loss")) is not None:
                 logged[child.variant][row["step"]].append(float(loss))
     curves = {}

@@ -20,7 +20,7 @@ from harness.evaluate.predict import results, set_name
 from harness.evaluate.told import further_tables, term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
-from harness.tracking.journal import parsed_row
+from harness.tracking.journal import every_row
 from shards.cache import Cache
 from shards.files import decode, write_whole
 from shards.manifest import Manifest
@@ -118,10 +118,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 def draw_curves(home: Path, out: Path) -> list[Path]:
     """Draws the losses on training and dev images by step into OUT/loss.png; [] without any."""
-    journal = home / "metrics.jsonl"
-    if not journal.is_file():
-        return []
-    rows = list(filter(None, map(parsed_row, journal.read_bytes().splitlines())))
+    rows = list(every_row(home))
     series = {
         label: [(row["step"], float(row["values"][key])) for row in rows if key in row["values"]]
         for key, label in CURVES.items()

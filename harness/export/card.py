@@ -29,7 +29,7 @@ from harness.machine.hardware import hardware
 from harness.model.vlm import VLMConfig
 from harness.redact import masked_document
 from harness.report.pictures import markdown_table
-from harness.tracking.journal import METRICS, parsed_row
+from harness.tracking.journal import every_row
 from shards.files import ShardError
 from shards.manifest import Manifest
 
@@ -233,11 +233,7 @@ def _training(story: Story, own: VLMConfig) -> str:
 
 def _time(home: Path, step: int) -> str:
     """Returns the time between the first and the last line of the run's journal up to a step."""
-    file = home / METRICS
-    if not file.is_file():
-        return "not noted"
-    rows = filter(None, map(parsed_row, file.read_bytes().splitlines()))
-    times = [row["time"] for row in rows if row["step"] <= step]
+    times = [row["time"] for row in every_row(home) if row["step"] <= step]
     if len(times) < 2:
         return "not noted"
     minutes = (times[-1] - times[0]) / 60_000

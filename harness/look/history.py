@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.look.chart import Points, line_chart, number
-from harness.tracking.journal import METRICS, parsed_row
+from harness.tracking.journal import every_row
 from harness.tracking.provenance import git_tags, version_tags
 
 TRACKED = "tracking.json"  # of a run with MLflow: what that is told of it
@@ -49,15 +49,11 @@ class History:
         self.home = home
         self.series: dict[str, list[tuple[float, float]]] = {}
         self.times: list[int] = []  # ms since 1970, of the lines of training
-        journal = home / METRICS
-        if not journal.is_file():
-            return
-        with journal.open("rb") as file:
-            for row in filter(None, map(parsed_row, file)):
-                for name, value in row["values"].items():
-                    self.series.setdefault(name, []).append((row["step"], float(value)))
-                if "train/loss" in row["values"]:
-                    self.times.append(row["time"])
+        for row in every_row(home):
+            for name, value in row["values"].items():
+                self.series.setdefault(name, []).append((row["step"], float(value)))
+            if "train/loss" in row["values"]:
+                self.times.append(row["time"])
 
     def charts(self) -> list[Markup]:
         """Returns a chart of each title that has figures."""
