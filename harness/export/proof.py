@@ -26,8 +26,8 @@ from harness.export import reloaded
 from harness.export.contexts import Contexts
 from harness.export.reloaded import INPUTS
 from harness.hub.modeling import ADAPTER
+from harness.hub.processing import as_read
 from harness.machine.precision import Precision
-from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 
 # The largest KL divergence, in nats, of a token distribution of the export from the run's.
@@ -186,26 +186,13 @@ def _write_asked(
         "adapter_tokens_CQD": own.tokens_CQD,
         "labels_CL": batch.labels_TL,
         "counts_CL": (batch.weight_TL != 0).to(torch.uint8),
-        **_prompts(batch, own.begins),
+        **as_read(batch.prompt_ids_CL, batch.prompt_mask_CL.long(), own.begins),
     }
     if not names:
         assert batch.features_IPD is not None  # the pictures are gone
         tensors["features_CPD"] = batch.features_IPD[batch.image_of_C]
     # Copied: safetensors writes no two names for one memory.
     save_file({name: value.cpu().clone() for name, value in tensors.items()}, folder / INPUTS)
-
-
-def _prompts(batch: Batch, begins: int | None) -> dict[str, torch.Tensor]:
-    """Returns the prompts as the language model reads them: a decoder's padded on the left, with
-    the token that answers begin after.
-    """
-    ids_CL = batch.prompt_ids_CL
-    mask_CL = batch.prompt_mask_CL.to(torch.uint8)
-    if begins is not None:
-        order_CL = mask_CL.argsort(dim=1, stable=True)
-        ids_CL = torch.nn.functional.pad(ids_CL.gather(1, order_CL), (0, 1), value=begins)
-        mask_CL = torch.nn.functional.pad(mask_CL.gather(1, order_CL), (0, 1), value=1)
-    return {"prompt_ids_CL": ids_CL, "prompt_mask_CL": mask_CL}
 
 
 def _in_fresh_process(folder: Path) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def _adapter(asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> f
     for rows in _rows(len(tensors["labels_CL"])):
         labels_RL = tensors["labels_CL"][rows].to(lm.device)
         counts_RL = tensors["counts_CL"][rows].bool()
-        ids_RL = tensors["prompt_ids_CL"][rows].to(lm.device)
-        mask_RS = tensors["prompt_mask_CL"][rows].bool().to(lm.device)
+        ids_RL = tensors["input_ids"][rows].to(lm.device)
+        mask_RS = tensors["attention_mask"][rows].bool().to(lm.device)
         tokens_RQD = tensors["adapter_tokens_CQD"][rows].to(lm.device)
         mask_RS = torch.nn.functional.pad(mask_RS, (tokens_RQD.shape[1], 0), value=True)
         embeds_RSD = torch.cat([tokens_RQD, embed(ids_RL)], dim=1)

@@ -24,7 +24,7 @@ from harness.config.schema import DataConfig, PromptsConfig, VisionConfig
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder, decode_image, fitted
 from harness.data.prompts import prompt
-from harness.hub.remote import write_remote_code
+from harness.hub.remote import NAME, write_remote_code
 from harness.model.batch import Context
 from shards.images import on_white
 
@@ -100,12 +100,8 @@ class VLMProcessor(ProcessorMixin):
         ids_CL = batch.prompt_ids_CL
         mask_CL = batch.prompt_mask_CL.long()
         own = dict(zip(QFORMER, (ids_CL, mask_CL), strict=True)) if self.question_aware else {}
-        if self.begins is not None:
-            order_CL = mask_CL.argsort(dim=1, stable=True)
-            ids_CL = torch.nn.functional.pad(ids_CL.gather(1, order_CL), (0, 1), value=self.begins)
-            mask_CL = torch.nn.functional.pad(mask_CL.gather(1, order_CL), (0, 1), value=1)
         pixels = torch.from_numpy(pixels_CHW3).permute(0, 3, 1, 2).contiguous()
-        return BatchFeature({PIXELS: pixels, "input_ids": ids_CL, "attention_mask": mask_CL, **own})
+        return BatchFeature({PIXELS: pixels, **as_read(ids_CL, mask_CL, self.begins), **own})
 
     def _pixels(self, image: Any) -> np.ndarray:
         """Returns uint8 pixels_HW3. Raises ValueError for what is no picture."""
@@ -161,13 +157,26 @@ class VLMProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "auto_map": {"AutoProcessor": "vl_harness.VLMProcessor"}}
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"{NAME}.VLMProcessor"}}
 
 
 class _NoText:
     """The text of a context that only asks."""
 
     id = ""
+
+
+def as_read(
+    ids_CL: torch.Tensor, mask_CL: torch.Tensor, begins: int | None
+) -> dict[str, torch.Tensor]:
+    """Returns prompts that are padded on the right as the language model reads them: a decoder's
+    padded on the left, with the token that answers begin after.
+    """
+    if begins is not None:
+        order_CL = mask_CL.argsort(dim=1, stable=True)
+        ids_CL = torch.nn.functional.pad(ids_CL.gather(1, order_CL), (0, 1), value=begins)
+        mask_CL = torch.nn.functional.pad(mask_CL.gather(1, order_CL), (0, 1), value=1)
+    return {"input_ids": ids_CL, "attention_mask": mask_CL}
 
 
 def _flat(images: Any) -> list[Any]:
