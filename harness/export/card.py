@@ -23,8 +23,8 @@ from harness.evaluate.report import SCORES, floors, read_scores
 from harness.evaluate.told import verdict_lines
 from harness.export.effect import Effect
 from harness.export.licences import DATA, MODELS, UNKNOWN, licence
-from harness.export.parts import LM, VISION
 from harness.export.proof import Proof
+from harness.hub.modeling import LM, VISION
 from harness.machine.hardware import hardware
 from harness.model.vlm import VLMConfig
 from harness.redact import masked_document

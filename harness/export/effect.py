@@ -17,8 +17,6 @@ from harness.evaluate.scores import score_captions, score_vqa
 from harness.evaluate.told import with_bounds
 from harness.export.proof import Measured, Proof
 
-SCORE = {"vqa": "accuracy", "caption": "CIDEr"}
-
 
 @dataclass(frozen=True)
 class Effect:
@@ -62,7 +60,7 @@ class Effect:
 
 
 def _words(task: str, figures: Mapping[str, Any]) -> str:
-    name = SCORE[task]
+    name = TASKS[task].measure
     bounds = (figures[name], figures[f"{name}_low"], figures[f"{name}_high"])
     return f"{name} {with_bounds(*bounds, digits=1 if name == 'accuracy' else 3)}"
 
@@ -72,13 +70,13 @@ def _scores(
 ) -> dict[str, dict[str, Any]]:
     """Returns the score of each task that occurs, with its interval."""
     found = {}
-    for task, name in SCORE.items():
+    for task, known in TASKS.items():
         own = [prediction for prediction in predictions if prediction.task == task]
         if not own:
             continue
-        if TASKS[task].has_right:
+        if known.has_right:
             interval = score_vqa(own, settings)["overall"]
         else:
-            interval = score_captions(own, settings)[name]
-        found[task] = {**interval.flat(name), "texts": len(own)}
+            interval = score_captions(own, settings)[known.measure]
+        found[task] = {**interval.flat(known.measure), "texts": len(own)}
     return found

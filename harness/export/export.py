@@ -17,6 +17,7 @@ from pathlib import Path
 
 from harness import checkpoint
 from harness.checkpoint import Checkpoint
+from harness.checks import data_sets
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.moved import Move
@@ -171,9 +172,7 @@ def check_tells_nothing(folder: Path, config: Config, run: Path) -> None:
     uris = [config.tracking.uri, config.train.copy_to, os.environ.get("MLFLOW_TRACKING_URI")]
     parts = [config.model.lm.id, config.model.vision.id, str(run), str(Path.home())]
     parts.append(str(config.out_dir))
-    sets = [
-        one.path for use in (config.data.train, config.data.dev, config.data.test) for one in use
-    ]
+    sets = list(data_sets(config).values())
     places = [str(Path(place).absolute()) for place in (*parts, *sets) if "://" not in place]
     told = [place for place in (*places, *uris, *sets) if place and "/" in place and len(place) > 3]
     for file in folder.rglob("*"):

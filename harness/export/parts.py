@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import Config, LanguageModelConfig
-from harness.hub.modeling import write_model
+from harness.hub.modeling import LM, VISION, write_model
 from harness.hub.processing import VLMProcessor
 from harness.model.language import quantise
 from harness.model.language.interface import LanguageModel
 from harness.model.pretrained import quiet_transformers, weight_files
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 
-LM = "lm"
-VISION = "vision"
 # Files of a saved model beside its weights; others in its folder are nobody's business.
 BESIDE_WEIGHTS = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),

@@ -28,7 +28,7 @@ from harness.config.schema import DecodingConfig
 from harness.data.prompts import prompt
 from harness.hub.remote import AUTO_MAP, write_remote_code
 from harness.machine.precision import Precision, choose
-from harness.model.arguments import OF_THE_HUB, device_of, model_folder
+from harness.model.arguments import OF_AUTO_CLASSES, OF_THE_HUB, device_of, model_folder
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import generate_arguments
@@ -38,10 +38,13 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("caption", "vqa")
 ADAPTER = "adapter"
-# Handed on by the Auto classes and pipelines, or already done by them.
+# Frozen parts that lie in the folder of the model itself.
+LM = "lm"
+VISION = "vision"
+# Handed on by the Auto classes and pipelines, or so anyway.
 SETTLED = (
-    *("trust_remote_code", "adapter_kwargs", "code_revision", "low_cpu_mem_usage"),
-    *("_from_auto", "_from_pipeline", "_commit_hash", "use_safetensors", "weights_only"),
+    *(*OF_AUTO_CLASSES, "_from_pipeline", "code_revision"),
+    *("low_cpu_mem_usage", "use_safetensors", "weights_only"),
 )
 # What a picture may be given as, beside pixel_values, and what a Q-Former reads with it.
 PICTURES = ("patch_features", "qformer_input_ids", "qformer_attention_mask")
@@ -117,7 +120,7 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
             self.push_to_hub("")
         assert self.folder is not None  # there is no other way to a model
         folder = Path(save_directory)
-        for part in ("lm", "vision"):
+        for part in (LM, VISION):
             if (self.folder / part).is_dir() and not (folder / part).exists():
                 shutil.copytree(self.folder / part, folder / part)
         write_model(self.vlm, self.config, folder)
@@ -324,7 +327,7 @@ def _write_adapter(lm: PeftModel, config: VLMConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     base = config.model["lm"]
     own = copy.copy(lm.peft_config["default"])
-    own.base_model_name_or_path = f"../{base['id']}" if base["id"] == "lm" else base["id"]
+    own.base_model_name_or_path = f"../{LM}" if base["id"] == LM else base["id"]
     own.revision = base.get("revision")
     own.inference_mode = True
     own.save_pretrained(str(folder))
