@@ -18,7 +18,7 @@ from harness.ablate.experiment import Ablation, Child
 from harness.ablate.observe import DIGITS, Observed, mean_curves, observe, row_of
 from harness.config.schema import Config, EvaluationConfig
 from harness.data.images import cache_of
-from harness.evaluate import vqa
+from harness.evaluate.measures import is_right
 from harness.machine.devices import cores
 from harness.machine.launcher import gpus
 from harness.report.pages import write_page
@@ -204,7 +204,7 @@ def grids(
 
 
 def shown(image: bytes | None, text: Text, answer: str) -> Shown:
-    right = vqa.accuracy(answer.strip(), text.targets) >= 0.5 if text.task == "vqa" else None
+    right = is_right(text.task, answer.strip(), text.targets)
     truths = tuple(truth for truth, _ in Counter(text.targets).most_common(TRUTHS))
     return Shown(image, text.prompt or "", truths, answer, right)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from harness.evaluate import vqa
 from harness.evaluate.captions import cider_d_per_image, read_caption_results
 
+RIGHT = 0.5  # the VQA accuracy from which an answer counts as right
+
 
 def _accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     return [vqa.accuracy(answer, truth) for answer, truth in zip(answers, references, strict=True)]
@@ -59,3 +61,8 @@ TASKS: Mapping[str, Task] = {
         has_right=False,
     ),
 }
+
+
+def is_right(task: str, answer: str, references: Sequence[str]) -> bool | None:
+    """Returns whether an answer counts as right; None of a caption, of which nothing says so."""
+    return vqa.accuracy(answer, references) >= RIGHT if TASKS[task].has_right else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import ConfigError
 from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
-from harness.evaluate.measures import TASKS
+from harness.evaluate.measures import TASKS, is_right
 from harness.evaluate.predict import results, set_name
 from harness.evaluate.told import further_tables, term_rows, verdict_lines
 from harness.redact import masked_document
@@ -152,9 +152,7 @@ def draw_answers(
         text = record.texts[number % len(record.texts)]
         answer = said.get((record.key, text.id))
         if answer is not None:
-            right = None
-            if text.task == "vqa":
-                right = vqa.accuracy(answer, text.targets) >= 0.5
+            right = is_right(text.task, answer, text.targets)
             items.append(Shown(picture, text.prompt or "", text.targets, answer, right))
     return [predictions_picture(items, out / "predictions.png")] if items else []
 

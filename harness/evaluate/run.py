@@ -23,12 +23,11 @@ from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
-from harness.evaluate import vqa
 from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected, Picture, gate_tasks, most_texts
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts, exchange
-from harness.evaluate.measures import TASKS
+from harness.evaluate.measures import is_right
 from harness.evaluate.results import Evaluation
 from harness.evaluate.scores import add_scores
 from harness.model.batch import Batch
@@ -224,11 +223,7 @@ def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wante
             continue
         prediction = by_id[record.dataset, record.split, context.text.id]
         picture = pixels[record.key] if batch.pixels_IHW3 is not None else None
-        right = (
-            vqa.accuracy(prediction.answer, prediction.references) >= 0.5
-            if TASKS[prediction.task].has_right
-            else None
-        )
+        right = is_right(prediction.task, prediction.answer, prediction.references)
         evaluation.shown.append(prediction)
         evaluation.shown_images.append(
             Shown(

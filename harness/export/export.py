@@ -20,9 +20,9 @@ from harness.checkpoint import Checkpoint
 from harness.checks import data_sets
 from harness.config.schema import Config
 from harness.errors import ConfigError
+from harness.evaluate.measures import is_right
 from harness.evaluate.moved import Move
 from harness.evaluate.run_on_disk import load_model
-from harness.evaluate.vqa import accuracy
 from harness.export.card import PICTURE, Story, card
 from harness.export.contexts import PICTURES, dev_contexts
 from harness.export.effect import Effect
@@ -157,9 +157,7 @@ def _shown(own: Measured, proof: Proof) -> list[Shown]:
     batch = own.contexts.batch
     items = []
     for picture, said in zip(batch.image_of_C.tolist(), proof.answers, strict=True):
-        right = None
-        if said.task == "vqa":
-            right = accuracy(said.answer, said.references) >= 0.5
+        right = is_right(said.task, said.answer, said.references)
         image = own.contexts.pictures[picture]
         items.append(Shown(image, said.question or "", said.references, said.answer, right))
     return items[:SHOWN]

@@ -17,7 +17,7 @@ from harness.data.collate import drawn
 from harness.data.images import ImageDecoder
 from harness.data.prompts import prompt
 from harness.errors import ConfigError
-from harness.evaluate.measures import TASKS
+from harness.evaluate.measures import RIGHT, TASKS
 from harness.evaluate.predict import set_name
 from harness.look.occlusion import Asked, nats
 from harness.model.batch import Context
@@ -31,7 +31,6 @@ from shards.read import Reader
 Row = Mapping[str, Any]  # a line of predictions.jsonl
 SHOWN = 6  # pictures of each kind
 MOST_WRONG = 300  # wrong answers whose confidence is asked for, evenly spaced
-RIGHT = 0.5  # the score from which an answer counts as right
 _SEED = 0
 
 
