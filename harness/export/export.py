@@ -22,7 +22,6 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.measures import is_right
 from harness.evaluate.moved import Move
-from harness.evaluate.run_on_disk import load_model
 from harness.export.card import PICTURE, Story, card
 from harness.export.contexts import PICTURES, dev_contexts
 from harness.export.effect import Effect
@@ -30,6 +29,7 @@ from harness.export.parts import write_parts
 from harness.export.proof import Measured, Proof, UnprovenError, measure, prove
 from harness.export.publish import check_repository, push
 from harness.hub.remote import NAME
+from harness.loading import load_model
 from harness.model.vlm import WEIGHTS, VLMConfig
 from harness.redact import say
 from harness.report.pictures import Shown, predictions_picture

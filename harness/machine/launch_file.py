@@ -101,13 +101,18 @@ def read_launch(name_or_file: str | Path | None, zero_stage: int | None = None) 
     )
 
 
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Tells whether accelerate takes one of its switches for true."""
+    return environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
+
+
 def check_accelerates_environment(environment: Mapping[str, str]) -> list[str]:
     """Returns sentences on what `accelerate launch` was told and does not decide.
 
     Raises ConfigError for what harness does not do, where accelerate was started without it.
     """
     for switch in ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if environment.get(f"ACCELERATE_USE_{switch}", "").lower() in ("1", "true", "yes"):
+        if is_on(environment, switch):
             instead = INSTEAD["FSDP"]
             raise ConfigError(f"accelerate launch was told to use {switch}: {instead}")
     _check_dynamo("accelerate launch", environment.get("ACCELERATE_DYNAMO_BACKEND"))

@@ -8,7 +8,7 @@ import sys
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.determinism import ask_for_the_same_bits
-from harness.machine.launch_file import check_accelerates_environment
+from harness.machine.launch_file import check_accelerates_environment, is_on
 from harness.redact import say
 from harness.train.engine import Engine
 
@@ -33,7 +33,7 @@ def make_engine(train: TrainConfig) -> Engine:
     if os.environ.get("RANK", "0") == "0":
         for sentence in said:
             say(sentence, sys.stderr)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+    if is_on(os.environ, "DEEPSPEED"):
         from harness.train.zero import ZeroEngine
 
         return ZeroEngine(train)

@@ -27,6 +27,7 @@ from torch import nn
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.deepspeed_settings import of_environment
+from harness.machine.launch_file import is_on
 from harness.redact import say
 from harness.train.engine import (
     LONGEST_WAIT,
@@ -226,7 +227,7 @@ def _check_installation() -> None:
         raise ConfigError(
             f"deepspeed {deepspeed.__version__} is too old: pip install 'deepspeed>={OLDEST}'"
         )
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if is_on(os.environ, "CPU"):
         raise ConfigError(
             "ACCELERATE_USE_CPU together with DeepSpeed gives plain DDP in silence: leave one of "
             "them out"
