@@ -28,7 +28,13 @@ from harness.config.schema import DecodingConfig
 from harness.data.prompts import prompt
 from harness.hub.remote import AUTO_MAP, write_remote_code
 from harness.machine.precision import Precision, choose
-from harness.model.arguments import OF_AUTO_CLASSES, OF_THE_HUB, device_of, model_folder
+from harness.model.arguments import (
+    OF_AUTO_CLASSES,
+    OF_DTYPE,
+    OF_THE_HUB,
+    device_of,
+    model_folder,
+)
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import generate_arguments
@@ -343,8 +349,8 @@ def _dtype(given: dict[str, Any]) -> torch.dtype | None:
     """Takes the dtype out of what was given; None: float32, as the weights are stored. Raises
     ValueError.
     """
-    old = given.pop("torch_dtype", None)
-    dtype = given.pop("dtype", old)
+    asked = [given.pop(name) for name in OF_DTYPE if given.get(name) is not None]
+    dtype = asked[0] if asked else None
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype, dtype)
     if dtype in (None, "auto", torch.float32):
