@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,9 +37,10 @@ def report(
     check_run(run)
     from harness.evaluate.run_on_disk import report_run
 
-    asked: dict[str, Any] = {"which": checkpoint, "maps": maps, "lm": lm, "vision": vision}
     with told("looking") as progress:
-        made = report_run(run, data, out, **asked, progress=progress)
+        made = report_run(
+            run, data, out, which=checkpoint, maps=maps, lm=lm, vision=vision, progress=progress
+        )
     say(made)
 
 

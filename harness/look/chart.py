@@ -13,7 +13,10 @@ from markupsafe import Markup
 Points = Sequence[tuple[float, float]]
 WIDTH = 360
 HEIGHT = 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 22, 30, 34  # margins
+LEFT = 46  # margins
+RIGHT = 22
+TOP = 30
+BOTTOM = 34
 ROW = 16  # of a legend
 MOST_POINTS = 300  # of a line; more of them are means of neighbours
 FEW = 20  # points that are also drawn as dots
@@ -126,7 +129,8 @@ def _text(x: float, y: float, text: str, kind: str) -> Markup:
 
 
 def _told(name: str, points: Points, x: str) -> str:
-    first, last = points[0], points[-1]
+    first = points[0]
+    last = points[-1]
     return (
         f"{name} from {number(first[1])} at {x} {number(first[0])} "
         f"to {number(last[1])} at {number(last[0])}"

@@ -6,7 +6,7 @@ The lines of predictions.jsonl -> texts of the evaluated sets, read again with t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,7 +95,7 @@ class Chooser:
         """Returns some that are drawn, the same for every run on these data."""
         return self._first(lambda row: drawn(_SEED, 0, row["set"], row["key"], row["text_id"]))
 
-    def _first(self, key: Any) -> list[Chosen]:
+    def _first(self, key: Callable[[Row], Any]) -> list[Chosen]:
         """Returns the first of an order, one a picture."""
         taken: dict[tuple[str, str], Row] = {}
         for row in sorted(self.rows, key=key):

@@ -73,15 +73,15 @@ class Mapper:
         """Returns the maps of these, as many as are begun within `seconds`."""
         found = Maps()
         began = time.monotonic()
-        missing = [one for one in chosen if self.encoder is None or self.pixels(one) is None]
-        if missing:
+        pixels = [self.pixels(one) for one in chosen]
+        if missing := sum(self.encoder is None or one is None for one in pixels):
             why = self.why or "the pictures that the features were made from are gone"
             found.told.append(
-                f"{why}: of {len(missing)} pictures patch tokens are left out in place of "
+                f"{why}: of {missing} pictures patch tokens are left out in place of "
                 "pixels; each token has seen the whole picture, so this tells less of places"
             )
         bridge = random_bridge(self.model, self.config, [one.asked for one in chosen])
-        for number, one in enumerate(chosen):
+        for number, (one, pixels_HW3) in enumerate(zip(chosen, pixels, strict=True)):
             if time.monotonic() - began > seconds:
                 found.told.append(
                     f"{number} of {len(chosen)} pictures: the others would have taken more than "
@@ -89,7 +89,7 @@ class Mapper:
                 )
                 break
             try:
-                found.mapped.append(self.map(one, bridge))
+                found.mapped.append(self.map(one, pixels_HW3, bridge))
             except UnmeasuredError as error:
                 found.told.append(f"no maps: {error}")
                 break
@@ -98,11 +98,10 @@ class Mapper:
         found.seconds = time.monotonic() - began
         return found
 
-    def map(self, one: Chosen, random_weights: Bridge) -> Mapped:
+    def map(self, one: Chosen, pixels_HW3: np.ndarray | None, random_weights: Bridge) -> Mapped:
         """Returns the map of one beside that of a bridge with random weights. Raises
         UnmeasuredError.
         """
-        pixels_HW3 = self.pixels(one)
         hiding = hiding_of(self.model, self.encoder, one.asked, pixels_HW3)
         likelihood = Likelihood(self.model, self.config, one.asked, hiding)
         own = look(likelihood)

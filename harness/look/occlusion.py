@@ -31,16 +31,8 @@ LEVELS = (2, 4, 8, 16)  # cells a side: all up to `PATCHES`, of a finer grid tho
 PATCHES = 4
 REFINED = 8  # cells of a grid that are looked at on the next one
 DELETED_CELLS = 8  # a side, in deletion curves
-DELETED = (
-    0,
-    1 / 16,
-    1 / 8,
-    1 / 4,
-    3 / 8,
-    1 / 2,
-    3 / 4,
-    1,
-)  # shares of the picture, the hottest first
+# shares of the picture, the hottest first
+DELETED = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 RANDOM_ORDERS = 3
 AT_ONCE = 32  # masks in a batch
 _SEED = 0  # of random orders and weights: the same for every run, so that runs compare
@@ -69,10 +61,6 @@ class Look:
     nats: float  # a token of the whole picture's answer
     deleted: tuple[float, ...] = ()  # likelihood a token, at the shares of DELETED
     deleted_at_random: tuple[float, ...] = ()  # the same, mean over random orders
-
-    @property
-    def is_of_pixels(self) -> bool:
-        return len(self.heat_GG) == LEVELS[-1]
 
 
 class Hiding(Protocol):

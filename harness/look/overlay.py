@@ -32,7 +32,12 @@ def overlay(pixels_HW3: np.ndarray | None, look: Look, side: int) -> Image.Image
     smooth = Image.fromarray(heat.astype(np.float32)).resize(
         (side, side), Image.Resampling.BILINEAR
     )
-    heat_HW1 = np.clip(np.asarray(smooth), -1, 1)[:, :, None]
+    return _coloured(base, np.clip(np.asarray(smooth), -1, 1))
+
+
+def _coloured(base: Image.Image, heat_HW: np.ndarray) -> Image.Image:
+    """Returns the picture under heat in [-1, 1]."""
+    heat_HW1 = heat_HW[:, :, None]
     colour_HW3 = np.where(heat_HW1 > 0, np.array(COSTS), np.array(HELPS))
     opacity_HW1 = DEEPEST * np.abs(heat_HW1) ** 0.7
     mixed = np.asarray(base) * (1 - opacity_HW1) + colour_HW3 * opacity_HW1
@@ -52,11 +57,8 @@ def legend(look: Look, width: int) -> Image.Image:
     most = scale(look)
     plain = font_of(13)
     bar = Image.new("RGB", (width, 40), "white")
-    share_W = np.linspace(-1, 1, width)
-    opacity_W1 = DEEPEST * np.abs(share_W)[:, None] ** 0.7
-    colour_W3 = np.where(share_W[:, None] > 0, np.array(COSTS), np.array(HELPS))
-    row_W3 = (255 * (1 - opacity_W1) + colour_W3 * opacity_W1).round().astype(np.uint8)
-    bar.paste(Image.fromarray(np.repeat(row_W3[None], 14, axis=0)))
+    heat_HW = np.tile(np.linspace(-1, 1, width), (14, 1))
+    bar.paste(_coloured(Image.new("RGB", (width, 14), "white"), heat_HW))
     draw = ImageDraw.Draw(bar)
     draw.text((0, 18), f"-{most:.2g}", font=plain, fill=FAINT)
     middle = "nats a token that the answer loses without it"

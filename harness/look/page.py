@@ -24,6 +24,7 @@ from harness.config.load import dump
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.image_use.evidence import IMAGE_USED
+from harness.evaluate.measures import TASKS
 from harness.evaluate.report import FLOORS, PREDICTIONS, floors, model_rows
 from harness.evaluate.told import FLOOR_LABELS, TERMS, term_line, with_bounds
 from harness.look.chart import line_chart
@@ -133,9 +134,10 @@ def _task(
 ) -> dict[str, Any]:
     """Returns all that the page shows of one task."""
     rows = [row for row in evaluated.rows if row["task"] == name]
+    has_right = TASKS[name].has_right
     choose = Chooser(evaluated.model, evaluated.config, evaluated.manifests, rows, evaluated.cache)
     kinds = {
-        "Most confident wrong answers": choose.confident_and_wrong() if _is_vqa(rows) else [],
+        "Most confident wrong answers": choose.confident_and_wrong() if has_right else [],
         "Best": choose.best(),
         "Worst": choose.worst(),
         "Random": choose.random(),
@@ -153,16 +155,12 @@ def _task(
         "kinds": {
             kind: [one.shown() for one in chosen] for kind, chosen in kinds.items() if chosen
         },
-        "wrong": sum(row["score"] < RIGHT for row in rows) if _is_vqa(rows) else 0,
-        "confusion": confusion(rows) if _is_vqa(rows) else None,
+        "wrong": sum(row["score"] < RIGHT for row in rows) if has_right else 0,
+        "confusion": confusion(rows) if has_right else None,
         "maps": made,
         "looks": [_look(mapped) for mapped in made.mapped],
         "deletion": deletion(made.mapped),
     }
-
-
-def _is_vqa(rows: Sequence[Row]) -> bool:
-    return any(row["truth"] is not None for row in rows)
 
 
 def to_look_at(kinds: Mapping[str, Sequence[Chosen]], count: int) -> list[Chosen]:
