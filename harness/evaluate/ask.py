@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.loading import opened
+from harness.loading import Opened, opened
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.files import read_plain
@@ -29,10 +30,21 @@ def ask(
     `source`: anything that harness.load takes; `lm`, `vision`: where its frozen parts are, if they
     are not found. Raises ConfigError, OSError.
     """
-    found = opened(source, lm=lm, vision=vision)
+    return answered(opened(source, lm=lm, vision=vision), image, prompt).text
+
+
+class Answered(NamedTuple):
+    """What was said to what."""
+
+    text: str
+    batch: Batch
+
+
+def answered(found: Opened, image: Path, prompt: str | None) -> Answered:
+    """Returns what an opened model says to one picture. Raises ConfigError, OSError."""
     decoding = found.config.generate.vqa if prompt else found.config.generate.caption
     batch = one_picture(found.model, found.config, image, prompt)
-    return found.model.generate(batch, decoding).texts[0]
+    return Answered(found.model.generate(batch, decoding).texts[0], batch)
 
 
 def one_picture(

@@ -50,15 +50,21 @@ FLOORS = {
 
 
 def write_report(
-    evaluation: Evaluation, out: Path, paths: Sequence[str], checkpoint: str, step: int | None
+    evaluation: Evaluation,
+    out: Path,
+    paths: Sequence[str],
+    checkpoint: str,
+    step: int | None,
+    **further: Any,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Returns the report, and the files that hold it and the predictions.
+    """Returns the report with what is `further` known, and the files that hold it and the
+    predictions.
 
     predictions.jsonl has a line for each text, whatever its task: its set, key and id, what was
     said, the most common answer to a question, the score (of a VQA answer in [0, 1], of a caption
     its CIDEr-D) and the loss of the truth in nats a token.
     """
-    report = report_of(evaluation, paths, checkpoint, step)
+    report = report_of(evaluation, paths, checkpoint, step) | further
     out.mkdir(parents=True, exist_ok=True)
     predictions = [p for result in evaluation.tasks.values() for p in result.predictions]
     files = [write_json(out / name, entries) for name, entries in results(predictions).items()]
@@ -114,6 +120,17 @@ def read_scores(path: Path) -> dict[str, Any]:
     if not is_one:
         raise ConfigError(f"{path} is not what `harness evaluate` leaves: move it away")
     return report
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of predictions.jsonl that an evaluation left. Raises ConfigError."""
+    file = folder / PREDICTIONS
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing: harness evaluate writes it")
+    try:
+        return [json.loads(line) for line in decode(file.read_bytes(), str(file)).splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged, evaluate again: {error}") from error
 
 
 def draw_curves(home: Path, out: Path) -> list[Path]:

@@ -29,9 +29,9 @@ from harness.evaluate.report import (
     folder,
     names,
     page,
+    read_predictions,
     read_scores,
     variant,
-    write_json,
     write_report,
 )
 from harness.evaluate.results import Evaluation
@@ -94,11 +94,7 @@ def evaluate_run(
     """
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     config = task.config
-    with_vision = task.manifests[0].kind == "images"
-    model = load_model(task.found, config, with_vision=with_vision, lm=lm, vision=vision)
-    for manifest in task.manifests:
-        if manifest.kind == "features":
-            check_encoder(manifest, model.config.encoder)
+    model = _model(task, lm=lm, vision=vision)
     task.out.mkdir(parents=True, exist_ok=True)
     quarantine = task.out / QUARANTINE
     quarantine.unlink(missing_ok=True)
@@ -144,10 +140,20 @@ def report_run(
             f"{task.out / SCORES} is of step {report['step']}, and {task.found.path} is meant: "
             f"harness evaluate {task.home} scores it"
         )
-    with_vision = task.manifests[0].kind == "images"
-    model = load_model(task.found, task.config, with_vision=with_vision, lm=lm, vision=vision)
-    evaluated = _evaluated(task, report, model)
+    evaluated = _evaluated(task, report, _model(task, lm=lm, vision=vision))
     return write_report_page(file or _page_of(task), evaluated, maps=maps, progress=progress)
+
+
+def _model(task: _Task, **places: Path | None) -> VisionLanguageModel:
+    """Returns the model that reads the task's sets; `places`: lm and vision, as for `load_model`.
+    Raises ConfigError for features that another encoder made.
+    """
+    with_vision = task.manifests[0].kind == "images"
+    model = load_model(task.found, task.config, with_vision=with_vision, **places)
+    for manifest in task.manifests:
+        if manifest.kind == "features":
+            check_encoder(manifest, model.config.encoder)
+    return model
 
 
 def _evaluated_task(found: checkpoints.Checkpoint, data: Sequence[str] | None) -> _Task:
@@ -177,9 +183,9 @@ def _page_of(task: _Task) -> Path:
 
 
 def _evaluated(task: _Task, report: Mapping[str, Any], model: VisionLanguageModel) -> Any:
-    from harness.look.page import Evaluated, read_rows
+    from harness.look.page import Evaluated
 
-    rows = read_rows(task.out)
+    rows = read_predictions(task.out)
     return Evaluated(report, rows, task.home, task.config, task.manifests, model, task.cache)
 
 
@@ -190,9 +196,9 @@ def _leave(
     from harness.look.page import try_report_page
 
     checkpoint = str(task.found.path)
-    report, files = write_report(evaluation, task.out, task.paths, checkpoint, task.found.step)
-    report["model"] = model_facts(model)
-    write_json(task.out / SCORES, report)
+    report, files = write_report(
+        evaluation, task.out, task.paths, checkpoint, task.found.step, model=model_facts(model)
+    )
     drawn = draw_answers(evaluation, pictures, task.out, task.cache)
     drawn += draw_curves(task.home, task.out)
     summary = task.out / "report.md"

@@ -7,8 +7,6 @@ Every score on it stands in scores.json.
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 import time
 from collections import Counter
@@ -25,7 +23,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.image_use.evidence import IMAGE_USED
 from harness.evaluate.measures import TASKS
-from harness.evaluate.report import FLOORS, PREDICTIONS, floors, model_rows
+from harness.evaluate.report import FLOORS, floors, model_rows
 from harness.evaluate.told import FLOOR_LABELS, TERMS, term_line, with_bounds
 from harness.look.chart import line_chart
 from harness.look.choice import RIGHT, Chooser, Chosen, Row
@@ -35,9 +33,9 @@ from harness.look.occlusion import DELETED, RANDOM_ORDERS, area
 from harness.look.overlay import FAINTEST, overlay
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import say
-from harness.report.pages import data_uri, write_page
+from harness.report.pages import jpeg_uri, write_page
 from shards.cache import Cache
-from shards.files import ShardError, decode
+from shards.files import ShardError
 from shards.manifest import Manifest
 
 CONFUSED = 12  # truths and answers of the confusion table
@@ -56,17 +54,6 @@ class Evaluated:
     manifests: Sequence[Manifest]
     model: VisionLanguageModel
     cache: Cache | None = None
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Returns the lines of an evaluation's predictions.jsonl. Raises ConfigError."""
-    file = folder / PREDICTIONS
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing: harness evaluate writes it")
-    try:
-        return [json.loads(line) for line in decode(file.read_bytes(), str(file)).splitlines()]
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged, evaluate again: {error}") from error
 
 
 def write_report_page(
@@ -277,9 +264,9 @@ def _look(mapped: Mapped) -> dict[str, Any]:
     return {
         "shown": shown,
         "picture": None if mapped.pixels_HW3 is None else _plain(mapped.pixels_HW3),
-        "map": _jpeg(overlay(mapped.pixels_HW3, mapped.look, MAP_SIDE)),
+        "map": jpeg_uri(overlay(mapped.pixels_HW3, mapped.look, MAP_SIDE), QUALITY),
         "most": f"{mapped.look.patch_NN.max():.2f}",
-        "random": _jpeg(overlay(mapped.pixels_HW3, mapped.random, MAP_SIDE)),
+        "random": jpeg_uri(overlay(mapped.pixels_HW3, mapped.random, MAP_SIDE), QUALITY),
         "random_most": f"{mapped.random.patch_NN.max():.2f}",
         "agreement": None if mapped.agreement is None else f"{mapped.agreement:+.2f}",
         "where": _where(mapped),
@@ -297,13 +284,7 @@ def _where(mapped: Mapped) -> str:
 
 
 def _plain(pixels_HW3: np.ndarray) -> str:
-    return _jpeg(Image.fromarray(pixels_HW3).resize((MAP_SIDE, MAP_SIDE)))
-
-
-def _jpeg(image: Any) -> str:
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=QUALITY)
-    return data_uri(encoded.getvalue(), "jpeg")
+    return jpeg_uri(Image.fromarray(pixels_HW3).resize((MAP_SIDE, MAP_SIDE)), QUALITY)
 
 
 def deletion(mapped: Sequence[Mapped]) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.evaluate.ask import one_picture
+from harness.evaluate.ask import answered
 from harness.evaluate.space import encoder_of
 from harness.loading import opened
 from harness.look.occlusion import Asked, Likelihood, Pixels, area, look
@@ -36,12 +36,11 @@ def look_at(
     """
     found = opened(source, lm=lm, vision=vision)
     model = found.model
-    batch = one_picture(model, found.config, image, prompt)
-    decoding = found.config.generate.vqa if prompt else found.config.generate.caption
-    answer = model.generate(batch, decoding).texts[0]
+    said = answered(found, image, prompt)
+    batch = said.batch
     assert batch.pixels_IHW3 is not None  # of a picture
     pixels_HW3 = batch.pixels_IHW3[0].cpu().numpy()
-    asked = Asked(pixels_HW3, batch.contexts[0], answer)
+    asked = Asked(pixels_HW3, batch.contexts[0], said.text)
     hiding = Pixels(model, encoder_of(model), pixels_HW3)
     seen = look(Likelihood(model, found.config, asked, hiding))
     note = (
@@ -49,6 +48,6 @@ def look_at(
         "nats a token, though what it rests on may be larger; area under its deletion curve "
         f"{area(seen.deleted):.2f}, in random order {area(seen.deleted_at_random):.2f}"
     )
-    shown = Shown(None, prompt or "", (), answer)
+    shown = Shown(None, prompt or "", (), said.text)
     place = out or Path(f"{image.stem}-look.png")
-    return Looked(answer, write_overlay(place, shown, pixels_HW3, seen, note))
+    return Looked(said.text, write_overlay(place, shown, pixels_HW3, seen, note))

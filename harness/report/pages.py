@@ -23,6 +23,12 @@ def data_uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def jpeg_uri(image: Image.Image, quality: int) -> str:
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality)
+    return data_uri(encoded.getvalue(), "jpeg")
+
+
 def embedded(image: bytes | Image.Image | None, side: int, quality: int) -> dict[str, Any]:
     """Returns the thumbnail of an image as a JPEG data URI, with its size; a grey square for one
     that is missing or damaged.
@@ -31,10 +37,7 @@ def embedded(image: bytes | Image.Image | None, side: int, quality: int) -> dict
         small = thumbnail(image, side)
     except OSError:  # damaged: whoever read it for the model has named it
         small = thumbnail(None, side)
-    encoded = io.BytesIO()
-    small.save(encoded, "JPEG", quality=quality)
-    uri = data_uri(encoded.getvalue(), "jpeg")
-    return {"uri": uri, "width": small.width, "height": small.height}
+    return {"uri": jpeg_uri(small, quality), "width": small.width, "height": small.height}
 
 
 _TEMPLATES = Environment(

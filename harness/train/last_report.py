@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness import checkpoint as checkpoints
 from harness.data.images import cache_of, patience_of
 from harness.evaluate import DEV, FOLDER
-from harness.evaluate.report import SCORES, write_json, write_report
+from harness.evaluate.report import read_predictions, write_report
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run_on_disk import PAGE, model_facts
 from harness.train.state import Run
@@ -17,7 +17,7 @@ def leave_report(run: Run, result: Evaluation) -> None:
     """Writes the last evaluation's scores and predictions, and the run's page; what cannot be
     written is told, since the run itself is done and saved.
     """
-    from harness.look.page import Evaluated, read_rows, try_report_page
+    from harness.look.page import Evaluated, try_report_page
 
     config = run.config
     out = config.out_dir / FOLDER / DEV
@@ -30,12 +30,11 @@ def leave_report(run: Run, result: Evaluation) -> None:
 
     go_on(0, config.evaluation.look_images)
     try:
-        report = write_report(result, out, paths, last, step)[0] | {"model": model_facts(run.model)}
-        write_json(out / SCORES, report)
+        report = write_report(result, out, paths, last, step, model=model_facts(run.model))[0]
         cache = cache_of(config)
         manifests = [Manifest.open(path, cache, patience_of(config)) for path in paths]
         evaluated = Evaluated(
-            report, read_rows(out), config.out_dir, config, manifests, run.model, cache
+            report, read_predictions(out), config.out_dir, config, manifests, run.model, cache
         )
     except (OSError, ShardError) as error:
         run.terminal.say(f"no report: {error}")

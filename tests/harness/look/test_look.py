@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from harness.evaluate.report import read_predictions
 from harness.evaluate.run_on_disk import PAGE, evaluate_run, report_run
 from harness.look import maps as maps_room
 from harness.look.choice import Chooser
@@ -25,7 +26,7 @@ from harness.look.occlusion import (
     area,
     look,
 )
-from harness.look.page import confusion, read_rows
+from harness.look.page import confusion
 from toy_runs import picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -144,7 +145,7 @@ def test_every_score_on_the_page_is_the_evaluations_and_the_verdict_comes_first(
         for part in ('class="verdict', "score and floors", ">Curves<", "Scores with intervals")
     ]
     assert places == sorted(places)
-    lines = len(read_rows(trained.out / "evaluation"))
+    lines = len(read_predictions(trained.out / "evaluation"))
     assert lines == sum(figures["texts"] for figures in scores["tasks"].values())
 
 
@@ -182,7 +183,7 @@ def test_a_random_bridge_is_another_and_the_models_own_comes_back(trained, look_
 
     model = load(trained.out)
     own = model.bridge
-    rows = [row for row in read_rows(trained.out / "evaluation") if row["task"] == "vqa"]
+    rows = [row for row in read_predictions(trained.out / "evaluation") if row["task"] == "vqa"]
     manifests = [Manifest.open(look_root / "features/dev")]
     chosen = Chooser(model, trained.config, manifests, rows).random()
     assert 0 < chosen[0].confidence < 1
