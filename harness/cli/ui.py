@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +19,8 @@ def ui(
     Starts MLflow's server on 127.0.0.1 until Ctrl-C. Of a run whose store is a server, prints the
     link.
     """
-    from harness.errors import ConfigError, install_command
-
-    if importlib.util.find_spec("mlflow") is None:
-        raise ConfigError(
-            f"harness ui needs mlflow, which is not installed: {install_command('mlflow')}"
-        )
-    from harness.tracking.tracker import limit_mlflow
+    from harness.tracking.tracker import need_mlflow
     from harness.tracking.ui import show_run
 
-    limit_mlflow()
+    need_mlflow("harness ui")
     show_run(run, port)

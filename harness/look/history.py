@@ -15,10 +15,9 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.look.chart import Points, line_chart, number
-from harness.tracking.journal import every_row
+from harness.tracking.journal import TRACKED, every_row
 from harness.tracking.provenance import git_tags, version_tags
 
-TRACKED = "tracking.json"  # of a run with MLflow: what that is told of it
 # Title of a chart -> its lines: name, and the ends of the figures' names in metrics.jsonl.
 CHARTS: Mapping[str, Mapping[str, str]] = {
     "loss, nats a token": {"training": "train/loss", "dev": "dev/loss"},

@@ -26,6 +26,7 @@ METRICS = "metrics.jsonl"
 DESCRIPTION = "mlflow.note.content"
 MAX_TAG = 5000  # characters
 RUN_ID = "mlflow_run_id"  # a file too: MLflow's run
+TRACKED = "tracking.json"  # what MLflow is told of the run as a whole
 
 
 class Journal:
@@ -117,6 +118,12 @@ def parsed_row(line: bytes) -> dict[str, Any] | None:
         return row if isinstance(row["step"], int) and isinstance(row["values"], dict) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def run_id_in(folder: Path) -> str | None:
+    """Returns MLflow's run that was begun in an output folder."""
+    file = folder / RUN_ID
+    return file.read_text().strip() or None if file.exists() else None
 
 
 class JournalTracker:

@@ -31,19 +31,28 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.redact import clean, masked_document
 from harness.report.pictures import Shown, thumbnail
-from harness.tracking.journal import METRICS, RUN_ID, Journal, JournalTracker, read_rows
+from harness.tracking.journal import (
+    METRICS,
+    RUN_ID,
+    TRACKED,
+    Journal,
+    JournalTracker,
+    read_rows,
+    run_id_in,
+)
 from harness.tracking.outbox import Outbox
 from harness.tracking.provenance import dataset_inputs, git_tags, source_tags, version_tags
 from harness.tracking.served import log_export
 from harness.tracking.store import (
+    ARTIFACTS,
     database,
-    default_store,
     environment_tags,
     experiment_name,
+    follow_move,
     refuse_deleted,
     run_name,
+    store_of,
     store_uri,
-    whole_uri,
 )
 from shards.files import write_whole
 
@@ -52,7 +61,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN = "tracking.json"  # what MLflow is told of the run as a whole
 PARTS = ("uri", "experiment", "name", "key", "time", "source", "params", "tags", "inputs", "config")
 PERIOD = 2.0  # seconds between two batches
 # Until the run's id is known. A new database is migrated in about 3 s; a server is quick or down.
@@ -251,6 +259,7 @@ class Sender:
 
         if self.uri.startswith("sqlite"):
             database(self.uri).parent.mkdir(parents=True, exist_ok=True)
+            follow_move(self.uri, self._folder)
         client = MlflowClient(self.uri)
         run = self._find_run(client) if self.run_id else None
         if run is None:
@@ -309,7 +318,7 @@ class Sender:
         if found := client.get_experiment_by_name(name):
             refuse_deleted(self.uri, name, found.experiment_id, found.lifecycle_stage)
             return found.experiment_id
-        place = database(self.uri).parent / "mlartifacts" if self.uri.startswith("sqlite") else None
+        place = database(self.uri).parent / ARTIFACTS if self.uri.startswith("sqlite") else None
         try:
             return client.create_experiment(name, artifact_location=place and place.as_uri())
         except Exception as error:  # another job was faster
@@ -386,9 +395,9 @@ class MLflowTracker(JournalTracker):
         if not adds_only:
             if not resumes:
                 self._outbox.clear()
-            elif (folder / RUN).exists():
+            elif (folder / TRACKED).exists():
                 told["key"] = read_description(folder)["key"]
-            write_whole(folder / RUN, json.dumps(told, indent=1).encode())
+            write_whole(folder / TRACKED, json.dumps(told, indent=1).encode())
             self._sender.jobs.extend(self._outbox.waiting())
         self._folder = folder
         self._adds_only = adds_only
@@ -512,12 +521,12 @@ class MLflowTracker(JournalTracker):
 def read_description(folder: Path) -> dict[str, Any]:
     """Returns what a run's folder says of it for MLflow. Raises ConfigError."""
     try:
-        told = json.loads((folder / RUN).read_bytes())
+        told = json.loads((folder / TRACKED).read_bytes())
         return {name: told[name] for name in PARTS}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
-            f"{folder} holds no {RUN} that can be read: expected the output folder of a run with "
-            "tracking.kind=mlflow"
+            f"{folder} holds no {TRACKED} that can be read: expected the output folder of a run "
+            "with tracking.kind=mlflow"
         ) from error
 
 
@@ -527,11 +536,9 @@ def send(folder: Path, uri: str | None = None) -> str:
     `uri`: in place of the stored one. Raises ConfigError, also for a store that does not answer.
     """
     told = read_description(folder)
-    recorded = folder / RUN_ID
-    run_id = recorded.read_text().strip() if recorded.exists() else None
-    place = whole_uri(uri or told["uri"]) or default_store(folder)
     (folder / METRICS).touch()
-    sender = Sender(folder, place, run_id, told, adds_only=False)
+    place = store_of(folder, uri or told["uri"])
+    sender = Sender(folder, place, run_id_in(folder), told, adds_only=False)
     sender.jobs.extend(Outbox(folder).waiting())
     try:
         sender.send_all()

@@ -22,6 +22,15 @@ from harness.errors import ConfigError
 from harness.redact import MASK, clean, remember
 
 TRAINING = "?workflowType=machine_learning"  # else the pages are those for chats with LLMs
+ARTIFACTS = "mlartifacts"  # beside a database
+# Where mlflow's tables say where such a file is (mlflow 3.17).
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 QUICK_SECONDS = 5.0  # that a check before the start waits for a server
 
 
@@ -29,7 +38,12 @@ def store_uri(config: Config) -> str:
     """tracking.uri, else MLFLOW_TRACKING_URI, else a database in the output folder. Raises
     ConfigError for one that was stored without its secret.
     """
-    return whole_uri(config.tracking.uri) or default_store(config.out_dir)
+    return store_of(config.out_dir, config.tracking.uri)
+
+
+def store_of(folder: Path, given: str | None) -> str:
+    """Returns the URI of the store of a run in `folder`: the given one, else as `store_uri`."""
+    return whole_uri(given) or default_store(folder)
 
 
 def whole_uri(given: str | None) -> str | None:
@@ -64,6 +78,27 @@ def default_store(out: Path) -> str:
     if Version(importlib.metadata.version("sqlalchemy")) >= Version("2.1"):  # it decodes paths
         return f"sqlite+pysqlite:///{quote(path)}"
     return f"sqlite+pysqlite:///file:{quote(path)}?uri=true"  # SQLite itself decodes them
+
+
+def follow_move(uri: str, folder: Path) -> None:
+    """Has the database in an output folder name the files beside it, where both were moved: mlflow
+    stores absolute places. Raises sqlite3.Error for a database that cannot be written.
+    """
+    if uri != default_store(folder) or not database(uri).is_file():
+        return
+    artifacts = (folder / ARTIFACTS).absolute()
+    if not artifacts.is_dir():  # they were left behind
+        return
+    now = artifacts.as_uri()
+    ours = f"SELECT artifact_location FROM experiments WHERE artifact_location LIKE '%/{ARTIFACTS}'"
+    with closing(sqlite3.connect(database(uri))) as store, store:
+        for (before,) in store.execute(ours).fetchall():
+            for table, column in PLACES if before != now else ():
+                store.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    f" WHERE substr({column} || '/', 1, ?) = ?",
+                    (now, len(before) + 1, len(before) + 1, f"{before}/"),
+                )
 
 
 def database(uri: str) -> Path:

@@ -22,7 +22,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError, install_command
 from harness.redact import clean
 from harness.report.pictures import Shown
-from harness.tracking.journal import RUN_ID, Journal, JournalTracker
+from harness.tracking.journal import Journal, JournalTracker, run_id_in
 from harness.tracking.mlflow import MLflowTracker, send
 from harness.tracking.store import check_experiment, environment_tags, store_uri
 
@@ -97,12 +97,17 @@ def sync(folder: Path, uri: str | None = None) -> str:
 
     `uri`: in place of the stored one.
     """
+    need_mlflow("harness sync")
+    return send(folder, uri)
+
+
+def need_mlflow(who: str) -> None:
+    """Sets what mlflow reads from the environment. Raises ConfigError where it is not installed."""
     if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
-            f"harness sync needs mlflow, which is not installed: {install_command('mlflow')}"
+            f"{who} needs mlflow, which is not installed: {install_command('mlflow')}"
         )
     limit_mlflow()
-    return send(folder, uri)
 
 
 def limit_mlflow() -> None:
@@ -151,8 +156,7 @@ def recorded_run_id(config: Config) -> str | None:
     """Returns the run that was begun in the output folder, for a job killed before its first
     checkpoint.
     """
-    file = config.out_dir / RUN_ID
-    return file.read_text().strip() or None if file.exists() else None
+    return run_id_in(config.out_dir)
 
 
 def ui_command(config: Config) -> str:

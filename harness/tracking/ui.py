@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,9 @@ from typing import IO
 
 from harness.errors import ConfigError
 from harness.redact import clean, say
-from harness.tracking.journal import RUN_ID
+from harness.tracking.journal import run_id_in
 from harness.tracking.mlflow import read_description, why
-from harness.tracking.store import database, default_store, run_page, runs_page, whole_uri
+from harness.tracking.store import database, follow_move, run_page, runs_page, store_of
 
 HOST = "127.0.0.1"
 USUAL_PORT = 5000  # mlflow's own
@@ -38,15 +39,19 @@ def show_run(folder: Path, port: int | None = None) -> None:
 
     Raises ConfigError for a folder without such a run, a port in use, a server that does not start.
     """
-    uri = whole_uri(read_description(folder)["uri"]) or default_store(folder)
+    uri = store_of(folder, read_description(folder)["uri"])
     if uri.startswith("sqlite") and not database(uri).is_file():
         raise ConfigError(f"{folder}: its MLflow database {database(uri)} is not there")
+    if uri.startswith("databricks"):
+        raise ConfigError(f"{folder} is in {clean(uri)}, whose own pages show it")
     pages = pages_of(uri, folder)
     if uri.startswith("http"):
         tell(uri.rstrip("/"), pages)
         return
-    if uri.startswith("databricks"):
-        raise ConfigError(f"{folder} is in {clean(uri)}, whose own pages show it")
+    try:
+        follow_move(uri, folder)
+    except sqlite3.Error as error:
+        say(f"pictures may be missing: {database(uri)} cannot be written ({error})", sys.stderr)
     say("MLflow's server is being started, which takes about 20 s")
     with serving(uri, free_port(port)) as server:
         tell(server.address, pages)
@@ -61,8 +66,7 @@ def pages_of(uri: str, folder: Path) -> dict[str, str]:
     """
     from mlflow import MlflowClient
 
-    recorded = folder / RUN_ID
-    run_id = recorded.read_text().strip() if recorded.exists() else ""
+    run_id = run_id_in(folder) or ""
     try:
         experiment = MlflowClient(uri).get_run(run_id).info.experiment_id
     except Exception as error:  # every kind of store has exceptions of its own

@@ -13,7 +13,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.report.pictures import Shown
 from harness.tracking import mlflow as mlflow_tracker
-from harness.tracking.mlflow import RUN
+from harness.tracking.journal import TRACKED
 from harness.tracking.outbox import FOLDER
 from harness.tracking.tracker import open_tracker, sync
 from mlflow_server import MlflowServer
@@ -153,7 +153,7 @@ def test_an_evaluation_without_a_server_is_sent_later_beside_an_earlier_one(tmp_
     for uri, value in ((server.uri, 0.5), (NOBODY, 0.75)):
         added = open_tracker(config_of(out, uri, last_wait=10), run_id=run.info.run_id)
         added.metrics({"test/accuracy": value}, 4)
-        added.artifact(out / RUN, "evaluation")
+        added.artifact(out / TRACKED, "evaluation")
         added.close()
     assert history(server, run.info.run_id, "test/accuracy") == [(4, 0.5)]
     sync(out)
@@ -167,7 +167,7 @@ def test_sync_takes_the_store_from_the_environment_or_an_override_where_the_stor
 ):
     out = tmp_path / "out"
     open_tracker(config_of(out, "http://me:opensesame@127.0.0.1:9")).close()
-    assert json.loads((out / RUN).read_text())["uri"] == "http://***@127.0.0.1:9"
+    assert json.loads((out / TRACKED).read_text())["uri"] == "http://***@127.0.0.1:9"
     monkeypatch.setattr("harness.redact._hidden", {})  # as in another process
     code, _, said = harness("sync", out)
     assert code == 2
@@ -193,7 +193,7 @@ def test_a_damaged_file_of_the_outbox_is_named_and_keeps_nothing_else_back(
     assert caplog.text.count("is damaged and reaches no store") == 3
     assert server.runs()[0].info.status == "FINISHED"
     for text in ("5", "[1]", "{}", "{torn", "[" * 100_000):
-        (out / RUN).write_text(text)
+        (out / TRACKED).write_text(text)
         with pytest.raises(ConfigError, match=r"holds no tracking\.json that can be read"):
             sync(out, server.uri)
 

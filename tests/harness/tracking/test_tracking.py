@@ -356,8 +356,15 @@ def test_a_deleted_experiment_is_refused_before_anything_starts_and_by_a_server_
         server.close()
 
 
+def _forget_places():
+    """Has mlflow ask its store where a run's files are, as it does in a new process."""
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()
+
+
 @pytest.mark.parametrize("folder", ["a b ü?c", "d#e%20f"])
-def test_an_output_folder_may_have_any_name(tmp_path, monkeypatch, folder):
+def test_an_output_folder_may_have_any_name_and_be_moved(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / folder
     tracker = open_tracker(make_config(out))
@@ -371,6 +378,16 @@ def test_an_output_folder_may_have_any_name(tmp_path, monkeypatch, folder):
     run = client_of(default_store(out)).get_run(tracker.run_id)
     assert run.data.tags["mlflow.note.content"] == "**image used**: because"
     check_tracking(make_config(out))
+    now = out.rename(tmp_path / f"{folder} moved")
+    (now / "report.html").write_text("scored after that")
+    _forget_places()
+    added = open_tracker(make_config(now), run_id=tracker.run_id)
+    added.artifact(now / "report.html", "evaluation")
+    added.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == [now.name], "nothing at the old place"
+    client = client_of(default_store(now))
+    known = {file.path for file in client.list_artifacts(tracker.run_id)}
+    assert {"answers", "evaluation", "config.yaml"} <= known
 
 
 def test_the_source_of_a_run_is_what_was_typed(tmp_path, monkeypatch):
