@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from harness.redact import clean
+from harness.redact import clean, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -42,8 +44,14 @@ def bar() -> Iterator[Progress]:
 
 @contextmanager
 def told(title: str) -> Iterator[Callable[..., None]]:
-    """Shows a bar that is told (done, of how many)."""
+    """Shows a bar that is told (done, of how many); without a terminal, a line now and then."""
+    from harness.report.progress import Lines
+
     with bar() as progress:
+        if progress.disable:
+            lines = Lines(title, partial(say, file=sys.stderr))
+            yield lambda done, total, *_: lines.update(done, total)
+            return
         task = progress.add_task(clean(title), total=None)
         yield lambda done, total, *_: progress.update(task, completed=done, total=total)
 

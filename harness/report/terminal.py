@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -21,8 +20,8 @@ from torch import nn
 from harness.model.language.quantise import quantised_layers
 from harness.redact import clean, printable
 from harness.report.pictures import Shown
+from harness.report.progress import LINE_SECONDS, Pace, clocked, duration
 
-LINE_SECONDS = 10.0  # between two lines of a log
 LOG_WIDTH = 100  # columns of such a line
 BAR = 12  # columns
 
@@ -129,8 +128,7 @@ class Terminal:
         now = time.monotonic()
         if self._bar.disable and (at_once or now - self._said >= LINE_SECONDS):
             self._said = now
-            clock = time.strftime("%H:%M:%S")
-            self.say(fitting(f"{clock}  {title} {where}", figures, LOG_WIDTH))
+            self.say(fitting(clocked(f"{title} {where}"), figures, LOG_WIDTH))
 
     def say(self, message: str) -> None:
         message = clean(message)
@@ -167,26 +165,6 @@ class Terminal:
             for row in rows:
                 table.add_row(*(Text(printable(text)) for text in row))
             self.console.print(table)
-
-
-class Pace:
-    """How long the rest takes, at the pace since the start, evaluations included."""
-
-    def __init__(self, done: int) -> None:
-        self._first = done
-        self._began = time.monotonic()
-
-    def left(self, done: int, total: int) -> str:
-        """Says it: "0:12:30 left"; while nothing is done it is unknown."""
-        if done <= self._first:
-            return "-:--:-- left"
-        seconds = (time.monotonic() - self._began) / (done - self._first) * (total - done)
-        return f"{duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """Returns hours, minutes and seconds: "0:12:30"."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 def fitting(start: str, figures: Sequence[str], width: int) -> str:

@@ -4,12 +4,15 @@ anything is started.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from harness.cli import main as cli
+from harness.cli.progress import told
 from harness.errors import ConfigError
 from harness.machine import launcher
 from shards.record import Record, Text
@@ -277,3 +280,22 @@ def test_a_url_with_a_secret_is_not_indexed_since_the_index_would_hold_it(harnes
     assert "https://***@host/set" in said
     assert "opensesame" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_verb_says_in_a_log_how_far_it_is_now_and_then(capfd, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with told("evaluating") as progress:
+        for done in range(8, 41, 8):
+            progress(done, 40)
+            now[0] += 6
+    with told("answering") as progress:  # of pictures that nobody has counted
+        now[0] += 10
+        progress(3, None)
+    lines = [line.split("  ") for line in capfd.readouterr().err.splitlines()]
+    assert [line[1:] for line in lines] == [
+        ["evaluating 24/40", "0:00:12 left"],
+        ["evaluating 40/40"],
+        ["answering 3"],
+    ]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", line[0]) for line in lines)
