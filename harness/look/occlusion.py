@@ -25,7 +25,7 @@ from harness.data.collate import Collator
 from harness.evaluate.space import UnmeasuredError
 from harness.model.batch import Batch, Context
 from harness.model.bridge import Bridge
-from harness.model.vlm import VisionLanguageModel
+from harness.model.vlm import VisionLanguageModel, new_bridge
 
 LEVELS = (2, 4, 8, 16)  # cells a side: all up to `PATCHES`, of a finer grid those that matter
 PATCHES = 4
@@ -302,14 +302,7 @@ def random_bridge(model: VisionLanguageModel, config: Config, pictures: Sequence
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        bridge = Bridge(
-            ModelConfig(**model.config.model).bridge,
-            patch_width=model.config.encoder["width"],
-            lm_width=model.lm.width,
-            patches=model.config.encoder["tokens"],
-            embedding_rms=model.lm.embedding_rms,
-            vocabulary=model.lm.base.config.vocab_size,
-        )
+        bridge = new_bridge(ModelConfig(**model.config.model).bridge, model.config, model.lm)
     bridge = bridge.to(model.device).eval()
     batch = batch_of(model, config, pictures)
     bridge.calibrate(*model.bridge_inputs(batch, model.patch_tokens(batch)))

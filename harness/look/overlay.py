@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from harness.look.occlusion import Look
-from harness.report.pictures import FAINT, INK, LINE, PAD, Shown, font_of, thumbnail, wrapped
-from shards.files import write_whole
+from harness.report.pictures import (
+    FAINT,
+    INK,
+    LINE,
+    PAD,
+    Shown,
+    font_of,
+    thumbnail,
+    wrapped,
+    write_png,
+)
 
 COSTS = (230, 80, 0)  # colour of what the answer loses by
 HELPS = (30, 100, 230)  # of what it gains by
@@ -91,8 +99,5 @@ def write_overlay(
     for number, (line, font, ink) in enumerate(rows):
         top = SIDE + 56 + 2 * PAD + (LINE + 4) * number
         draw.text((PAD, top), line, font=font, fill=ink)
-    encoded = io.BytesIO()
-    sheet.save(encoded, "PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encoded.getvalue())
-    return path
+    return write_png(sheet, path)

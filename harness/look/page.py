@@ -22,11 +22,11 @@ from harness.config.load import dump
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.image_use.evidence import IMAGE_USED
-from harness.evaluate.measures import TASKS
+from harness.evaluate.measures import RIGHT, TASKS
 from harness.evaluate.report import FLOORS, floors, model_rows
 from harness.evaluate.told import FLOOR_LABELS, TERMS, term_line, with_bounds
 from harness.look.chart import line_chart
-from harness.look.choice import RIGHT, Chooser, Chosen, Row
+from harness.look.choice import Chooser, Chosen, Row
 from harness.look.history import History
 from harness.look.maps import SECONDS, Mapped, Mapper, Maps
 from harness.look.occlusion import DELETED, RANDOM_ORDERS, area

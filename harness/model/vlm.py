@@ -148,15 +148,7 @@ class VisionLanguageModel(PreTrainedModel):
             parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype
         )
         lm.bos_in_training = own.known_mistakes.get("bos") != "generation_only"
-        bridge = Bridge(
-            parts.bridge,
-            patch_width=own.encoder["width"],
-            lm_width=lm.width,
-            patches=own.encoder["tokens"],
-            embedding_rms=lm.embedding_rms,
-            vocabulary=lm.base.config.vocab_size,
-        )
-        model = cls(own, vision, bridge, lm)
+        model = cls(own, vision, new_bridge(parts.bridge, own, lm), lm)
         model.precision = precision
         return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper loses self
 
@@ -343,6 +335,18 @@ class VisionLanguageModel(PreTrainedModel):
             model = cls._assemble(own, parts, tower, precision, on)
         model.load_trained(folder)
         return model.eval()
+
+
+def new_bridge(bridge: settings.BridgeConfig, own: VLMConfig, lm: LanguageModel) -> Bridge:
+    """Returns a bridge between a model's encoder and its language model, with new weights."""
+    return Bridge(
+        bridge,
+        patch_width=own.encoder["width"],
+        lm_width=lm.width,
+        patches=own.encoder["tokens"],
+        embedding_rms=lm.embedding_rms,
+        vocabulary=lm.base.config.vocab_size,
+    )
 
 
 def _saved_config(folder: Path, given: VLMConfig | None = None) -> VLMConfig:

@@ -173,8 +173,12 @@ def predictions_picture(
             draw.rounded_rectangle(frame, 8, fill="white", outline="#d0d7de")
             sheet.paste(card, (left + PAD, top + PAD))
         top += height + PAD
+    return write_png(sheet, path)
+
+
+def write_png(picture: Image.Image, path: Path) -> Path:
     encoded = io.BytesIO()
-    sheet.save(encoded, "PNG", optimize=True)
+    picture.save(encoded, "PNG", optimize=True)
     write_whole(path, encoded.getvalue())
     return path
 
