@@ -43,10 +43,13 @@ class Lines:
         self._say = say
         self._said = time.monotonic()
         self._pace: Pace | None = None
+        self._done = 0
 
     def update(self, done: int, total: int | None) -> None:
         """`total`: None where it is not known."""
-        self._pace = self._pace or Pace(done)
+        if self._pace is None or done < self._done:  # the next of several begins
+            self._pace = Pace(done)
+        self._done = done
         now = time.monotonic()
         if now - self._said < LINE_SECONDS:
             return

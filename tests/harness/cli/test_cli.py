@@ -289,6 +289,9 @@ def test_a_long_verb_says_in_a_log_how_far_it_is_now_and_then(capfd, monkeypatch
         for done in range(8, 41, 8):
             progress(done, 40)
             now[0] += 6
+        progress(2, 10)  # of the next model
+        now[0] += 10
+        progress(6, 10)
     with told("answering") as progress:  # of pictures that nobody has counted
         now[0] += 10
         progress(3, None)
@@ -296,6 +299,7 @@ def test_a_long_verb_says_in_a_log_how_far_it_is_now_and_then(capfd, monkeypatch
     assert [line[1:] for line in lines] == [
         ["evaluating 24/40", "0:00:12 left"],
         ["evaluating 40/40"],
+        ["evaluating 6/10", "0:00:10 left"],
         ["answering 3"],
     ]
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d", line[0]) for line in lines)
