@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from harness.machine.devices import cores
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -18,9 +19,8 @@ def hardware() -> str:
     """Returns "NVIDIA T4", or "2 cores of Intel(R) Xeon(R) CPU @ 2.20GHz"."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     if CPUINFO.is_file():
         named = re.search(r"^model name\s*: (.*)$", CPUINFO.read_text(errors="replace"), re.M)
         name = named[1] if named else name
-    return f"{cores} cores of {name}"
+    return f"{cores()} cores of {name}"
