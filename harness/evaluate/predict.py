@@ -129,7 +129,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     groups = [
         ([kept[row] for row in group if row in kept], longest) for group, longest in batch.groups
     ]
-    return replace(
+    chosen = replace(
         batch,
         prompt_ids_CL=batch.prompt_ids_CL[rows_C],
         prompt_mask_CL=batch.prompt_mask_CL[rows_C],
@@ -141,6 +141,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         text_ids_T=tuple(batch.text_ids_T[t] for t in kept) if batch.text_ids_T else (),
         groups=tuple(group for group in groups if group[0]),
     )
+    return chosen.indexed()  # here, once: whoever asks for its loss does so again and again
 
 
 def results(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:

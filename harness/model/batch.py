@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,34 @@ class Context:
     record: Any  # shards.record.Record
     text: Any  # shards.record.Text
     prompt: str  # after the template
+
+
+class TargetRows(NamedTuple):
+    """Targets that are decoded together, and which of their tokens count, as lists to index with: a
+    mask in their place would make the host wait for a GPU to count it.
+    """
+
+    rows_T: torch.Tensor  # int64 in [0, T)
+    longest: int  # their labels are cut to this length
+    kept_K: torch.Tensor  # int64, the tokens with a weight in labels_TL[rows_T, :longest], flat
+    target_of_K: torch.Tensor  # int64 in [0, T), the target that each of them belongs to
+
+    def to(self, device: torch.device | str) -> TargetRows:
+        return TargetRows(
+            self.rows_T.to(device, non_blocking=True),
+            self.longest,
+            self.kept_K.to(device, non_blocking=True),
+            self.target_of_K.to(device, non_blocking=True),
+        )
+
+
+class TargetIndex(NamedTuple):
+    """The rows of a batch: all targets as one group, then each of its groups, where there are two
+    or more. It holds for the very tensor of weights that it was made from.
+    """
+
+    weight_TL: torch.Tensor
+    rows: tuple[TargetRows, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +77,7 @@ class Batch:
     text_ids_T: tuple[str, ...] = ()
     # rows of T of like length, and the length of their longest; (): T is one group
     groups: tuple[tuple[list[int], int], ...] = ()
+    index: TargetIndex | None = None  # made by `indexed`, which `to` calls
 
     @property
     def images(self) -> int:
@@ -60,33 +89,55 @@ class Batch:
     def weight(self) -> torch.Tensor:
         return self.weight_TL.sum()
 
-    def target_groups(self, whole: bool) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Yields each group of targets as its rows of T and a batch of them, with all images and
+    def indexed(self) -> Batch:
+        """Returns the batch with the index lists of its targets; the host waits for its weights
+        where they are not in main memory.
+        """
+        if self.index is not None and self.index.weight_TL is self.weight_TL:
+            return self
+        counts_TL = self.weight_TL.cpu() != 0
+        length = counts_TL.shape[1]
+        groups = self.groups if len(self.groups) > 1 else ()
+        made = []
+        for rows, longest in ((range(len(counts_TL)), length), *groups):
+            rows_T = torch.tensor(rows, dtype=torch.long)
+            kept_K = counts_TL[rows_T, :longest].flatten().nonzero()[:, 0]
+            target_of_K = rows_T[kept_K.div(max(longest, 1), rounding_mode="floor")]
+            made.append(TargetRows(rows_T, longest, kept_K, target_of_K).to(self.weight_TL.device))
+        return replace(self, index=TargetIndex(self.weight_TL, tuple(made)))
+
+    def target_groups(self, whole: bool) -> Iterator[tuple[TargetRows, Batch]]:
+        """Yields each group of targets as its rows and a batch of them, with all images and
         contexts; `whole`: all targets as one group.
         """
-        device = self.labels_TL.device
-        if whole or len(self.groups) < 2:
-            yield torch.arange(len(self.labels_TL), device=device), self
+        index = self.indexed().index
+        assert index is not None  # `indexed` has made it
+        if whole or len(index.rows) == 1:
+            yield index.rows[0], self
             return
-        for rows, longest in self.groups:
-            rows_T = torch.tensor(rows, device=device)
+        for (rows, _), made in zip(self.groups, index.rows[1:], strict=True):
             group = replace(
                 self,
-                labels_TL=self.labels_TL[rows_T, :longest],
-                weight_TL=self.weight_TL[rows_T, :longest],
-                context_of_T=self.context_of_T[rows_T],
+                labels_TL=self.labels_TL[made.rows_T, : made.longest],
+                weight_TL=self.weight_TL[made.rows_T, : made.longest],
+                context_of_T=self.context_of_T[made.rows_T],
                 text_ids_T=tuple(self.text_ids_T[row] for row in rows if self.text_ids_T),
                 groups=(),
+                index=None,
             )
-            yield rows_T, group
+            yield made, group
 
     def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch on a device; index lists are made before, where nothing waits."""
+        batch = self.indexed()
+        assert batch.index is not None  # `indexed` has made it
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
+            for f in fields(batch)
+            if isinstance(value := getattr(batch, f.name), torch.Tensor)
         }
-        return replace(self, **moved)
+        rows = tuple(each.to(device) for each in batch.index.rows)
+        return replace(batch, **moved, index=TargetIndex(moved["weight_TL"], rows))
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

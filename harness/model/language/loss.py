@@ -51,11 +51,16 @@ def weighted_loss(
     once, as a partitioned model needs it, whose ranks must run its blocks equally often.
     """
     groups = []
-    for rows_T, part in batch.target_groups(whole):
-        kept_TL = part.weight_TL != 0
-        target_of_K = rows_T[kept_TL.nonzero()[:, 0]]
+    for rows, part in batch.target_groups(whole):
+        # by lists that the batch brings along: a mask would make the host wait for the device
+        kept_K = rows.kept_K
         groups.append(
-            (decode(part)[kept_TL], part.labels_TL[kept_TL], part.weight_TL[kept_TL], target_of_K)
+            (
+                decode(part).flatten(0, 1).index_select(0, kept_K),
+                part.labels_TL.flatten().index_select(0, kept_K),
+                part.weight_TL.flatten().index_select(0, kept_K),
+                rows.target_of_K,
+            )
         )
     hidden_KD, labels_K, weight_K, target_of_K = map(torch.cat, zip(*groups, strict=True))
     logits_KV = head(hidden_KD).float()
