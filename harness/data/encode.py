@@ -38,7 +38,9 @@ class Encoder:
         if self.policy.fell_back:
             say(f"precision: {self.policy.reason}", sys.stderr)
         self.device = device
-        self.tower: VisionTower = load_vision(vision).to(device)
+        self.tower: VisionTower = load_vision(vision)
+        self.tower.store(self.policy.vision)
+        self.tower.to(device)
 
     def __call__(self, pixels_IHW3: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), self.policy.autocast("vision"):

@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from harness.config.schema import Config, LanguageModelConfig
 from harness.hub.modeling import LM, VISION, write_model
 from harness.hub.processing import VLMProcessor
@@ -87,7 +89,8 @@ def copy_model(source: Path, folder: Path) -> None:
 def _make_whole(model: VisionLanguageModel, own: VLMConfig, folder: Path) -> None:
     """Folds LoRA into the language model, in full precision, and writes that."""
     lm = model.lm
-    if quantise.quantised_layers(lm):
+    stored = {p.dtype for p in lm.parameters() if p.is_floating_point()}
+    if quantise.quantised_layers(lm) or stored != {torch.float32}:
         lm = _in_full_precision(lm).to(model.device)
     base: Any = lm.lm
     if hasattr(base, "merge_and_unload"):
@@ -105,7 +108,8 @@ def _make_whole(model: VisionLanguageModel, own: VLMConfig, folder: Path) -> Non
 
 def _in_full_precision(lm: LanguageModel) -> LanguageModel:
     """Returns the same language model on its base in 32 bits, its trained weights copied."""
-    whole = type(lm)(lm.config.model_copy(update={"tuning": "lora"}))
+    tuning = "lora" if lm.config.tuning == "qlora" else lm.config.tuning
+    whole = type(lm)(lm.config.model_copy(update={"tuning": tuning}))
     trained = {name: value for name, value in lm.named_parameters() if value.requires_grad}
     for name, value in whole.named_parameters():
         if name in trained:

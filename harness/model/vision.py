@@ -21,6 +21,7 @@ from harness.model.pretrained import (
     quiet_transformers,
     without_weights,
 )
+from harness.model.storage import store_frozen
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -92,6 +93,13 @@ class VisionTower(nn.Module):
         if self._hash is None:
             self._hash = "" if self.mean_3.is_meta else content_hash(self)
         return {**self._named, "hash": self._hash, "tokens": self.tokens, "width": self.width}
+
+    def store(self, dtype: torch.dtype | None) -> None:
+        """Keeps the weights in the dtype of the autocast around it, None for no autocast; `hash`
+        stays that of the weights as they were loaded.
+        """
+        self.identity()
+        store_frozen(self.network, dtype)
 
 
 def content_hash(module: nn.Module) -> str:

@@ -43,6 +43,7 @@ from harness.model.language.t5 import T5Language
 from harness.model.places import Found, Part, find
 from harness.model.pretrained import without_weights
 from harness.model.start import start_from
+from harness.model.storage import store_frozen
 from harness.model.vision import VisionTower, load_vision
 from harness.redact import masked_document
 
@@ -150,6 +151,9 @@ class VisionLanguageModel(PreTrainedModel):
         lm.bos_in_training = own.known_mistakes.get("bos") != "generation_only"
         model = cls(own, vision, new_bridge(parts.bridge, own, lm), lm)
         model.precision = precision
+        if vision is not None:
+            vision.store(precision.vision)
+        store_frozen(lm, precision.lm)
         return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper loses self
 
     @property

@@ -140,9 +140,8 @@ class Planner:
         micro["optimizer and gather temporaries"] = bucket + gathered
         if not self.device.is_gpu:
             parts["kept by malloc"] = int(MALLOC_KEEPS * sum(micro.values()))
-        # AdamW on a GPU takes the root of all second moments at once; on the CPU one tensor at a
-        # time.
-        root = split[1] if self.device.is_gpu else self.skeleton.largest_trained_bytes
+        # AdamW's fused kernel on a GPU keeps nothing aside; on the CPU one tensor's root.
+        root = 0 if self.device.is_gpu else self.skeleton.largest_trained_bytes
         flat = split[1] if self.stage else 0  # gradients in the dtype and layout of the flat copy
         step = {"gradients": gradients, "optimizer and gather temporaries": root + flat}
         if self.launch.offload_optimizer:

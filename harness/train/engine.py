@@ -45,8 +45,6 @@ class Engine:
     needs one.
     """
 
-    fused: bool | None = None  # AdamW's kernel; None: torch chooses
-
     def __init__(self, train: TrainConfig):
         with meeting(train.rank_warning_seconds):
             self.accelerator = self._accelerator(train)
@@ -62,6 +60,8 @@ class Engine:
             end_after=train.rank_timeout_seconds,
         )
         self.train = train
+        # AdamW in one kernel, without temporaries; None: torch chooses
+        self.fused: bool | None = True if self.device.type == "cuda" else None
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
 
@@ -206,7 +206,9 @@ class Engine:
         for name, parameter in self.named.items() if saved else ():
             self.optimizer.state[parameter] = {
                 # AdamW keeps its step on the CPU unless it is fused or captured.
-                key: saved[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device).clone()
+                key: saved[f"{key}/{name}"]
+                .to("cpu" if key == "step" and not self.fused else parameter.device)
+                .clone()
                 for key in MOMENTS
             }
 

@@ -63,7 +63,7 @@ class ZeroEngine(Engine):
                 "stalls a run in silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with "
                 "bf16"
             )
-        self.fused = True if self.offloads else None
+        self.fused = True if self.offloads else self.fused
 
     def _accelerator(self, train: TrainConfig) -> Accelerator:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -196,7 +196,7 @@ class ZeroEngine(Engine):
         steps = max(float(saved[f"step/{name}"]) for name in self.named)
         for flat in _partitions(self.optimizer):
             # As AdamW makes it: a fused one keeps it by the weights.
-            device = flat.device if self.offloads else "cpu"
+            device = flat.device if self.fused else "cpu"
             self.optimizer.state[flat] = {
                 "step": torch.tensor(steps, device=device),
                 "exp_avg": torch.zeros_like(flat),

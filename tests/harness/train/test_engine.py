@@ -20,17 +20,21 @@ from harness.train.state import TrainState
 from shards.stream import StreamState
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "loss scaler"])
+@pytest.fixture(params=["plain", "loss scaler", "fused", "loss scaler and fused"])
 def make_engine(request, monkeypatch):
-    """Makes engines for the CPU, with a GradScaler (which works there too) or without."""
+    """Makes engines for the CPU, with a GradScaler and the fused AdamW of a GPU (which work there
+    too) or without.
+    """
     choose = engines.choose
-    if request.param:
+    if "loss scaler" in request.param:
         monkeypatch.setattr(
             engines, "choose", lambda *given: replace(choose(*given), loss_scaler=True)
         )
 
     def make(**train) -> tuple[Engine, nn.Module]:
         engine = Engine(TrainConfig(**{"learning_rate": 0.1, **train}))
+        assert engine.fused is None  # on a CPU
+        engine.fused = "fused" in request.param or None
         torch.manual_seed(0)
         return engine, engine.prepare(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
 
@@ -164,6 +168,21 @@ def test_saved_moments_and_the_scaler_go_on_bit_for_bit(make_engine):
     take(other, resumed)
     assert equal(weights(model), weights(resumed))
     assert equal(engine.optimizer_state(), other.optimizer_state())
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_fused_optimizer_finds_its_step_beside_the_weights(fused):
+    engine = Engine(TrainConfig())
+    model = nn.Linear(2, 1, bias=False)
+    engine.prepare(model)
+    take(engine, model, rows=((1.0, 2.0),))
+    saved = engine.optimizer_state()
+    elsewhere = nn.Parameter(torch.empty(1, 2, device="meta"), requires_grad=True)
+    engine.named = {"weight": elsewhere}
+    engine.fused = fused
+    engine.load_optimizer_state(saved)
+    assert engine.optimizer.state[elsewhere]["step"].device.type == ("meta" if fused else "cpu")
+    assert engine.optimizer.state[elsewhere]["exp_avg"].device.type == "meta"
 
 
 def test_moments_of_another_model_are_refused_by_name():
