@@ -83,7 +83,8 @@ class BetweenSteps:
         run = self.run
         best = self.saver.best
         try:
-            evaluated = evaluate(run, self.stop_asked, again)
+            with run.clock.during("evaluation"):
+                evaluated = evaluate(run, self.stop_asked, again)
         except ShardError:
             self.saver.save_once()
             raise
@@ -98,7 +99,7 @@ class BetweenSteps:
             run.terminal.say(why)
         due = Due(evaluated[0], told[1] > 0)
         if (is_last or due.ends) and not due.stops:
-            with run.engine.gathered_weights():
+            with run.clock.during("evaluation"), run.engine.gathered_weights():
                 if result:
                     leave_report(run, result)
                 run.engine.wait()
@@ -121,7 +122,7 @@ class BetweenSteps:
                 self._small = small_set(run.model, run.config)
             except ShardError as error:  # the next evaluation ends the run, on all ranks
                 run.terminal.say(f"no look at dev images: {error}")
-        with run.engine.gathered_weights():
+        with run.clock.during("evaluation"), run.engine.gathered_weights():
             if self._small:
                 uses = small_gate(run.model, self._small, run.config, run.epochs)
                 run.track("gate", small_gate_metrics(uses))

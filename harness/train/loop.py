@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import closing
 
 from harness.train.between_steps import BetweenSteps
-from harness.train.clock import Clock
 from harness.train.guards import RunGuard
 from harness.train.saving import Saver
 from harness.train.state import Run
@@ -46,22 +45,24 @@ def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     global_batches = run.loader.iterate(run.state.stream, run.config.train.epochs)
     taker = StepTaker(run, stop_asked, saver.is_due)
     guard = RunGuard(run)
-    clock = Clock()
-    log = StepLog(run, clock)
+    log = StepLog(run)
+    clock = run.clock
     between = BetweenSteps(run, saver, taker.last_step, stop_asked)
     if between.is_nothing_left():
         return stop_asked()
     run.model.train()
     heart = run.engine.heart
     heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
+    clock.enter("data")
     with run.terminal.progress(taker.last_step, run.state.step), closing(global_batches) as batches:
         for stream, samples in fetched(batches, run.state.stream):
-            clock.waited()
+            clock.enter("step")
             heart.doing(f"takes step {run.state.step + 1}")
             step = taker.take(stream, samples)
             guard.check(step)
             is_end = step.stops or run.state.step == taker.last_step
             log.write(step, at_once=is_end)
+            clock.enter("rest")
             if is_end:
                 guard.check_frozen()
             if step.stops:  # who stops a run may give it seconds: the checkpoint, and no more
@@ -73,6 +74,6 @@ def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
                 return stop_asked() or signal.SIGTERM
             if is_end or due.ends:
                 break
-            clock.restart()
+            clock.enter("data")
             heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
     return 0

@@ -63,8 +63,9 @@ class Saver:
         began = time.monotonic()
         self._join()
         self.check()
-        weights = _copied(run.engine.trained_state())
-        optimizer = _copied(run.engine.optimizer_state())
+        with run.clock.during("saving"):
+            weights = _copied(run.engine.trained_state())
+            optimizer = _copied(run.engine.optimizer_state())
         if run.engine.is_main:
             self._error = None
             write = partial(
@@ -77,7 +78,8 @@ class Saver:
                 self.check(is_last=True)
         self._note_cost(time.monotonic() - began)
         if at_once:
-            run.engine.wait()
+            with run.clock.during("saving"):
+                run.engine.wait()
 
     def save_once(self) -> None:
         """Saves at once, unless this step is saved; all ranks alike."""
@@ -111,7 +113,8 @@ class Saver:
     def _join(self) -> None:
         """Waits for what is being written."""
         if self._thread:
-            self._thread.join()
+            with self.run.clock.during("saving"):
+                self._thread.join()
 
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

@@ -14,6 +14,7 @@ from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal
 from harness.tracking.tracker import Tracker
+from harness.train.clock import Clock
 from harness.train.engine import Engine
 from shards.loader import Loader
 from shards.read import Sample
@@ -96,6 +97,7 @@ class Run:
     terminal: Terminal
     tracker: Tracker
     observers: Sequence[Observer] = ()
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def epochs(self) -> float:

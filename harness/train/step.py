@@ -14,7 +14,7 @@ import torch
 from harness.data.collate import Collator, drawn
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
-from harness.train.clock import Clock, memory_mb
+from harness.train.clock import memory_mb
 from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
@@ -59,7 +59,8 @@ class StepTaker:
         if isinstance(samples, UnreachableError):
             failure = str(samples)
             samples = []
-        real = micro_batches(samples, self.collate, run.config.train.micro_batch)
+        with run.clock.during("data"):
+            real = micro_batches(samples, self.collate, run.config.train.micro_batch)
         batches = real + [self.filler] * (self.micro_steps - len(real))
         weight, images, targets, failures = engine.sum([*_totals(real), failure != ""])
         if failures:
@@ -119,14 +120,13 @@ def fetched(
 class StepLog:
     """The figures of the steps, for terminal and tracker."""
 
-    def __init__(self, run: Run, clock: Clock) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.clock = clock
 
     def write(self, step: StepResult, at_once: bool) -> None:
         """Tells terminal and tracker; the latter after `log_every` steps, or `at_once`."""
         run = self.run
-        self.clock.step(step.images, step.targets)
+        run.clock.count(step.images, step.targets)
         figures = {
             "loss": step.loss,
             "learning_rate": step.learning_rate,
@@ -137,12 +137,12 @@ class StepLog:
             "truncated_texts": step.truncated,
             "loss_scale": run.engine.loss_scale,
             "memory_mb": memory_mb(run.engine.device),
-            **self.clock.rates(),
+            **run.clock.rates(),
         }
         run.terminal.advance(run.state.step, figures)
         if at_once or run.state.step % run.config.train.log_every == 0:
             run.track("train", figures)
-            self.clock.reset()
+            run.clock.reset()
 
 
 def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:

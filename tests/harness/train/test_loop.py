@@ -128,9 +128,16 @@ def test_a_sets_loss_weight_is_its_tasks_share_of_loss_and_gradient(config_of, t
 
 def test_the_rate_the_counts_and_the_speed_are_logged_and_the_loss_falls(config_of):
     config = config_of(epochs=4)
-    train.run(config)
+    runs = []
+
+    class Keeps(Observer):
+        def step_taken(self, run, step):
+            runs.append(run)
+
+    train.run(config, observers=[Keeps()])
     loss = losses(config.out_dir)
     assert loss[16] < loss[1] - 1
+    assert all(seconds > 0 for seconds in runs[0].clock.spent.values()), runs[0].clock.spent
     assert lines(config.out_dir, "train/learning_rate")[16] < 1e-4
     for name in (
         "images_per_second",
@@ -385,13 +392,17 @@ def test_the_share_of_waiting_leaves_evaluations_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(terminals.time, "perf_counter", lambda: now[0])
     clock = Clock()
-    for wait, busy, evaluation in ((1, 3, 50), (1, 3, 0)):
-        now[0] += wait
-        clock.waited()
-        now[0] += busy
-        clock.step(images=8, targets=16)
-        now[0] += evaluation
-        clock.restart()
+    for evaluation in (50, 0):
+        for phase, seconds in (("data", 1), ("step", 3), ("rest", 1)):
+            clock.enter(phase)
+            now[0] += seconds
+        clock.count(images=8, targets=16)
+        with clock.during("evaluation"):
+            now[0] += evaluation
+            with clock.during("saving"):
+                now[0] += 2
     assert clock.rates() == {"images_per_second": 2.0, "targets_per_second": 4.0, "data_wait": 0.25}
     clock.reset()
     assert clock.rates()["images_per_second"] == 0
+    assert clock.spent == {"data": 2, "step": 6, "evaluation": 50, "saving": 4, "rest": 2}
+    assert sum(clock.spent.values()) == now[0]
