@@ -320,7 +320,8 @@ class Planner:
         notes = [
             f"an image: {sizes.contexts:.1f} contexts of {sizes.prompt_tokens} prompt tokens, "
             f"{sizes.targets:.1f} targets of {sizes.target_tokens} tokens, {sizes.kept:.0%} of "
-            f"them not padding ({self.work.source})"
+            f"them not padding ({self.work.source})",
+            *skeleton.notes,
         ]
         if "LM 4-bit" in weights:
             packed = weights["LM 4-bit"] + weights["quantisation constants"]

@@ -28,11 +28,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from harness.config.schema import Config
+from harness.errors import ConfigError
 from harness.machine.devices import Device
 from harness.machine.precision import Precision, choose
 from harness.model.batch import Batch
 from harness.model.language.quantise import quantised_layers
 from harness.model.vlm import VisionLanguageModel
+from harness.plan.facts import located
 from harness.plan.workload import Sizes
 
 EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
@@ -76,8 +78,10 @@ class Skeleton:
     and shapes are equal.
 
     `precision` is the policy of the device planned for. Raises ConfigError for models whose
-    config.json is nowhere.
+    config.json is nowhere. `notes` tell by whose facts it was built.
     """
+
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def planned_for(
@@ -85,7 +89,14 @@ class Skeleton:
     ) -> Skeleton:
         """Returns the skeleton with the policy of a device."""
         kind = torch.device("cuda" if device.is_gpu else "cpu")
-        return cls(config, choose(config.train.precision, kind, device.capability), encoder)
+        found = located(config, with_vision=not encoder)
+        try:
+            precision = choose(config.train.precision, kind, device.capability)
+            skeleton = cls(found.config, precision, encoder)
+        except ConfigError as error:
+            raise found.by_id(error) from error
+        skeleton.notes = found.notes
+        return skeleton
 
     def __init__(
         self, config: Config, precision: Precision, encoder: Mapping[str, Any] | None = None

@@ -1,0 +1,135 @@
+"""The facts that ship with us are those of the published models, and a plan from them needs no
+network and no patience.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
+
+from harness.config.load import load
+from harness.config.schema import Config, LanguageModelConfig
+from harness.errors import ConfigError
+from harness.machine.devices import DEVICES
+from harness.model import pretrained
+from harness.model.language.t5 import T5Language
+from harness.plan import facts
+from harness.plan.facts import FOLDER, located
+from harness.plan.skeleton import Skeleton
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = sorted(str(file.parent.relative_to(FOLDER)) for file in FOLDER.rglob("config.json"))
+NAMED = r"google/flan-t5-[a-z]+|openai/clip-vit-[a-z]+-patch[0-9]+(?:-[0-9]+)?|openai-community/\w+"
+# Of the weights on the hub; of a CLIP those of its vision tower, without the final projection.
+PARAMETERS = {
+    "google/flan-t5-small": 76_961_152,
+    "google/flan-t5-base": 247_577_856,
+    "google/flan-t5-large": 783_150_080,
+    "google/flan-t5-xl": 2_849_757_184,
+    "google/flan-t5-xxl": 11_135_332_352,
+    "openai/clip-vit-base-patch16": 85_799_424,
+    "openai/clip-vit-base-patch32": 87_456_000,
+    "openai/clip-vit-large-patch14": 303_179_776,
+    "openai/clip-vit-large-patch14-336": 303_507_456,
+    "openai-community/gpt2": 124_439_808,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Makes a hub that gives no answer for a while; the list is of the times that it was asked."""
+    calls = []
+
+    class Session:
+        def head(self, *_, **__):
+            calls.append(time.monotonic())
+            time.sleep(1.0)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained, "get_session", Session)
+    monkeypatch.setattr(pretrained, "HUB_ANSWERS_WITHIN", 0.1)
+    pretrained._hub_answers.cache_clear()
+    yield calls
+    pretrained._hub_answers.cache_clear()
+
+
+def t4(config: Config) -> Skeleton:
+    return Skeleton.planned_for(DEVICES["t4"], config, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_these_facts_has_as_many_weights_as_the_published_one(name):
+    found = AutoConfig.from_pretrained(FOLDER / name)
+    with torch.device("meta"):
+        if found.model_type == "clip":
+            model = CLIPVisionModel(found.vision_config)
+        elif found.model_type == "t5":  # ours: transformers would tie its two matrices
+            model = T5Language(LanguageModelConfig(id=str(FOLDER / name), tuning="frozen"))
+        else:
+            model = AutoModelForCausalLM.from_config(found)
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_every_model_that_configs_and_pages_name_is_known_without_a_network():
+    pages = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    named = {name for page in pages for name in re.findall(NAMED, page.read_text())}
+    assert {"google/flan-t5-base", "openai/clip-vit-large-patch14"} <= named
+    assert named <= set(NAMES)
+    for name in NAMES:
+        about = json.loads((FOLDER / name / "config.json").read_text())
+        assert name in about["facts_source"]
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", about["facts_date"])
+
+
+def test_a_plan_without_a_network_asks_once_and_says_whose_facts_it_took(asked):
+    skeleton = t4(load(ROOT / "configs/vqav2_t4.yaml"))
+    assert len(asked) == 1
+    assert skeleton.parameters["vision encoder"] > 290e6
+    assert [note.partition(":")[0] for note in skeleton.notes] == [
+        "openai/clip-vit-large-patch14",
+        "google/flan-t5-base",
+    ]
+    assert "ship with harness" in skeleton.notes[0]
+
+
+def test_an_unknown_model_without_a_network_is_one_sentence_at_once(asked):
+    config = load(ROOT / "configs/vqav2_t4.yaml", ["model.lm.id=nobody/flan-t5-gone"])
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"nobody/flan-t5-gone' cannot be planned .*out of reach"):
+        t4(config)
+    assert time.monotonic() - started < 10
+    assert len(asked) == 1
+
+
+def test_a_mistake_in_a_config_of_known_models_names_the_id_and_no_folder_of_ours():
+    config = load(
+        ROOT / "configs/vqav2_t4.yaml", ["model.vision.id=openai/clip-vit-large-patch14-336"]
+    )
+    with pytest.raises(ConfigError, match="openai/clip-vit-large-patch14-336 takes 336") as raised:
+        t4(config)
+    assert str(FOLDER) not in str(raised.value)
+
+
+def test_a_hub_that_says_otherwise_is_believed_and_told_in_one_line(monkeypatch, tmp_path):
+    config = load(ROOT / "configs/flickr8k_t4.yaml")
+    changes = {"google/flan-t5-base": {"d_ff": 4096, "new": 1}, "openai/clip-vit-base-patch32": {}}
+
+    def on_the_hub(name, file, revision):
+        fields = json.loads((FOLDER / name / file).read_text()) | changes[name]
+        del fields["facts_source"], fields["facts_date"]
+        copy = tmp_path / file
+        copy.write_text(json.dumps(fields))
+        return copy
+
+    monkeypatch.setattr(facts, "hub_answers", lambda: True)
+    monkeypatch.setattr(facts, "needed_file", on_the_hub)
+    found = located(config, with_vision=True)
+    assert found.config == config
+    (note,) = found.notes
+    assert note.startswith("google/flan-t5-base: its config.json differs from the facts that ship")
+    assert note.endswith(": d_ff 4096 in place of 2048; planned from its own")
