@@ -8,6 +8,8 @@ reading processes. Legend: H W pixels, 3 colours, P patch tokens, D width of the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,6 +41,14 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
     what cannot be decoded, or has more than `max_pixels` before or after resizing.
     """
 
+    with refusing(data, max_pixels):
+        image = on_white(upright(data, size_check(image_size, max_pixels, mode))[0])
+    return fitted(image, image_size, mode)
+
+
+def size_check(image_size: int, max_pixels: int, mode: Mode) -> Callable[[int, int], None]:
+    """Returns what raises ImageError for a width and a height that `decode_image` refuses."""
+
     def check_size(width: int, height: int) -> None:
         scale = image_size / min(width, height) if mode == "crop" else 1.0
         if max(1.0, scale) ** 2 * width * height > max_pixels:
@@ -47,11 +57,17 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
                 f"{max_pixels} (data.max_image_pixels)"
             )
 
+    return check_size
+
+
+@contextmanager
+def refusing(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Turns whatever a decoder raises for `data` into ImageError."""
     try:
         with warnings.catch_warnings():
             # Pillow's own limit of pixels: ours is checked before decoding
             warnings.simplefilter("ignore")
-            image = on_white(upright(data, check_size)[0])
+            yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -63,22 +79,30 @@ def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -
         ) from error
     except Exception as error:  # Pillow raises at least six types for damaged files
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
-    return fitted(image, image_size, mode)
 
 
 def fitted(image: Image.Image, image_size: int, mode: Mode) -> np.ndarray:
     """Returns uint8 pixels_HW3 of an upright RGB picture, as `decode_image` says of each mode."""
     if mode == "whole":
         return np.array(image)
+    resized = _resized(image, *resized_to(*image.size, image_size, mode))
+    return centre(np.asarray(resized), image_size)
+
+
+def resized_to(width: int, height: int, image_size: int, mode: Mode) -> tuple[int, int]:
+    """Returns width and height to which a picture is resized before its centre is cut out."""
     if mode == "squash":
-        return np.array(_resized(image, image_size, image_size))
-    width, height = image.size
+        return image_size, image_size
     long = int(image_size * max(width, height) / min(width, height))
-    width, height = (image_size, long) if width <= height else (long, image_size)
-    left = (width - image_size) // 2
-    top = (height - image_size) // 2
-    pixels_HW3 = np.asarray(_resized(image, width, height))
-    return pixels_HW3[top : top + image_size, left : left + image_size].copy()
+    return (image_size, long) if width <= height else (long, image_size)
+
+
+def centre(pixels_HW3: np.ndarray, side: int) -> np.ndarray:
+    """Returns a copy of the square of that side in the middle."""
+    height, width, _ = pixels_HW3.shape
+    top = (height - side) // 2
+    left = (width - side) // 2
+    return pixels_HW3[top : top + side, left : left + side].copy()
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Image.Image:

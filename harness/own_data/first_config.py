@@ -38,6 +38,7 @@ MOST_EPOCHS = 30  # few pictures are known by heart by then
 EVALUATIONS = 3  # of a run whose epochs are short
 # GiB of a GPU's memory -> pictures at a time, where the models are not at hand to be planned with
 GUESSED = ((17, 16), (25, 32), (48, 64), (math.inf, 128))
+_FAST = "pictures to learn from, to nearly the encoder's own pixels for half the work"
 Task = Literal["captions", "questions"]
 TASKS: dict[Task, str] = {"captions": "caption", "questions": "vqa"}
 
@@ -254,6 +255,7 @@ def _text(answers: Answers, found: Found, sizes: Sizes) -> str:
         f"  {place}  # pictures: {counts}",
         f"  max_prompt_tokens: {_tokens(found.prompt + 40)}  # a longer prompt is cut, and counted",
         f"  max_target_tokens: {longest}  # the longest here has {found.target} characters",
+        *([] if answers.lm == TOY else [f"  resize: fast  # {_FAST}"]),
         *_model(answers),
         f"{prompt}  # or a sentence of your own, with {{question}} for questions",
         "generate:",

@@ -12,6 +12,7 @@ import torch
 from harness import checkpoint as checkpoints
 from harness.config.schema import Config
 from harness.data.collate import Collator
+from harness.data.fast_resize import training_decoder
 from harness.data.features import check_encoder
 from harness.data.images import reading
 from harness.errors import GuardError
@@ -48,7 +49,9 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         last_batch=config.data.last_batch,
         # rank 0 writes for all: the folder need not be one that the others see
         quarantine=config.out_dir / quarantine.FILE if engine and engine.is_main else None,
-        **reading(config) | ({} if engine else {"workers": 0}),
+        **reading(config)
+        | {"decode": training_decoder(config)}
+        | ({} if engine else {"workers": 0}),
     )
 
 

@@ -15,8 +15,10 @@ import safetensors.numpy
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config.schema import VisionConfig
-from harness.data.images import ImageDecoder, ImageError, decode_image
+from harness.config.load import load
+from harness.config.schema import Config, VisionConfig
+from harness.data.fast_resize import FastDecoder, training_decoder
+from harness.data.images import ImageDecoder, ImageError, decode_image, reading
 from shards.files import ShardError
 from shards.read import Sample
 
@@ -155,6 +157,60 @@ def test_the_decoder_reads_images_and_features_and_can_be_sent_to_a_process():
     assert np.array_equal(decoder(Sample(None, payload, "safetensors", 0, 0)), features_PD)
     with pytest.raises(ShardError, match="hold other, not patches_PD"):
         decoder(Sample(None, safetensors.numpy.save({"other": features_PD}), "safetensors", 0, 0))
+
+
+def off(mode: str, data: bytes, reduced: bool = False) -> np.ndarray:
+    """How far training's pixels are from the exact ones."""
+    sample = Sample(None, data, "jpg", 0, 0)
+    fast_HW3 = FastDecoder(224, mode, 10**7, reduced)(sample)
+    exact_HW3 = ImageDecoder(224, mode, 10**7)(sample)
+    assert (fast_HW3.dtype, fast_HW3.shape) == (exact_HW3.dtype, exact_HW3.shape)
+    return np.abs(fast_HW3.astype(int) - exact_HW3)
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash"])
+def test_fast_pixels_are_nearly_the_exact_ones(mode, shared_data):
+    photographs = sorted((shared_data / "flickr8k" / "images_original_size").glob("*.jpg"))
+    files = [path.read_bytes() for path in photographs]
+    files += [encoded(picture(*size), "PNG") for size in ((300, 200), (100, 61), (224, 224))]
+    files += [encoded(picture(300, 400, "RGBA"), "PNG"), encoded(picture(90, 300, "L"), "JPEG")]
+    found = [off(mode, data) for data in files]
+    if mode == "crop":
+        assert max(each.max() for each in found) <= 2
+    assert np.mean([each.mean() for each in found]) < 0.05
+    # Pillow squashes some sizes in the other order, first the columns: nearly the same again.
+    assert np.mean([(each > 2).mean() for each in found]) < 1e-4
+
+
+def test_a_reduced_jpeg_is_near_and_one_that_is_small_is_as_before():
+    large = encoded(picture(1400, 1000), "JPEG", quality=95)
+    assert 0 < off("crop", large, reduced=True).mean() < 5
+    small = encoded(picture(440, 400), "JPEG")
+    assert np.array_equal(off("crop", small, reduced=True), off("crop", small))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", encoded(picture(64, 64), "JPEG")[:-200], encoded(picture(1500, 1000))],
+    ids=["empty", "text", "truncated", "too large"],
+)
+def test_what_is_refused_is_refused_in_the_same_words_by_every_way(data):
+    said = []
+    for decode in (ImageDecoder(32, "crop", LIMIT), FastDecoder(32, "crop", LIMIT)):
+        with pytest.raises(ImageError) as refused:
+            decode(Sample(None, data, "jpg", 0, 0))
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+
+
+def test_only_training_may_have_other_pixels_and_only_by_the_configs_word():
+    config = Config(name="x")
+    assert training_decoder(config) == reading(config)["decode"]
+    for word, reduced in (("fast", False), ("reduced", True)):
+        chosen = Config(name="x", data={"resize": word})
+        assert training_decoder(chosen) == FastDecoder(224, "crop", 50_000_000, reduced)
+        assert reading(chosen)["decode"] == ImageDecoder(224, "crop", 50_000_000)
+    assert load("flickr8k_t4").data.resize == "fast"
 
 
 def test_reading_processes_do_not_import_torch():
