@@ -362,7 +362,7 @@ def _dtype(given: dict[str, Any]) -> torch.dtype | None:
 
 def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
     """Returns what the parts compute in. A T5 in float16 follows the T4's policy of training: fp16
-    in its 4-bit layers alone, since the rest of it overflows.
+    in its frozen layers alone, since the rest of it overflows.
     """
     if dtype is None:
         return choose("fp32", device)
@@ -379,12 +379,12 @@ def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
 
 
 def _cast(vlm: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Casts all weights that are not in 4 bits, and says which it may not."""
+    """Casts all weights that are not in 4 bits, and says which it does not."""
     parts = [vlm.vision and vlm.vision.network, vlm.bridge]
     if dtype == torch.float16 and vlm.lm.begins is None:
         logger.warning(
-            "dtype=float16: T5 overflows in it, so its weights that are not in 4 bits stay in "
-            "float32"
+            "dtype=float16: T5 overflows in it, so its `wo`, norms, embeddings and what was "
+            "trained stay in float32"
         )
     else:
         parts.append(vlm.lm)

@@ -34,10 +34,11 @@ class Precision:
     vision: torch.dtype | None
     bridge: torch.dtype | None
     lm: torch.dtype | None
-    compute_dtype: torch.dtype  # of products in 4-bit layers (bnb_4bit_compute_dtype)
+    # of products in 4-bit layers (bnb_4bit_compute_dtype); fp16: of all frozen layers of the LM
+    compute_dtype: torch.dtype
     loss_scaler: bool
     reason: str
-    lm_dtype: torch.dtype = torch.float32  # of what is not quantised: wo, norms, embeddings
+    lm_dtype: torch.dtype = torch.float32  # as loaded, of what is not quantised
     fell_back: bool = False  # another than asked for; `reason` says which
 
     def autocast(self, part: Part) -> AbstractContextManager:
@@ -144,8 +145,8 @@ def _by_parts(kind: str, asked: str, why: str) -> Precision:
         compute_dtype=torch.float16,
         loss_scaler=True,
         reason=f"{asked}fp16 autocast for encoder and bridge, the language model outside it: "
-        "fp16 in its 4-bit layers alone, fp32 in wo, norms and embeddings, with a loss "
-        f"scaler; {why}",
+        "fp16 in its frozen layers alone, fp32 in wo, norms and embeddings, with a loss scaler; "
+        f"{why}",
     )
 
 

@@ -24,6 +24,8 @@ from shards import quarantine
 from shards.loader import Loader
 from shards.read import Sample
 
+CALIBRATED_ON = 32  # images, which are plenty: means and variances over their patches
+
 
 def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
     """Returns this rank's share of a global batch, `size` images at a time.
@@ -74,13 +76,17 @@ def build_model(
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
-    """Gives the bridge its start values, from the first global batch with something to learn.
+    """Gives the bridge its start values, from the first images with something to learn: at most
+    `CALIBRATED_ON`, however large a global batch is.
 
-    Every rank reads all of it, so that all start alike. Raises GuardError for patch tokens that are
+    Every rank reads them all, so that all start alike. Raises GuardError for patch tokens that are
     not finite: the bridge would begin, and be saved, as NaN.
     """
     collate = Collator.of(config, model.tokenizer)
-    with closing(make_loader(config, None).iterate(epochs=1)) as steps:
+    few = min(config.train.global_batch, CALIBRATED_ON)
+    train = config.train.model_copy(update={"global_batch": few})
+    first = config.model_copy(update={"train": train})
+    with closing(make_loader(first, None).iterate(epochs=1)) as steps:
         for _, samples in steps:
             if whole := collate(samples):
                 break

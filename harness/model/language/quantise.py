@@ -63,6 +63,7 @@ def load(
     """Returns the frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises
     ConfigError by id.
 
+    `compute_dtype`: of products in 4-bit layers, and if it is fp16 of frozen ones that are not.
     `fields` of the base's config.json are set whatever it says: dropout is 0 unless
     `model.lm.dropout` asks for it, since equal losses across world sizes need it. The layers of a
     new cross-attention, which its files do not hold, are drawn at random and never quantised.
@@ -79,7 +80,8 @@ def load(
             raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
         if without_weights():
             found.update(fields)
-            return _skeleton(found, architecture, quantisation, dtype), None
+            lm = _skeleton(found, architecture, quantisation, dtype)
+            return _computing_in(lm, config, compute_dtype), None
         tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
         lm = load_complete(
             architecture,
@@ -98,7 +100,7 @@ def load(
         )
     keep_autograd(lm)
     lm.requires_grad_(False)
-    return lm, tokenizer
+    return _computing_in(lm, config, compute_dtype), tokenizer
 
 
 def _check_installed() -> None:
@@ -133,6 +135,44 @@ def _skeleton(
         AutoHfQuantizer.from_config(quantisation).preprocess_model(lm, device_map=None)
         lm.is_loaded_in_4bit = True
     return lm.requires_grad_(False)
+
+
+class HalfLinear(nn.Linear):
+    """A frozen layer whose weights and product are in fp16, between inputs and outputs in fp32: as
+    bitsandbytes' Linear4bit computes.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+class HalfConv1D(Conv1D):
+    """The same of GPT-2's transposed Linears."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+HALVES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: HalfLinear, Conv1D: HalfConv1D}
+
+
+def _computing_in(
+    lm: PreTrainedModel, config: LanguageModelConfig, compute_dtype: torch.dtype
+) -> PreTrainedModel:
+    """Returns the base with its frozen layers in fp16 where that is what they compute in, on a T4;
+    bf16 is autocast's affair.
+
+    As in 4 bits, T5's `wo`, whose input exceeds fp16's largest, stays in fp32, and so do `lm_head`,
+    norms, embeddings and what is trained.
+    """
+    if compute_dtype != torch.float16 or config.tuning not in ("lora", "frozen"):
+        return lm
+    for name, module in lm.named_modules():
+        stays = name.endswith((".wo", "lm_head")) or (config.cross_attention and NEW in name)
+        if type(module) in HALVES and not stays:
+            module.__class__ = HALVES[type(module)]
+            module.to(compute_dtype)
+    return lm
 
 
 def weights_hash(config: LanguageModelConfig) -> str:

@@ -19,6 +19,8 @@ from harness.data.collate import Collator
 from harness.errors import GuardError
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
+from harness.plan.skeleton import Skeleton, weights
+from harness.plan.workload import Sizes
 from harness.train import engine as engines
 from harness.train import prepare
 from harness.train import run as train
@@ -51,13 +53,13 @@ def overflowing_t5(tiny_t5_folder, tmp_path_factory):
 
 @pytest.fixture
 def config_of(tmp_path, tiny_clip_folder, overflowing_t5, monkeypatch):
-    def make(name="run", precision=T4, targets=TARGETS, **settings):
+    def make(name="run", precision=T4, targets=TARGETS, tuning="qlora", **settings):
         monkeypatch.setattr(engines, "choose", lambda *_: precision)
         config = make_config(
             tmp_path, tiny_clip_folder, overflowing_t5, name, False, **{"epochs": 4, **settings}
         )
         lora = config.model.lm.lora.model_copy(update={"targets": targets})
-        lm = config.model.lm.model_copy(update={"lora": lora})
+        lm = config.model.lm.model_copy(update={"lora": lora, "tuning": tuning})
         return config.model_copy(update={"model": config.model.model_copy(update={"lm": lm})})
 
     return make
@@ -102,8 +104,9 @@ def feed_forwards(model) -> dict:
     }
 
 
-def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
-    whole = config_of("fp32", FP32)
+@pytest.mark.parametrize("tuning", ["qlora", "lora"])
+def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch, tuning):
+    whole = config_of("fp32", FP32, tuning=tuning)
     train.run(whole)
     peaks = []
 
@@ -114,7 +117,7 @@ def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
             )
 
     when_built(monkeypatch, watch)
-    config = config_of("fp16")
+    config = config_of("fp16", tuning=tuning)
     train.run(config)
     assert max(peaks) > LARGEST, "this model does not overflow: the test says nothing"
     expected, found = losses(whole.out_dir), losses(config.out_dir)
@@ -131,6 +134,30 @@ def test_a_t5_that_overflows_fp16_learns_as_in_fp32(config_of, monkeypatch):
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name), (
         "LoRA's B starts as zeros"
     )
+
+
+@pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_frozen_base_on_a_t4_is_stored_in_fp16_but_for_what_overflows_and_so_planned(
+    config_of, tiny_t5_folder, tiny_gpt2_folder, kind, tuning
+):
+    config = config_of(targets="all_linear", tuning=tuning)
+    base = {"kind": kind, "id": str(tiny_t5_folder if kind == "t5" else tiny_gpt2_folder)}
+    lm = config.model.lm.model_copy(update=base)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lm": lm})})
+    model = VisionLanguageModel.build(config, precision=T4)
+    halved = {name for name, p in model.lm.named_parameters() if p.dtype == torch.float16}
+    linear = {".wi_0", ".wi_1", ".q", ".k", ".v", ".o"} if kind == "t5" else {".c_attn", ".c_fc"}
+    if tuning == "full":
+        assert halved == set()
+    else:
+        assert all(any(f"{end}." in name for name in halved) for end in linear)
+        kept = (".wo.", "lm_head", "norm", "ln_", "shared", "wte", "wpe", "lora_", "relative_")
+        assert not [name for name in halved if any(part in name for part in kept)]
+    skeleton = Skeleton(config, T4)
+    assert weights(skeleton.model) == weights(model)
+    passed = skeleton.run(Sizes(1, 1, 8, 4, 1.0), 2, checkpointing=False, gradients_held=False)
+    assert set(passed.flops) == {"float16", "float32"}
 
 
 def test_lora_on_wo_as_by_default_gets_the_gradient_of_fp32(config_of):

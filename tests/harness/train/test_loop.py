@@ -82,6 +82,30 @@ def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_howev
     )  # an average of averages would fail the line above
 
 
+def test_the_bridge_starts_from_32_images_at_most_in_micro_batches_whatever_the_global_batch(
+    config_of, tmp_path
+):
+    config = config_of(global_batch=64, micro_batch=4)
+    shards = str(make_shards(tmp_path / "many", 48))
+    config = changed(config, data={"train": [{"path": shards}]})
+    model = VisionLanguageModel.build(config)
+    encoded, calibrated = [], []
+    patch_tokens, calibrate = model.patch_tokens, model.bridge.calibrate
+
+    def encode(batch):
+        encoded.append(batch.images)
+        return patch_tokens(batch)
+
+    def start(patches_IPD, *prompts):
+        calibrated.append(len(patches_IPD))
+        calibrate(patches_IPD, *prompts)
+
+    model.patch_tokens, model.bridge.calibrate = encode, start
+    prepare.calibrate(model, config)
+    assert encoded == [4] * 8
+    assert calibrated == [32]
+
+
 class FirstGradient(Observer):
     """Keeps the gradient of the bridge's projection in the first step, and its samples."""
 
