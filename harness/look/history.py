@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.look.chart import Points, line_chart, number
+from harness.report.speed import Shares
 from harness.tracking.journal import TRACKED, every_row
 from harness.tracking.provenance import git_tags, version_tags
 
@@ -87,6 +88,9 @@ class History:
             values = [value for _, value in self.series.get(key, ())]
             if values:
                 rows.append((label, told(values)))
+        last = {key.removeprefix("train/"): points[-1][1] for key, points in self.series.items()}
+        if shares := Shares.among(last):
+            rows.append(("what limits the speed", shares.line()))
         if len(self.times) > 1:
             took = timedelta(seconds=round((self.times[-1] - self.times[0]) / 1000))
             rows.append(("from the first logged step to the last", str(took)))
@@ -108,6 +112,7 @@ def _mean(values: Sequence[float]) -> float:
 
 _FACTS: Sequence[tuple[str, str, Callable[[Sequence[float]], str]]] = (
     ("time spent waiting for data", "train/data_wait", lambda v: f"{_mean(v):.1%}"),
+    ("MFU: of the GPUs' arithmetic, used", "train/mfu", lambda v: f"{_mean(v):.1%}"),
     ("images a second", "train/images_per_second", lambda v: number(_mean(v))),
     ("targets a second", "train/targets_per_second", lambda v: number(_mean(v))),
     ("memory at most", "train/memory_mb", lambda v: f"{max(v):,.0f} MB"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -67,10 +68,12 @@ def _gpu(
 ) -> Device:
     # A T4 slows down when it is hot; the fastest GPUs wait for small products: assumptions, not
     # measurements.
-    utilisation = 0.2 if name in ("t4", "h100", "h200") else 0.3
+    utilisation = 0.2 if name in ("t4", "h100", "h100-pcie", "h200") else 0.3
     return Device(name, int(gib * GIB), capability, float16, float32, utilisation, aliases)
 
 
+# After a name, of a GPU with other speeds.
+OTHER_KIND = r" (?:ti|super|d|laptop)\b"
 # Speeds: NVIDIA's data sheets.
 DEVICES = {
     device.name: device
@@ -80,13 +83,41 @@ DEVICES = {
         _gpu("v100", 15.8, (7, 0), 125, 15.7, "v100"),
         _gpu("rtx3090", 23.6, (8, 6), 71, 35.6, "rtx 3090"),
         _gpu("rtx4090", 23.6, (8, 9), 165, 82.6, "rtx 4090"),
+        _gpu("rtx5090", 31.4, (12, 0), 209, 104.8, "rtx 5090"),
+        _gpu("rtx-a6000", 47.5, (8, 6), 155, 38.7, "rtx a6000"),
+        _gpu("l40s", 44.4, (8, 9), 362, 91.6, "nvidia l40s"),
         _gpu("a10", 22.0, (8, 6), 125, 31.2, "nvidia a10"),
+        _gpu("a10g", 22.0, (8, 6), 70, 35, "nvidia a10g"),
         _gpu("a100-40", 39.4, (8, 0), 312, 19.5, "a100"),
         _gpu("a100-80", 79.2, (8, 0), 312, 19.5, "a100"),
         _gpu("h100", 79.1, (9, 0), 989, 67, "h100"),
+        _gpu("h100-pcie", 79.1, (9, 0), 756, 51, "h100 pcie"),
         _gpu("h200", 139.8, (9, 0), 989, 67, "h200"),
     )
 }
+
+
+def kinds_named(name: str) -> list[Device]:
+    """Returns what the table has under a name that nvidia-smi tells, as "NVIDIA H100 PCIe": those
+    of the longest alias in it, which several sizes of memory may share.
+    """
+    fitting = [
+        (len(alias), known)
+        for known in DEVICES.values()
+        for alias in known.aliases
+        if re.search(rf"\b{re.escape(alias)}\b(?!{OTHER_KIND})", name.lower())
+    ]
+    longest = max((length for length, _ in fitting), default=0)
+    return [known for length, known in fitting if length == longest]
+
+
+def peak_teraflops(name: str, precision: str) -> float | None:
+    """Returns the peak of dense products, 10^12 operations a second, of the GPU with that name in
+    the precision of a policy (bf16, fp16 or fp32); None where it is not in the table.
+    """
+    kinds = kinds_named(name)
+    dtype = "float32" if precision == "fp32" else "float16"
+    return kinds[0].teraflops(dtype) if kinds else None
 
 
 def device(name: str) -> Device:
@@ -185,11 +216,7 @@ def here() -> Device:
     if not (found := cards()):
         return cpu()
     card = found[0]
-    kinds = [
-        known
-        for known in DEVICES.values()
-        if any(alias in card.name.lower() for alias in known.aliases)
-    ]
+    kinds = kinds_named(card.name)
     like = min(kinds or DEVICES.values(), key=lambda known: abs(known.memory - card.memory))
     return Device(
         card.name if kinds else f"{card.name} (speeds of a {like.name})",

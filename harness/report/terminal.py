@@ -86,6 +86,7 @@ class Terminal:
             f"loss {numbers['loss']:.3f}",
             f"{numbers['images_per_second']:.0f} images/s",
             f"waiting {numbers['data_wait']:.0%}",
+            *((f"MFU {numbers['mfu']:.0%}",) if "mfu" in numbers else ()),
             f"{numbers['targets_per_second']:.0f} targets/s",
             f"{numbers['memory_mb']:.0f} MB",
         )

@@ -17,6 +17,7 @@ from harness.evaluate.told import described, score_line, verdict_lines
 from harness.train.last_report import leave_report
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
+from harness.train.step import StepLog
 from harness.train.together import gathered
 from shards.files import ShardError, UnreachableError
 from shards.manifest import Manifest
@@ -33,10 +34,16 @@ class BetweenSteps:
     """All that a config asks for after a step; all ranks alike."""
 
     def __init__(
-        self, run: Run, saver: Saver, last_step: int, stop_asked: Callable[[], int]
+        self,
+        run: Run,
+        saver: Saver,
+        log: StepLog,
+        last_step: int,
+        stop_asked: Callable[[], int],
     ) -> None:
         self.run = run
         self.saver = saver
+        self.log = log
         self.stop_asked = stop_asked
         self.last_step = last_step
         self._small: SmallSet | None = None  # made when it is first needed
@@ -88,6 +95,7 @@ class BetweenSteps:
         except ShardError:
             self.saver.save_once()
             raise
+        self.log.tell_speed()
         result = evaluated[1]
         figures = _figures(result) if result else None
         is_best = figures is not None and best.is_new(figures)

@@ -35,6 +35,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._phase: Phase = "rest"
+        self._all_images = 0.0
         self._mark = time.perf_counter()
         self._spent: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self.reset()
@@ -67,6 +68,7 @@ class Clock:
     def count(self, images: float, targets: float) -> None:
         """Counts what a step has learnt from."""
         self._images += images
+        self._all_images += images
         self._targets += targets
 
     def reset(self) -> None:
@@ -83,3 +85,9 @@ class Clock:
             "targets_per_second": self._targets / seconds,
             "data_wait": wait / seconds,
         }
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all steps so far, what they waited for data included."""
+        spent = self.spent
+        return self._all_images / max(spent["data"] + spent["step"], 1e-9)

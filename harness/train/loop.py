@@ -47,7 +47,7 @@ def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     guard = RunGuard(run)
     log = StepLog(run)
     clock = run.clock
-    between = BetweenSteps(run, saver, taker.last_step, stop_asked)
+    between = BetweenSteps(run, saver, log, taker.last_step, stop_asked)
     if between.is_nothing_left():
         return stop_asked()
     run.model.train()

@@ -14,7 +14,9 @@ import torch
 from harness.data.collate import Collator, drawn
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
+from harness.report.speed import Shares
 from harness.train.clock import memory_mb
+from harness.train.mfu import Utilisation
 from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
@@ -122,11 +124,16 @@ class StepLog:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.utilisation = Utilisation(run)
 
     def write(self, step: StepResult, at_once: bool) -> None:
         """Tells terminal and tracker; the latter after `log_every` steps, or `at_once`."""
         run = self.run
         run.clock.count(step.images, step.targets)
+        rates = run.clock.rates()
+        with run.clock.during("rest"):
+            self.utilisation.count(step.batches)
+        mfu = self.utilisation.of(rates["images_per_second"])
         figures = {
             "loss": step.loss,
             "learning_rate": step.learning_rate,
@@ -137,12 +144,25 @@ class StepLog:
             "truncated_texts": step.truncated,
             "loss_scale": run.engine.loss_scale,
             "memory_mb": memory_mb(run.engine.device),
-            **run.clock.rates(),
+            **rates,
+            **({} if mfu is None else {"mfu": mfu}),
         }
         run.terminal.advance(run.state.step, figures)
         if at_once or run.state.step % run.config.train.log_every == 0:
             run.track("train", figures)
             run.clock.reset()
+
+    def tell_speed(self) -> None:
+        """Tells what limits the speed, of all steps and evaluations so far."""
+        run = self.run
+        shares = Shares.of(run.clock.spent)
+        if shares is None or not run.engine.is_main:
+            return
+        mfu = self.utilisation.of(run.clock.images_per_second)
+        told = self.utilisation.unknown if mfu is None else f"MFU {mfu:.1%}"
+        run.terminal.say(f"{shares.line()}; {told}")
+        run.track("train", shares.figures())
+        run.tracker.tags({"speed": shares.bound})
 
 
 def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:
