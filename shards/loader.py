@@ -37,7 +37,18 @@ from shards.quarantine import (
 )
 from shards.read import Reader, Sample
 from shards.remote import Patience
-from shards.stream import FirstOf, Mixture, Order, StreamState, deal
+from shards.stream import (
+    FirstOf,
+    Lanes,
+    Mixture,
+    Order,
+    StreamState,
+    deal,
+    dealt_to_lanes,
+    has_own_lanes,
+    is_cut,
+    lanes_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +77,10 @@ class Loader:
     max_unreadable: the share of a set's images of an epoch beyond which iterating ends with
     ShardError, as `most_unreadable` has it; None: whoever iterates sees to it, as where several
     ranks read. mask: takes the secrets out of what is written: a place may be a URL with a
-    password. answered: as of a Reader.
+    password. answered: as of a Reader. lanes: into so many streams, each of shards of its own, the
+    order is divided; every global batch takes its share of each, and a rank reads its own lanes'
+    shards (see `stream.Lanes`); window_shards are shared by them, at least one a lane. ranks_here:
+    ranks of this machine, which share the cache; None: all of them.
 
     Raises ShardError for sets that cannot be opened, hold no text, do not belong together, or do
     not fit through the cache.
@@ -95,6 +109,8 @@ class Loader:
         max_unreadable: float | None = None,
         mask: Callable[[str], str] = str,
         answered: bool = True,
+        lanes: int = 1,
+        ranks_here: int | None = None,
     ):
         cache = Cache.at(cache_dir, cache_bytes, patience)
         self.manifests = tuple(Manifest.open(str(path), cache, patience) for path in paths)
@@ -104,16 +120,19 @@ class Loader:
         self.world_size = world_size
         self.workers = workers
         self.prefetch = prefetch
+        self.lanes = lanes
         self._check_sets()
-        mixture = self._mixture(weights, seed, window_shards, shuffle, images)
-        self._check_cache(mixture, window_shards, cache.max_bytes if cache else 0)
-        self.samples = mixture.samples
+        window = max(1, window_shards // lanes)
+        order = self._order(weights, seed, window, shuffle, images)
+        here = self._lanes_here(ranks_here or world_size)
+        self._check_cache(order, window, cache.max_bytes if cache else 0, here)
+        self.samples = order.samples
         self.steps_per_epoch = self._count_steps()
         self.digests = self._digests([weights, seed, window_shards, shuffle], images)
         read = partial(Reader, cache=cache, answered=answered)
         readers = [read(m, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
-        self._reading = _Reading(mixture, readers, decode, rank, world_size, fill_to)
+        self._reading = _Reading(order, readers, decode, rank, world_size, fill_to)
         self._mask = mask
         self.quarantined: dict[tuple[int, int], str] = {}  # (set, index) of the unreadable -> why
         self.unreadable = 0  # how often one came
@@ -130,34 +149,69 @@ class Loader:
 
     def _digests(self, parts: Sequence[Any], images: int | None) -> tuple[str, str]:
         """Returns what names this order, and what a state calls it of a run that was begun when
-        indexes had format 1; `images` only where they are asked for, so that older states fit.
+        indexes had format 1; `images` and lanes only where they are asked for, so that older states
+        fit.
         """
         parts = [*parts, *([] if images is None else [images])]
+        parts += [] if self.lanes == 1 else [f"{self.lanes} lanes"]
         return (
             _order_digest([m.digest for m in self.manifests], parts),
             _order_digest([m.format_1_digest for m in self.manifests], parts),
         )
 
-    def _mixture(
+    def at(self, epoch: int, position: int) -> StreamState:
+        """Returns the state of a run that has used `position` images of `epoch`."""
+        return StreamState(epoch, position, self.digest, self.lanes)
+
+    def _order(
         self,
         weights: Sequence[float] | None,
         seed: int,
-        window_shards: int,
+        window: int,
         shuffle: bool,
         images: int | None,
-    ) -> Mixture | FirstOf:
-        orders = []
-        for s, manifest in enumerate(self.manifests):
-            sizes = [shard.samples for shard in manifest.shards]
-            orders.append(Order(sizes, seed, window_shards, shuffle, salt=s))
-        mixture = Mixture(orders, weights)
+    ) -> Lanes:
+        sizes = [[shard.samples for shard in manifest.shards] for manifest in self.manifests]
+        mixtures = []
+        for lane, of_sets in enumerate(dealt_to_lanes(sizes, self.lanes)):
+            orders = [
+                Order(pieces, seed, window, shuffle, salt=s + (lane << 32))
+                for s, pieces in enumerate(of_sets)
+            ]
+            # the sets of a weighted mixture last as long in every lane, whatever it has of them
+            mine = deal(sum(map(sum, sizes)), lane, self.lanes)
+            mixtures.append(Mixture(orders, weights, mine.stop - mine.start if weights else None))
+        order = Lanes(mixtures)
         if images is None:
-            return mixture
-        if images > mixture.samples:
+            return order
+        if not self.lanes <= images <= order.samples:
             raise ShardError(
-                f"{self._names()}: {images} images are asked for, there are {mixture.samples}"
+                f"{self._names()}: {images} images are asked for, there are {order.samples}"
+                + (f", and each of {self.lanes} lanes needs one" if self.lanes > 1 else "")
             )
-        return FirstOf(mixture, images, seed)
+        shares = order.before(images).tolist()
+        return Lanes(
+            [
+                FirstOf(mixture, share, seed, salt=lane << 32)
+                for lane, (mixture, share) in enumerate(zip(mixtures, shares, strict=True))
+            ]
+        )
+
+    def _lanes_here(self, ranks_here: int) -> list[int]:
+        """Returns the lanes that the ranks of this machine read: they are numbered in a row."""
+        first = self.rank - self.rank % ranks_here
+        ranks = range(first, min(first + ranks_here, self.world_size))
+        return sorted({n for r in ranks for n in lanes_of(self.lanes, r, self.world_size)})
+
+    def largest_share(self, before: StreamState, after: StreamState) -> int:
+        """Returns how many samples the rank gets that gets most of the batch between two states:
+        all alike, but for the end of an epoch that some lanes reach before others.
+        """
+        start = before.position if before.epoch == after.epoch else 0
+        stop = min(after.position, start + self.global_batch)
+        return self._reading.order.largest_share(
+            start, stop, self._reading.fill_to, self.world_size
+        )
 
     def _count_steps(self) -> int:
         whole = self.samples // self.global_batch
@@ -195,15 +249,15 @@ class Loader:
         """
         if state is not None and state.digest not in self.digests:
             raise ShardError(
-                f"the stream state belongs to order {state.digest}, this is {self.digest} "
-                f"({self._names()}): resume with the same sets, weights, seed, window_shards and "
-                "shuffle, or begin anew"
+                f"the stream state belongs to order {state.digest} of {state.lanes} lanes, this is "
+                f"{self.digest} of {self.lanes} ({self._names()}): resume with the same sets, "
+                "weights, seed, window_shards, lanes and shuffle, or begin anew"
             )
         if state is not None and state.position > self.samples:
             raise ShardError(
                 f"the stream state is at image {state.position} of an epoch of {self.samples}"
             )
-        return self._iterate(state or StreamState(0, 0, self.digest), epochs)
+        return self._iterate(state or self.at(0, 0), epochs)
 
     def _iterate(
         self, state: StreamState, epochs: int | None
@@ -219,7 +273,7 @@ class Loader:
                     rest = self.samples - step.stop
                     ended = self.last_batch == "drop" and rest < self.global_batch
                     stop = self.samples if ended else step.stop
-                    state = StreamState(step.epoch, stop, self.digest)
+                    state = self.at(step.epoch, stop)
                     yield state, samples
                 return
             except _WorkerError as failure:
@@ -314,7 +368,7 @@ class Loader:
         """
         words = []
         for place, (manifest, count) in enumerate(zip(self.manifests, counts, strict=True)):
-            images = self._reading.mixture.images_of(place)
+            images = self._reading.order.images_of(place)
             most = most_unreadable(images, share)
             if count > most:
                 words.append(f"{count:.0f} of {images} in {manifest.folder}, {most} may be")
@@ -357,9 +411,20 @@ class Loader:
     def _check_sets(self) -> None:
         if not self.manifests:
             raise ShardError("no set of shards is given: name at least one folder")
+        if self.global_batch % self.lanes:
+            raise ShardError(
+                f"{self.lanes} lanes do not divide a global batch of {self.global_batch}: every "
+                "batch takes as many images of each lane"
+            )
+        self._tell_of_lanes()
         for manifest in self.manifests:
             if not manifest.samples:
                 raise ShardError(f"{manifest.folder}: the set holds no samples")
+            if manifest.samples < self.lanes:
+                raise ShardError(
+                    f"{manifest.folder}: the set has {manifest.samples} samples, too few for "
+                    f"{self.lanes} lanes: take fewer lanes"
+                )
             manifest.check_texts()
             if manifest.kind != self.manifests[0].kind:
                 raise ShardError(
@@ -367,32 +432,66 @@ class Loader:
                     f"{self.manifests[0].kind}: one run reads sets of one kind"
                 )
 
+    def _tell_of_lanes(self) -> None:
+        """Says where nodes read more than their share, or what they need not."""
+        if self.lanes == 1 or self.world_size == 1 or self.rank:
+            return
+        if not has_own_lanes(self.lanes, self.world_size):
+            logger.warning(
+                "%d lanes are no multiple or part of %d processes: each of them may read every "
+                "shard (the batches are the same)",
+                self.lanes,
+                self.world_size,
+            )
+        for manifest in self.manifests:
+            if is_cut([shard.samples for shard in manifest.shards], self.lanes):
+                logger.warning(
+                    "%s has %d shards, fewer than the %d lanes: several nodes read the same one",
+                    manifest.folder,
+                    len(manifest.shards),
+                    self.lanes,
+                )
+
     def _check_cache(
-        self, mixture: Mixture | FirstOf, window_shards: int, cache_bytes: int
+        self, order: Lanes, window: int, cache_bytes: int, here: Sequence[int]
     ) -> None:
-        """Checks that two windows of every remote set must fit: a batch may need both, and what
-        goes early is fetched again. Of the first images of a mixture, in whose epochs nothing keeps
-        to windows, all shards must.
+        """Checks that two windows of each of the lanes `here` must fit, of every remote set: a
+        batch may need both, and what goes early is fetched again. Of the first images of a mixture,
+        in whose epochs nothing keeps to windows, all shards must.
         """
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
-        needed = 0
-        for s, manifest in remote.items():
-            sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-            sizes = sizes[: 2 * window_shards]
-            if isinstance(mixture, FirstOf):
-                indices = mixture.indices_of(s)
-                held = set((manifest.starts.searchsorted(indices, side="right") - 1).tolist())
-                sizes = [manifest.shards[shard].bytes for shard in held]
-            needed += sum(sizes) + manifest.sidecar_file.bytes
+        lanes = [order.lanes[lane] for lane in here]
+        needed = sum(
+            _bytes_held(manifest, s, lanes, window) + manifest.sidecar_file.bytes
+            for s, manifest in remote.items()
+        )
         if cache_bytes < needed:
-            what, less = f"two windows of {window_shards} shards", "smaller windows"
-            if isinstance(mixture, FirstOf):
-                what, less = f"the first {mixture.samples} images", "fewer images"
+            what, less = f"two windows of {window * self.lanes} shards", "smaller windows"
+            if isinstance(order.lanes[0], FirstOf):
+                what, less = f"the first {order.samples} images", "fewer images"
+            if len(here) < self.lanes:
+                what = f"for {len(here)} of {self.lanes} lanes {what}"
             raise ShardError(
                 f"{', '.join(m.folder for m in remote.values())}: {what} and the index are "
                 f"{needed} bytes, the cache holds {cache_bytes}: give cache_dir and a larger "
                 f"cache, or {less}"
             )
+
+
+def _bytes_held(manifest: Manifest, s: int, lanes: Sequence[Mixture | FirstOf], window: int) -> int:
+    """Returns the bytes of the shards of set `s` that the cache must hold for these lanes."""
+    windows = 0
+    shards: set[int] = set()  # several lanes may have parts of one
+    for lane in lanes:
+        if isinstance(lane, FirstOf):
+            indices = lane.indices_of(s)
+            own = set((manifest.starts.searchsorted(indices, side="right") - 1).tolist())
+        else:
+            own = set(lane.orders[s].pieces.shards.tolist())
+        shards |= own
+        sizes = sorted((manifest.shards[shard].bytes for shard in own), reverse=True)
+        windows += sum(sizes if isinstance(lane, FirstOf) else sizes[: 2 * window])
+    return min(windows, sum(manifest.shards[shard].bytes for shard in shards))
 
 
 class _WorkerError(Exception):
@@ -404,14 +503,14 @@ class _Reading(Dataset):
 
     def __init__(
         self,
-        mixture: Mixture | FirstOf,
+        order: Lanes,
         readers: Sequence[Reader],
         decode: Callable[[Sample], Any] | None,
         rank: int,
         world_size: int,
         fill_to: int,
     ):
-        self.mixture = mixture
+        self.order = order
         self.readers = readers
         self.decode = decode
         self.rank = rank
@@ -419,17 +518,15 @@ class _Reading(Dataset):
         self.fill_to = fill_to
 
     def __getitem__(self, step: Step) -> tuple[Step, list[Sample] | UnreachableError]:
-        size = step.stop - step.start
-        mine = deal(max(size, self.fill_to), self.rank, self.world_size)
-        start = step.start + min(mine.start, size)
-        stop = step.start + min(mine.stop, size)
-        picks = self.mixture.picks(step.epoch, start, stop).tolist()
+        samples = []
+        shares = self.order.shares(step.start, step.stop, self.fill_to, self.rank, self.world_size)
         try:
-            samples = [self._read(*pick) for pick in picks]
+            for lane, first, end, fillers in shares:
+                picks = self.order.lanes[lane].picks(step.epoch, first, end).tolist()
+                samples += [self._read(*pick) for pick in picks]
+                samples += [_no_sample(-1, -1) for _ in range(fillers)]
         except UnreachableError as error:
             return step, error  # raised in a worker it would come with a traceback in its message
-        fillers = mine.stop - mine.start - len(samples)
-        samples += [_no_sample(-1, -1) for _ in range(fillers)]
         return step, samples
 
     def _read(self, set_index: int, index: int, epoch: int) -> Sample:

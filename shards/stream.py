@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _WORD = 2**64
 @dataclass(frozen=True, slots=True)
 class StreamState:
     """Where a run is in its data: `position` images of `epoch` are used; `digest` names the order
-    they belong to.
+    they belong to, which has so many `lanes`.
 
     (e, all images) and (e + 1, 0) are the same place.
     """
@@ -35,6 +36,7 @@ class StreamState:
     epoch: int
     position: int
     digest: str
+    lanes: int = 1  # as in every state that was written before there were lanes
 
     def to_json(self) -> dict[str, int | str]:
         return asdict(self)
@@ -42,14 +44,15 @@ class StreamState:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> StreamState:
         """Reads the dict of `to_json`. Raises ValueError, naming the field."""
-        for name, kind in (("epoch", int), ("position", int), ("digest", str)):
+        fields = {"lanes": 1, **fields}
+        for name, kind in (("epoch", int), ("position", int), ("digest", str), ("lanes", int)):
             value = fields.get(name)
             if not (is_count(value) if kind is int else type(value) is str):
                 raise ValueError(
                     f"stream state: {name} is {value!r}, expected "
                     f"{'a count' if kind is int else 'text'}"
                 )
-        return cls(fields["epoch"], fields["position"], fields["digest"])
+        return cls(fields["epoch"], fields["position"], fields["digest"], fields["lanes"])
 
 
 def deal(n: int, rank: int, world: int) -> slice:
@@ -82,9 +85,76 @@ def _check_positions(start: int, stop: int, samples: int) -> None:
         raise ValueError(f"positions {start} to {stop} are not in an epoch of {samples} samples")
 
 
+class Pieces(NamedTuple):
+    """What a lane has of one set: whole shards or, of a set with few of them, parts of shards."""
+
+    shards: np.ndarray  # int64, their numbers in the set
+    firsts: np.ndarray  # int64, the first sample of each, counted in the set
+    sizes: np.ndarray  # int64, samples
+
+    @classmethod
+    def whole(cls, samples_per_shard: Sequence[int] | np.ndarray) -> Pieces:
+        """Returns all shards of a set."""
+        sizes = np.asarray(samples_per_shard, np.int64)
+        return cls(np.arange(len(sizes)), np.cumsum(sizes) - sizes, sizes)
+
+
+def dealt_to_lanes(sets: Sequence[Sequence[int]], lanes: int) -> list[list[Pieces]]:
+    """Returns for each lane what it has of each set, the same in every epoch; `sets`: samples per
+    shard.
+
+    Shards are dealt whole, the largest first, each to the lane that has least of its set (of lanes
+    with as much, to the one that has least of all sets): a lane has at most one shard more than
+    another. A set with fewer shards than lanes is cut into ranges of equal length, so that lanes
+    beside each other share a shard. Raises ValueError for a set with fewer samples than lanes.
+    """
+    whole = [Pieces.whole(sizes) for sizes in sets]
+    if lanes == 1:
+        return [whole]
+    of_all = [0] * lanes
+    by_set = []
+    for pieces in whole:
+        if int(pieces.sizes.sum()) < lanes:
+            raise ValueError(f"{int(pieces.sizes.sum())} samples are too few for {lanes} lanes")
+        if is_cut(pieces.sizes, lanes):
+            by_set.append(_in_ranges(pieces, lanes))
+        else:
+            by_set.append(_in_shards(pieces, of_all))
+        of_all = [n + int(p.sizes.sum()) for n, p in zip(of_all, by_set[-1], strict=True)]
+    return [list(lane) for lane in zip(*by_set, strict=True)]
+
+
+def is_cut(sizes: Sequence[int] | np.ndarray, lanes: int) -> bool:
+    """Tells whether a set has too few shards for each lane to have some of its own."""
+    return lanes > 1 and int(np.count_nonzero(sizes)) < lanes
+
+
+def _in_shards(pieces: Pieces, of_all: Sequence[int]) -> list[Pieces]:
+    queue = [(0, others, lane) for lane, others in enumerate(of_all)]
+    heapq.heapify(queue)
+    dealt: list[list[int]] = [[] for _ in of_all]
+    for shard in np.argsort(-pieces.sizes, kind="stable").tolist():
+        held, others, lane = queue[0]
+        dealt[lane].append(shard)
+        heapq.heapreplace(queue, (held + int(pieces.sizes[shard]), others, lane))
+    return [Pieces(*(column[sorted(shards)] for column in pieces)) for shards in dealt]
+
+
+def _in_ranges(pieces: Pieces, lanes: int) -> list[Pieces]:
+    samples = int(pieces.sizes.sum())
+    ends = pieces.firsts + pieces.sizes
+    dealt = []
+    for lane in range(lanes):
+        mine = deal(samples, lane, lanes)
+        firsts = np.maximum(pieces.firsts, mine.start)
+        sizes = np.minimum(ends, mine.stop) - firsts
+        dealt.append(Pieces(pieces.shards[sizes > 0], firsts[sizes > 0], sizes[sizes > 0]))
+    return dealt
+
+
 class Order:
-    """The order of one set. Shards are permuted; samples are shuffled inside a window of
-    `window_shards` of them.
+    """The order of one set, or of what a lane has of it. Shards are permuted; samples are shuffled
+    inside a window of `window_shards` of them.
 
     Holds two prefix sums over shards for one epoch and two windows: 10^8 samples in 10^5 shards
     take 1.7 MB.
@@ -92,18 +162,17 @@ class Order:
 
     def __init__(
         self,
-        samples_per_shard: Sequence[int],
+        shards: Sequence[int] | np.ndarray | Pieces,
         seed: int,
         window_shards: int,
         shuffle: bool = True,
         salt: int = 0,
     ):
-        """Takes a `salt`, which tells the sets of a mixture apart, which would else be shuffled
-        alike.
+        """Takes samples per shard, or pieces; and a `salt`, which tells the sets of a mixture
+        and their lanes apart, which would else be shuffled alike.
         """
-        self.sizes = np.asarray(samples_per_shard, np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.samples = int(self.starts[-1])
+        self.pieces = shards if isinstance(shards, Pieces) else Pieces.whole(shards)
+        self.samples = int(self.pieces.sizes.sum())
         self.seed = seed
         self.salt = salt
         self.window_shards = window_shards
@@ -116,34 +185,56 @@ class Order:
         in shard order.
         """
         _check_positions(start, stop, self.samples)
-        if not self.shuffle:
-            return np.arange(start, stop)
-        if epoch != self._epoch:
-            self._permute_shards(epoch)
         parts = [np.empty(0, np.int64)]
         while start < stop:
-            window = int(np.searchsorted(self._window_starts, start, side="right")) - 1
+            window = self.window_at(epoch, start)
             first = int(self._window_starts[window])
             after = int(self._window_starts[window + 1])
             parts.append(self._window(epoch, window)[start - first : min(stop, after) - first])
             start = min(stop, after)
         return np.concatenate(parts)
 
+    def window_at(self, epoch: int, position: int) -> int:
+        """Returns the number of the window that holds a position of an epoch."""
+        if epoch != self._epoch:
+            self._permute_shards(epoch)
+        return int(np.searchsorted(self._window_starts, position, side="right")) - 1
+
+    def windows_from(self, epoch: int, position: int) -> tuple[list[int], list[int]]:
+        """Returns the shards of the window that holds a position, and those of the next one, which
+        may be the first of the next epoch.
+        """
+        window = self.window_at(epoch, position)
+        first = int(self._window_starts[window + 1])
+        here = self.pieces.shards[self._pieces_of(window)].tolist()
+        if first < self.samples:
+            window = self.window_at(epoch, first)
+        else:
+            window = self.window_at(epoch + 1, 0)
+        return here, self.pieces.shards[self._pieces_of(window)].tolist()
+
     def _permute_shards(self, epoch: int) -> None:
-        self._shards = permutation(len(self.sizes), self.seed, self.salt, epoch, 0)
-        ends = np.concatenate([[0], np.cumsum(self.sizes[self._shards])])
+        self._pieces = np.arange(len(self.pieces.sizes))
+        if self.shuffle:
+            self._pieces = permutation(len(self._pieces), self.seed, self.salt, epoch, 0)
+        ends = np.concatenate([[0], np.cumsum(self.pieces.sizes[self._pieces])])
         self._window_starts = np.append(ends[: -1 : self.window_shards], ends[-1])
         self._epoch = epoch
+
+    def _pieces_of(self, window: int) -> np.ndarray:
+        return self._pieces[window * self.window_shards : (window + 1) * self.window_shards]
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
         """Returns all samples of a window in their shuffled order."""
         cached = self._windows.pop((epoch, window), None)
         if cached is None:
-            shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
-            samples = np.concatenate(
-                [np.arange(self.starts[s], self.starts[s + 1]) for s in shards]
+            firsts, sizes = self.pieces.firsts, self.pieces.sizes
+            cached = np.concatenate(
+                [np.arange(firsts[p], firsts[p] + sizes[p]) for p in self._pieces_of(window)]
             )
-            cached = samples[permutation(len(samples), self.seed, self.salt, epoch, window + 1)]
+            if self.shuffle:
+                order = permutation(len(cached), self.seed, self.salt, epoch, window + 1)
+                cached = cached[order]
         self._windows[epoch, window] = cached
         while len(self._windows) > _KEPT_WINDOWS:
             self._windows.popitem(last=False)
@@ -201,9 +292,17 @@ class Mixture:
     come several times and a light set is not finished; it goes on in the next.
     """
 
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        orders: Sequence[Order],
+        weights: Sequence[float] | None = None,
+        samples: int | None = None,
+    ):
+        """Takes as `samples` how long an epoch is where it is not as many as the sets have: of a
+        lane of a weighted mixture.
+        """
         self.orders = tuple(orders)
-        self.samples = sum(order.samples for order in self.orders)
+        self.samples = samples or sum(order.samples for order in self.orders)
         if not self.orders or any(order.samples == 0 for order in self.orders):
             raise ValueError("a mixture needs at least one set, and a sample in each")
         if weights is None:
@@ -244,6 +343,12 @@ class Mixture:
                 picks[here, 2] = own
         return picks
 
+    def windows_from(self, epoch: int, position: int) -> list[tuple[list[int], list[int]]]:
+        """Returns what `Order.windows_from` does where each set then stands, by set."""
+        counts, _ = self._interleave.picks(*[epoch * self.samples + position] * 2)
+        places = [divmod(n, order.samples) for n, order in zip(counts, self.orders, strict=True)]
+        return [order.windows_from(*at) for order, at in zip(self.orders, places, strict=True)]
+
 
 class FirstOf:
     """The first `samples` picks of a mixture's epoch 0 and no others, shuffled anew in every epoch.
@@ -252,13 +357,15 @@ class FirstOf:
     memory (24 bytes each).
     """
 
-    def __init__(self, mixture: Mixture, samples: int, seed: int):
+    def __init__(self, mixture: Mixture, samples: int, seed: int, salt: int = 0):
+        """Takes a `salt`, which tells lanes apart."""
         if not 0 < samples <= mixture.samples:
             raise ValueError(
                 f"the first {samples} images are asked for, the sets hold {mixture.samples}"
             )
         self.samples = samples
         self.seed = seed
+        self.salt = salt
         self._picks = mixture.picks(0, 0, samples)
         self._epoch: int | None = None
 
@@ -275,7 +382,102 @@ class FirstOf:
         _check_positions(start, stop, self.samples)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = permutation(self.samples, self.seed, 0, epoch, 0)
+            self._order = permutation(self.samples, self.seed, self.salt, epoch, 0)
         picks = self._picks[self._order[start:stop]]
         picks[:, 2] = epoch
         return picks
+
+
+class Lanes:
+    """One order made of several, each of shards of its own: the first image of every lane, then the
+    second of every lane; one that has no more is passed over until the epoch ends.
+
+    So any `n` images from a multiple of the lanes on have an equal share of each, as long as all
+    have some left, and every image of a lane comes once.
+    """
+
+    def __init__(self, lanes: Sequence[Mixture | FirstOf]):
+        self.lanes = tuple(lanes)
+        self._lengths = np.array([lane.samples for lane in lanes], np.int64)
+        self.samples = int(self._lengths.sum())
+
+    def images_of(self, s: int) -> int:
+        """Says how many picks of an epoch are of set `s`, give or take one a lane."""
+        return sum(lane.images_of(s) for lane in self.lanes)
+
+    def before(self, position: int) -> np.ndarray:
+        """Returns how many of the first `position` images of an epoch are of each lane."""
+        rounds = int(self._lengths.max())
+        whole = bisect_right(range(rounds + 1), position, key=self._after_rounds) - 1
+        counts = np.minimum(self._lengths, whole)
+        going_on = np.flatnonzero(self._lengths > whole)
+        counts[going_on[: position - int(counts.sum())]] += 1
+        return counts
+
+    def _after_rounds(self, rounds: int) -> int:
+        return int(np.minimum(self._lengths, rounds).sum())
+
+    def shares(
+        self, start: int, stop: int, places: int, rank: int, world: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yields what `rank` of `world` reads of the batch of positions [start, stop), filled up to
+        `places`: (lane, first and end of its own positions, fillers behind them).
+
+        A batch is its lanes' shares one after another, so it is the same for every `world`. Where
+        `world` divides the lanes a rank has whole lanes; where the lanes divide `world` each has as
+        many ranks; else a rank has its part of the batch, of whatever lanes.
+        """
+        _check_positions(start, stop, self.samples)
+        firsts = self.before(start)
+        read = self.before(stop) - firsts
+        sizes = read + self._fillers(read, places)
+        for lane, mine in enumerate(_parts(sizes.tolist(), rank, world)):
+            if mine.start < mine.stop:
+                begin = int(firsts[lane]) + min(mine.start, int(read[lane]))
+                end = int(firsts[lane]) + min(mine.stop, int(read[lane]))
+                yield lane, begin, end, mine.stop - mine.start - (end - begin)
+
+    def _fillers(self, read: np.ndarray, places: int) -> np.ndarray:
+        """Returns how many each lane gets: those with the fewest images first."""
+        fillers = np.zeros_like(read)
+        for _ in range(places - int(read.sum())):
+            fillers[np.argmin(read + fillers)] += 1
+        return fillers
+
+    def largest_share(self, start: int, stop: int, places: int, world: int) -> int:
+        """Returns the places of the rank that has most of a batch."""
+        sizes = self.before(stop) - self.before(start)
+        sizes += self._fillers(sizes, places)
+        shares = (_parts(sizes.tolist(), rank, world) for rank in range(world))
+        return max(sum(part.stop - part.start for part in share) for share in shares)
+
+
+def has_own_lanes(lanes: int, world: int) -> bool:
+    """Tells whether each of `world` ranks reads lanes that no rank but those beside it reads."""
+    return world % lanes == 0 or lanes % world == 0
+
+
+def lanes_of(lanes: int, rank: int, world: int) -> range:
+    """Returns the lanes that a rank may read."""
+    if not has_own_lanes(lanes, world):
+        return range(lanes)
+    ranks = max(1, world // lanes)  # that read one lane
+    return range(lanes)[deal(lanes, rank // ranks, world // ranks)]
+
+
+def _parts(sizes: Sequence[int], rank: int, world: int) -> list[slice]:
+    """Returns which of the places of each lane are the rank's."""
+    lanes = len(sizes)
+    if not has_own_lanes(lanes, world):
+        mine = deal(sum(sizes), rank, world)
+        ends = np.cumsum(sizes).tolist()
+        return [
+            slice(max(mine.start - end + size, 0), min(mine.stop - end + size, size))
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+    ranks = max(1, world // lanes)
+    own = lanes_of(lanes, rank, world)
+    return [
+        deal(size, rank % ranks, ranks) if lane in own else slice(0, 0)
+        for lane, size in enumerate(sizes)
+    ]

@@ -69,6 +69,10 @@ class DataConfig(Section):
     # The first so many images of epoch 0, in every epoch; null: all of them.
     train_images: Positive | None = None
     window_shards: Positive = 8  # samples are shuffled inside a window of this many shards
+    # So many streams of shards make the order, whatever the number of processes: every global batch
+    # takes as many images of each, and a process reads its own lanes' shards alone where the number
+    # of processes divides this one. They divide train.global_batch and share window_shards.
+    lanes: Positive = 1
     # An epoch's last global batch: short as it is, filled up with its first images, or dropped.
     last_batch: Literal["short", "fill", "drop"] = "short"
     workers: NonNegative = 0  # reading processes per rank
@@ -301,6 +305,15 @@ class Config(Section):
     @classmethod
     def _older_keys(cls, document: Any) -> Any:
         return at_their_new_place(document) if isinstance(document, Mapping) else document
+
+    @model_validator(mode="after")
+    def _batch_takes_of_each_lane(self) -> Config:
+        if self.train.global_batch % self.data.lanes:
+            raise ValueError(
+                f"data.lanes is {self.data.lanes} and train.global_batch {self.train.global_batch}: "
+                "a batch takes as many images of each lane, so the lanes must divide it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_gpt2_makes_it(self) -> Config:

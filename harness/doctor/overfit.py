@@ -34,7 +34,6 @@ from harness.train.prepare import build_model, calibrate, encoder_of, make_loade
 from harness.train.state import Run, TrainState
 from harness.train.step import StepTaker
 from shards.read import Sample
-from shards.stream import StreamState
 
 STEPS = 600
 SECONDS = 60.0  # whichever comes first
@@ -180,7 +179,7 @@ def _run_without_chance(config: Config, images: int) -> Run:
         calibrate(model, config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing is trainable: the bridge and the language model are both frozen")
-    state = TrainState(StreamState(0, 0, loader.digest))
+    state = TrainState(loader.at(0, 0))
     wrapped = engine.prepare(model)
     return Run(config, engine, model, wrapped, loader, state, Terminal(False), JournalTracker())
 

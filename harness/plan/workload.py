@@ -107,6 +107,7 @@ def workload(config: Config) -> Workload:
         global_batch=config.train.global_batch,
         window_shards=data.window_shards,
         images=data.train_images,
+        lanes=data.lanes,
     )
     encoder = sets[0].encoder if sets[0].kind == "features" else None
     if (tokenizer := _tokenizer(config)) is None:

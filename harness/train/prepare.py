@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -49,6 +50,8 @@ def make_loader(config: Config, engine: Engine | None) -> Loader:
         world_size=engine.world_size if engine else 1,
         images=config.data.train_images,
         last_batch=config.data.last_batch,
+        lanes=config.data.lanes,
+        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None,
         # rank 0 writes for all: the folder need not be one that the others see
         quarantine=config.out_dir / quarantine.FILE if engine and engine.is_main else None,
         **reading(config)

@@ -143,14 +143,16 @@ def stream_now(
     state = StreamState.from_json(found.state["train"]["stream"])
     if state.digest in loader.digests:
         return state
-    difference = _difference(found.state.get("data") or [], data_facts(loader))
+    difference = f"data.lanes was {state.lanes}, it is {loader.lanes}"
+    if state.lanes == loader.lanes:
+        difference = _difference(found.state.get("data") or [], data_facts(loader))
     if config.train.resume_data == "changed":
         epoch = state.epoch + (state.position > 0)
         say(
             f"train.resume_data=changed: {difference}; going on at the start of epoch {epoch + 1}, "
             f"{state.position} images of epoch {state.epoch + 1} had been used"
         )
-        return StreamState(epoch, 0, loader.digest)
+        return loader.at(epoch, 0)
     raise ConfigError(
         f"{found.path} was trained on other data: {difference}. Give the same data, or go on over "
         "these at the start of the next epoch with train.resume_data=changed"

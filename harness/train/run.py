@@ -22,7 +22,6 @@ from harness.train.saving import Saver
 from harness.train.state import Observer, Run, TrainState
 from harness.train.together import check_alike, checkpoint_of_rank_0
 from shards.manifest import Manifest
-from shards.stream import StreamState
 
 
 def run(
@@ -93,7 +92,7 @@ def _made(
     terminal.say(f"precision: {engine.precision.reason}")
     encoder = encoder_of(loader, config)
     model = build_model(config, encoder, precision=engine.precision, device=engine.device)
-    state = TrainState(StreamState(0, 0, loader.digest))
+    state = TrainState(loader.at(0, 0))
     if found:  # before prepare: an engine may keep copies of the weights of its own
         model.load_trained(found.model)
         state = TrainState.from_json(found.state["train"])

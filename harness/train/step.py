@@ -45,9 +45,7 @@ class StepTaker:
         left = steps_left(run.loader, run.state.stream, config.train.epochs)
         self.planned_steps = run.state.step + left
         self.last_step = min(self.planned_steps, config.train.max_steps or self.planned_steps)
-        # As many on every rank, whatever it reads: under ZeRO each is a meeting of all ranks.
-        images_of_rank = math.ceil(config.train.global_batch / run.engine.world_size)
-        self.micro_steps = math.ceil(images_of_rank / config.train.micro_batch)
+        self.images_of_rank = math.ceil(config.train.global_batch / run.engine.world_size)
 
     def take(self, stream: StreamState, samples: Sequence[Sample] | UnreachableError) -> StepResult:
         """Learns from this rank's `samples`; `stream`: where the run stands after them.
@@ -63,7 +61,10 @@ class StepTaker:
             samples = []
         with run.clock.during("data"):
             real = micro_batches(samples, self.collate, run.config.train.micro_batch)
-        batches = real + [self.filler] * (self.micro_steps - len(real))
+        # As many on every rank, whatever it reads: under ZeRO each is a meeting of all ranks.
+        most = max(self.images_of_rank, run.loader.largest_share(state.stream, stream))
+        micro_steps = math.ceil(most / run.config.train.micro_batch)
+        batches = real + [self.filler] * (micro_steps - len(real))
         weight, images, targets, failures = engine.sum([*_totals(real), failure != ""])
         if failures:
             raise UnreachableError(next(filter(None, gathered(failure, engine))))
