@@ -309,9 +309,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _batch_takes_of_each_lane(self) -> Config:
         if self.train.global_batch % self.data.lanes:
+            batch = f"train.global_batch {self.train.global_batch}"
             raise ValueError(
-                f"data.lanes is {self.data.lanes} and train.global_batch {self.train.global_batch}: "
-                "a batch takes as many images of each lane, so the lanes must divide it"
+                f"data.lanes is {self.data.lanes} and {batch}: a batch takes as many images of "
+                "each lane, so the lanes must divide it"
             )
         return self
 

@@ -179,6 +179,11 @@ class Bridge(nn.Module):
     """
 
     body: Any  # of KINDS
+    # what `calibrate` sets
+    START_VALUES = (
+        *("patch_norm.weight", "patch_norm.bias"),
+        *("projection.mean_QD", "projection.gain_D"),
+    )
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.train.engine import Engine
+from harness.train.together import by_rank_0
 from shards import quarantine
 from shards.loader import Loader
 from shards.read import Sample
@@ -37,27 +38,29 @@ def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> li
     return [part for part in parts if part is not None]
 
 
-def make_loader(config: Config, engine: Engine | None) -> Loader:
-    """Returns the loader of this rank's samples; without an engine of all, in this process."""
+def make_loader(config: Config, engine: Engine | None, **other: Any) -> Loader:
+    """Returns the loader of this rank's samples; without an engine of all, in this process;
+    `other`: arguments in place of the config's.
+    """
     sets = config.data.train
     weights = [s.weight for s in sets if s.weight is not None]  # all have one or none has
-    return Loader(
-        [s.path for s in sets],
-        weights or None,
-        global_batch=config.train.global_batch,
-        seed=config.seed,
-        rank=engine.rank if engine else 0,
-        world_size=engine.world_size if engine else 1,
-        images=config.data.train_images,
-        last_batch=config.data.last_batch,
-        lanes=config.data.lanes,
-        ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None,
-        # rank 0 writes for all: the folder need not be one that the others see
-        quarantine=config.out_dir / quarantine.FILE if engine and engine.is_main else None,
-        **reading(config)
-        | {"decode": training_decoder(config)}
-        | ({} if engine else {"workers": 0}),
-    )
+    given: dict[str, Any] = {
+        "global_batch": config.train.global_batch,
+        "seed": config.seed,
+        "images": config.data.train_images,
+        "last_batch": config.data.last_batch,
+        "lanes": config.data.lanes,
+        **reading(config),
+        "decode": training_decoder(config),
+    }
+    if engine:
+        given |= {"rank": engine.rank, "world_size": engine.world_size}
+        given["ranks_here"] = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None
+    else:
+        given["workers"] = 0
+    if engine and engine.is_main:  # for all: the folder need not be one that the others see
+        given["quarantine"] = config.out_dir / quarantine.FILE
+    return Loader([s.path for s in sets], weights or None, **given | other)
 
 
 def build_model(
@@ -79,17 +82,17 @@ def build_model(
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
-    """Gives the bridge its start values, from the first images with something to learn: at most
-    `CALIBRATED_ON`, however large a global batch is.
+    """Gives the bridge its start values, from the first images of the first lane with something to
+    learn: at most `CALIBRATED_ON`, however large a global batch is.
 
-    Every rank reads them all, so that all start alike. Raises GuardError for patch tokens that are
-    not finite: the bridge would begin, and be saved, as NaN.
+    Raises GuardError for patch tokens that are not finite: the bridge would begin, and be saved, as
+    NaN.
     """
     collate = Collator.of(config, model.tokenizer)
     few = min(config.train.global_batch, CALIBRATED_ON)
-    train = config.train.model_copy(update={"global_batch": few})
-    first = config.model_copy(update={"train": train})
-    with closing(make_loader(first, None).iterate(epochs=1)) as steps:
+    lanes = config.data.lanes
+    loader = make_loader(config, None, world_size=lanes, global_batch=lanes * few)
+    with closing(loader.iterate(epochs=1)) as steps:
         for _, samples in steps:
             if whole := collate(samples):
                 break
@@ -102,6 +105,24 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
                 "train.precision=fp32, or another model.vision.layer"
             )
         model.bridge.calibrate(*model.bridge_inputs(whole.to(model.device), patches_IPD))
+
+
+def calibrate_alike(model: VisionLanguageModel, config: Config, engine: Engine) -> None:
+    """Calibrates on every rank, from the same images. Of several lanes rank 0 alone reads the
+    first, and sends the others the values: their nodes need none of its shards.
+    """
+    if config.data.lanes == 1:
+        calibrate(model, config)
+        return
+    named = dict(model.bridge.named_parameters())
+
+    def start_values() -> dict[str, Any]:
+        calibrate(model, config)
+        return {name: named[name].tolist() for name in model.bridge.START_VALUES}
+
+    for name, values in by_rank_0(start_values, engine).items():
+        with torch.no_grad():
+            named[name].copy_(torch.tensor(values))
 
 
 def encoder_of(loader: Loader, config: Config) -> dict[str, Any] | None:

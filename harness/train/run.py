@@ -16,7 +16,7 @@ from harness.tracking.tracker import JournalTracker, Tracker, open_tracker, reco
 from harness.train.engine import Engine
 from harness.train.engines import make_engine
 from harness.train.loop import loop
-from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
+from harness.train.prepare import build_model, calibrate_alike, encoder_of, make_loader
 from harness.train.resume import OutFolder, stream_now
 from harness.train.saving import Saver
 from harness.train.state import Observer, Run, TrainState
@@ -99,7 +99,7 @@ def _made(
         state.stream = stream_now(found, loader, config, terminal.say)
         terminal.say(f"going on after step {state.step} from {found.path}")
     elif not config.model.init_from:
-        calibrate(model, config)
+        calibrate_alike(model, config, engine)
     if state.decays_queries and config.train.weight_decay:
         terminal.say("query tokens and per-token means are decayed, as when this run began")
     wrapped = engine.prepare(model, state.decays_queries)

@@ -45,7 +45,7 @@ class StepTaker:
         left = steps_left(run.loader, run.state.stream, config.train.epochs)
         self.planned_steps = run.state.step + left
         self.last_step = min(self.planned_steps, config.train.max_steps or self.planned_steps)
-        self.images_of_rank = math.ceil(config.train.global_batch / run.engine.world_size)
+        self.images_of_rank = math.ceil(config.train.global_batch / run.loader.world_size)
 
     def take(self, stream: StreamState, samples: Sequence[Sample] | UnreachableError) -> StepResult:
         """Learns from this rank's `samples`; `stream`: where the run stands after them.

@@ -22,6 +22,7 @@ class FaultyServer:
         self.always: dict[str, Fault] = {}
         self.next: dict[str, list[Fault]] = defaultdict(list)
         self.asked: Counter[str] = Counter()  # GETs by file
+        self.sent: Counter[str] = Counter()  # bytes of their contents
         self.closing = threading.Event()
         self.lock = threading.Lock()
 
@@ -62,6 +63,8 @@ def faulty_server(folder: Path) -> Iterator[FaultyServer]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if is_get:
+                with state.lock:
+                    state.sent[name] += len(data)
                 self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
         def log_message(self, *_: object) -> None:

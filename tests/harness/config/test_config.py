@@ -81,6 +81,10 @@ def refusal(file, *overrides) -> str:
         ),
         ("name: a\nmodel: {lm: {lora: {targets: [q, 5]}}}", "expected 'all_linear' or a string"),
         ("name: a\nname: b", "the key 'name' occurs twice"),
+        (
+            "name: a\ndata: {lanes: 5}",
+            "data.lanes is 5 and train.global_batch 32: a batch takes as many images of each lane",
+        ),
         ("name: [", "is not YAML"),
         ("name: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("- a", "found ['a'], expected a mapping"),

@@ -1,0 +1,85 @@
+"""A run whose data are read in lanes: where the bridge begins, how it goes on, how long its steps
+are where some lanes end early.
+"""
+
+import pytest
+import torch
+
+from harness.config.schema import Config
+from harness.errors import ConfigError
+from harness.train import prepare
+from harness.train import run as train
+from harness.train.state import Observer
+from shards.read import Reader
+from toy_runs import make_config, make_shards
+
+
+@pytest.fixture
+def config_of(tmp_path, tiny_clip_folder, tiny_t5_folder):
+    def make(lanes, **settings):
+        plain = make_config(tmp_path, tiny_clip_folder, tiny_t5_folder, dev=False, **settings)
+        document = plain.model_dump(mode="json")
+        document["data"]["lanes"] = lanes
+        return Config(**document)
+
+    return make
+
+
+def test_the_bridge_begins_from_the_first_lane_whatever_rank_reads_it(config_of, monkeypatch):
+    read = []
+    before = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda self, n: read.append(n) or before(self, n))
+    config = config_of(4)
+    model = prepare.build_model(config)
+    prepare.calibrate_alike(model, config, type("One", (), {"world_size": 1}))
+    lanes = prepare.make_loader(config, None)._reading.order.lanes
+    shards = set(lanes[0].orders[0].pieces.shards.tolist())
+    assert {n // 4 for n in read} == shards
+    assert len(shards) == 1
+    fresh = prepare.build_model(config)
+    changed = {
+        name
+        for (name, new), old in zip(
+            model.bridge.named_parameters(), fresh.bridge.parameters(), strict=True
+        )
+        if not torch.equal(new, old)
+    }
+    assert changed == set(model.bridge.START_VALUES)
+
+
+class Counted(Observer):
+    """The samples and micro-batches of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def batches_made(self, run, samples, batches):
+        self.steps.append((len(samples), len(batches)))
+
+
+def test_a_run_in_lanes_goes_on_in_as_many_and_in_no_others(config_of):
+    config = config_of(2, max_steps=2)
+    train.run(config)
+    with pytest.raises(ConfigError, match=r"data\.lanes was 2, it is 1.*resume_data=changed"):
+        train.run(config_of(1, max_steps=3), "auto")
+    counted = Counted()
+    train.run(config_of(2), "auto", [counted])
+    assert [samples for samples, _ in counted.steps] == [4, 2, 4, 4, 4, 2]
+
+
+def test_every_rank_takes_as_many_micro_batches_as_the_one_with_most_images(
+    config_of, tmp_path, monkeypatch
+):
+    """Of four lanes one has two shards: its rank reads the rest of the epoch, the other none."""
+    make_shards(tmp_path / "train", 20)
+    make = train.make_loader
+    seen = []
+    for rank in (0, 1):
+        share = {"rank": rank, "world_size": 2}
+        monkeypatch.setattr(train, "make_loader", lambda *given, of=share: make(*given, **of))
+        counted = Counted()
+        train.run(config_of(4, name=f"rank-{rank}", epochs=1, micro_batch=1), None, [counted])
+        seen.append(counted.steps)
+    assert sorted(samples[-1][0] for samples in seen) == [0, 4]
+    for steps in seen:
+        assert [batches for _, batches in steps] == [2, 2, 2, 2, 4]
