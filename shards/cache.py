@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.files import ShardError, UnreachableError
-from shards.remote import Patience, Stream
+from shards.remote import Patience, Stream, fetch_range
 
 FOLDER = "harness-shards"  # inside the folder that a user names: nothing beside it is touched
 MARKER = ".harness-cache"  # an empty file: the folder is ours
@@ -62,9 +62,9 @@ class Cache:
         marker.touch()
         return marker.stat().st_mtime
 
-    def open(self, url: str, size: int, sha256: str) -> int:
+    def open(self, url: str, size: int, sha256: str, start: int | None = None) -> int:
         """Returns a file descriptor for reading, the caller's to close; downloads what is not
-        there.
+        there. `start`: of a part of a file, which is kept as a file of its own.
 
         Raises ShardError for a file that is larger than the cache, not there, or not the one with
         this size and hash; UnreachableError for one that does not answer, and for a disk that is
@@ -75,14 +75,14 @@ class Cache:
                 f"{url} has {size} bytes, the cache {self.folder} may hold only {self.max_bytes}"
             )
         try:
-            return self._open(url, size, sha256)
+            return self._open(url, size, sha256, start)
         except OSError as error:
             raise UnreachableError(
                 f"{url} cannot be kept in the cache {self.folder}: {error}: make room there or "
                 "repair it, or name another data.cache_dir"
             ) from error
 
-    def _open(self, url: str, size: int, sha256: str) -> int:
+    def _open(self, url: str, size: int, sha256: str, start: int | None) -> int:
         path = self.folder / sha256
         part = self.folder / f"{sha256}.part"
         while True:
@@ -102,7 +102,7 @@ class Cache:
                         return done
                     self._must_not_be_bad(path)
                 self._reserve(part, number, size)
-                self._download(url, number, size, path)
+                self._download(url, number, size, path, start)
                 with self._locked():
                     os.replace(part, path)
                     return os.open(path, os.O_RDONLY)
@@ -169,11 +169,14 @@ class Cache:
         finally:
             os.close(number)
 
-    def _download(self, url: str, number: int, size: int, path: Path) -> None:
+    def _download(self, url: str, number: int, size: int, path: Path, start: int | None) -> None:
         """Fills the file; what is not there, or is wrong each time, is marked as bad."""
         for _ in range(_DOWNLOADS):
             try:
-                found = self._copy(url, number, size)
+                if start is None:
+                    found = self._copy(url, number, size)
+                else:
+                    found = self._copy_part(url, number, size, start)
             except FileNotFoundError:
                 problem = f"{url} does not exist"
                 break
@@ -202,6 +205,12 @@ class Cache:
                     done += os.pwrite(number, kept[done:], offset + done)
                 offset += len(chunk)
         return offset, digest.hexdigest()
+
+    def _copy_part(self, url: str, number: int, size: int, start: int) -> tuple[int, str]:
+        """Does the same for `size` bytes from `start`, few enough for memory."""
+        data = fetch_range(url, start, start + size, self.patience)
+        os.pwrite(number, data[:size], 0)
+        return len(data), hashlib.sha256(data).hexdigest()
 
     def _must_not_be_bad(self, path: Path) -> None:
         """Raises what an earlier download found wrong: every sample would fetch it again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -20,7 +21,7 @@ from shards.files import ShardError, is_remote, join, write_whole
 from shards.layout import Layout
 from shards.manifest import FORMAT, INDEX, SIDECAR, SIDECAR_1, SKIPPED, Manifest
 from shards.remote import Patience, patiently
-from shards.sidecar import Indexing, Progress, write_index
+from shards.sidecar import Indexing, Progress, hashes_by_shard, write_index
 
 _COMPRESSED = re.compile(r"(.*)\.(?:tgz|tbz2|txz|tar\.(?:gz|bz2|xz|zst))")
 
@@ -75,7 +76,7 @@ def upgrade_index(
     folder: str | os.PathLike, on_progress: Progress = lambda samples: None
 ) -> Manifest:
     """Rewrites the index of a set of format 1 in format 2, whole or not at all; what is in format 2
-    already stays.
+    already stays, and gets the hash of each shard's rows where it was made before there were any.
 
     The set keeps its identity: runs that were begun over it are resumed as before. Raises
     ShardError, and leaves the set as it was, where the tars are not as their index says.
@@ -86,6 +87,9 @@ def upgrade_index(
     place = Path(old.folder)
     if old.format == FORMAT:
         (place / SIDECAR_1).unlink(missing_ok=True)  # left by an upgrade that was killed
+        if not old.rows_sha256:
+            old = replace(old, rows_sha256=hashes_by_shard(old.sidecar, old.shards))
+            write_index(old, place)
         return old
     indexing = Indexing(old.kind, old.dataset, old.split, on_progress)
     for shard in range(len(old.shards)):

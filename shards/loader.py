@@ -461,10 +461,7 @@ class Loader:
         """
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
         lanes = [order.lanes[lane] for lane in here]
-        needed = sum(
-            _bytes_held(manifest, s, lanes, window) + manifest.sidecar_file.bytes
-            for s, manifest in remote.items()
-        )
+        needed = sum(_bytes_held(m, s, lanes, window) for s, m in remote.items())
         if cache_bytes < needed:
             what, less = f"two windows of {window * self.lanes} shards", "smaller windows"
             if isinstance(order.lanes[0], FirstOf):
@@ -489,9 +486,10 @@ def _bytes_held(manifest: Manifest, s: int, lanes: Sequence[Mixture | FirstOf], 
         else:
             own = set(lane.orders[s].pieces.shards.tolist())
         shards |= own
-        sizes = sorted((manifest.shards[shard].bytes for shard in own), reverse=True)
+        sizes = sorted(map(manifest.bytes_held, own), reverse=True)
         windows += sum(sizes if isinstance(lane, FirstOf) else sizes[: 2 * window])
-    return min(windows, sum(manifest.shards[shard].bytes for shard in shards))
+    index = 0 if manifest.is_checked_by_shard else manifest.sidecar_file.bytes
+    return min(windows, sum(map(manifest.bytes_held, shards))) + index
 
 
 class _WorkerError(Exception):

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,11 @@ SKIPPED = "skipped.jsonl"
 STATISTICS = "statistics.bin"
 MAX_KEY_BYTES = 255
 _WINDOW = 4 << 20  # bytes of the sidecar that are read at a time
+# Of a longer sidecar each shard's rows are fetched and checked when the first of them is read.
+_CHECKED_AT_ONCE = 64 << 20
+_OPEN_BLOCKS = 32  # of a remote sidecar, a file each
+# (path, inode, bytes, time of change) -> sha256: a process opens a set several times
+_HASHED: dict[tuple[str, int, int, int], str] = {}
 _FIGURES = [
     *((name, "<u8") for name in ("offset", "size")),
     *((name, "<u4") for name in ("texts", "targets", "characters", "crc")),
@@ -103,6 +108,8 @@ class Manifest:
     layout: Layout | None = None  # of shards of other makers: what was said of their files
     unanswered: int = 0  # records whose questions have no answers
     # Outside the digest, which says what the samples are:
+    # sha256 of each shard's rows of the sidecar; () in an index made before there were any
+    rows_sha256: tuple[str, ...] = field(default=(), repr=False)
     statistics_file: StatisticsInfo | None = None  # None: of a set that stores none
     origin: str | None = None  # of a feature set: where the pictures lay that it was made from
     origin_relative: str | None = None  # the same from the set's own folder: both may be moved
@@ -120,6 +127,8 @@ class Manifest:
         """Reads the index and checks the sidecar's hash and the size of every local file it names.
 
         The sidecar of a remote set is fetched into `cache`, or into a temporary file without one.
+        Of one above 64 MiB, whose index says the hash of each shard's rows, these are checked (and
+        fetched) when the first of them is read.
         `patience` is the cache's where it is not given. Raises ShardError for a folder that is
         missing, has no index, or does not match it. The shards' own hashes are for `verify` to
         check.
@@ -159,6 +168,7 @@ class Manifest:
                 patience=patience,
                 format_1_digest=document.get("format_1_digest"),
                 layout=Layout.from_json(document.get("layout")),
+                rows_sha256=tuple(document.get("rows_sha256", ())),
                 unanswered=document.get("unanswered", 0),
                 **{name: document[name] for name in _PLAIN},
             )
@@ -192,6 +202,10 @@ class Manifest:
             raise ValueError("skipped, key_bytes or unanswered is no count")
         if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
             raise ValueError("key_bytes is not between 1 and 255, or base is no place")
+        if len(self.rows_sha256) not in (0, len(self.shards)) or not all(
+            type(text) is str for text in self.rows_sha256
+        ):
+            raise ValueError("rows_sha256 is no list of texts, one a shard")
         if "\0" in (self.origin or "") + (self.origin_relative or ""):
             raise ValueError("origin is no place")
 
@@ -264,6 +278,7 @@ class Manifest:
             **{name: getattr(self, name) for name in _PLAIN},
             "digest": self.digest,
             "format_1_digest": self.format_1_digest,
+            "rows_sha256": list(self.rows_sha256),
             "statistics": self.statistics_file and asdict(self.statistics_file),
             **{name: getattr(self, name) for name in _ORIGIN},
             **({"unanswered": self.unanswered} if self.unanswered else {}),
@@ -309,7 +324,48 @@ class Manifest:
         """Returns a row for each sample (see the module). Raises ShardError if it is that of
         another set.
         """
-        return self._rows(self.sidecar_file, sidecar_dtype(self.key_bytes, self.format))
+        dtype = sidecar_dtype(self.key_bytes, self.format)
+        if not self.is_checked_by_shard:
+            return self._rows(self.sidecar_file, dtype)
+        where = self._must_have_rows(self.sidecar_file, dtype)
+        if not is_remote(self.folder):
+            file = Descriptor.open(where, self.patience)
+            return Rows(dtype, self.starts, lambda shard: self._checked(shard, file, dtype))
+        return Rows(
+            dtype, self.starts, lambda shard: self._fetched(shard, where, dtype), _OPEN_BLOCKS
+        )
+
+    @property
+    def is_checked_by_shard(self) -> bool:
+        """Whether the sidecar is too long to be read whole when the set is opened."""
+        has_place = self.cache is not None or not is_remote(self.folder)
+        is_long = self.sidecar_file.bytes > _CHECKED_AT_ONCE
+        return bool(self.rows_sha256) and is_long and has_place
+
+    def _checked(self, shard: int, file: Descriptor, dtype: np.dtype) -> tuple[Descriptor, int]:
+        first = int(self.starts[shard]) * dtype.itemsize
+        data = file.read(self.shards[shard].samples * dtype.itemsize, first)
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.rows_sha256[shard]:
+            raise UnreachableError(
+                f"{file.path}: the rows of {self.shards[shard].name} have sha256 {found}, expected "
+                f"{self.rows_sha256[shard]}: it is damaged, or of another set"
+            )
+        return file, first
+
+    def _fetched(self, shard: int, where: str, dtype: np.dtype) -> tuple[Descriptor, int]:
+        assert self.cache is not None  # or they would not be checked by shard
+        size = self.shards[shard].samples * dtype.itemsize
+        name = self.rows_sha256[shard]
+        first = int(self.starts[shard]) * dtype.itemsize
+        number = self.cache.open(where, size, name, first)
+        return Descriptor(number, str(self.cache.folder / name), self.patience), 0
+
+    def bytes_held(self, shard: int) -> int:
+        """Returns the bytes that a cache holds of a shard and, where they come apart, its rows."""
+        width = sidecar_dtype(self.key_bytes, self.format).itemsize
+        info = self.shards[shard]
+        return info.bytes + (width * info.samples if self.is_checked_by_shard else 0)
 
     @cached_property
     def statistics(self) -> Rows:
@@ -323,27 +379,26 @@ class Manifest:
 
     def _rows(self, info: FileInfo, dtype: np.dtype) -> Rows:
         """Opens a file of one row a sample, whose hash is checked first."""
+        where = self._must_have_rows(info, dtype)
+        if not is_remote(self.folder):
+            file = Descriptor.open(where, self.patience)
+        elif self.cache is not None:  # which checks the hash itself
+            number = self.cache.open(where, info.bytes, info.sha256)
+            kept = Descriptor(number, str(self.cache.folder / info.sha256), self.patience)
+            return Rows.of_file(kept, dtype, self.samples)
+        else:
+            file = _copied(where, self.patience)
+        _check_hash(where, _sha256(file, info.bytes), info)
+        return Rows.of_file(file, dtype, self.samples)
+
+    def _must_have_rows(self, info: FileInfo, dtype: np.dtype) -> str:
+        """Returns where a file of one row a sample lies."""
         where = join(self.folder, info.name)
         if info.bytes != self.samples * dtype.itemsize:
             raise ShardError(
                 f"{where} has {info.bytes} bytes, expected {self.samples} rows of {dtype.itemsize}"
             )
-        if not is_remote(self.folder):
-            file = Descriptor.open(where, self.patience)
-        elif self.cache is not None:  # which checks the hash itself
-            number = self.cache.open(where, info.bytes, info.sha256)
-            return Rows(
-                Descriptor(number, str(self.cache.folder / info.sha256), self.patience),
-                dtype,
-                self.samples,
-            )
-        else:
-            file = _copied(where, self.patience)
-        digest = hashlib.sha256()
-        for start in range(0, info.bytes, _WINDOW):
-            digest.update(file.read(min(_WINDOW, info.bytes - start), start))
-        _check_hash(where, digest.hexdigest(), info)
-        return Rows(file, dtype, self.samples)
+        return where
 
     def key(self, index: int) -> str:
         return self.sidecar[index]["key"].decode(errors="replace")
@@ -374,10 +429,27 @@ class Rows:
     short meanwhile is an error then, and no SIGBUS.
     """
 
-    def __init__(self, file: Descriptor, dtype: np.dtype, count: int):
-        self._file = file
+    def __init__(
+        self,
+        dtype: np.dtype,
+        starts: np.ndarray,
+        open_block: Callable[[int], tuple[Descriptor, int]],
+        max_open: int | None = None,
+    ):
+        """Takes the first row of each block and how many rows there are; `open_block` gives the
+        file of a block and the place of its first byte there, once the block is known to be right.
+        """
         self.dtype = dtype
-        self._count = count
+        self._starts = starts
+        self._count = int(starts[-1])
+        self._open_block = open_block
+        self._max_open = max_open
+        self._opened: dict[int, tuple[Descriptor, int]] = {}  # the earliest first
+
+    @classmethod
+    def of_file(cls, file: Descriptor, dtype: np.dtype, count: int) -> Rows:
+        """Returns those of a file that was checked whole."""
+        return cls(dtype, np.array([0, count]), lambda _: (file, 0))
 
     def __len__(self) -> int:
         return self._count
@@ -400,15 +472,32 @@ class Rows:
 
     def _read(self, start: int, count: int) -> np.ndarray:
         width = self.dtype.itemsize
+        parts = [b""]
+        while count:
+            block = int(self._starts.searchsorted(start, side="right")) - 1
+            first = int(self._starts[block])
+            here = min(count, int(self._starts[block + 1]) - start)
+            parts.append(self._of_block(block, here * width, (start - first) * width))
+            start += here
+            count -= here
+        return np.frombuffer(b"".join(parts), self.dtype)
+
+    def _of_block(self, block: int, size: int, offset: int) -> bytes:
+        opened = self._opened.get(block)
+        if opened is None:
+            if self._max_open and len(self._opened) >= self._max_open:
+                self._opened.pop(next(iter(self._opened)), None)
+            opened = self._open_block(block)
+            self._opened[block] = opened
+        file, first = opened
         try:
-            data = self._file.read(count * width, start * width)
+            return file.read(size, first + offset)
         except UnreachableError:
             raise
         except ShardError as error:
             raise UnreachableError(
-                f"{self._file.path} was changed while it was in use: {error}"
+                f"{file.path} was changed while it was in use: {error}"
             ) from error
-        return np.frombuffer(data, self.dtype)
 
     def _column(self, name: str) -> np.ndarray:
         column = np.empty(self._count, self.dtype[name])
@@ -443,6 +532,18 @@ def _document(folder: str, patience: Patience) -> dict[str, Any]:
             f"{where} has format {found!r}, expected 1 or {FORMAT}: build the set again"
         )
     return document
+
+
+def _sha256(file: Descriptor, size: int) -> str:
+    """Returns the hash of a file's bytes, read once in a process while the file stays as it is."""
+    stat = os.fstat(file.number)
+    key = (file.path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _HASHED:
+        digest = hashlib.sha256()
+        for start in range(0, size, _WINDOW):
+            digest.update(file.read(min(_WINDOW, size - start), start))
+        _HASHED[key] = digest.hexdigest()
+    return _HASHED[key]
 
 
 def _copied(location: str, patience: Patience) -> Descriptor:

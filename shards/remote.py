@@ -222,6 +222,18 @@ def fetch(location: str, patience: Patience) -> bytes:
         return stream.read()
 
 
+def fetch_range(location: str, start: int, stop: int, patience: Patience) -> bytes:
+    """Returns the bytes [start, stop) of a remote file. Raises as `patiently` does."""
+
+    def ask() -> bytes:
+        system, path = fsspec.core.url_to_fs(location)
+        data: bytes = system.cat_file(path, start=start, end=stop)
+        # a server that knows no ranges sends all
+        return data[start:stop] if len(data) > stop - start else data
+
+    return patiently(ask, location, patience)
+
+
 class Descriptor:
     """An open local file, read at any place; closed with its last user."""
 

@@ -4,10 +4,13 @@ those made elsewhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from shards.manifest import (
     SIDECAR_1,
     Kind,
     Manifest,
+    Rows,
     ShardInfo,
     sidecar_dtype,
 )
@@ -142,11 +146,19 @@ class Indexing:
             **self._described,
             **further,
         )
+        manifest = replace(manifest, rows_sha256=hashes_by_shard(rows, self.shards))
         info_1 = file_info(SIDECAR_1, rows_1.tobytes())
         return manifest.with_format_1_digest(info_1)
 
 
 _ONE = sidecar_dtype(1)  # keys are filled in when the longest is known
+
+
+def hashes_by_shard(rows: np.ndarray | Rows, shards: Sequence[ShardInfo]) -> tuple[str, ...]:
+    """Returns the sha256 of each shard's rows of the sidecar."""
+    starts = np.cumsum([0] + [shard.samples for shard in shards]).tolist()
+    parts = (rows[first:after].tobytes() for first, after in pairwise(starts))
+    return tuple(hashlib.sha256(part).hexdigest() for part in parts)
 
 
 def row_of(group: Group, parsed: Parsed) -> tuple[int | bytes, ...]:

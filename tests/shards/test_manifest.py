@@ -6,10 +6,14 @@ import shutil
 from dataclasses import replace
 
 import fsspec
+import numpy as np
 import pytest
 
+from faulty_server import faulty_server
+from shards import manifest as manifests
 from shards.cache import Cache
-from shards.files import ShardError
+from shards.files import ShardError, UnreachableError
+from shards.index import upgrade_index
 from shards.manifest import Manifest
 from shards.read import Reader
 from shards.record import Record, Text
@@ -167,3 +171,84 @@ def test_further_files_are_checked_by_hash(tmp_path):
         Manifest.open(out).read_file("controls.safetensors")
     with pytest.raises(ShardError, match="names no file other"):
         Manifest.open(out).read_file("other")
+
+
+@pytest.fixture
+def by_shard(monkeypatch):
+    """Every sidecar is too long to be read when its set is opened."""
+    monkeypatch.setattr(manifests, "_CHECKED_AT_ONCE", 0)
+
+
+def damage(folder, row):
+    with open(folder / "samples.bin", "r+b") as file:
+        file.seek(row * manifests.sidecar_dtype(5).itemsize + 3)
+        file.write(b"\xff")
+
+
+def test_of_a_long_sidecar_the_rows_of_a_shard_are_checked_when_the_first_is_read(folder, by_shard):
+    damage(folder, 5)
+    opened = Manifest.open(folder)
+    assert opened.is_checked_by_shard
+    assert [opened.key(n) for n in (0, 3, 8, 9)] == ["key00", "key03", "key08", "key09"]
+    for n in (4, 7):
+        with pytest.raises(UnreachableError, match=r"the rows of train-000001\.tar have sha256"):
+            opened.key(n)
+    with pytest.raises(UnreachableError, match="it is damaged, or of another set"):
+        _ = opened.sidecar["key"]
+    assert Reader(opened).read(9).known.key == "key09"
+
+
+def test_rows_that_are_read_shard_by_shard_are_the_same(folder, by_shard):
+    opened = Manifest.open(folder)
+    expected = np.fromfile(folder / "samples.bin", opened.sidecar.dtype)
+    assert np.array_equal(opened.sidecar[1:9], expected[1:9])
+    assert opened.sidecar["offset"].tolist() == expected["offset"].tolist()
+    assert len(opened.sidecar[4:4]) == 0
+    assert pickle.loads(pickle.dumps(opened)).sidecar[5] == expected[5]
+
+
+def test_of_a_long_remote_sidecar_only_the_rows_that_are_read_are_fetched(
+    folder, by_shard, tmp_path
+):
+    with faulty_server(folder) as server:
+        opened = Manifest.open(server.url, Cache(tmp_path / "cache", 10**6))
+        assert not server.sent["samples.bin"]
+        assert [opened.key(n) for n in (4, 5, 9, 4)] == ["key04", "key05", "key09", "key04"]
+        assert server.sent["samples.bin"] == 6 * opened.sidecar.dtype.itemsize
+        again = Manifest.open(server.url, Cache(tmp_path / "cache", 10**6))
+        assert again.key(8) == "key08"
+        assert server.sent["samples.bin"] == 6 * opened.sidecar.dtype.itemsize, "it is in the cache"
+        damage(folder, 1)
+        with pytest.raises(ShardError, match=r"samples\.bin has sha256 \w+, expected \w+"):
+            opened.key(0)
+
+
+def test_a_process_reads_a_sidecar_once_however_often_the_set_is_opened(folder, monkeypatch):
+    read = []
+    before = manifests.Descriptor.read
+
+    def counted(self, size, offset):
+        read.append(self.path)
+        return before(self, size, offset)
+
+    monkeypatch.setattr(manifests.Descriptor, "read", counted)
+    for _ in range(3):
+        Manifest.open(folder)
+    assert len(read) == 1
+    damage(folder, 5)
+    with pytest.raises(ShardError, match=r"samples\.bin has sha256"):
+        Manifest.open(folder)
+
+
+def test_an_index_without_hashes_of_rows_is_read_whole_and_gets_them_by_an_upgrade(
+    folder, by_shard
+):
+    written = Manifest.open(folder)
+    change(folder, lambda document: document.pop("rows_sha256"))
+    older = Manifest.open(folder)
+    assert (older.is_checked_by_shard, older.rows_sha256) == (False, ())
+    assert older.digest == written.digest, "they are no part of what the set is"
+    assert upgrade_index(folder) == Manifest.open(folder) == written
+    change(folder, lambda document: document["rows_sha256"].pop())
+    with pytest.raises(ShardError, match="rows_sha256 is no list of texts, one a shard"):
+        Manifest.open(folder)
