@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from shards.ahead import Ahead
 from shards.cache import Cache
 from shards.features import read_features
 from shards.files import ShardError, UnreachableError, is_remote
@@ -133,6 +134,7 @@ class Loader:
         readers = [read(m, set_index=s) for s, m in enumerate(self.manifests)]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(order, readers, decode, rank, world_size, fill_to)
+        self._reading.lag = max(1, workers * prefetch) * global_batch
         self._mask = mask
         self.quarantined: dict[tuple[int, int], str] = {}  # (set, index) of the unreadable -> why
         self.unreadable = 0  # how often one came
@@ -316,6 +318,7 @@ class Loader:
             else:
                 yield from batches
         finally:
+            self._reading.end()
             if self.workers:
                 batches._shutdown_workers()
                 for worker in batches._workers:
@@ -514,8 +517,27 @@ class _Reading(Dataset):
         self.rank = rank
         self.world_size = world_size
         self.fill_to = fill_to
+        self.lag = 0
+        self._ahead: Ahead | None = None
+
+    def end(self) -> None:
+        """Ends the thread that this process may have."""
+        if self._ahead:
+            self._ahead.end()
+        self._ahead = None
+
+    def _fetch_ahead(self, step: Step) -> None:
+        """Has the shards of the next window fetched, by one of the processes that read."""
+        worker = get_worker_info()
+        if (worker and worker.id) or not any(reader.is_remote for reader in self.readers):
+            return
+        if self._ahead is None:
+            lanes = lanes_of(len(self.order.lanes), self.rank, self.world_size)
+            self._ahead = Ahead(self.order, lanes, self.readers, self.lag)
+        self._ahead.move(step.epoch, step.start)
 
     def __getitem__(self, step: Step) -> tuple[Step, list[Sample] | UnreachableError]:
+        self._fetch_ahead(step)
         samples = []
         shares = self.order.shares(step.start, step.stop, self.fill_to, self.rank, self.world_size)
         try:

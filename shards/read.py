@@ -119,6 +119,19 @@ class Reader:
         name = parsed.payload
         return Sample(parsed.record, contents[name], name, self.set_index, index)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards come through the cache."""
+        return is_remote(self.manifest.location(0))
+
+    def fetch(self, shard: int) -> None:
+        """Makes the cache hold a remote shard and its rows of the index. Raises as `read`."""
+        assert self._cache is not None  # checked when the reader was made
+        info = self.manifest.shards[shard]
+        os.close(self._cache.open(self.manifest.location(shard), info.bytes, info.sha256))
+        if info.samples:
+            _ = self.manifest.sidecar[int(self.manifest.starts[shard])]
+
     def _descriptor(self, shard: int) -> Descriptor:
         found = self._open.pop(shard, None)
         if found is None:

@@ -377,6 +377,10 @@ class FirstOf:
         """Returns what `Mixture.images_of` does."""
         return len(self.indices_of(s))
 
+    def windows_from(self, epoch: int, position: int) -> list[tuple[list[int], list[int]]]:
+        """Returns none: any image may come at any time."""
+        return []
+
     def picks(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Returns what `Mixture.picks` does."""
         _check_positions(start, stop, self.samples)

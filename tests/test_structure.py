@@ -37,6 +37,7 @@ CORE = (
     "harness.report",
     "harness.tracking.journal",
     "harness.train",
+    "shards.ahead",
     "shards.cache",
     "shards.features",
     "shards.files",

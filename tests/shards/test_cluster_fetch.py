@@ -2,6 +2,8 @@
 server, each as one machine of the run.
 """
 
+import threading
+import time
 from contextlib import closing
 
 import pytest
@@ -88,3 +90,51 @@ def test_of_a_set_with_fewer_shards_than_lanes_nodes_beside_each_other_share_one
 def test_ranks_that_no_lanes_can_be_dealt_to_may_read_every_shard(folders, tmp_path, caplog):
     assert 1.0 < fetched(folders / "many", tmp_path, 3) <= 3.0
     assert "8 lanes are no multiple or part of 3 processes" in caplog.text
+
+
+def held(cache):
+    return {path.name for path in cache.glob("harness-shards/*") if len(path.name) == 64}
+
+
+def threads():
+    return {t for t in threading.enumerate() if t.name == "shards ahead"}
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_window_is_fetched_while_this_one_is_read(folders, tmp_path, workers):
+    before = threads()
+    with faulty_server(folders / "many") as server:
+        loader = Loader(
+            [server.url],
+            global_batch=4,
+            lanes=2,
+            world_size=2,
+            window_shards=4,
+            workers=workers,
+            prefetch=1,
+            cache_dir=tmp_path / "cache",
+            cache_bytes=10**6,
+        )
+        (manifest,) = loader.manifests
+        order = loader._reading.order.lanes[0].orders[0]
+        positions = range(0, order.samples, 8)  # windows of two shards, eight samples
+        windows = [
+            {manifest.shards[n].sha256 for n in order.windows_from(0, at)[0]} for at in positions
+        ]
+        with closing(loader.iterate()) as batches:
+            for _ in range(4):  # all that workers have read ahead is of the first window
+                next(batches)
+            shards = held(tmp_path / "cache") - {manifest.sidecar_file.sha256}
+            wait_for(lambda: windows[0] | windows[1] <= held(tmp_path / "cache"))
+            assert not windows[2] & shards
+            for _ in range(4):
+                next(batches)
+            wait_for(lambda: windows[2] <= held(tmp_path / "cache"))
+        wait_for(lambda: before.issuperset(threads()))

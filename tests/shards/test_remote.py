@@ -5,6 +5,7 @@ fetched for every sample; and nothing of anybody else is touched.
 import errno
 import os
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -199,6 +200,9 @@ def test_a_full_disk_under_the_cache_is_a_full_disk(server, tmp_path, monkeypatc
     with pytest.raises(UnreachableError, match=r"cache.*No space left on device.*make room"):
         keys(loaded)
     assert not loaded.quarantined
+    for thread in threading.enumerate():  # which fetches ahead, and meets the same
+        if thread.name == "shards ahead":
+            thread.join(20)
     assert not list(caches.Cache(tmp_path / "cache", 1).folder.glob("*.part"))
 
 
