@@ -15,7 +15,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,22 +124,25 @@ class Loader:
         self._check_sets()
         window = max(1, window_shards // lanes)
         order = self._order(weights, seed, window, shuffle, images)
-        here = self._lanes_here(ranks_here or world_size)
-        self._check_cache(order, window, cache.max_bytes if cache else 0, here)
+        self._check_cache(order, window, cache, self._lanes_here(ranks_here or world_size))
         self.samples = order.samples
         self.steps_per_epoch = self._count_steps()
         self.digests = self._digests([weights, seed, window_shards, shuffle], images)
-        read = partial(Reader, cache=cache, answered=answered)
-        readers = [read(m, set_index=s) for s, m in enumerate(self.manifests)]
+        numbered = enumerate(self.manifests)
+        readers = [Reader(m, cache, set_index=s, answered=answered) for s, m in numbered]
         fill_to = global_batch if last_batch == "fill" else 0
         self._reading = _Reading(order, readers, decode, rank, world_size, fill_to)
         self._reading.lag = max(1, workers * prefetch) * global_batch
         self._mask = mask
+        self._max_unreadable = max_unreadable
+        self._account_for_none(quarantine)
+
+    def _account_for_none(self, quarantine: Path | None) -> None:
+        """Begins the account of what could not be read, and its file."""
+        self._quarantine = Quarantine(quarantine)
         self.quarantined: dict[tuple[int, int], str] = {}  # (set, index) of the unreadable -> why
         self.unreadable = 0  # how often one came
         self.faults: Counter[Fault] = Counter()  # of all of them
-        self._quarantine = Quarantine(quarantine)
-        self._max_unreadable = max_unreadable
         self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
 
@@ -456,7 +458,7 @@ class Loader:
                 )
 
     def _check_cache(
-        self, order: Lanes, window: int, cache_bytes: int, here: Sequence[int]
+        self, order: Lanes, window: int, cache: Cache | None, here: Sequence[int]
     ) -> None:
         """Checks that two windows of each of the lanes `here` must fit, of every remote set: a
         batch may need both, and what goes early is fetched again. Of the first images of a mixture,
@@ -465,6 +467,7 @@ class Loader:
         remote = {s: m for s, m in enumerate(self.manifests) if is_remote(m.base or m.folder)}
         lanes = [order.lanes[lane] for lane in here]
         needed = sum(_bytes_held(m, s, lanes, window) for s, m in remote.items())
+        cache_bytes = cache.max_bytes if cache else 0
         if cache_bytes < needed:
             what, less = f"two windows of {window * self.lanes} shards", "smaller windows"
             if isinstance(order.lanes[0], FirstOf):
