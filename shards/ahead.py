@@ -58,8 +58,9 @@ class Ahead:
 
     def _due(self) -> Iterator[tuple[Reader, int]]:
         """Yields what was not fetched: first of the windows that are read now."""
-        epoch, position = divmod(self._position or 0, self._order.samples)
-        firsts = self._order.before(position).tolist()
+        there = self._position or 0
+        epoch = there // self._order.samples
+        firsts = self._order.before(there % self._order.samples).tolist()
         for is_next in (False, True):
             for lane in self._lanes:
                 windows = self._order.lanes[lane].windows_from(epoch, firsts[lane])

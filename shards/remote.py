@@ -226,8 +226,8 @@ def fetch_range(location: str, start: int, stop: int, patience: Patience) -> byt
     """Returns the bytes [start, stop) of a remote file. Raises as `patiently` does."""
 
     def ask() -> bytes:
-        system, path = fsspec.core.url_to_fs(location)
-        data: bytes = system.cat_file(path, start=start, end=stop)
+        there = fsspec.core.url_to_fs(location)
+        data: bytes = there[0].cat_file(there[1], start=start, end=stop)
         # a server that knows no ranges sends all
         return data[start:stop] if len(data) > stop - start else data
 

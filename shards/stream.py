@@ -345,7 +345,8 @@ class Mixture:
 
     def windows_from(self, epoch: int, position: int) -> list[tuple[list[int], list[int]]]:
         """Returns what `Order.windows_from` does where each set then stands, by set."""
-        counts, _ = self._interleave.picks(*[epoch * self.samples + position] * 2)
+        begin = epoch * self.samples + position
+        counts = self._interleave.picks(begin, begin)[0]
         places = [divmod(n, order.samples) for n, order in zip(counts, self.orders, strict=True)]
         return [order.windows_from(*at) for order, at in zip(self.orders, places, strict=True)]
 
