@@ -31,6 +31,7 @@ WORKER = int(0.4 * GIB)  # a reading process
 # An evaluation answers with the image, twice without it and once more for the floor, about.
 EVALUATION_FORWARDS = 4
 NEAR = 32  # the first step away from an estimated micro-batch is this part of it
+DOUBT = 0.01  # of a limit: so near to it a micro-batch is run, and not reckoned from others
 EXACT_BELOW = 64  # images: a larger micro-batch is found to one part in as many
 
 
@@ -210,7 +211,8 @@ class Planner:
             images = max(images, low + 1)
             if high is not None:
                 images = min(images, high - 1)
-            if self.fits(images):
+            reckoned = self._on_the_line(images)
+            if self.fits(images) if reckoned is None else reckoned:
                 low = images
                 images += step
                 if high is not None:
@@ -220,6 +222,22 @@ class Planner:
                 images = max(images - step, (low + high) // 2)
             step *= 2
         return low
+
+    def _on_the_line(self, images: int) -> bool | None:
+        """Returns whether a micro-batch fits, by the line through the two nearest that were run;
+        None where it is further from them than they are from each other, or within `DOUBT` of the
+        limit.
+        """
+        known = sorted(self.passes, key=lambda run: abs(run - images))[:2]
+        if images in known or len(known) < 2 or abs(known[0] - images) > abs(known[1] - known[0]):
+            return None
+        near, far = (self.limits(run) for run in known)
+        steps = (images - known[0]) / (known[0] - known[1])
+        shares = [
+            (needed + (needed - far[kind][0]) * steps) / limit
+            for kind, (needed, limit) in near.items()
+        ]
+        return None if abs(max(shares) - 1) < DOUBT else max(shares) < 1
 
     def _estimate(self) -> int:
         """Returns where memory would be full if a micro-batch's bytes grew as its images do."""

@@ -21,7 +21,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +44,31 @@ from harness.plan.workload import Sizes
 EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
+# The most frequent operations, of those that give one tensor and look at shapes and dtypes alone.
+DIRECT = {
+    aten._to_copy.default,
+    aten._unsafe_view.default,
+    aten.add_.Tensor,
+    aten.clone.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.mm.default,
+    aten.sum.dim_IntList,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+# They give a tensor like the largest that they take, where all are of one dtype.
+POINTWISE = {
+    aten.add.Tensor,
+    aten.div.Scalar,
+    aten.mul.Scalar,
+    aten.mul.Tensor,
+    aten.pow.Tensor_Scalar,
+    aten.rsqrt.default,
+}
 # The CPU's attention kernels are not in torch's table.
 FLOPS = {
     **flop_registry,
@@ -149,26 +178,12 @@ class Skeleton:
 
         Without `backward`, `saved` alone is whole.
         """
-        lm: Any = self.model.lm.base  # the method's name changed in transformers 5
-        (
-            getattr(lm, "activation_checkpointing_disable", None)
-            or lm.gradient_checkpointing_disable
-        )()
-        with suppress(AttributeError):  # where it was never on
-            lm.disable_input_require_grads()
-        if checkpointing:
-            self.model.checkpoint_activations()
+        self._checkpoint(checkpointing)
         with self.mode:
             batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
-            positions = (
-                sum(len(rows) * longest for rows, longest in batch.groups)
-                or batch.labels_TL.numel()
-            )
-            kept = min(1.0, sizes.kept * batch.labels_TL.numel() / positions)
-            meter = _Meter(self.model, kept, ALLOCATED if self.on_gpu else 1)
-            meter.add(tensors_of(batch), "batch")
+            meter = self._meter(sizes, batch)
             meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
             hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
             with _no_collection(), meter:
@@ -182,6 +197,28 @@ class Skeleton:
             for parameter in self.trained:
                 parameter.grad = None
         return Pass(meter.peak, saved, meter.logits, dict(meter.flops))
+
+    def _checkpoint(self, checkpointing: bool) -> None:
+        """Switches activation checkpointing on or off."""
+        lm: Any = self.model.lm.base  # the method's name changed in transformers 5
+        (
+            getattr(lm, "activation_checkpointing_disable", None)
+            or lm.gradient_checkpointing_disable
+        )()
+        with suppress(AttributeError):  # where it was never on
+            lm.disable_input_require_grads()
+        if checkpointing:
+            self.model.checkpoint_activations()
+
+    def _meter(self, sizes: Sizes, batch: Batch) -> _Meter:
+        """Returns a meter that has counted the batch already."""
+        positions = (
+            sum(len(rows) * longest for rows, longest in batch.groups) or batch.labels_TL.numel()
+        )
+        kept = min(1.0, sizes.kept * batch.labels_TL.numel() / positions)
+        meter = _Meter(self.mode, self.model, kept, ALLOCATED if self.on_gpu else 1)
+        meter.add(tensors_of(batch), "batch")
+        return meter
 
 
 def weights(model: VisionLanguageModel) -> Counter[str]:
@@ -321,8 +358,12 @@ class _Meter(TorchDispatchMode):
     be equal is, every scalar is 0, and of a mask of targets the share `kept` is true.
     """
 
-    def __init__(self, model: VisionLanguageModel, kept: float, rounding: int):
+    def __init__(
+        self, mode: FakeTensorMode, model: VisionLanguageModel, kept: float, rounding: int
+    ):
         super().__init__()
+        self.mode = mode
+        self.device = torch.device("cpu")
         base: Any = model.lm.base
         self.kept = kept
         self.vocabulary = base.config.vocab_size
@@ -335,9 +376,14 @@ class _Meter(TorchDispatchMode):
         self._of_model = {id(t.untyped_storage()) for t in held}
         self._known: dict[int, _Held] = {}  # by the storage's id
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tells torch not to wrap each call in a switch for its compiler, which is not used."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
-            return args[0].fake_device  # half of all calls
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two in three calls
         if func is aten.equal.default:
             return True
         if func is aten._local_scalar_dense.default:
@@ -352,7 +398,9 @@ class _Meter(TorchDispatchMode):
         ):
             args = (args[0], [self._positions(i) for i in args[1]], *args[2:])
             args = (args[0], [i for several in args[1] for i in several], *args[2:])
-        out = func(*args, **(kwargs or {}))
+        out = self._shaped(func, args, kwargs or {})
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         if count := FLOPS.get(func.overloadpacket):
             dtype = next(a.dtype for a in tree_leaves(args) if isinstance(a, torch.Tensor))
             self.flops[str(dtype).removeprefix("torch.")] += count(
@@ -360,6 +408,20 @@ class _Meter(TorchDispatchMode):
             )
         self.add([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], "temporaries")
         return out
+
+    def _shaped(self, func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Returns what a frequent operation makes of fake tensors, by its meta kernel; None for any
+        other. FakeTensorMode would come to the same, ten times as slowly.
+        """
+        if func is aten.addmm.default and args[0].dtype == args[1].dtype:
+            func, args = aten.mm.default, args[1:3]
+        elif func in POINTWISE and (largest := _largest(args)) is not None:
+            func, args = aten.clone.default, (largest,)
+        elif func not in DIRECT or "device" in kwargs:
+            return None
+        with in_kernel_invocation_manager(self.mode):
+            out = func(*args, **kwargs)
+        return out if isinstance(out, FakeTensor) else FakeTensor(self.mode, out, self.device)
 
     def _true(self, mask: torch.Tensor) -> int:
         return max(1, math.ceil(mask.numel() * self.kept))
@@ -412,6 +474,22 @@ class _Meter(TorchDispatchMode):
         assert parameter.grad is not None  # torch calls the hook when it has been accumulated
         if held := self._known.get(id(parameter.grad.untyped_storage())):
             self._rename(held, "gradients")
+
+
+def _largest(args: tuple) -> torch.Tensor | None:
+    """Returns the tensor to whose shape and dtype all others are brought; None where that takes
+    more than a look.
+    """
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    largest = max(tensors, key=torch.Tensor.numel)
+    shape = largest.shape
+    is_alike = largest.is_floating_point() and all(
+        t.dtype == largest.dtype
+        and all(own in (1, whole) for own, whole in zip(t.shape[::-1], shape[::-1], strict=False))
+        and t.ndim <= len(shape)
+        for t in tensors
+    )
+    return largest if is_alike else None
 
 
 @dataclass

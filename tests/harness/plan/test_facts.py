@@ -16,11 +16,14 @@ from harness.config.load import load
 from harness.config.schema import Config, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.machine.devices import DEVICES
+from harness.machine.launch_file import Launch
 from harness.model import pretrained
 from harness.model.language.t5 import T5Language
 from harness.plan import facts
 from harness.plan.facts import FOLDER, located
-from harness.plan.skeleton import Skeleton
+from harness.plan.planner import Planner
+from harness.plan.skeleton import Skeleton, _Meter
+from harness.plan.workload import Sizes, workload
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = sorted(str(file.parent.relative_to(FOLDER)) for file in FOLDER.rglob("config.json"))
@@ -133,3 +136,22 @@ def test_a_hub_that_says_otherwise_is_believed_and_told_in_one_line(monkeypatch,
     (note,) = found.notes
     assert note.startswith("google/flan-t5-base: its config.json differs from the facts that ship")
     assert note.endswith(": d_ff 4096 in place of 2048; planned from its own")
+
+
+@pytest.mark.slow
+def test_the_short_way_of_frequent_operations_gives_what_torchs_own_gives(monkeypatch):
+    config = load(ROOT / "configs/vqav2_t4.yaml")
+    sizes = Sizes(2.0, 2.0, 9, 5, 1.0)
+    short = t4(config).run(sizes, 2, checkpointing=False, gradients_held=True)
+    monkeypatch.setattr(_Meter, "_shaped", lambda *_: None)
+    assert t4(config).run(sizes, 2, checkpointing=False, gradients_held=True) == short
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_is_found_in_two_passes_where_a_line_leaves_no_doubt():
+    config = load(ROOT / "configs/vqav2_t4.yaml")
+    planner = Planner(config, DEVICES["t4"], Launch(), 1, workload(config), None)
+    found = planner.largest()
+    assert len(planner.passes) == 2
+    assert planner.fits(found)
+    assert not planner.fits(found + 1)
