@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -23,12 +24,16 @@ from harness.redact import masked, say, show
 
 if TYPE_CHECKING:
     from shards.build import Summary
+    from shards.manifest import Manifest
 
 app = typer.Typer(help="Makes and checks sets of shards.", **HELP)
 
 Out = Annotated[Path, typer.Option(help="The folder to make.")]
 Sets = Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of shards.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Several = Annotated[
+    int, typer.Option(min=1, help="That share the work; a launcher's (torchrun, srun) do so too.")
+]
 
 
 def _common(
@@ -221,35 +226,56 @@ def features(
     out: Out,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value")] = None,
     overwrite: Overwrite = False,
+    processes: Several = 1,
 ) -> None:
-    """Runs the frozen encoder once over a set, and writes what it saw as feature shards."""
+    """Runs the frozen encoder once over a set, and writes what it saw as feature shards.
+
+    Each of several processes has the encoder, and a GPU where there are enough. Killed and typed
+    again, it goes on.
+    """
     from harness.checks import check_vision
     from harness.config.load import load
 
     loaded = load(config, overrides or ())
     check_vision(loaded)
-    from harness.data.encode import encode_set
-    from harness.data.features import skipped
+    from harness.machine.several import card_of_this, run_as_several, share_of_this
+
+    if processes > 1:
+        arguments = ["shards", "features", shards, "--config", config, "--out", str(out)]
+        arguments += [*(overrides or ()), *(["--overwrite"] if overwrite else [])]
+        raise typer.Exit(run_as_several(arguments, processes))
+    from harness.data.encode import SetEncoding
     from shards.manifest import splits_in
 
+    share = share_of_this()
     lines = []
-    with told("encoding") as progress:
+    with told("encoding") if share.rank == 0 else nullcontext() as progress:
         for split in splits_in(shards) or [""]:
-            made = encode_set(
+            encoding = SetEncoding(
                 f"{shards}/{split}" if split else shards,
                 out / split,
                 loaded.model.vision,
+                device=card_of_this(),
                 precision=loaded.train.precision,
                 max_image_pixels=loaded.data.max_image_pixels,
                 workers=loaded.data.workers,
-                overwrite=overwrite,
+                share=share,
                 progress=progress,
             )
-            left_out = f"{len(skipped(made)):,} images that could not be read left out"
-            size = f"{made.samples:,} samples, {made.bytes / 1e6:,.1f} MB"
-            encoder = made.encoder or {}
-            lines.append(f"{made.folder}: {size}, made by {encoder.get('id')}; {left_out}")
-    say("\n".join(lines))
+            if share.rank:
+                encoding.make_own()
+            else:
+                lines.append(_features_told(encoding.write(overwrite)))
+    if lines:
+        say("\n".join(lines))
+
+
+def _features_told(made: Manifest) -> str:
+    from harness.data.features import skipped
+
+    left_out = f"{len(skipped(made)):,} images that could not be read left out"
+    size = f"{made.samples:,} samples, {made.bytes / 1e6:,.1f} MB"
+    return f"{made.folder}: {size}, made by {(made.encoder or {}).get('id')}; {left_out}"
 
 
 def _build(

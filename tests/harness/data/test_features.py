@@ -5,7 +5,11 @@ left out.
 import io
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +17,15 @@ import torch
 from PIL import Image
 
 from harness.config.schema import VisionConfig
-from harness.data.encode import encode_set
-from harness.data.features import check_encoder, load_controls, skipped
+from harness.data.encode import Encoder, SetEncoding, encode_set
+from harness.data.features import CONTROLS, check_encoder, load_controls, skipped
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.origin import source_of
+from shards.parts import Share
 from shards.read import Reader
 from shards.record import Record, Text
 from shards.statistics import rows_of
@@ -92,6 +97,74 @@ def test_the_same_images_give_the_same_bytes_wherever_they_lie_whoever_decodes(
     elsewhere = shutil.copytree(image_set.folder, tmp_path / "elsewhere")
     again = encode_set(elsewhere, tmp_path / "train", vision, batch_images=4, workers=1)
     assert again.digest == feature_set.digest
+
+
+def files_of(folder) -> dict[str, bytes]:
+    """What a set's folder holds; where it came from is told by the place, not by the pictures."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "index.json"}
+
+
+def test_several_processes_make_the_bytes_that_one_makes(
+    image_set, vision, feature_set, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("harness.data.encode.PART_BATCHES", 1)
+    out = tmp_path / "train"
+
+    def encoding(rank: int) -> SetEncoding:
+        share = Share(rank, 3)
+        return SetEncoding(image_set.folder, out, vision, batch_images=4, share=share)
+
+    made = []
+    first = threading.Thread(target=lambda: made.append(encoding(0).write()))
+    first.start()  # it waits for the others
+    for rank in (2, 1):
+        encoding(rank).make_own()
+    first.join(60)
+    assert made[0].digest == feature_set.digest
+    assert files_of(out) == files_of(Path(feature_set.folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_what_was_killed_goes_on_after_its_last_whole_part(
+    image_set, vision, feature_set, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("harness.data.encode.PART_BATCHES", 1)
+    encode = Encoder.__call__
+    seen = []
+
+    def counted(encoder, pixels_IHW3):
+        if len(pixels_IHW3) > 1:  # not the controls
+            seen.append(len(pixels_IHW3))
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+        return encode(encoder, pixels_IHW3)
+
+    monkeypatch.setattr(Encoder, "__call__", counted)
+    monkeypatch.setattr(Encoder, "controls", lambda encoder: feature_set.read_file(CONTROLS))
+    options = {"batch_images": 4}
+    with pytest.raises(KeyboardInterrupt):
+        encode_set(image_set.folder, tmp_path / "train", vision, **options)
+    again = encode_set(image_set.folder, tmp_path / "train", vision, **options)
+    assert seen == [4, 3, 3, 3]  # the fifth image cannot be read
+    assert again.digest == feature_set.digest
+
+
+@pytest.mark.slow
+def test_the_verb_as_two_processes_makes_the_same_set(image_set, vision, feature_set, tmp_path):
+    line = [sys.executable, "-m", "harness", "shards", "features", image_set.folder]
+    line += ["--config", "flickr8k_t4", "--out", str(tmp_path / "train"), "--processes", "2"]
+    line += [f"model.vision.id={vision.id}", f"model.vision.image_size={vision.image_size}"]
+    done = subprocess.run([*line, "data.workers=0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("10 samples") == 1
+    made = Manifest.open(tmp_path / "train")
+    assert [made.key(n) for n in range(10)] == [feature_set.key(n) for n in range(10)]
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    missing = subprocess.run(
+        [*line, "model.vision.layer=99"], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert "model.vision.layer is 99" in missing.stderr
 
 
 def test_features_for_a_t4_config_are_built_on_a_cpu_in_fp32_which_is_said(
