@@ -44,7 +44,7 @@ STATISTICS = "statistics.bin"
 MAX_KEY_BYTES = 255
 _WINDOW = 4 << 20  # bytes of the sidecar that are read at a time
 # Of a longer sidecar each shard's rows are fetched and checked when the first of them is read.
-_CHECKED_AT_ONCE = 64 << 20
+CHECKED_AT_ONCE = 64 << 20
 _OPEN_BLOCKS = 32  # of a remote sidecar, a file each
 # (path, inode, bytes, time of change) -> sha256: a process opens a set several times
 _HASHED: dict[tuple[str, int, int, int], str] = {}
@@ -339,7 +339,7 @@ class Manifest:
     def is_checked_by_shard(self) -> bool:
         """Whether the sidecar is too long to be read whole when the set is opened."""
         has_place = self.cache is not None or not is_remote(self.folder)
-        is_long = self.sidecar_file.bytes > _CHECKED_AT_ONCE
+        is_long = self.sidecar_file.bytes > CHECKED_AT_ONCE
         return bool(self.rows_sha256) and is_long and has_place
 
     def _checked(self, shard: int, file: Descriptor, dtype: np.dtype) -> tuple[Descriptor, int]:

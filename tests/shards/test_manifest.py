@@ -176,7 +176,7 @@ def test_further_files_are_checked_by_hash(tmp_path):
 @pytest.fixture
 def by_shard(monkeypatch):
     """Every sidecar is too long to be read when its set is opened."""
-    monkeypatch.setattr(manifests, "_CHECKED_AT_ONCE", 0)
+    monkeypatch.setattr(manifests, "CHECKED_AT_ONCE", 0)
 
 
 def damage(folder, row):
