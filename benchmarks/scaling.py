@@ -4,7 +4,7 @@
 
 Sizes: 10^4 to 10^MOST samples. Their indexes are made here, true in every row; every sample of a
 set is the same small JPEG with a caption, which all its shards hold (hard links), so that batches
-do come out. Above 10^7 the sidecar has holes: only the rows that the measured places need are written.
+do come out. Above 10^7 the sidecar has holes: only rows that the measured places need are written.
 Each size is measured in a process of its own; times begin when torch and shards are imported.
 Nodes: readers with caches of their own over one HTTP server on this machine, which counts bytes;
 each reads two epochs, after the other.

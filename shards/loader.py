@@ -421,7 +421,9 @@ class Loader:
                 f"{self.lanes} lanes do not divide a global batch of {self.global_batch}: every "
                 "batch takes as many images of each lane"
             )
-        self._tell_of_lanes()
+        if self.rank == 0:
+            for sentence in about_lanes(self.manifests, self.lanes, self.world_size):
+                logger.warning("%s", sentence)
         for manifest in self.manifests:
             if not manifest.samples:
                 raise ShardError(f"{manifest.folder}: the set holds no samples")
@@ -435,26 +437,6 @@ class Loader:
                 raise ShardError(
                     f"{manifest.folder} holds {manifest.kind} and {self.manifests[0].folder} holds "
                     f"{self.manifests[0].kind}: one run reads sets of one kind"
-                )
-
-    def _tell_of_lanes(self) -> None:
-        """Says where nodes read more than their share, or what they need not."""
-        if self.lanes == 1 or self.world_size == 1 or self.rank:
-            return
-        if not has_own_lanes(self.lanes, self.world_size):
-            logger.warning(
-                "%d lanes are no multiple or part of %d processes: each of them may read every "
-                "shard (the batches are the same)",
-                self.lanes,
-                self.world_size,
-            )
-        for manifest in self.manifests:
-            if is_cut([shard.samples for shard in manifest.shards], self.lanes):
-                logger.warning(
-                    "%s has %d shards, fewer than the %d lanes: several nodes read the same one",
-                    manifest.folder,
-                    len(manifest.shards),
-                    self.lanes,
                 )
 
     def _check_cache(
@@ -479,6 +461,26 @@ class Loader:
                 f"{needed} bytes, the cache holds {cache_bytes}: give cache_dir and a larger "
                 f"cache, or {less}"
             )
+
+
+def about_lanes(manifests: Sequence[Manifest], lanes: int, world_size: int) -> list[str]:
+    """Returns a sentence for each thing by which `world_size` processes read more than they would
+    have to in so many lanes.
+    """
+    found: list[str] = []
+    if world_size == 1:
+        return found
+    if not has_own_lanes(lanes, world_size):
+        found.append(
+            f"{lanes} lanes are no multiple or part of {world_size} processes: each of them may "
+            "read every shard (the batches are the same)"
+        )
+    return found + [
+        f"{m.folder} has {len(m.shards)} shards, fewer than the {lanes} lanes: several nodes read "
+        "the same one"
+        for m in manifests
+        if is_cut([shard.samples for shard in m.shards], lanes)
+    ]
 
 
 def _bytes_held(manifest: Manifest, s: int, lanes: Sequence[Mixture | FirstOf], window: int) -> int:

@@ -36,6 +36,7 @@ from harness.plan.planner import checkpoint_bytes
 from harness.redact import clean
 from harness.tracking.store import database, store_uri
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
+from shards.loader import about_lanes
 from shards.manifest import Manifest
 from shards.read import Reader
 
@@ -148,7 +149,11 @@ def world(config: Config, processes: int) -> Iterator[Finding]:
     yield _shares(config, processes)
     train = config.train
     # make_loader refuses caches too small for their windows.
-    steps = make_loader(config, None).steps_per_epoch * train.epochs
+    loader = make_loader(config, None)
+    for found in about_lanes(loader.manifests, loader.lanes, processes):
+        fix = "a data.lanes that fits processes and shards, or more and smaller shards"
+        yield warning("lanes", found, fix)
+    steps = loader.steps_per_epoch * train.epochs
     planned = min(steps, train.max_steps or steps)
     found = f"{planned:,} of {train.epochs} epochs"
     if planned >= FEW_STEPS:

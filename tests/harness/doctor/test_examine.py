@@ -168,6 +168,7 @@ def test_a_run_on_features_without_its_encoder_cannot_be_asked_about_new_picture
             "warning",
         ),
         ({"train__learning_rate": 1e-8}, 1, "learning rate", "warning"),
+        ({"data__lanes": 4}, 3, "lanes", "warning"),
     ],
 )
 def test_batch_steps_and_learning_rate_against_the_processes(base, keys, processes, name, state):
