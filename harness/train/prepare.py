@@ -55,7 +55,8 @@ def make_loader(config: Config, engine: Engine | None, **other: Any) -> Loader:
     }
     if engine:
         given |= {"rank": engine.rank, "world_size": engine.world_size}
-        given["ranks_here"] = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        given["ranks_here"] = int(here) if here.isdecimal() else None
     else:
         given["workers"] = 0
     if engine and engine.is_main:  # for all: the folder need not be one that the others see

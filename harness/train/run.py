@@ -120,7 +120,7 @@ def _made(
 
 
 def _opened(sets: Sequence[DataSetConfig]) -> list[Manifest]:
-    return [Manifest.open(each.path) for each in sets]
+    return [Manifest.read_index(each.path) for each in sets]
 
 
 def _run_id(config: Config, resume: str | None, found: Checkpoint | None) -> str | None:
