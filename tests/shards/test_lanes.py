@@ -209,6 +209,19 @@ def test_the_first_images_are_dealt_to_the_lanes_that_have_them():
         assert set(shards.tolist()) <= set(pieces.shards.tolist())
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 0.3, 0.2]])
+def test_the_first_images_are_those_of_the_whole_order(sets, weights):
+    whole = batches(sets, weights=weights, epochs=1)
+    first = [place[:2] for _, part in whole for place in part]
+    order = loader(sets, weights=weights)._reading.order
+    for epoch in (0, 1):
+        few = batches(sets, weights=weights, images=24, epochs=2)
+        seen = [p[:2] for state, part in few if state.epoch == epoch for p in part]
+        assert sorted(seen) == sorted(first[:24])
+    assert order.before(26).tolist() == [7, 7, 6, 6]
+    assert loader(sets, weights=weights, images=26).samples == 26
+
+
 def test_ranks_have_whole_lanes_or_share_one():
     assert [list(lanes_of(4, rank, 2)) for rank in range(2)] == [[0, 1], [2, 3]]
     assert [list(lanes_of(2, rank, 4)) for rank in range(4)] == [[0], [0], [1], [1]]
