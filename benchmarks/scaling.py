@@ -55,6 +55,8 @@ KEY = 9  # digits of a key
 WINDOW = 8
 BATCH = 64
 LANES = 64
+SHARDS = 128  # of the set that the nodes read
+IMAGES_A_SHARD = 32
 TENTHS = 10
 PLACES = 20  # seeks that are timed
 WHOLE = 10**7  # samples up to which every row is written
@@ -254,9 +256,9 @@ def by_nodes(most: int) -> dict[str, Any]:
         folder = Path(place, "train")
         records = (
             (Record(f"{n:06d}", "benchmark", "train", str(n), TEXTS), jpeg(), "jpg")
-            for n in range(2 * 2 * LANES)
+            for n in range(SHARDS * IMAGES_A_SHARD)
         )
-        write_shards(records, folder, dataset="b", split="train", max_shard_samples=2)
+        write_shards(records, folder, dataset="b", split="train", max_shard_samples=IMAGES_A_SHARD)
         nodes = 1
         while nodes <= most:
             found[str(nodes)] = fetched(folder, nodes, LANES)
