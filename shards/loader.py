@@ -263,13 +263,46 @@ class Loader:
             )
         return self._iterate(state or self.at(0, 0), epochs)
 
+    def whole_batches(self, numbers: Sequence[int]) -> Generator[list[Sample], None, None]:
+        """Yields these global batches of epoch 0, for a loader of one rank. What could not be read
+        in them counts only where `account` is told of it, as others may read the other batches.
+        Raises as `iterate`.
+        """
+        left = list(numbers)
+        failed = 0
+        while left:
+            steps = [self._step(0, number * self.global_batch) for number in left]
+            try:
+                for _, samples in self._read(iter(steps)):
+                    if isinstance(samples, UnreachableError):
+                        raise samples
+                    left.pop(0)
+                    yield samples
+            except _WorkerError as failure:
+                failed += 1
+                self._go_on_after(failure, 0, is_again=failed > 1)
+
+    def batch(self, number: int) -> list[Sample]:
+        """Returns a global batch of epoch 0, as `whole_batches` does, read in this process."""
+        samples = self._reading[self._step(0, number * self.global_batch)][1]
+        if isinstance(samples, UnreachableError):
+            raise samples
+        return samples
+
+    def account(self, samples: list[Sample]) -> None:
+        """Counts, names and logs what of a batch of epoch 0 could not be read, by whomever: sets,
+        indices and errors suffice. Raises ShardError where it is too much.
+        """
+        self._account(samples)
+        self._check_unreadable(0, samples)
+
     def _iterate(
         self, state: StreamState, epochs: int | None
     ) -> Generator[tuple[StreamState, list[Sample]], None, None]:
         failed_in = -1  # the epoch in which workers were started again
         while True:
             try:
-                for step, samples in self._read(state, epochs):
+                for step, samples in self._read(self._steps(state, epochs)):
                     if isinstance(samples, UnreachableError):
                         raise samples
                     self._account(samples)
@@ -281,21 +314,21 @@ class Loader:
                     yield state, samples
                 return
             except _WorkerError as failure:
-                if failed_in == state.epoch:
-                    raise ShardError(
-                        f"{failure}, a second time in epoch {state.epoch}: take fewer workers or "
-                        "less prefetch where memory is short; with no workers the error itself is "
-                        "shown"
-                    ) from failure
-                logger.warning(
-                    "rank %d: %s; the data workers are started again", self.rank, failure
-                )
+                self._go_on_after(failure, state.epoch, is_again=failed_in == state.epoch)
                 failed_in = state.epoch
 
-    def _read(
-        self, state: StreamState, epochs: int | None
-    ) -> Generator[tuple[Step, list[Sample]], None, None]:
-        """Yields what the workers read from `state` on. Raises _WorkerError for what ends one."""
+    def _go_on_after(self, failure: _WorkerError, epoch: int, is_again: bool) -> None:
+        """Tells of workers that are started again. Raises ShardError the second time."""
+        if is_again:
+            raise ShardError(
+                f"{failure}, a second time in epoch {epoch}: take fewer workers or "
+                "less prefetch where memory is short; with no workers the error itself is "
+                "shown"
+            ) from failure
+        logger.warning("rank %d: %s; the data workers are started again", self.rank, failure)
+
+    def _read(self, steps: Iterator[Step]) -> Generator[tuple[Step, list[Sample]], None, None]:
+        """Yields what the workers read of these. Raises _WorkerError for what ends one."""
         on_child = signal.getsignal(signal.SIGCHLD)
         # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
         # the global random numbers are the model's.
@@ -303,7 +336,7 @@ class Loader:
             DataLoader(
                 self._reading,
                 batch_size=None,
-                sampler=self._steps(state, epochs),
+                sampler=steps,
                 collate_fn=_as_it_is,
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
@@ -330,19 +363,22 @@ class Loader:
         epoch, position = state.epoch, state.position
         while epochs is None or epoch < epochs:
             while position < self.samples:
-                stop = min(position + self.global_batch, self.samples)
-                if stop - position < self.global_batch and self.last_batch == "drop":
+                step = self._step(epoch, position)
+                if step.stop - position < self.global_batch and self.last_batch == "drop":
                     break
-                yield Step(epoch, position, stop)
-                position = stop
+                yield step
+                position = step.stop
             epoch, position = epoch + 1, 0
+
+    def _step(self, epoch: int, start: int) -> Step:
+        return Step(epoch, start, min(start + self.global_batch, self.samples))
 
     def _account(self, samples: list[Sample]) -> None:
         """Counts, names and logs what could not be read; in the main process, whoever read it."""
         for sample in samples:
             if sample.error is not None:
                 self._count_unreadable(sample, sample.error)
-            elif sample.record is not None:
+            elif sample.index >= 0:  # no filler
                 self._in_a_row[sample.set_index] = 0
 
     def leave_out(self, sample: Sample, reason: str) -> None:

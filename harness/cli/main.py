@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
 from harness.cli.ui import ui
 from harness.machine.parent import watch_parent
+from harness.machine.ranks import is_first
 from harness.redact import guard_output, masked_document, say, show
 from harness.tracking.provenance import COMMAND
 
@@ -59,6 +61,7 @@ Processes = Annotated[
     int | None,
     typer.Option(min=1, help="Without: as the launch file says, else one for each GPU, or one."),
 ]
+Shared = Annotated[int | None, typer.Option(min=1, help="That share the work, each on its GPU.")]
 ZeroStage = Annotated[int | None, typer.Option(min=0, max=3, help="In place of zero2's 2.")]
 TestSets = Annotated[
     list[str] | None, typer.Option(help="Shards to score in place of the config's data.test.")
@@ -258,11 +261,13 @@ def evaluate(
     checkpoint: Which = None,
     lm: Base = None,
     vision: Encoder = None,
+    processes: Shared = None,
     as_json: AsJSON = False,
 ) -> None:
     """Scores a run, published models or both, with the verdict.
 
-    On the same images, and says whether the answers come from them.
+    On the same images, and says whether the answers come from them. Any launcher may start it too:
+    torchrun -m harness evaluate RUN.
     """
     from harness.checks import check_run
     from harness.errors import ConfigError
@@ -276,15 +281,14 @@ def evaluate(
         )
     for place in data or ():
         Manifest.read_index(place)
-    asked: dict[str, Any] = {
-        "pictures": pictures,
-        "which": checkpoint,
-        "lm": lm,
-        "vision": vision,
-    }
+    asked = {"pictures": pictures, "which": checkpoint, "lm": lm, "vision": vision}
+    if processes and processes > 1:
+        raise typer.Exit(_launched(processes))
     reports = _evaluated(
         run, data, model or (), load_in_4bit, limit=limit, given=override or (), of_the_run=asked
     )
+    if not reports:
+        return
     from harness.evaluate.report import table
 
     if as_json:
@@ -303,9 +307,17 @@ def _evaluated(
     given: Sequence[str],
     of_the_run: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Returns the report of the run, then those of the published models on the same sets."""
+    """Returns the report of the run, then those of the published models on the same sets; none in
+    a process that only helps the first.
+    """
+    from harness.config.schema import TrainConfig
+    from harness.machine.joined import joined
+
+    limits = TrainConfig()
     reports = []
-    with told("evaluating") as progress:
+    sharing = joined(limits.rank_warning_seconds, limits.rank_timeout_seconds)
+    with sharing as dealer, told("evaluating") as progress:
+        of_the_run |= {"dealer": dealer}
         if run:
             from harness.evaluate.run_on_disk import evaluate_run
 
@@ -325,9 +337,20 @@ def _evaluated(
                 limit=limit,
                 overrides=given,
                 progress=progress,
+                dealer=dealer,
             )
             reports.append(report)
-    return reports
+    return [] if dealer.rank else reports
+
+
+def _launched(processes: int) -> int:
+    """Starts this very command on several processes, and returns the exit code."""
+    from harness.machine import launcher
+
+    arguments = list(sys.argv[1:])
+    place = next(n for n, word in enumerate(arguments) if word.startswith("--processes"))
+    del arguments[place : place + (1 if "=" in arguments[place] else 2)]
+    return launcher.launch(arguments, processes, module="harness")
 
 
 @app.command(
@@ -499,7 +522,11 @@ def main() -> None:
         sentence = None if os.environ.get("HARNESS_DEBUG") == "1" else explain(error)
         if sentence is None:
             raise
-        say(f"harness: {sentence}", sys.stderr)
+        who = "harness"
+        if not is_first(os.environ):
+            time.sleep(3)  # what concerns all is said by the first, whose end ends this one
+            who = f"harness, rank {os.environ['RANK']}"
+        say(f"{who}: {sentence}", sys.stderr)
         sys.exit(2)
 
 

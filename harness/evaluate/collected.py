@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from harness.config.schema import Config
 from harness.evaluate.image_use.bank import Bank
 from harness.evaluate.image_use.gate import Gate, sums_per_context
 from harness.evaluate.measures import TASKS
-from harness.evaluate.predict import Stratum, answers, by_stratum, select
+from harness.evaluate.predict import Prediction, Stratum, answers, by_stratum, select
 from harness.evaluate.results import Evaluation, TaskResult
 from harness.evaluate.training_pictures import TrainingPictures, training_pictures
+from harness.machine.dealing import Alone
 from harness.model.batch import Batch
 from shards.manifest import Manifest
 from shards.read import Sample
@@ -31,9 +32,20 @@ Picture = tuple[str, str, str]  # dataset, split, key
 _TEXTS_AN_IMAGE = 4  # that the gate takes at most
 
 
+class _Encoding(NamedTuple):
+    """A batch as it was given, with its pictures encoded, and its image tokens."""
+
+    given: Batch
+    batch: Batch
+    tokens: Any
+
+
 @dataclass
 class Collected:
-    """Predictions and losses of all texts, and the gates' evidence on a part of them."""
+    """Predictions and losses of all texts, and the gates' evidence on a part of them.
+
+    Rank 0 has it all; the others have the gates' batches, of which they ask what they are dealt.
+    """
 
     model: Any
     config: Config
@@ -46,53 +58,96 @@ class Collected:
     evaluation: Evaluation = field(default_factory=Evaluation)
     gates: dict[Stratum, Gate] = field(default_factory=dict)
     place: dict[Picture, tuple[int, int]] = field(default_factory=dict)
-    pooled: dict[Picture, np.ndarray] = field(default_factory=dict)  # the mean patch of each image
+    pools: bool = True  # the mean patch of each image
+    pooled: dict[Picture, np.ndarray] = field(default_factory=dict)
+    dealer: Alone = field(default_factory=Alone)
     bank: Bank = field(init=False)
+    _encoded: _Encoding | None = None
 
     def __post_init__(self) -> None:
         self.bank = Bank(self.model)
 
-    def note_places(self, number: int, samples: Sequence[Sample]) -> None:
+    def note_places(self, number: int, index_of: Mapping[Picture, int]) -> None:
         """Counts images of set `number`, and remembers where in it each stands: predictions are
         written in that order.
         """
-        self.evaluation.images += len(samples)
-        for sample in samples:
-            record = sample.known
-            place = (number, sample.index)
-            self.place[record.dataset, record.split, record.key] = place
+        self.evaluation.images += len(index_of)
+        self.place |= {picture: (number, index) for picture, index in index_of.items()}
 
     def add(
         self, batch: Batch, in_gate: bool, training_batch: Callable[[], Batch | None] | None
     ) -> None:
         """Answers and losses of a batch, by set and task; with `in_gate` also for the gate."""
-        batch = encoded(self.model, batch)
-        tokens = self.model.bridge_tokens(batch)
-        self._pool(batch)
-        for stratum, part, rows in by_stratum(batch):
+        answered = self.answered(batch)
+        taken = self.keep(batch) if in_gate else {}
+        self.note(answered, taken, training_batch)
+
+    def answered(self, batch: Batch) -> dict[str, Any]:
+        """Returns what the model says to a batch, JSON and arrays: rows of `Prediction`, losses
+        and weights by set and task, and the mean patch of each image.
+        """
+        encoding = self._encoding(batch)
+        strata = []
+        for stratum, part, rows in by_stratum(encoding.batch):
             decoding = getattr(self.config.generate, stratum.task)
-            part_tokens = tokens.with_rows(tokens.token_row_of_C[rows.to(batch.image_of_C.device)])
+            part_tokens = tokens_of(encoding.tokens, rows.tolist())
             sums = sums_per_context(self.model.loss(part, part_tokens), part)
-            loss_C = sums.nats_C / np.where(sums.weight_C > 0, sums.weight_C, np.nan)
+            said = answers(self.model, part, decoding, part_tokens)
+            strata.append([*stratum, [p.row() for p in said], *sums])
+        return {"strata": strata, "pooled": _pooled(encoding.batch) if self.pools else None}
+
+    def keep(self, batch: Batch) -> dict[Stratum, list[int]]:
+        """Takes a batch into the gates that still need texts, and returns which contexts of each
+        set and task those are, as rows among these.
+        """
+        encoding = self._encoding(batch)
+        taken = {}
+        for stratum, part, rows in by_stratum(encoding.batch):
+            if self.texts_in_gate(stratum) < most_texts(stratum.task, self.gate_texts):
+                taken[stratum] = for_gate(part)
+                part_tokens = tokens_of(encoding.tokens, rows.tolist())
+                self._gate(stratum).keep(
+                    select(part, taken[stratum]), tokens_of(part_tokens, taken[stratum])
+                )
+        return taken
+
+    def note(
+        self,
+        answered: Mapping[str, Any],
+        taken: Mapping[Stratum, list[int]],
+        training_batch: Callable[[], Batch | None] | None,
+    ) -> list[Prediction]:
+        """Notes what `answered` and `keep` gave of a batch, and returns the predictions."""
+        noted: list[Prediction] = []
+        for name, task, rows, nats_C, weight_C in answered["strata"]:
+            stratum = Stratum(name, task)
+            loss_C = nats_C / np.where(weight_C > 0, weight_C, np.nan)
             said = [
-                replace(prediction, loss=float(loss))
-                for prediction, loss in zip(
-                    answers(self.model, part, decoding, part_tokens), loss_C, strict=True
-                )
+                replace(Prediction.of_row(row), loss=float(loss))
+                for row, loss in zip(rows, loss_C, strict=True)
             ]
-            result = self.evaluation.tasks.setdefault(stratum.task, TaskResult(stratum.task))
+            result = self.evaluation.tasks.setdefault(task, TaskResult(task))
             result.predictions += said
-            result.nats += sums.nats_C.sum()
-            result.weight += sums.weight_C.sum()
-            if in_gate and self.texts_in_gate(stratum) < most_texts(stratum.task, self.gate_texts):
-                chosen = for_gate(part)
-                self._gate(stratum, training_batch).add(
-                    select(part, chosen),
-                    tokens_of(part_tokens, chosen),
-                    sums.nats_C[chosen],
-                    sums.weight_C[chosen],
-                    [said[c] for c in chosen],
-                )
+            noted += said
+            result.nats += nats_C.sum()
+            result.weight += weight_C.sum()
+            if stratum in taken:
+                gate = self.gates[stratum]
+                chosen = taken[stratum]
+                gate.training_batch = gate.training_batch or training_batch
+                gate.note(nats_C[chosen], weight_C[chosen], [said[c] for c in chosen])
+        for picture, mean_D in zip(*(answered["pooled"] or ((), ())), strict=True):
+            self.pooled[tuple(picture)] = mean_D
+        return noted
+
+    def _encoding(self, batch: Batch) -> _Encoding:
+        """Returns the batch with its pictures encoded, once for all that is asked of it."""
+        if self._encoded is None or self._encoded.given is not batch:
+            self._encoded = None  # one at a time
+            encoded_batch = encoded(self.model, batch)
+            tokens = self.model.bridge_tokens(encoded_batch)
+            self._encoded = _Encoding(batch, encoded_batch, tokens)
+        return self._encoded
 
     @cached_property
     def training(self) -> TrainingPictures | str:
@@ -101,7 +156,7 @@ class Collected:
         """
         if not self.pooled:
             return "the model has no features of its own"
-        return training_pictures(self.config, self.model, self.pooled.keys())
+        return training_pictures(self.config, self.model, self.pooled.keys(), self.dealer)
 
     def by_set(self, pictures: Iterable[Picture]) -> dict[int, dict[Picture, int]]:
         """Returns where each picture stands in its set, by the number of the set."""
@@ -114,7 +169,7 @@ class Collected:
     def texts_in_gate(self, stratum: Stratum) -> int:
         return self.gates[stratum].texts if stratum in self.gates else 0
 
-    def _gate(self, stratum: Stratum, training_batch: Callable[[], Batch | None] | None) -> Gate:
+    def _gate(self, stratum: Stratum) -> Gate:
         if stratum not in self.gates:
             self.gates[stratum] = Gate(
                 self.model,
@@ -126,18 +181,26 @@ class Collected:
                 self.bank,
                 trained_on=self.trained_on,
                 epochs=self.epochs,
-                training_batch=training_batch,
+                dealer=self.dealer,
             )
         return self.gates[stratum]
 
-    def _pool(self, batch: Batch) -> None:
-        """Keeps the mean of each image's patches."""
-        if batch.features_IPD is None:
-            return
-        mean_ID = batch.features_IPD.float().mean(dim=1).cpu().numpy()
-        for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True):
-            record = context.record
-            self.pooled[record.dataset, record.split, record.key] = mean_ID[image]
+
+def _pooled(batch: Batch) -> tuple[list[Picture], np.ndarray] | None:
+    """Returns the pictures of a batch and mean_ID of their patches."""
+    if batch.features_IPD is None:
+        return None
+    image_of = {
+        picture_of(context.record): image
+        for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True)
+    }
+    mean_ID = batch.features_IPD.float().mean(dim=1).cpu().numpy()
+    return list(image_of), mean_ID[list(image_of.values())]
+
+
+def picture_of(record: Record) -> Picture:
+    """Names a record's picture over several sets."""
+    return record.dataset, record.split, record.key
 
 
 def most_texts(task: str, gate_texts: int) -> int:

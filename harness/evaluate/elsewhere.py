@@ -14,6 +14,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from harness.evaluate.official import ScoreError, entries, identifier, read_json
 from harness.evaluate.predict import set_name
 from harness.evaluate.published import PictureBatch, Pictures
 from harness.evaluate.report import report_of, write_report
-from harness.evaluate.run import Progress, collect
+from harness.evaluate.run import Progress, collect, passes_of
 from harness.evaluate.scores import add_scores
 from harness.model.batch import Batch, Context
 from harness.model.language.loss import Generated, LossOutput
@@ -298,16 +299,11 @@ def _asked(
     def collate(samples: Sequence[Sample]) -> PictureBatch | None:
         return _batch([s.known for s in samples if s.record is not None and s.weight], tasks)
 
-    collected = collect(
-        model,
-        data,
-        config,
-        limit=limit or IMAGES,
-        progress=progress,
-        decode=_nothing,
-        collate=collate,
-        controls_of=lambda *_: {},
+    passes = passes_of(
+        model, data, config, decode=_nothing, collate=collate, controls_of=lambda *_: {}
     )
+    with closing(passes):
+        collected = collect(passes, limit or IMAGES, progress)
     exchange(collected)
     return collected
 

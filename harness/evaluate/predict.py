@@ -49,6 +49,16 @@ class Prediction:
     ended: bool = True  # false: cut at max_new_tokens
     loss: float = math.nan  # of its truth, nats a target token
 
+    def row(self) -> list[Any]:
+        """Returns it as JSON takes it."""
+        return [getattr(self, name) for name in self.__slots__]
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> Prediction:
+        """Returns the prediction that gave this row."""
+        said = cls(*row)
+        return replace(said, references=tuple(said.references))
+
     @property
     def picture(self) -> tuple[str, str, str]:
         """Names its image over several sets."""

@@ -33,6 +33,7 @@ from harness.errors import ConfigError, reason_of
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.hub import VLMConfig  # and registers what our own exports are loaded by
+from harness.machine.dealing import Alone
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.language.interface import generate_arguments
@@ -294,13 +295,14 @@ def evaluate_published(
     limit: int | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    dealer: Alone | None = None,
 ) -> dict[str, Any]:
     """Scores a published model on the image sets `data`; `limit`: so many images, the same for
     every model.
 
     `overrides` are `key=value` of a config's prompts, generate, evaluation and data. Writes into
     `out`, else a folder in runs/published/NAME that says what was scored and how, what
-    `evaluate_run` writes, and returns the same. Raises ConfigError, ShardError.
+    `evaluate_run` writes, and returns the same; `dealer`: as there. Raises ConfigError, ShardError.
     """
     if not data:
         raise ConfigError(f"--model {name}: give the shards to score with --data DIR")
@@ -322,7 +324,10 @@ def evaluate_published(
         decode=ImageDecoder(image_size=1, mode="whole", max_pixels=config.data.max_image_pixels),
         collate=PictureCollator(model.tokenizer, config.data, config.prompts, training=False),
         controls_of=control_pictures,  # its batches hold pictures
+        dealer=dealer,
     )
+    if evaluation is None:
+        return {}
     parts = [*names(manifests), *["4bit"] * load_in_4bit, *variant(limit, overrides)]
     out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--"), folder(parts)))
     return write_report(evaluation, out, data, checkpoint=name, step=None)[0]

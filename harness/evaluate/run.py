@@ -8,10 +8,9 @@ RUN/evaluation and in MLflow.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,19 @@ from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
 from harness.data.images import reading
 from harness.evaluate.beside import add_beside
-from harness.evaluate.collected import Collected, Picture, gate_tasks, most_texts
+from harness.evaluate.collected import Collected, Picture, most_texts
 from harness.evaluate.floor import Majority, trained_on
 from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import is_right
+from harness.evaluate.passes import Passes
+from harness.evaluate.predict import Prediction
 from harness.evaluate.results import Evaluation
 from harness.evaluate.scores import add_scores
+from harness.evaluate.space import UnmeasuredError
+from harness.machine.dealing import Alone, Item
 from harness.model.batch import Batch
 from harness.report.pictures import Shown
-from shards.files import ShardError
+from shards.files import ShardError, UnreachableError
 from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.origin import pictures_of
@@ -53,69 +56,142 @@ def evaluate_model(
     majority: Majority | None = None,
     text_only_accuracy: float | None = None,
     floors: bool = True,
+    dealer: Alone | None = None,
     **asked: Any,
-) -> Evaluation:
+) -> Evaluation | None:
     """Scores `model` on sets of one kind in `paths`, images or features; leaves it in eval mode.
 
     `floors`: whether the verdict rests on floors and recall too, and figures stand beside it;
-    `asked`: as for `collect`. One process does it all. Raises ShardError.
+    `dealer`: the ranks that share the work, all of which call this, with the same model: rank 0
+    gets the evaluation, the others None. `asked`: as for `passes_of` and `collect`. Raises
+    ShardError, and StoppedError where a rank was asked to stop, on all ranks.
     """
-    collected = collect(model, paths, config, **asked)
-    add_scores(collected, majority, text_only_accuracy)
-    exchange(collected)
-    add_verdicts(collected, floors=floors)
-    if floors:
-        add_beside(collected)
-    return collected.evaluation
+    limit = asked.pop("limit", None)
+    progress = asked.pop("progress", None)
+    dealer = dealer or Alone()
+
+    def scored() -> Evaluation:
+        collected = collect(ready(), limit, progress)
+        add_scores(collected, majority, text_only_accuracy)
+        exchange(collected)
+        add_verdicts(collected, floors=floors)
+        if floors:
+            add_beside(collected)
+        return collected.evaluation
+
+    def ready() -> Passes:
+        passes = passes_of(model, paths, config, dealer=dealer, floors=floors, **asked)
+        return closes.enter_context(closing(passes))
+
+    with ExitStack() as closes:
+        errors = (ShardError, UnreachableError, UnmeasuredError)
+        return dealer.lead(scored, lambda: ready().work(), errors)
 
 
-@torch.no_grad()
-def collect(
+def passes_of(
     model: Any,
     paths: Sequence[str],
     config: Config,
     *,
-    limit: int | None = None,
     counterfactual_texts: int | None = None,
-    progress: Progress | None = None,
     quarantine: Path | None = None,
     epochs: float | None = None,
+    floors: bool = True,
+    dealer: Alone | None = None,
     decode: Callable[[Sample], Any] | None = None,
     collate: Callable[[Sequence[Sample]], Batch | None] | None = None,
     controls_of: Callable[[Any, Batch, Manifest], dict[str, Any]] | None = None,
-) -> Collected:
-    """Returns what the model says to every text, the gates' texts apart.
+) -> Passes:
+    """Returns what this rank needs to do its part, with nothing collected yet.
 
-    `limit`: so many images of each set, the first of a seeded order that no config changes;
     `counterfactual_texts`: texts of each set and task for the gate, none: as the config says.
     `epochs`: how often the model saw its training set, none: unknown. `decode`, `collate` and
     `controls_of` read images otherwise (published.py). Raises ShardError.
     """
     if counterfactual_texts is None:
         counterfactual_texts = config.evaluation.counterfactual_texts
+    dealer = dealer or Alone()
     decode = decode or reading(config)["decode"]
-    loaders = _loaders(paths, config, quarantine, decode)
+    loaders = _loaders(paths, config, None if dealer.rank else quarantine, decode)
     manifests = [loader.manifests[0] for loader in loaders]
     as_trained = None if collate else Collator.of(config, model.tokenizer)
     collate = collate or Collator.of(config, model.tokenizer, training=False)
-    known = trained_on(config, manifests)
-    collected = Collected(model, config, counterfactual_texts, known, epochs, manifests, decode)
+    known = () if dealer.rank else trained_on(config, manifests)
+    collected = Collected(
+        *(model, config, counterfactual_texts, known, epochs, manifests, decode),
+        pools=floors,
+        dealer=dealer,
+    )
+    model.eval()
+    return Passes(collected, loaders, collate, as_trained, controls_of or control_tokens)
+
+
+@torch.no_grad()
+def collect(passes: Passes, limit: int | None, progress: Progress | None) -> Collected:
+    """Returns what the model says to every text, the gates' texts apart; on rank 0, which has the
+    others do their part.
+
+    `limit`: so many images of each set, the first of a seeded order that no config changes. Raises
+    ShardError.
+    """
+    collected = passes.collected
+    loaders = passes.loaders
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)
-    model.eval()
-    for number, samples, in_gate in _chunks(loaders, limit, counterfactual_texts):
-        collected.note_places(number, samples)
-        if (batch := collate(samples)) is not None:
-            batch = batch.to(next(model.parameters()).device)
-            if in_gate and collected.controls is None:
-                collected.controls = (controls_of or control_tokens)(model, batch, manifests[0])
-            collected.add(batch, in_gate, partial(as_trained, samples) if as_trained else None)
-            _show(evaluation, batch, samples, config.evaluation.show_images)
+    for told in _rounds(passes, limit):
+        items = [item for item, _ in told]
+        answers = collected.dealer.dealt("answered", items, passes.answered)
+        for (item, in_gate), answered in zip(told, answers, strict=True):
+            if answered is not None:
+                _note(passes, item, in_gate, answered)
         if progress:
             progress(evaluation.images, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
     _show_originals(collected)
     return collected
+
+
+def _note(passes: Passes, item: Item, in_gate: bool, answered: Mapping[str, Any]) -> None:
+    """Notes what was answered to a batch, which every rank keeps for the gate if it is the
+    gate's.
+    """
+    collected = passes.collected
+    taken = collected.dealer.everywhere("keep", item, passes.keep) if in_gate else {}
+    is_shown = len(collected.evaluation.shown) < collected.config.evaluation.show_images
+    samples = passes.samples(*item) if in_gate or is_shown else []
+    said = collected.note(answered, taken, passes.training_batch(samples))
+    _show(collected, said, samples)
+
+
+def _rounds(passes: Passes, limit: int | None) -> Iterator[list[tuple[Item, bool]]]:
+    """Has each rank read a batch, and yields what is to be answered of them: the number of the set,
+    of the batch, and how many of its images; and whether it is the gates'. Ends where `limit`
+    images of each set are reached.
+    """
+    collected = passes.collected
+    dealer = collected.dealer
+    for number, loader in enumerate(passes.loaders):
+        left = min(loader.samples, limit or loader.samples)
+        seen: Counter[str] = Counter()
+        places = range(loader.steps_per_epoch)
+        for start in places[:: dealer.world_size]:
+            if not left:
+                break
+            items = [(number, place) for place in places[start : start + dealer.world_size]]
+            told: list[tuple[Item, bool]] = []
+            for item, notes in zip(items, dealer.dealt("read", items, passes.read), strict=True):
+                if not left:
+                    continue  # it was read in vain
+                loader.account([Sample(None, None, "", 0, n, error=why) for _, n, why, _ in notes])
+                readable = [note for note in notes if note[0] is not None][:left]
+                left -= len(readable)
+                collected.note_places(number, {tuple(note[0]): note[1] for note in readable})
+                tasks = [task for note in readable for task in note[3]]
+                texts = collected.gate_texts
+                in_gate = any(seen[task] < most_texts(task, texts) for task in tasks)
+                seen.update(tasks)
+                told.append(((*item, len(readable)), in_gate))
+            yield told
 
 
 def _loaders(
@@ -145,28 +221,6 @@ def _loaders(
         told = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
         raise ShardError(f"sets of one kind can be scored together: {told}")
     return loaders
-
-
-def _chunks(
-    loaders: Sequence[Loader], limit: int | None, gate_texts: int
-) -> Iterator[tuple[int, list[Sample], bool]]:
-    """Yields (number of the set, readable samples, are they the gate's?), until `limit` images of
-    each set are reached.
-    """
-    for number, loader in enumerate(loaders):
-        left = min(loader.samples, limit or loader.samples)
-        seen: Counter[str] = Counter()
-        with closing(loader.iterate(epochs=1)) as batches:
-            for _, samples in batches:
-                readable = [s for s in samples if s.weight and s.record is not None][:left]
-                left -= len(readable)
-                tasks = [task for sample in readable for task in gate_tasks(sample.known)]
-                in_gate = any(seen[task] < most_texts(task, gate_texts) for task in tasks)
-                seen.update(tasks)
-                if readable:
-                    yield number, readable, in_gate
-                if not left:
-                    break
 
 
 def control_tokens(model: Any, like: Batch, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -210,19 +264,19 @@ def _show_originals(collected: Collected) -> None:
     ]
 
 
-def _show(evaluation: Evaluation, batch: Batch, samples: Iterable[Sample], wanted: int) -> None:
-    pixels = {sample.known.key: sample.payload for sample in samples}
-    by_id = {
-        p.id: p
-        for result in evaluation.tasks.values()
-        for p in result.predictions[-len(batch.contexts) :]
-    }
-    for context in batch.contexts:
-        record = context.record
-        if len(evaluation.shown) >= wanted or any(p.key == record.key for p in evaluation.shown):
+def _show(collected: Collected, said: Sequence[Prediction], samples: Sequence[Sample]) -> None:
+    """Shows the first text of each picture, until there are enough."""
+    evaluation = collected.evaluation
+    by_id = {prediction.id: prediction for prediction in said}
+    for sample in samples:
+        record = sample.known
+        if len(evaluation.shown) >= collected.config.evaluation.show_images:
+            return
+        ids = [(record.dataset, record.split, text.id) for text in record.texts]
+        prediction = next((by_id[known] for known in ids if known in by_id), None)
+        if prediction is None or any(p.key == record.key for p in evaluation.shown):
             continue
-        prediction = by_id[record.dataset, record.split, context.text.id]
-        picture = pixels[record.key] if batch.pixels_IHW3 is not None else None
+        picture = sample.payload if collected.manifests[0].kind == "images" else None
         right = is_right(prediction.task, prediction.answer, prediction.references)
         evaluation.shown.append(prediction)
         evaluation.shown_images.append(

@@ -38,6 +38,7 @@ from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.evaluate.told import described
 from harness.loading import load_model
+from harness.machine.dealing import Alone
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import masked, masked_document, say
 from harness.report.terminal import part_rows
@@ -80,24 +81,26 @@ def evaluate_run(
     lm: Path | None = None,
     vision: Path | None = None,
     progress: Progress | None = None,
+    dealer: Alone | None = None,
 ) -> dict[str, Any]:
     """Scores a run's newest checkpoint on `data`, or on the config's `data.test`.
 
     `run_dir`: a run's folder or one checkpoint of it. `which`: newest, best or a step of the run.
-    `out`: RUN/evaluation. `limit`: so many
-    images, the same for every model. `overrides`: `key=value` of the run's generate, evaluation and
-    data, for instance to choose the beams on the dev set. With either, on other data or for an
-    older checkpoint, `out` is a folder in RUN/evaluation that says so, and nothing goes to the
-    tracker. `pictures`: the set of images to show, where the data are features that do not know
-    theirs any more. `lm`, `vision`: as for `load_model`. Returns what scores.json holds. Raises
-    ConfigError, ShardError.
+    `out`: RUN/evaluation. `limit`: so many images, the same for every model. `overrides`:
+    `key=value` of the run's generate, evaluation and data, for instance to choose the beams on the
+    dev set. With either, on other data or for an older checkpoint, `out` is a folder in
+    RUN/evaluation that says so, and nothing goes to the tracker. `pictures`: the set of images to
+    show, where the data are features that do not know theirs any more. `lm`, `vision`: as for
+    `load_model`. `dealer`: the ranks that share the work; all but the first return the "data"
+    alone. Returns what scores.json holds. Raises ConfigError, ShardError.
     """
+    dealer = dealer or Alone()
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     config = task.config
     model = _model(task, lm=lm, vision=vision)
-    task.out.mkdir(parents=True, exist_ok=True)
-    quarantine = task.out / QUARANTINE
-    quarantine.unlink(missing_ok=True)
+    if not dealer.rank:
+        task.out.mkdir(parents=True, exist_ok=True)
+        (task.out / QUARANTINE).unlink(missing_ok=True)
     if text_only_accuracy is None:
         text_only_accuracy = known_floor(task.out / SCORES, task.paths, task.move)
     evaluation = evaluate_model(
@@ -105,12 +108,15 @@ def evaluate_run(
         task.paths,
         config,
         limit=limit,
-        majority=Majority.of(training_records(config)),
+        majority=None if dealer.rank else Majority.of(training_records(config)),
         text_only_accuracy=text_only_accuracy,
         progress=progress,
-        quarantine=quarantine,
+        quarantine=task.out / QUARANTINE,
         epochs=epochs_trained(config, task.found.state["train"]["stream"]),
+        dealer=dealer,
     )
+    if evaluation is None:
+        return {"data": task.paths}
     return _leave(task, evaluation, model, pictures or task.paths[0])
 
 

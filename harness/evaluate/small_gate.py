@@ -20,11 +20,20 @@ from harness.data.images import reading
 from harness.evaluate.floor import trained_on
 from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, ImageUse
 from harness.evaluate.image_use.gate import Gate, sums_per_context
-from harness.evaluate.predict import Stratum, answers, by_stratum, select
+from harness.evaluate.predict import (
+    ImageTokens,
+    Prediction,
+    Stratum,
+    answers,
+    by_stratum,
+    select,
+)
+from harness.machine.dealing import Alone, Work
 from harness.model.batch import Batch
 from shards.loader import Loader
 from shards.manifest import Manifest
 
+_CONDITIONS = ("true", "shuffled")
 _METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
 
 
@@ -68,33 +77,77 @@ def _one_text_an_image(batch: Batch) -> Batch:
     return select(batch, sorted(first.values()))
 
 
-@torch.no_grad()
 def small_gate(
     model: Any, small: SmallSet, config: Config, epochs: float | None = None
 ) -> dict[Stratum, ImageUse]:
     """Returns what the exchange shows; greedy answers in place of a beam. The model is left in the
     mode it was in.
     """
-    was_training, found = model.training, {}
-    model.eval()
-    for stratum, batch in small.batches:
-        batch = batch.to(next(model.parameters()).device)
-        decoding = getattr(config.generate, stratum.task).model_copy(update={"beams": 1})
-        gate = Gate(
-            *(model, stratum.task, decoding, config.evaluation),
-            set=stratum.set,
-            no_image=False,
-            trained_on=small.trained_on,
-            epochs=epochs,
-        )
-        tokens = model.bridge_tokens(batch)
-        sums = sums_per_context(model.loss(batch, tokens), batch)
-        gate.add(batch, tokens, *sums, answers(model, batch, decoding, tokens))
-        gate.measure()
-        if (use := gate.result(None)) is not None:
-            found[stratum] = use
+    was_training = model.training
+    found = Look(model, small, config, epochs, Alone()).uses()
     model.train(was_training)
     return found
+
+
+class Look:
+    """The gates of a small set, kept on every rank, which asks them what it is dealt: the true
+    images of a batch, or exchanged ones.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, small: SmallSet, config: Config, epochs: float | None, dealer: Alone
+    ) -> None:
+        """Leaves the model in eval mode."""
+        model.eval()
+        self._dealer = dealer
+        self._gates: list[Gate] = []
+        self._true: list[tuple[Batch, ImageTokens]] = []
+        for stratum, given in small.batches:
+            batch = given.to(next(model.parameters()).device)
+            decoding = getattr(config.generate, stratum.task).model_copy(update={"beams": 1})
+            gate = Gate(
+                *(model, stratum.task, decoding, config.evaluation),
+                set=stratum.set,
+                no_image=False,
+                trained_on=small.trained_on,
+                epochs=epochs,
+            )
+            tokens = model.bridge_tokens(batch)
+            gate.keep(batch, tokens)
+            self._gates.append(gate)
+            self._true.append((batch, tokens))
+
+    def work(self) -> Work:
+        """Returns what another rank may be dealt."""
+        return {"looked": self.looked}
+
+    def uses(self) -> dict[Stratum, ImageUse]:
+        """Returns what the exchange shows by set and task; on rank 0."""
+        asked = [(number, name) for number in range(len(self._gates)) for name in _CONDITIONS]
+        told = dict(zip(asked, self._dealer.dealt("looked", asked, self.looked), strict=True))
+        found = {}
+        for number, gate in enumerate(self._gates):
+            nats_C, weight_C, rows = told[number, "true"]
+            gate.note(nats_C, weight_C, [Prediction.of_row(row) for row in rows])
+            gate.compare(*told[number, "shuffled"])
+            if (use := gate.result(None)) is not None:
+                found[Stratum(gate.set, gate.task)] = use
+        return found
+
+    @torch.no_grad()
+    def looked(self, number: int, condition: str) -> Any:
+        """Returns losses and answers of a batch: with weights and whole predictions under its true
+        images; None where there are no others.
+        """
+        gate = self._gates[number]
+        if condition == "shuffled":
+            row_C = gate.shuffled_rows()
+            return (None, None) if row_C is None else gate.asked(0, row_C.tolist())
+        batch, tokens = self._true[number]
+        sums = sums_per_context(gate.model.loss(batch, tokens), batch)
+        said = answers(gate.model, batch, gate.decoding, tokens)
+        return [*sums, [prediction.row() for prediction in said]]
 
 
 def small_gate_metrics(uses: Mapping[Stratum, ImageUse]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,8 +35,6 @@ TILES = 4  # a side
 DROPPED = (25, 50, 75)  # percent of the patches, beside none and all of them
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 _SEED = 0  # of tiles and patches: the same for every run, so that runs compare
-
-Show = Callable[[Batch, list[Picture]], Iterator[tuple[str, ImageTokens]]]
 
 
 class UnmeasuredError(Exception):
@@ -128,13 +126,7 @@ def tiles_shuffled(gate: Gate, source: Source, most: int) -> dict[str, Any]:
     place of things is not read. Raises UnmeasuredError.
     """
     contexts = _contexts(gate.predictions, most)
-    pixels = source.pixels(_pictures(gate, contexts))
-
-    def show(batch: Batch, pictures: list[Picture]) -> Iterator[tuple[str, ImageTokens]]:
-        shuffled = [shuffle_tiles(pixels[picture], _rng(picture)) for picture in pictures]
-        yield "tiles", gate.model.bridge_tokens(source.shown(batch, shuffled))
-
-    return _cost(gate, contexts, _said(gate, contexts, show)["tiles"])
+    return _cost(gate, contexts, _said(gate, source, contexts, "tiles")["tiles"])
 
 
 def mirrored(gate: Gate, source: Source, most: int) -> dict[str, Any] | None:
@@ -147,13 +139,7 @@ def mirrored(gate: Gate, source: Source, most: int) -> dict[str, Any] | None:
     contexts = _contexts(gate.predictions, most, about_sides)
     if not contexts:
         raise UnmeasuredError("no question holds the word left or right")
-    pixels = source.pixels(_pictures(gate, contexts))
-
-    def show(batch: Batch, pictures: list[Picture]) -> Iterator[tuple[str, ImageTokens]]:
-        turned = [np.ascontiguousarray(pixels[picture][:, ::-1]) for picture in pictures]
-        yield "mirror", gate.model.bridge_tokens(source.shown(batch, turned))
-
-    said = _said(gate, contexts, show)["mirror"]
+    said = _said(gate, source, contexts, "mirror")["mirror"]
     changed = [
         gate.predictions[c].answer != answer for c, answer in zip(contexts, said, strict=True)
     ]
@@ -166,24 +152,11 @@ def patches_dropped(gate: Gate, source: Source, most: int) -> dict[str, Any]:
     a bridge can make nothing of no patch, and this is what the gate calls `no_image`; None for a
     model that cannot do without. Raises UnmeasuredError.
     """
-    model = gate.model
-    if not hasattr(model, "patch_tokens"):
+    if not hasattr(gate.model, "patch_tokens"):
         raise UnmeasuredError("the model shows no patches")
     contexts = _contexts(gate.predictions, most)
-    payloads = source.payloads(_pictures(gate, contexts))
-    counts = set()
-
-    def show(batch: Batch, pictures: list[Picture]) -> Iterator[tuple[str, ImageTokens]]:
-        stacked = torch.from_numpy(np.stack([payloads[picture] for picture in pictures]))
-        field = "pixels_IHW3" if stacked.dtype == torch.uint8 else "features_IPD"
-        given: dict[str, Any] = {field: stacked.to(batch.image_of_C.device)}
-        patches_IPD = model.patch_tokens(replace(batch, **given))
-        counts.add(patches_IPD.shape[1])
-        for percent in DROPPED:
-            kept_Ik = _kept(pictures, patches_IPD.shape[1], percent).to(patches_IPD.device)
-            yield str(percent), _tokens_of(model, batch, patches_IPD, kept_Ik)
-
-    said = _said(gate, contexts, show)
+    said = _said(gate, source, contexts, "patches")
+    patches = max(said.pop("patches"))
     said["0"] = [gate.predictions[c].answer for c in contexts]
     if "no_image" in gate.said:
         said["100"] = [gate.said["no_image"][c] or "" for c in contexts]
@@ -193,7 +166,51 @@ def patches_dropped(gate: Gate, source: Source, most: int) -> dict[str, Any]:
         if str(percent) in said
     }
     images = len(_pictures(gate, contexts))
-    return {"scores": scores, "patches": max(counts), "images": images, "texts": len(contexts)}
+    return {"scores": scores, "patches": patches, "images": images, "texts": len(contexts)}
+
+
+def _said(gate: Gate, source: Source, contexts: Sequence[int], how: str) -> dict[str, list[Any]]:
+    """Returns the answers of the contexts under each name that `seen_otherwise` gives."""
+
+    def seen(gate: Gate, *item: Any) -> dict[str, list[Any]]:
+        return seen_otherwise(gate, source, *item)
+
+    said: dict[str, list[Any]] = defaultdict(list)
+    items = [(how, places.tolist()) for places, _ in gate.batches(contexts)]
+    for found in gate.dealt("seen_otherwise", seen, items):
+        for name, answers in found.items():
+            said[name] += answers
+    return said
+
+
+@torch.no_grad()
+def seen_otherwise(
+    gate: Gate, source: Source, how: str, contexts: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Returns the answers of contexts of one part of the gate whose pictures are changed, by what
+    was done to them: "tiles", "mirror", or of "patches" the percent that were left out, and beside
+    these how many there are. Raises UnmeasuredError.
+    """
+    [(places, batch)] = gate.batches(contexts)
+    pictures = _pictures(gate, contexts)
+    image_c = [pictures.index(gate.pictures[c]) for c in places]
+    seen = replace(batch, image_of_C=torch.tensor(image_c, device=batch.image_of_C.device))
+    if how != "patches":
+        pixels = source.pixels(pictures)
+        changed = [_CHANGES[how](pixels[picture], picture) for picture in pictures]
+        tokens = gate.model.bridge_tokens(source.shown(seen, changed))
+        return {how: gate.model.generate(seen, gate.decoding, tokens).texts}
+    payloads = source.payloads(pictures)
+    stacked = torch.from_numpy(np.stack([payloads[picture] for picture in pictures]))
+    field = "pixels_IHW3" if stacked.dtype == torch.uint8 else "features_IPD"
+    given: dict[str, Any] = {field: stacked.to(batch.image_of_C.device)}
+    patches_IPD = gate.model.patch_tokens(replace(seen, **given))
+    said: dict[str, list[Any]] = {"patches": [patches_IPD.shape[1]]}
+    for percent in DROPPED:
+        kept_Ik = _kept(pictures, patches_IPD.shape[1], percent).to(patches_IPD.device)
+        tokens = _tokens_of(gate.model, seen, patches_IPD, kept_Ik)
+        said[str(percent)] = gate.model.generate(seen, gate.decoding, tokens).texts
+    return said
 
 
 def about_sides(prediction: Prediction) -> bool:
@@ -211,6 +228,12 @@ def shuffle_tiles(pixels_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarra
     for place, taken in enumerate(rng.permutation(TILES**2)):
         shuffled_HW3[_tile(int(place), high, wide)] = pixels_HW3[_tile(int(taken), high, wide)]
     return shuffled_HW3
+
+
+_CHANGES: Mapping[str, Callable[[np.ndarray, Picture], np.ndarray]] = {
+    "tiles": lambda pixels_HW3, picture: shuffle_tiles(pixels_HW3, _rng(picture)),
+    "mirror": lambda pixels_HW3, _: np.ascontiguousarray(pixels_HW3[:, ::-1]),
+}
 
 
 def _tile(number: int, high: int, wide: int) -> tuple[slice, slice]:
@@ -259,20 +282,7 @@ def _contexts(
 
 
 def _pictures(gate: Gate, contexts: Sequence[int]) -> list[Picture]:
-    return list(dict.fromkeys(gate.predictions[c].picture for c in contexts))
-
-
-@torch.no_grad()
-def _said(gate: Gate, contexts: Sequence[int], show: Show) -> dict[str, list[str]]:
-    """Returns the answers of the contexts under each name that `show` gives image tokens."""
-    said: dict[str, list[str]] = defaultdict(list)
-    for places, batch in gate.batches(contexts):
-        pictures = _pictures(gate, places.tolist())
-        image_c = [pictures.index(gate.predictions[c].picture) for c in places]
-        seen = replace(batch, image_of_C=torch.tensor(image_c, device=batch.image_of_C.device))
-        for name, tokens in show(seen, pictures):
-            said[name] += gate.model.generate(seen, gate.decoding, tokens).texts
-    return said
+    return list(dict.fromkeys(gate.pictures[c] for c in contexts))
 
 
 def _points(gate: Gate, contexts: Sequence[int], said: Sequence[str]) -> np.ndarray:

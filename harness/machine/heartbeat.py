@@ -1,5 +1,5 @@
 """Signs of life among the ranks of a run: one that is silent while the others wait for it is told
-of, then the run is ended; without them, it would wait for the process group's two hours.
+of, then the run is ended; without them, it would wait for as long as the process group does.
 
 Every rank's thread writes what its main thread does into the store by which the ranks have met, and
 reads what the others wrote. A stopped process, or one that holds the interpreter's lock, writes
@@ -53,8 +53,18 @@ class Heartbeat:
 
     _made = count()
 
-    def __init__(self, rank: int, world_size: int, tell_after: float, end_after: float) -> None:
-        """Begins at once. `tell_after`, `end_after`: seconds of silence while others wait."""
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        tell_after: float,
+        end_after: float,
+        again: str = "go on with --resume auto",
+    ) -> None:
+        """Begins at once. `tell_after`, `end_after`: seconds of silence while others wait; `again`:
+        what is to be done once all have ended.
+        """
+        self._again = again
         self.rank = rank
         self.tell_after = tell_after
         self.end_after = end_after
@@ -68,8 +78,8 @@ class Heartbeat:
         self._ended = threading.Event()
         if world_size == 1:
             return
-        run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(self._made)}"
-        self._keys = [f"heartbeat/{run}/{r}" for r in range(world_size)]
+        self._run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(self._made)}"
+        self._keys = [f"heartbeat/{self._run}/{r}" for r in range(world_size)]
         self._listen()
         for work in (self._exchange, self._watch):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
@@ -92,6 +102,10 @@ class Heartbeat:
         finally:
             self.now.waits = False
             self.doing(self.now.doing, alone)
+
+    def store(self, name: str) -> Any:
+        """Returns a part of the store by which these ranks have met, of this name alone."""
+        return distributed.PrefixStore(f"{name}/{self._run}", _store())
 
     def stop(self) -> None:
         """Ends the watch, before the ranks part."""
@@ -175,7 +189,7 @@ class Heartbeat:
             _say(
                 f"the run ends: rank {rank} on {sign.host} has been silent for {seconds:.0f} s "
                 f"while the others wait for it ({reason}); what it did last: {sign.doing}. It is "
-                "stopped or stuck; go on with --resume auto",
+                f"stopped or stuck; {self._again}",
                 self.rank,
             )
         else:

@@ -94,6 +94,11 @@ def check_not_started_as_several(environment: Mapping[str, str]) -> None:
         )
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Tells whether this process speaks for all that a launcher has started."""
+    return environment.get("WORLD_SIZE", "1") == "1" or environment.get("RANK", "0") == "0"
+
+
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment for processes that a launcher will give ranks of its own."""
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from typing import NamedTuple
 
 from harness.config.schema import Config
@@ -12,13 +12,13 @@ from harness.errors import GuardError
 from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
-from harness.evaluate.small_gate import SmallSet, small_gate, small_gate_metrics, small_set
+from harness.evaluate.small_gate import Look, SmallSet, small_gate_metrics, small_set
 from harness.evaluate.told import described, score_line, verdict_lines
+from harness.machine.dealing import Alone, StoppedError
 from harness.train.last_report import leave_report
 from harness.train.saving import Saver
 from harness.train.state import Run, StepResult
 from harness.train.step import StepLog
-from harness.train.together import gathered
 from shards.files import ShardError, UnreachableError
 from shards.manifest import Manifest
 
@@ -45,6 +45,7 @@ class BetweenSteps:
         self.saver = saver
         self.log = log
         self.stop_asked = stop_asked
+        self.dealer = run.engine.dealer(stop_asked)
         self.last_step = last_step
         self._small: SmallSet | None = None  # made when it is first needed
 
@@ -91,7 +92,7 @@ class BetweenSteps:
         best = self.saver.best
         try:
             with run.clock.during("evaluation"):
-                evaluated = evaluate(run, self.stop_asked, again)
+                evaluated = evaluate(run, self.dealer, self.stop_asked, again)
         except ShardError:
             self.saver.save_once()
             raise
@@ -108,9 +109,8 @@ class BetweenSteps:
         due = Due(evaluated[0], told[1] > 0)
         if (is_last or due.ends) and not due.stops:
             with run.clock.during("evaluation"), run.engine.gathered_weights():
-                if result:
-                    leave_report(run, result)
-                run.engine.wait()
+                # the others wait by the store, however long it takes
+                self.dealer.lead(lambda: leave_report(run, result) if result else None, dict)
         return due
 
     def _is_due(self, every: int | None) -> bool:
@@ -123,95 +123,90 @@ class BetweenSteps:
         return self.run.is_end_of_epoch or self._is_due(self.run.config.train.evaluate_every)
 
     def _look(self) -> None:
-        """Asks the gate on a few dev images; the main process alone has some, the others wait."""
+        """Asks the gate on a few dev images."""
         run = self.run
-        if run.engine.is_main and self._small is None:
-            try:
+
+        def look() -> Look:
+            if self._small is None:
                 self._small = small_set(run.model, run.config)
+            return Look(run.model, self._small, run.config, run.epochs, self.dealer)
+
+        with run.engine.gathered_weights(), suppress(StoppedError):
+            try:
+                uses = self.dealer.lead(
+                    lambda: look().uses(), lambda: look().work(), (ShardError, UnreachableError)
+                )
             except ShardError as error:  # the next evaluation ends the run, on all ranks
                 run.terminal.say(f"no look at dev images: {error}")
-        with run.clock.during("evaluation"), run.engine.gathered_weights():
-            if self._small:
-                uses = small_gate(run.model, self._small, run.config, run.epochs)
-                run.track("gate", small_gate_metrics(uses))
-            run.engine.wait()
-
-
-class _CutOffError(Exception):
-    """An evaluation that a signal came into."""
+            else:
+                run.track("gate", small_gate_metrics(uses or {}))
+        run.model.train()
 
 
 def evaluate(
-    run: Run, stop_asked: Callable[[], int], again: bool = True
+    run: Run, dealer: Alone, stop_asked: Callable[[], int], again: bool = True
 ) -> tuple[bool, Evaluation | None]:
-    """Scores on the dev sets, and answers for the same images as always.
+    """Scores on the dev sets, and answers for the same images as always, on all ranks.
 
-    The main process alone evaluates, the others wait. `again` False: only where this step's answers
-    are not there yet. Returns whether a signal came, which ends it at the next batch, and on the
-    main process what it found. Raises GuardError as `stop_if_image_ignored` says; on all ranks
-    ShardError for a dev set that cannot be scored, UnreachableError for one that does not answer.
+    `again` False: only where this step's answers are not there yet. Returns whether a signal came,
+    which ends it at the next batch, and on the main process what was found. Raises GuardError as
+    `stop_if_image_ignored` says; ShardError for a dev set that cannot be scored, UnreachableError
+    for one that does not answer; all on all ranks.
     """
     config = run.config
     page = config.out_dir / "answers" / f"step-{run.state.step:06d}.html"
     wanted_here = run.engine.is_main and bool(config.data.dev) and (again or not page.exists())
-    wanted = run.engine.sum([wanted_here])[0]
-    result: Evaluation | ShardError | None = None
-    with run.engine.gathered_weights() if wanted else nullcontext():
-        if wanted_here:
-            result = _scored(run, stop_asked)
-        run.engine.wait()
-    ignored = _tell(run, result) if isinstance(result, Evaluation) else ""
+    result: Evaluation | None = None
+    if run.engine.sum([wanted_here])[0]:
+        with run.engine.gathered_weights(), suppress(StoppedError):
+            result = _scored(run, dealer)
+    ignored = _tell(run, result) if result else ""
     run.model.train()
-    has_failed = isinstance(result, ShardError)
-    is_silent = isinstance(result, UnreachableError)
-    told = run.engine.sum([bool(ignored), stop_asked() > 0, has_failed, is_silent])
-    if told[2]:  # all ranks end alike
-        words = next(filter(None, gathered(str(result) if has_failed else "", run.engine)))
-        raise (UnreachableError if told[3] else ShardError)(words)
+    told = run.engine.sum([bool(ignored), stop_asked() > 0])
     if told[0] and run.epochs >= 1 and config.train.stop_if_image_ignored:
         raise GuardError(
             f"train.stop_if_image_ignored: after step {run.state.step} the images are ignored "
             f"({ignored})"
         )
-    return told[1] > 0, result if isinstance(result, Evaluation) else None
+    return told[1] > 0, result
 
 
-def _scored(run: Run, stop_asked: Callable[[], int]) -> Evaluation | ShardError | None:
-    """Evaluates. Returns the error of a dev set, None where a signal came."""
+def _scored(run: Run, dealer: Alone) -> Evaluation | None:
+    """Evaluates. Returns what was found on the main process. Raises ShardError and StoppedError on
+    all ranks.
+    """
     config = run.config
+    with run.terminal.evaluation(_dev_sets(config)) as show:
 
-    try:
-        with run.terminal.evaluation(_dev_sets(config)) as show:
+        def go_on(done: int, images: int) -> None:
+            run.engine.heart.doing(f"evaluates, {done} of {images} images done")
+            show(done, images)
 
-            def go_on(done: int, images: int) -> None:
-                run.engine.heart.doing(f"evaluates, {done} of {images} images done", alone=True)
-                show(done, images)
-                if stop_asked():
-                    raise _CutOffError
-
-            return evaluate_model(
-                run.model,
-                [dev.path for dev in config.data.dev],
-                config,
-                limit=config.evaluation.dev_images,
-                counterfactual_texts=config.evaluation.dev_counterfactual_texts,
-                progress=go_on,
-                epochs=run.epochs,
-                floors=False,
-            )
-    except _CutOffError:
-        return None
-    except ShardError as error:
-        return error
+        return evaluate_model(
+            run.model,
+            [dev.path for dev in config.data.dev],
+            config,
+            limit=config.evaluation.dev_images,
+            counterfactual_texts=config.evaluation.dev_counterfactual_texts,
+            progress=go_on,
+            epochs=run.epochs,
+            floors=False,
+            dealer=dealer,
+        )
 
 
 def _dev_sets(config: Config) -> str:
-    """Says on how much is evaluated: "400 dev images with 2,000 texts". Raises ShardError."""
+    """Says on how much is evaluated: "400 dev images with 2,000 texts"; of a set that cannot be
+    opened the evaluation tells.
+    """
     images = 0
     texts = 0.0
     about = ""
     for dev in config.data.dev:
-        manifest = Manifest.open(dev.path, cache_of(config), patience_of(config))
+        try:
+            manifest = Manifest.open(dev.path, cache_of(config), patience_of(config))
+        except ShardError:
+            return "dev images"
         read = min(manifest.samples, config.evaluation.dev_images or manifest.samples)
         about = "about " if read < manifest.samples else about
         images += read

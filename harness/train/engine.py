@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
+from harness.machine.dealing import Alone, Among
 from harness.machine.heartbeat import Heartbeat, meeting
 from harness.machine.precision import Precision, choose
 from harness.model.vlm import VisionLanguageModel
@@ -31,8 +32,9 @@ from harness.model.vlm import VisionLanguageModel
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 # By what they do an embedding and an offset, though they have two dimensions and more.
 NOT_DECAYED = ("bridge.body.query_tokens", "bridge.projection.mean_QD")
-# All ranks wait for the one that evaluates; one that hangs is noticed by the heartbeat.
-LONGEST_WAIT = timedelta(hours=2)
+# The longest that ranks wait for each other in a step: for one that saves or reads. Evaluations are
+# waited for elsewhere (dealing.py); a rank that hangs is noticed by the heartbeat.
+LONGEST_WAIT = timedelta(minutes=30)
 
 
 def wanted_world_size() -> int:
@@ -181,8 +183,17 @@ class Engine:
         with self.heart.waiting():
             self.accelerator.wait_for_everyone()
 
+    def dealer(self, stop_asked: Callable[[], int]) -> Alone:
+        """Returns what deals out an evaluation over the ranks. Each waits by the store for what it
+        is told, not in a collective, so that no limit of NCCL's ends a long evaluation.
+        """
+        if self.world_size == 1:
+            return Alone(stop_asked)
+        store = self.heart.store("dealt")
+        return Among(store, self.rank, self.world_size, stop_asked, self.heart.waiting)
+
     def gathered_weights(self) -> AbstractContextManager:
-        """Makes all weights whole inside, on every rank: one process alone may run the model."""
+        """Makes all weights whole inside, on every rank, each of which may run the model alone."""
         return nullcontext()
 
     def trained_state(self) -> dict[str, torch.Tensor]:

@@ -41,7 +41,9 @@ def recall_term(gate: Gate, scaled_IK: np.ndarray, most_images: int) -> Term:
     chance_I = np.zeros(len(context_I))
     for rows in groups_alike(scaled_IK[: len(context_I)], GROUP):
         contexts = [context_I[row] for row in rows]
-        nats_PC = _nats(gate, contexts)
+        starts = range(0, len(contexts), max(1, _TARGETS // len(contexts)))
+        items = [(contexts, start) for start in starts]
+        nats_PC = np.concatenate([*gate.dealt("likely", likely, items)])
         if not np.isfinite(nats_PC).all():
             return Term(RECALL, None, missing="the model gives no finite loss")
         captions = [gate.predictions[context].references[0] for context in contexts]
@@ -70,23 +72,26 @@ def _first_contexts(gate: Gate) -> list[int]:
     return [first[row] for row in sorted(first)]
 
 
-def _nats(gate: Gate, contexts: list[int]) -> np.ndarray:
-    """nats_PC a token: of the first caption of every picture, with every picture."""
+def likely(gate: Gate, contexts: list[int], start: int) -> np.ndarray:
+    """nats_pC a token: of the first caption of every picture, with some of the pictures, from
+    `start` on.
+    """
+    shown = contexts[start : start + max(1, _TARGETS // len(contexts))]
+    batch = _crossed(gate, shown, contexts)
+    assert gate.bank is not None  # something was added
+    loss = gate.model.loss(batch, gate.bank.tokens(batch, gate.bank_rows[shown]))
+    nats_T = loss.sum_T.double() / loss.weight_T.double()
+    return nats_T.cpu().numpy().reshape(len(shown), len(contexts))
+
+
+def _captions(gate: Gate, contexts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns labels_PL and weight_PL of the first target of each context."""
     targets = [_first_target(gate, context) for context in contexts]
     width = max(labels.shape[1] for labels, _ in targets)
     pad = _padding(targets)
     labels_PL = torch.cat([_wider(labels, width, pad) for labels, _ in targets])
     weight_PL = torch.cat([_wider(weight, width, 0) for _, weight in targets])
-    at_once = max(1, _TARGETS // len(contexts))
-    rows = []
-    for start in range(0, len(contexts), at_once):
-        shown = contexts[start : start + at_once]
-        batch = _crossed(gate, shown, labels_PL, weight_PL)
-        assert gate.bank is not None  # something was added
-        loss = gate.model.loss(batch, gate.bank.tokens(batch, gate.bank_rows[shown]))
-        nats_T = loss.sum_T.double() / loss.weight_T.double()
-        rows.append(nats_T.cpu().numpy().reshape(len(shown), len(contexts)))
-    return np.concatenate(rows)
+    return labels_PL, weight_PL
 
 
 def _first_target(gate: Gate, context: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,15 +113,16 @@ def _wider(values_1L: torch.Tensor, width: int, fill: int) -> torch.Tensor:
     return torch.nn.functional.pad(values_1L, (0, width - values_1L.shape[1]), value=fill)
 
 
-def _crossed(
-    gate: Gate, contexts: list[int], labels_PL: torch.Tensor, weight_PL: torch.Tensor
-) -> Batch:
-    """Returns a batch in which each of the contexts has every caption as a target."""
-    single = [gate.context_batch(context) for context in contexts]
+def _crossed(gate: Gate, shown: list[int], contexts: list[int]) -> Batch:
+    """Returns a batch in which each context that is shown has every caption as a target."""
+    if gate.crossed is None or gate.crossed[0] != contexts:  # a group is asked many times
+        gate.crossed = (contexts, *_captions(gate, contexts))
+    _, labels_PL, weight_PL = gate.crossed
+    single = [gate.context_batch(context) for context in shown]
     longest = max(batch.prompt_ids_CL.shape[1] for batch in single)
     ids_CL = torch.cat([_wider(b.prompt_ids_CL, longest, 0) for b in single])
     mask_CL = torch.cat([_wider(b.prompt_mask_CL, longest, 0) for b in single])
-    count = len(contexts)
+    count = len(shown)
     return replace(
         single[0],
         prompt_ids_CL=ids_CL,

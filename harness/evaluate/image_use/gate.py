@@ -39,6 +39,7 @@ from harness.evaluate.image_use.exchange import (
 from harness.evaluate.image_use.verdict import Evidence, Judgement, judge, judge_exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction, select
+from harness.machine.dealing import Alone, Item
 from harness.model.batch import Batch
 
 _SEED = 0  # of donors: the same for every run, so that runs compare
@@ -80,11 +81,25 @@ class _Part(NamedTuple):
     start: int
 
 
+_Key = tuple[str, str, int]  # control, prompt, image of the control
+
+
+def _first_rows(keys: Sequence[_Key], known: Container[_Key]) -> dict[_Key, int]:
+    """Returns the first row of each key that is not known."""
+    return {key: row for row, key in reversed(list(enumerate(keys))) if key not in known}
+
+
+def _control_image(batch: Batch, number: int, images: int) -> torch.Tensor:
+    """image_of_C among the images of a control, for the part of this number."""
+    return (batch.image_of_C + number + 1) % images
+
+
 @dataclass
 class Gate:
     """Collects the evidence of one set and task batch by batch; `measure` exchanges the images,
     `result` judges.
 
+    On a rank that does not lead it knows batches and pictures (`keep`), and asks what it is told.
     `bank` holds the pictures of the gates, `controls` the image tokens (N, Q, D) of the blank and
     the noise images, by condition. `trained_on` holds the (dataset, split, key) of images that the
     model was trained on, `epochs` says how often it saw its training set (none: unknown),
@@ -102,20 +117,21 @@ class Gate:
     trained_on: Container[tuple[str, str, str]] = ()
     epochs: float | None = None
     training_batch: Callable[[], Batch | None] | None = None
+    dealer: Alone = field(default_factory=Alone)
+    pictures: list[tuple[str, str, str]] = field(default_factory=list)  # of the contexts
     predictions: list[Prediction] = field(default_factory=list)
     # By condition; NaN or None for a context that was not asked under it.
     nats: dict[str, np.ndarray] = field(default_factory=dict)
     said: dict[str, list[str | None]] = field(default_factory=dict)
     matched: Matched | None = None
     why_not_matched: str = ""
+    # The contexts whose captions were crossed last, and these: labels_PL and weight_PL.
+    crossed: tuple[list[int], torch.Tensor, torch.Tensor] | None = None
     _parts: list[_Part] = field(default_factory=list)
     _weight: list[float] = field(default_factory=list)
     _nats: list[float] = field(default_factory=list)
     _rows: list[int] = field(default_factory=list)  # of the bank
-    # (condition, prompt, control image) -> answer
-    _answers: dict[tuple[str, str, int], str] = field(default_factory=dict)
 
-    @torch.no_grad()
     def add(
         self,
         batch: Batch,
@@ -127,18 +143,37 @@ class Gate:
         """Takes a batch of this set and task, its image tokens, its losses per context and its
         predictions under the true images.
         """
+        self.keep(batch, tokens)
+        self.note(nats_C, weight_C, said)
+
+    @torch.no_grad()
+    def keep(self, batch: Batch, tokens: ImageTokens) -> None:
+        """Takes a batch of this set and task and its image tokens."""
         if self.bank is None:
             self.bank = Bank(self.model)
-        pictures = [p.picture for p in said]
+        records = [context.record for context in batch.contexts]
+        pictures = [(record.dataset, record.split, record.key) for record in records]
         self._rows += self.bank.add(batch, tokens, pictures).tolist()
-        self._parts.append(_Part(without_images(batch), len(self.predictions)))
+        self._parts.append(_Part(without_images(batch), len(self.pictures)))
+        self.pictures += pictures
+
+    def note(self, nats_C: np.ndarray, weight_C: np.ndarray, said: Sequence[Prediction]) -> None:
+        """Takes the losses and predictions under the true images of what was kept last."""
         self.predictions += said
         self._nats += map(float, nats_C)
         self._weight += map(float, weight_C)
 
+    def dealt(self, name: str, do: Callable[..., Any], items: Sequence[Item]) -> Iterator[Any]:
+        """Yields what `do(self, *item)` gives on whichever rank does it."""
+
+        def own(_set: str, _task: str, *item: Any) -> Any:
+            return do(self, *item)
+
+        return self.dealer.dealt(name, [(self.set, self.task, *item) for item in items], own)
+
     @property
     def texts(self) -> int:
-        return len(self.predictions)
+        return len(self.pictures)
 
     @property
     def bank_rows(self) -> np.ndarray:
@@ -173,21 +208,40 @@ class Gate:
         pictures as they came, scaled for distances; without them `why_not` says why no exchange
         can be matched.
         """
-        self.nats["true"] = np.array(self._nats)
-        self.said["true"] = [p.answer for p in self.predictions]
-        image_C = self.picture_rows
-        row_I = np.array(list(dict.fromkeys(self._rows)))
-        if len(row_I) < 2:
+        self._note_true()
+        row_C = self.shuffled_rows()
+        if row_C is None:
             return
-        roll = int(np.random.default_rng(_SEED).integers(1 << 30))
-        self._ask("shuffled", row_I[donors(len(row_I), roll).numpy()[image_C]])
+        self._ask("shuffled", row_C)
         self._control()
         self.why_not_matched = why_not
         if scaled_IK is not None:
             match = matched_questions if TASKS[self.task].has_right else matched_captions
-            self.matched = match(scaled_IK, image_C, self.predictions)
+            self.matched = match(scaled_IK, self.picture_rows, self.predictions)
             donor_C = self.matched.donor_C
+            row_I = np.array(list(dict.fromkeys(self._rows)))
             self._ask("matched", np.where(donor_C < 0, -1, row_I[donor_C]))
+
+    def compare(self, nats_C: np.ndarray | None, said_C: Sequence[str] | None) -> None:
+        """Takes, in place of `measure`, what was lost and said under exchanged images; None where
+        there were no others.
+        """
+        self._note_true()
+        if nats_C is not None and said_C is not None:
+            self.nats["shuffled"] = nats_C
+            self.said["shuffled"] = list(said_C)
+
+    def shuffled_rows(self) -> np.ndarray | None:
+        """row_C of the bank: another picture of this gate for each context; None without one."""
+        row_I = np.array(list(dict.fromkeys(self._rows)))
+        if len(row_I) < 2:
+            return None
+        roll = int(np.random.default_rng(_SEED).integers(1 << 30))
+        return row_I[donors(len(row_I), roll).numpy()[self.picture_rows]]
+
+    def _note_true(self) -> None:
+        self.nats["true"] = np.array(self._nats)
+        self.said["true"] = [p.answer for p in self.predictions]
 
     @torch.no_grad()
     def measure_across(self, row_others: np.ndarray) -> None:
@@ -204,6 +258,7 @@ class Gate:
             return
         batches = [self.context_batch(context) for context in kept]
         self._parts = [_Part(batch, start) for start, batch in enumerate(batches)]
+        self.pictures = [self.pictures[c] for c in kept]
         self.predictions = [self.predictions[c] for c in kept]
         self._rows = [self._rows[c] for c in kept]
         self._weight = [self._weight[c] for c in kept]
@@ -215,70 +270,105 @@ class Gate:
 
     def _ask(self, condition: str, row_C: np.ndarray) -> None:
         """Notes losses and answers with the bank's pictures `row_C`; -1: not asked."""
-        assert self.bank is not None  # something was added
         nats_C = np.full(len(row_C), np.nan)
         said_C: list[str | None] = [None] * len(row_C)
-        for part in self._parts:
+        items = []
+        for number, part in enumerate(self._parts):
             row_c = row_C[part.start : part.start + len(part.batch.contexts)]
-            asked = np.flatnonzero(row_c >= 0)
-            if not len(asked):
-                continue
-            batch = select(part.batch, asked.tolist())
-            tokens = self.bank.tokens(batch, row_c[asked])
-            places = asked + part.start
-            nats_C[places] = sums_per_context(self.model.loss(batch, tokens), batch).nats_C
-            answers = self.model.generate(batch, self.decoding, tokens).texts
+            if (row_c >= 0).any():
+                items.append((number, row_c.tolist()))
+        told = self.dealt("asked", Gate.asked, items)
+        for (number, rows), (nats_c, answers) in zip(items, told, strict=True):
+            places = self._parts[number].start + np.flatnonzero(np.array(rows) >= 0)
+            nats_C[places] = nats_c
             for place, answer in zip(places, answers, strict=True):
                 said_C[place] = answer
         self.nats[condition] = nats_C
         self.said[condition] = said_C
 
+    def asked(self, number: int, rows: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+        """Returns losses and answers of a part of the gate with these pictures of the bank, of the
+        contexts that have one.
+        """
+        assert self.bank is not None  # something was added
+        row_c = np.array(rows)
+        asked = np.flatnonzero(row_c >= 0)
+        batch = select(self._parts[number].batch, asked.tolist())
+        tokens = self.bank.tokens(batch, row_c[asked])
+        nats_c = sums_per_context(self.model.loss(batch, tokens), batch).nats_C
+        return nats_c, self.model.generate(batch, self.decoding, tokens).texts
+
     def _control(self) -> None:
-        """Notes losses and answers without an image, and with blank and noise ones."""
+        """Notes losses and answers without an image, and with blank and noise ones. Without the
+        true image many contexts are the same (image, prompt): each is asked once in all.
+        """
+        keys_of = [self._control_keys(number) for number in range(len(self._parts))]
+        planned: set[_Key] = set()
+        new_of: list[dict[str, dict[_Key, int]]] = []
+        for keys in keys_of:
+            new_of.append({name: _first_rows(own, planned) for name, own in keys.items()})
+            planned.update(*new_of[-1].values())
+        items = [
+            (number, {name: list(rows.values()) for name, rows in new.items()})
+            for number, new in enumerate(new_of)
+        ]
         nats: dict[str, list[np.ndarray]] = defaultdict(list)
         said: dict[str, list[str | None]] = defaultdict(list)
-        for number, part in enumerate(self._parts):
-            for name, tokens in self._control_tokens(part, number + 1).items():
-                loss = self.model.loss(part.batch, tokens)
-                nats[name].append(sums_per_context(loss, part.batch).nats_C)
-                said[name] += self._asked_once(name, part.batch, tokens)
+        answer_of: dict[_Key, str] = {}
+        told = self.dealt("controlled", Gate.controlled, items)
+        for keys, new, found in zip(keys_of, new_of, told, strict=True):
+            for name, (nats_c, answers) in found.items():
+                nats[name].append(nats_c)
+                answer_of |= zip(new[name], answers, strict=True)
+                said[name] += [answer_of[key] for key in keys[name]]
         self.nats |= {name: np.concatenate(parts) for name, parts in nats.items()}
         self.said |= said
 
-    def _control_tokens(self, part: _Part, number: int) -> dict[str, ImageTokens]:
-        """Returns the image tokens of every control for a batch."""
+    def controlled(
+        self, number: int, asked: Mapping[str, Sequence[int]]
+    ) -> dict[str, tuple[np.ndarray, list[str]]]:
+        """Returns by control the losses of a part of the gate, and the answers of its contexts in
+        `asked`.
+        """
+        batch = self._parts[number].batch
+        found = {}
+        for name, tokens in self._control_tokens(number).items():
+            nats_c = sums_per_context(self.model.loss(batch, tokens), batch).nats_C
+            rows = asked[name]
+            answers: list[str] = []
+            if rows:
+                part = tokens.with_rows(tokens.token_row_of_C[rows])
+                answers = self.model.generate(select(batch, rows), self.decoding, part).texts
+            found[name] = (nats_c, answers)
+        return found
+
+    def _control_keys(self, number: int) -> dict[str, list[_Key]]:
+        """Returns by control what each context of a part is asked: (control, prompt, its image)."""
+        batch = self._parts[number].batch
+        images = {"no_image": torch.zeros_like(batch.image_of_C)} if self.no_image else {}
+        for name, tokens_NQD in self.controls.items():
+            images[name] = _control_image(batch, number, len(tokens_NQD))
+        return {
+            name: [
+                (name, context.prompt, image)
+                for context, image in zip(batch.contexts, image_C.tolist(), strict=True)
+            ]
+            for name, image_C in images.items()
+        }
+
+    def _control_tokens(self, number: int) -> dict[str, ImageTokens]:
+        """Returns the image tokens of every control for a part."""
         assert self.bank is not None  # something was added
+        part = self._parts[number]
         own_c = self.bank_rows[part.start : part.start + len(part.batch.contexts)]
         true = self.bank.tokens(part.batch, own_c)
         found = {}
         if self.no_image and (without := true.without_tokens()) is not None:
             found["no_image"] = without
-        image_of_C = part.batch.image_of_C
         for name, tokens_NQD in self.controls.items():
             made: Any = type(true)
-            found[name] = made(tokens_NQD, (image_of_C + number) % len(tokens_NQD))
+            found[name] = made(tokens_NQD, _control_image(part.batch, number, len(tokens_NQD)))
         return found
-
-    def _asked_once(self, condition: str, batch: Batch, tokens: ImageTokens) -> list[str]:
-        """Without the true image many contexts are the same (image, prompt): each is asked once in
-        the whole gate.
-        """
-        shown = (
-            [0] * len(batch.contexts) if condition == "no_image" else tokens.token_row_of_C.tolist()
-        )
-        keys = [
-            (condition, context.prompt, row)
-            for context, row in zip(batch.contexts, shown, strict=True)
-        ]
-        new = {
-            key: index for index, key in reversed(list(enumerate(keys))) if key not in self._answers
-        }
-        if new:
-            rows = list(new.values())
-            part = tokens.with_rows(tokens.token_row_of_C[rows])
-            said = self.model.generate(select(batch, rows), self.decoding, part).texts
-            self._answers |= zip(new, said, strict=True)
-        return [self._answers[key] for key in keys]
 
     # ---- what came of them -----------------------------------------------------------------------
 

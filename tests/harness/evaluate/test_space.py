@@ -158,7 +158,8 @@ def gates_of(model, folder, config: Config | None = None):
     with torch.no_grad():
         for _, samples in loader.iterate(epochs=1):
             samples = [sample for sample in samples if sample.weight]
-            collected.note_places(0, samples)
+            places = {("tiles", s.known.split, s.known.key): s.index for s in samples}
+            collected.note_places(0, places)
             collected.add(collate(samples), True, None)
     for gate in collected.gates.values():
         gate.measure()
