@@ -54,6 +54,7 @@ from harness.machine.determinism import set_workspace
 from harness.machine.hardware import hardware
 from harness.machine.launch_file import Launch, read_launch
 from harness.machine.precision import Precision, choose
+from harness.model import compiled
 from harness.model.batch import Batch
 from harness.model.pretrained import quiet_transformers
 from harness.model.vlm import VisionLanguageModel
@@ -379,6 +380,21 @@ def unrolled_on(training: Training) -> Batch:
     return unrolled(replace(training.host_batch, groups=())).to(training.bench.device)
 
 
+def compiling(bench: Bench) -> Iterator[Row]:
+    """Encoder and bridge compiled, and as they are written."""
+    if bench.tiny:
+        compiled.BACKEND = "aot_eager"  # traced as by inductor; that takes a minute on a CPU
+    seconds = {}
+    for asked in (False, True):
+        training = bench.training(bench.config("flickr8k_t4", train={"compile": asked}), "bf16")
+        began = time.perf_counter()
+        training.step()
+        warm_up = time.perf_counter() - began
+        seconds[asked] = training.seconds(training.step, 0.2)
+    yield Row("flickr8k_t4, bf16: the first step with train.compile", warm_up, "s")
+    yield Row("compiled steps against others", seconds[False] / seconds[True])
+
+
 def profiled(bench: Bench) -> Iterator[Row]:
     """What the device does in three steps: kernels, copies, and gaps in which it waits."""
     training = bench.training(bench.config("flickr8k_t4"), "bf16")
@@ -525,6 +541,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "speed": speed,
     "four_bits": four_bits,
     "grouping": grouping,
+    "compile": compiling,
     "profile": profiled,
     "evaluation": evaluation,
     "resume": resumed,

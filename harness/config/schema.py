@@ -220,6 +220,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     # The same bits for the same seed on a GPU too, at a price; a CPU gives them without.
     deterministic: bool = False
+    # Encoder and bridge compiled by torch for training: the first steps take minutes, the others
+    # less; losses differ in the last digits. Not with ZeRO-3.
+    compile: bool = False
     activation_checkpointing: bool = False  # less memory: activations are computed twice
     evaluate_every: Positive | None = None  # steps; null: at the end of each epoch
     save_every: Positive | None = None  # steps; null: at the end of each epoch

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.schema import Config, DataConfig, PromptsConfig
 from harness.data.prompts import prompt
 from harness.model.batch import Batch, Context, padding_id
+from harness.model.compiled import PROMPT_MULTIPLE
 from shards.files import ShardError
 from shards.read import Sample
 from shards.record import Record, Text
@@ -73,6 +74,7 @@ class Collator:
     loss_on_padding: bool = False  # a known mistake
     loss_weights: tuple[float, ...] = ()
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
+    prompt_multiple: int = 1  # prompts are padded to a multiple of it
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Collator:
             config.train.eos_loss_weight if training else 1.0,
             training,
             config.known_mistakes.loss_on_padding,
+            prompt_multiple=PROMPT_MULTIPLE if training and config.train.compile else 1,
         )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch | None:
@@ -194,7 +197,7 @@ class Collator:
         prompts = self._ids("prompt", [c.prompt for c in contexts], data.max_prompt_tokens, end)
         prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
         labels = self._ids("target", targets, data.max_target_tokens, [eos])
-        prompt_ids_CL = _padded(prompts, pad)
+        prompt_ids_CL = _padded(prompts, pad, multiple=self.prompt_multiple)
         least = data.max_target_tokens if self.loss_on_padding else 1
         labels_TL = _padded(labels, pad, least)
         counts_TL = _not_padding(labels, labels_TL) | self.loss_on_padding
@@ -249,11 +252,11 @@ def group_by_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]
     return tuple(cut(sorted(range(len(lengths)), key=lengths.__getitem__)))
 
 
-def _padded(rows: list[list[int]], pad: int, least: int = 1) -> torch.Tensor:
+def _padded(rows: list[list[int]], pad: int, least: int = 1, multiple: int = 1) -> torch.Tensor:
     """Returns the rows as one int64 tensor, padded on the right to the longest of them."""
     # At least one column: a model with neither image tokens nor prompt still needs a position to
     # attend to.
-    width = max(least, *map(len, rows))
+    width = -(-max(least, *map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
 
 

@@ -35,6 +35,7 @@ from harness.machine.precision import Precision, choose
 from harness.model import arguments
 from harness.model.batch import Batch
 from harness.model.bridge import Bridge, BridgeOutput
+from harness.model.compiled import Compilations, compile_forwards
 from harness.model.language import quantise
 from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.interface import LanguageModel
@@ -99,6 +100,7 @@ class VisionLanguageModel(PreTrainedModel):
         self.lm = lm
         self.precision: Precision = choose("fp32", torch.device("cpu"))
         self.label_smoothing = 0.0
+        self.compilations: Compilations | None = None  # of train.compile
 
     @classmethod
     def build(
@@ -132,6 +134,8 @@ class VisionLanguageModel(PreTrainedModel):
         model.label_smoothing = config.train.label_smoothing
         if config.train.activation_checkpointing:
             model.checkpoint_activations()
+        if config.train.compile and not without_weights():
+            model.compilations = compile_forwards(model, (vision, model.bridge))
         if config.model.bridge.init_from and not without_weights():
             logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
         return model

@@ -194,6 +194,8 @@ class Planner:
     @property
     def refused(self) -> str | None:
         """Why `harness train` would not start it on any number of bytes."""
+        if self.stage == 3 and self.config.train.compile:
+            return "train.compile and ZeRO-3: set train.compile=false, or take ZeRO-2"
         if self.launch.zero_stage is None or self.skeleton.precision.name != "fp16":
             return None
         return "DeepSpeed and fp16: take --launch multi_gpu (DDP), or a device with bf16"

@@ -71,6 +71,13 @@ class Clock:
         self._all_images += images
         self._targets += targets
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes so many seconds of steps for rest, and begins the rates anew: a warm-up."""
+        self.enter(self._phase)
+        self._spent["step"] -= seconds
+        self._spent["rest"] += seconds
+        self.reset()
+
     def reset(self) -> None:
         """Begins the rates anew."""
         self._images = self._targets = 0.0

@@ -6,7 +6,7 @@ samples of this rank -> micro-batches -> loss and gradients -> weights moved -> 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -126,11 +126,15 @@ class StepLog:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.utilisation = Utilisation(run)
+        self._compiled = 0  # graphs, and the seconds of all steps, when the last one was told
+        self._seconds = 0.0
 
     def write(self, step: StepResult, at_once: bool) -> None:
         """Tells terminal and tracker; the latter after `log_every` steps, or `at_once`."""
         run = self.run
-        run.clock.count(step.images, step.targets)
+        is_warm_up = self._leaves_out_a_warm_up()
+        if not is_warm_up:
+            run.clock.count(step.images, step.targets)
         rates = run.clock.rates()
         with run.clock.during("rest"):
             self.utilisation.count(step.batches)
@@ -150,8 +154,26 @@ class StepLog:
         }
         run.terminal.advance(run.state.step, figures)
         if at_once or run.state.step % run.config.train.log_every == 0:
-            run.track("train", figures)
+            run.track("train", figures if not is_warm_up else _without(rates, figures))
             run.clock.reset()
+
+    def _leaves_out_a_warm_up(self) -> bool:
+        """Tells whether this step has compiled something: then its time is none of the rates'."""
+        run = self.run
+        seconds = run.clock.spent["step"]
+        took = seconds - self._seconds
+        self._seconds = seconds
+        if not run.model.compilations or run.model.compilations.count == self._compiled:
+            return False
+        new = run.model.compilations.count - self._compiled
+        self._compiled = run.model.compilations.count
+        run.clock.leave_out(took)
+        self._seconds = run.clock.spent["step"]
+        run.terminal.say(
+            f"step {run.state.step}: {new} graph{'s' * (new > 1)} compiled, a warm-up of "
+            f"{took:.1f} s that the rates leave out"
+        )
+        return True
 
     def tell_speed(self) -> None:
         """Tells what limits the speed, of all steps and evaluations so far."""
@@ -164,6 +186,10 @@ class StepLog:
         run.terminal.say(f"{shares.line()}; {told}")
         run.track("train", shares.figures())
         run.tracker.tags({"speed": shares.bound})
+
+
+def _without(rates: Mapping[str, float], figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if name not in (*rates, "mfu")}
 
 
 def steps_left(loader: Loader, stream: StreamState, epochs: int) -> int:

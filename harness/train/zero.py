@@ -63,6 +63,11 @@ class ZeroEngine(Engine):
                 "stalls a run in silence. Use DDP (launch/accelerate/multi_gpu.yaml), or GPUs with "
                 "bf16"
             )
+        if train.compile and self.stage == 3:
+            raise ConfigError(
+                "train.compile and ZeRO-3 do not go together: a compiled forward does not gather "
+                "partitioned weights; set train.compile=false, or take ZeRO-2"
+            )
         self.fused = True if self.offloads else self.fused
 
     def _accelerator(self, train: TrainConfig) -> Accelerator:
