@@ -6,6 +6,7 @@ killed goes on after its last whole part, and processes need nothing in common b
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -60,14 +61,16 @@ class Parts:
             if not self._path(number).exists():
                 write_whole(self._path(number), make(number))
 
-    def each(self, make: Make) -> Iterator[bytes]:
-        """Yields all in their order: makes its own where they are not there, waits for others."""
-        for number in range(self._count):
+    def each(self, make: Make, first: int = 0) -> Iterator[tuple[int, bytes]]:
+        """Yields all from the `first` on, in their order, with their numbers: makes its own where
+        they are not there, waits for those of others.
+        """
+        for number in range(first, self._count):
             path = self._path(number)
             if number in self._own and not path.exists():
                 write_whole(path, make(number))
             self._wait_for(path)
-            yield path.read_bytes()
+            yield number, path.read_bytes()
 
     def _wait_for(self, path: Path) -> None:
         """Waits for what another process makes; a launcher ends all where that one fails."""
@@ -80,9 +83,8 @@ class Parts:
 
     def remove(self) -> None:
         """Removes them, and what was made for this result of anything else."""
-        for folder in self._out.parent.iterdir():
-            if folder.name.startswith(self._prefix):
-                shutil.rmtree(folder)
+        for folder in self._out.parent.glob(f"{glob.escape(self._prefix)}*"):
+            shutil.rmtree(folder)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +50,9 @@ class Indexing:
         split: str,
         on_progress: Progress = lambda samples: None,
         layout: Layout | None = None,
+        is_rest: bool = False,
     ):
+        """`is_rest`: of a set whose beginning was understood: what is not costs itself alone."""
         self._described: dict[str, Any] = {
             "kind": kind,
             "dataset": dataset,
@@ -59,10 +61,11 @@ class Indexing:
         }
         self._layout = layout
         self._on_progress = on_progress
+        self._is_rest = is_rest
         self.shards: list[ShardInfo] = []
         self.skipped: list[dict[str, Any]] = []  # what is no sample, with its place and the reason
         self.first: Group | None = None  # what was left out first though its files are sound
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}  # keys, with the offset where they came
         self._keys: list[bytes] = []
         self._rows = bytearray()
 
@@ -76,7 +79,7 @@ class Indexing:
                 on_stray = partial(self._leave_out, name, "a file that a Mac adds to archives")
                 for group in groups(read, size, on_stray=on_stray):
                     texts += self._add_sample(group, name)
-                    if not self._keys and len(self.skipped) >= NOT_UNDERSTOOD:
+                    if not self.is_understood and len(self.skipped) >= NOT_UNDERSTOOD:
                         raise ShardError(self.nothing_found())
             except UnreachableError:  # which names it
                 raise
@@ -84,6 +87,39 @@ class Indexing:
                 raise ShardError(f"{location}: {error}") from error
             samples = len(self._keys) - before
             self.shards.append(ShardInfo(name, *read.finish(), samples, texts))
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether a sample was."""
+        return self._is_rest or bool(self._keys)
+
+    def part(self) -> bytes:
+        """Returns all that was added of one tar, for another's `take`."""
+        (shard,) = self.shards
+        document = {
+            "shard": asdict(shard),
+            "seen": self._seen,
+            "keys": [key.decode() for key in self._keys],
+            "skipped": self.skipped,
+        }
+        return json.dumps(document).encode() + b"\n" + self._rows
+
+    def take(self, part: bytes, location: str) -> None:
+        """Adds a tar as `add` does, from what another found in it. Raises ShardError for a key that
+        occurs again.
+        """
+        end_of_line = part.index(b"\n")
+        document = json.loads(part[:end_of_line])
+        for key, offset in document["seen"].items():
+            try:
+                self._must_be_new(key, offset)
+            except ShardError as error:
+                raise ShardError(f"{location}: {error}") from error
+        self.shards.append(ShardInfo(**document["shard"]))
+        self._keys += [key.encode() for key in document["keys"]]
+        self.skipped += document["skipped"]
+        self._rows += part[end_of_line + 1 :]
+        self._on_progress(len(document["keys"]))
 
     def _add_sample(self, group: Group, shard: str) -> int:
         """Returns how many texts it has; 0 if it is left out."""
@@ -125,7 +161,7 @@ class Indexing:
                 f"the key {key!r} occurs again at offset {offset}: keys must be unique, "
                 "the files of a sample adjacent"
             )
-        self._seen.add(key)
+        self._seen[key] = offset
 
     def finish(self, folder: Path, **further: Any) -> Manifest:
         """Writes the sidecar; the set is complete with `write_index`."""

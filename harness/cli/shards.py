@@ -128,8 +128,9 @@ def index(
     class_names: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A name a line, for the numbers of .cls.")
     ] = None,
+    processes: Several = 1,
 ) -> None:
-    """Indexes WebDataset shards that were made elsewhere.
+    """Indexes WebDataset shards that were made elsewhere; killed and typed again, it goes on.
 
     A picture with a .txt, or a "caption" in .json, is found as it is.
     """
@@ -145,8 +146,17 @@ def index(
         raise ShardError(
             f"--out {out} is one folder and {len(places)} sets were given: index them one at a time"
         )
+    _as_several(processes)
     for place in places:
         _index(place, dataset, split, layout=layout, out=out, overwrite=overwrite)
+
+
+def _as_several(processes: int) -> None:
+    """Runs what was typed as so many processes, and ends with their exit code."""
+    from harness.machine.several import as_typed, run_as_several
+
+    if processes > 1:
+        raise typer.Exit(run_as_several(as_typed(), processes))
 
 
 def _upgrade(places: list[str]) -> None:
@@ -160,15 +170,19 @@ def _upgrade(places: list[str]) -> None:
 
 def _index(place: str, dataset: str | None, split: str | None, **options: Any) -> None:
     """Indexes one folder of tars, and says what was found and how it is read."""
-    from shards.index import how_read, index_shards
+    from harness.machine.several import share_of_this
+    from shards.index import Job, how_read
 
     _check_no_secret(place)
     where = place.rstrip("/") if "://" in place else os.path.abspath(place)
     folder = os.path.dirname(where) if where.endswith(".tar") else where
     above = os.path.basename(os.path.dirname(folder))
     names = (dataset or above or "webdataset", split or os.path.basename(folder))
+    share = share_of_this()
+    if share.rank:
+        return Job(place, *names, share=share, **options).index_own()
     with counted(f"indexing {place}") as count:
-        made = index_shards(place, *names, on_progress=count, **options)
+        made = Job(place, *names, share=share, on_progress=count, **options).write()
     left_out = f", {made.skipped:,} left out, named in {made.folder}/skipped.jsonl"
     counts = f"{made.samples:,} samples, {made.texts:,} texts{left_out if made.skipped else ''}"
     say(f"{made.folder}: {counts}\n{made.folder}: {how_read(made)}")
@@ -238,13 +252,9 @@ def features(
 
     loaded = load(config, overrides or ())
     check_vision(loaded)
-    from harness.machine.several import card_of_this, run_as_several, share_of_this
-
-    if processes > 1:
-        arguments = ["shards", "features", shards, "--config", config, "--out", str(out)]
-        arguments += [*(overrides or ()), *(["--overwrite"] if overwrite else [])]
-        raise typer.Exit(run_as_several(arguments, processes))
+    _as_several(processes)
     from harness.data.encode import SetEncoding
+    from harness.machine.several import card_of_this, share_of_this
     from shards.manifest import splits_in
 
     share = share_of_this()
@@ -263,7 +273,7 @@ def features(
                 progress=progress,
             )
             if share.rank:
-                encoding.make_own()
+                encoding.make_own(overwrite)
             else:
                 lines.append(_features_told(encoding.write(overwrite)))
     if lines:

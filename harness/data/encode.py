@@ -27,7 +27,7 @@ from harness.machine.precision import Precision, Requested, choose_or_fall_back
 from harness.model.vision import VisionTower, load_vision
 from harness.redact import say
 from shards.loader import Loader
-from shards.manifest import SKIPPED, Manifest
+from shards.manifest import INDEX, SKIPPED, Manifest
 from shards.parts import Parts, Share
 from shards.quarantine import NAMED
 from shards.read import Reader
@@ -124,8 +124,10 @@ class SetEncoding:
         self._at = -1  # the part that `_batches` goes on with
         self._batches: Generator[tuple[StreamState, list[Any]], None, None] | None = None
 
-    def make_own(self) -> None:
+    def make_own(self, overwrite: bool = False) -> None:
         """Makes the parts that are this process's, for the first one to write."""
+        if (self.out / INDEX).exists() and not overwrite:
+            return  # which that one says, or has just written
         try:
             self._parts.make_own(self._part)
         finally:
@@ -163,7 +165,7 @@ class SetEncoding:
         go to `left_out`, by index with the reason.
         """
         reader = Reader(self.source, answered=False)
-        for number, part in enumerate(self._parts.each(self._part)):
+        for number, part in self._parts.each(self._part):
             indices = range(self.source.samples)[number * self._images :][: self._images]
             features_IPD = safetensors.numpy.load(part)["features_IPD"]
             refused = {int(index): why for index, why in json.loads(_metadata(part)["left_out"])}

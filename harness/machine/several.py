@@ -38,6 +38,15 @@ def card_of_this() -> str | None:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % found}"
 
 
+def as_typed() -> list[str]:
+    """Returns the arguments of this command, `--processes N` left out."""
+    typed = sys.argv[1:]
+    places = [n for n, word in enumerate(typed) if word.partition("=")[0] == "--processes"]
+    for place in reversed(places):
+        del typed[place : place + (1 if "=" in typed[place] else 2)]
+    return typed
+
+
 def run_as_several(arguments: Sequence[str], processes: int) -> int:
     """Runs `harness ARGUMENTS` as so many processes to their end; returns the exit code of the
     first that fails, when the others have been ended, else 0.

@@ -27,10 +27,10 @@ def test_parts_come_in_order_and_are_made_once_however_often_work_is_killed(tmp_
     with pytest.raises(KeyboardInterrupt):
         list(parts.each(make))
     again = Parts(tmp_path / "out", ["a"], 4, Share())
-    assert list(again.each(make)) == [b"part 0", b"part 1", b"part 2", b"part 3"]
+    assert list(again.each(make)) == [(n, b"part %d" % n) for n in range(4)]
     assert made == [0, 1, 2, 2, 3]
     other = Parts(tmp_path / "out", ["b"], 1, Share())
-    assert list(other.each(lambda number: b"another")) == [b"another"]
+    assert list(other.each(lambda number: b"another")) == [(0, b"another")]
     other.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -45,4 +45,4 @@ def test_the_first_process_waits_for_the_others(tmp_path):
     assert waiting.is_alive()
     second.make_own(lambda n: b"second")
     waiting.join(10)
-    assert came == [b"first", b"second", b"second"]
+    assert came == [(0, b"first"), (1, b"second"), (2, b"second")]
