@@ -215,6 +215,7 @@ def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> N
         manifest = opened(path, patience=patience_of(config))
         manifest.check_texts()
         manifest.check_answered()
+        manifest.check_lanes(config.data.lanes if key.startswith("data.train") else 1)
         if manifest.kind == "features":
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:

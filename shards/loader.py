@@ -463,11 +463,7 @@ class Loader:
         for manifest in self.manifests:
             if not manifest.samples:
                 raise ShardError(f"{manifest.folder}: the set holds no samples")
-            if manifest.samples < self.lanes:
-                raise ShardError(
-                    f"{manifest.folder}: the set has {manifest.samples} samples, too few for "
-                    f"{self.lanes} lanes: take fewer lanes"
-                )
+            manifest.check_lanes(self.lanes)
             manifest.check_texts()
             if manifest.kind != self.manifests[0].kind:
                 raise ShardError(

@@ -217,6 +217,14 @@ class Manifest:
                 "set again, with captions or questions"
             )
 
+    def check_lanes(self, lanes: int) -> None:
+        """Raises ShardError for a set that cannot give each lane a sample."""
+        if self.samples < lanes:
+            raise ShardError(
+                f"{self.folder}: the set has {self.samples} samples, too few for {lanes} lanes: "
+                "take fewer lanes (data.lanes)"
+            )
+
     def check_answered(self) -> None:
         """Raises ShardError for a set with questions that nobody answered: what is learnt from them
         or scored on them would be made up.

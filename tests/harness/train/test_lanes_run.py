@@ -5,11 +5,13 @@ are where some lanes end early.
 import pytest
 import torch
 
+from harness.checks import check_before_launch
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.train import prepare
 from harness.train import run as train
 from harness.train.state import Observer
+from shards.files import ShardError
 from shards.read import Reader
 from toy_runs import make_config, make_shards
 
@@ -45,6 +47,12 @@ def test_the_bridge_begins_from_the_first_lane_whatever_rank_reads_it(config_of,
         if not torch.equal(new, old)
     }
     assert changed == set(model.bridge.START_VALUES)
+
+
+def test_a_set_too_small_for_the_lanes_is_named_before_anything_is_launched(config_of):
+    with pytest.raises(ShardError, match=r"data\.train\.0\.path: .*14 samples, too few for 16"):
+        check_before_launch(config_of(16, global_batch=16))
+    check_before_launch(config_of(14, global_batch=14))
 
 
 class Counted(Observer):
