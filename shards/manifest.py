@@ -493,8 +493,9 @@ class Rows:
     def _of_block(self, block: int, size: int, offset: int) -> bytes:
         opened = self._opened.get(block)
         if opened is None:
-            if self._max_open and len(self._opened) >= self._max_open:
-                self._opened.pop(next(iter(self._opened)), None)
+            if self._max_open:  # a list, since several threads may be here
+                for earlier in list(self._opened)[: 1 - self._max_open]:
+                    self._opened.pop(earlier, None)
             opened = self._open_block(block)
             self._opened[block] = opened
         file, first = opened
