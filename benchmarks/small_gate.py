@@ -53,6 +53,7 @@ def main() -> None:
             for batch in prepare.micro_batches(samples, collate, config.train.micro_batch):
                 loss = wrapped(batch.to(engine.device))
                 engine.backward(loss.sum / loss.weight)
+            engine.await_gradients()
             engine.step(config.train.learning_rate, skip=False)
             step_seconds.append(time.perf_counter() - began)
     began = time.perf_counter()

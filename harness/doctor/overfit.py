@@ -99,10 +99,9 @@ def overfit(
     reached = run.model.train()(whole).sum.requires_grad
     first = FirstGradients(named)
     while reached and run.state.step < steps and time.monotonic() < end:
-        scale = run.engine.loss_scale
         step = taker.take(run.state.stream, samples)
         if step.gradient_norm is not None:
-            first.keep(scale)
+            first.keep(run.engine.loss_scale)
         progress(run.state.step, steps)
         is_time_to_look = run.state.step % EVERY == 0 and step.loss < LEARNT
         if is_time_to_look and exact_answers(run.model, whole) == whole.images:

@@ -1,11 +1,12 @@
 """Everything that differs between plain Accelerate, a loss scaler and DeepSpeed ZeRO (zero.py),
 behind one interface.
 
-    prepare -> for each micro-batch: with micro_step(last): model(batch), backward(loss) -> step()
-    -> norm, or skipped
+    prepare -> for each micro-batch: with micro_step(last): model(batch), backward(loss)
+    -> await_gradients() -> step() -> norm, or skipped
 
-The train loop knows no engine by name. State goes in and out by parameter name, so that any engine
-reads any other's.
+A step has the host wait for the device once, in `await_gradients`; until then it only says what is
+to be done. The train loop knows no engine by name. State goes in and out by parameter name, so that
+any engine reads any other's.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Engine:
         self.fused: bool | None = True if self.device.type == "cuda" else None
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
+        self.loss_scale = self.scaler.get_scale()  # of the last step; 1 where none is needed
+        self._norm = math.nan
 
     def _accelerator(self, train: TrainConfig) -> Accelerator:
         # Accelerate is told "no" mixed precision: which part runs in which dtype is precision.py's,
@@ -141,31 +144,40 @@ class Engine:
         """
         self.scaler.scale(loss * self.world_size).backward()
 
+    def await_gradients(self, *figures: torch.Tensor) -> list[float]:
+        """Unscales and clips the gradients, then waits for the device. Returns the figures, each
+        on the device and of one dimension, as numbers; the norm is read with them.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clipped_norm()
+        scale = self.scaler.scale(torch.ones_like(norm))
+        self._norm, self.loss_scale, *told = self._read(torch.stack([norm, scale]), *figures)
+        return told
+
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
-        """Clips and moves the weights. Returns the gradient norm, or None when the step was skipped
-        as non-finite.
+        """Moves the weights, after `await_gradients`. Returns the gradient norm, or None when the
+        step was skipped as non-finite.
 
         `skip`: some rank's loss was not finite, whatever the gradients say. The norm is taken after
         the gradients were reduced, so that all ranks see the same and decide alike.
         """
         self._set(learning_rate)
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clipped_norm()
-        finite = math.isfinite(norm) and not skip
+        finite = math.isfinite(self._norm) and not skip
         if finite:
-            self.scaler.step(self.optimizer)
+            # not by the scaler, which would wait to see again that nothing is infinite
+            self.optimizer.step()
         self.scaler.update()
         self.discard()
-        return norm if finite else None
+        return self._norm if finite else None
 
     def _set(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["share"]
 
-    def _clipped_norm(self) -> float:
+    def _clipped_norm(self) -> torch.Tensor:
         """Clips the gradients and returns what their norm was before."""
         limit = math.inf if self.train.clip_norm is None else self.train.clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.named.values(), limit).item()
+        return torch.nn.utils.clip_grad_norm_(self.named.values(), limit)
 
     def discard(self) -> None:
         """Leaves nothing of this step's gradients behind."""
@@ -173,11 +185,28 @@ class Engine:
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sums over all ranks, in fp64, as one all-reduce."""
-        packed = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.world_size == 1:
-            return packed.tolist()
+            return [float(value) for value in values]
+        return self._read(self.summed(values))
+
+    def summed(self, values: Iterable[float], *on_device: torch.Tensor) -> torch.Tensor:
+        """Sums over all ranks, in fp64, as one all-reduce that the host does not wait for: numbers
+        that are on the device, and behind them `values`, which the host knows.
+        """
+        known = torch.tensor(list(values), dtype=torch.float64)
+        if self.device.type == "cuda":
+            known = known.pin_memory()  # else the copy is waited for
+        known = known.to(self.device, non_blocking=True)
+        packed = torch.cat([*(value.double().reshape(1) for value in on_device), known])
+        if self.world_size == 1:
+            return packed
         with self.heart.waiting():
-            return self.accelerator.reduce(packed, "sum").tolist()
+            return self.accelerator.reduce(packed, "sum")
+
+    def _read(self, *figures: torch.Tensor) -> list[float]:
+        """Waits for the device, once."""
+        with self.heart.waiting():
+            return torch.cat([values.double() for values in figures]).tolist()
 
     def wait(self) -> None:
         with self.heart.waiting():
@@ -223,16 +252,13 @@ class Engine:
                 for key in MOMENTS
             }
 
-    @property
-    def loss_scale(self) -> float:
-        return self.scaler.get_scale()  # 1 where none is needed
-
     def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict()
 
     def load_scaler_state(self, saved: Mapping[str, Any]) -> None:
         if saved:
             self.scaler.load_state_dict(dict(saved))
+            self.loss_scale = self.scaler.get_scale()
 
     def close(self) -> None:
         """Waits for all ranks and ends NCCL's group; ending gloo's can wait for its own thread for

@@ -48,7 +48,7 @@ class GradientGuard:
     """
 
     def __init__(self, model: nn.Module):
-        self._finite: dict[str, bool] = {}
+        self._finite: dict[str, torch.Tensor] = {}  # on the device: looked at once, by `check`
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise GuardError(
@@ -58,7 +58,8 @@ class GradientGuard:
         self._hooks = [p.register_hook(partial(self._see, name)) for name, p in trained.items()]
 
     def _see(self, name: str, grad: torch.Tensor) -> None:
-        self._finite[name] = self._finite.get(name, True) and bool(grad.isfinite().all())
+        finite = grad.isfinite().all()
+        self._finite[name] = self._finite[name] & finite if name in self._finite else finite
 
     def check(self) -> None:
         """Takes the hooks off after the first step that was not skipped. Raises GuardError."""
@@ -70,7 +71,8 @@ class GradientGuard:
                 f"{len(silent)} of {len(self._names)} trainable parameters got no gradient in the "
                 f"first step, the first of them {silent[0]}: that part would not learn"
             )
-        if wrong := [name for name, finite in self._finite.items() if not finite]:
+        seen = torch.stack(list(self._finite.values())).tolist()
+        if wrong := [name for name, finite in zip(self._finite, seen, strict=True) if not finite]:
             raise GuardError(
                 f"the gradient of {wrong[0]} (and {len(wrong) - 1} more) is not finite in the "
                 "first step"

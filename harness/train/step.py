@@ -50,7 +50,8 @@ class StepTaker:
     def take(self, stream: StreamState, samples: Sequence[Sample] | UnreachableError) -> StepResult:
         """Learns from this rank's `samples`; `stream`: where the run stands after them.
 
-        Raises UnreachableError, on all ranks alike, where one has that in place of its samples.
+        Raises UnreachableError, on all ranks alike and before the weights move, where one has that
+        in place of its samples.
         """
         run = self.run
         engine = run.engine
@@ -65,26 +66,28 @@ class StepTaker:
         most = max(self.images_of_rank, run.loader.largest_share(state.stream, stream))
         micro_steps = math.ceil(most / run.config.train.micro_batch)
         batches = real + [self.filler] * (micro_steps - len(real))
-        weight, images, targets, failures = engine.sum([*_totals(real), failure != ""])
-        if failures:
-            raise UnreachableError(next(filter(None, gathered(failure, engine))))
+        totals = engine.summed([*_totals(real), failure != ""])
         for observer in run.observers:
             observer.batches_made(run, samples, batches)
         # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
-        share = self._gradients(batches, max(weight, 1e-8))
+        share = self._gradients(batches, totals[0].clamp(min=1e-8).float())
         # One packed tensor decides for all ranks alike.
-        loss, not_finite, stops, saves, quarantined, truncated, *unreadable = engine.sum(
+        flags = engine.summed(
             [
-                share,
-                not math.isfinite(share),
                 self.stop_asked() > 0,
                 self.save_due(),
                 len(run.loader.quarantined),
                 self.collate.truncated.total(),
                 *run.loader.unreadable_in(samples),
-            ]
+            ],
+            share,
+            ~share.isfinite(),
         )
+        _, images, targets, failures, *told = engine.await_gradients(totals, flags)
+        if failures:
+            raise UnreachableError(next(filter(None, gathered(failure, engine))))
+        loss, not_finite, stops, saves, quarantined, truncated, *unreadable = told
         self.quarantine.share(quarantined)
         rate = learning_rate(run.config.train, state.step, self.planned_steps)
         norm = engine.step(rate, skip=not_finite > 0)
@@ -98,15 +101,15 @@ class StepTaker:
             observer.step_taken(run, result)
         return result
 
-    def _gradients(self, batches: Sequence[Batch], weight: float) -> float:
+    def _gradients(self, batches: Sequence[Batch], weight: torch.Tensor) -> torch.Tensor:
         """Returns this rank's share of the loss; its gradients are where the engine keeps them."""
         engine = self.run.engine
-        share = 0.0
+        share = torch.zeros((), dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(batches):
             with engine.micro_step(last=index == len(batches) - 1):
                 loss = self.run.wrapped(batch.to(engine.device)).sum / weight
                 engine.backward(loss)
-            share += loss.item()
+            share += loss.detach()
         return share
 
 

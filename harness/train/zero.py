@@ -143,15 +143,19 @@ class ZeroEngine(Engine):
         # norm first.
         self.model.backward(loss * self.world_size)
 
+    def _clipped_norm(self) -> torch.Tensor:
+        if self.stage == 0:
+            return super()._clipped_norm()
+        return torch.zeros((), device=self.device)  # stages 1 to 3 clip in their step, and tell
+
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
         self._set(learning_rate)
         if self.stage == 0:
-            norm = self._clipped_norm()
-            if skip or not math.isfinite(norm):
+            if skip or not math.isfinite(self._norm):
                 self.discard()
                 return None
             self.model.step()
-            return norm
+            return self._norm
         # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what
         # they hold.
         with _infinite_norm(self.optimizer) if skip else nullcontext():

@@ -45,6 +45,7 @@ def take(engine, model, rows=((1.0, 2.0, 3.0), (-1.0, 0.5, 0.0)), factor=1.0, sk
     for index, row in enumerate(rows):
         with engine.micro_step(last=index == len(rows) - 1):
             engine.backward(model(torch.tensor([row])).sum() * factor / len(rows))
+    assert engine.await_gradients(torch.tensor([2.0, 3.0])) == [2.0, 3.0]
     return engine.step(rate, skip=skip)
 
 
@@ -124,6 +125,7 @@ def decayed(model, decays_queries):
     before = weights(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    engine.await_gradients()
     engine.step(0.1)
     return {name for name, value in weights(model).items() if not value.equal(before[name])}
 
