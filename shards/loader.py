@@ -15,8 +15,10 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -51,6 +53,8 @@ from shards.stream import (
 )
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 # unreadable ones of a set without a good one between them: the set, or what decodes it, is broken
 _IN_A_ROW = 100
@@ -251,6 +255,19 @@ class Loader:
         order, and when nothing of a set can be read any more; UnreachableError when the data do
         not answer.
         """
+        return self.collated(_as_it_is, state, epochs)
+
+    def collated(
+        self,
+        collate: Callable[[list[Sample]], Made],
+        state: StreamState | None = None,
+        epochs: int | None = None,
+        pin: bool = False,
+    ) -> Generator[tuple[StreamState, Made], None, None]:
+        """Yields, as `iterate`, what `collate` makes of the samples: where they are read, in the
+        workers, so that it and what it makes have to be picklable. `pin`: what it makes has a
+        method pin_memory, whose result is yielded. Raises the ShardErrors of `collate` too.
+        """
         if state is not None and state.digest not in self.digests:
             raise ShardError(
                 f"the stream state belongs to order {state.digest} of {state.lanes} lanes, this is "
@@ -261,20 +278,37 @@ class Loader:
             raise ShardError(
                 f"the stream state is at image {state.position} of an epoch of {self.samples}"
             )
-        return self._iterate(state or self.at(0, 0), epochs)
+        return self._iterate(partial(_collated, collate), state or self.at(0, 0), epochs, pin)
+
+    def coming(self) -> Any:
+        """Waits for the batch that comes next, while the one before it is used, and returns it; it
+        is yielded all the same. None: there is none, or reading it has failed, which is raised when
+        its turn comes.
+        """
+        return self._coming.peek()[1]
+
+    def after(self, state: StreamState) -> StreamState:
+        """Returns where a run stands after the batch that follows `state`."""
+        return self._state_after(next(self._steps(state, None)))
+
+    def _state_after(self, step: Step) -> StreamState:
+        rest = self.samples - step.stop
+        ended = self.last_batch == "drop" and rest < self.global_batch
+        return self.at(step.epoch, self.samples if ended else step.stop)
 
     def whole_batches(self, numbers: Sequence[int]) -> Generator[list[Sample], None, None]:
         """Yields these global batches of epoch 0, for a loader of one rank. What could not be read
         in them counts only where `account` is told of it, as others may read the other batches.
         Raises as `iterate`.
         """
+        as_read = partial(_collated, _as_it_is)
         left = list(numbers)
         failed = 0
         while left:
             steps = [self._step(0, number * self.global_batch) for number in left]
             try:
-                for _, samples in self._read(iter(steps)):
-                    if isinstance(samples, UnreachableError):
+                for _, _, samples in self._read(iter(steps), as_read):
+                    if isinstance(samples, ShardError):
                         raise samples
                     left.pop(0)
                     yield samples
@@ -297,21 +331,20 @@ class Loader:
         self._check_unreadable(0, samples)
 
     def _iterate(
-        self, state: StreamState, epochs: int | None
-    ) -> Generator[tuple[StreamState, list[Sample]], None, None]:
+        self, collate: Callable[[Any], Any], state: StreamState, epochs: int | None, pin: bool
+    ) -> Generator[tuple[StreamState, Any], None, None]:
         failed_in = -1  # the epoch in which workers were started again
         while True:
             try:
-                for step, samples in self._read(self._steps(state, epochs)):
-                    if isinstance(samples, UnreachableError):
-                        raise samples
-                    self._account(samples)
-                    self._check_unreadable(step.epoch, samples)
-                    rest = self.samples - step.stop
-                    ended = self.last_batch == "drop" and rest < self.global_batch
-                    stop = self.samples if ended else step.stop
-                    state = self.at(step.epoch, stop)
-                    yield state, samples
+                with closing(self._read(self._steps(state, epochs), collate, pin)) as batches:
+                    self._coming = _Coming(batches)
+                    for step, made, samples in self._coming:
+                        if isinstance(samples, ShardError):
+                            raise samples
+                        self._account(samples)
+                        self._check_unreadable(step.epoch, samples)
+                        state = self._state_after(step)
+                        yield state, made
                 return
             except _WorkerError as failure:
                 self._go_on_after(failure, state.epoch, is_again=failed_in == state.epoch)
@@ -327,7 +360,9 @@ class Loader:
             ) from failure
         logger.warning("rank %d: %s; the data workers are started again", self.rank, failure)
 
-    def _read(self, steps: Iterator[Step]) -> Generator[tuple[Step, list[Sample]], None, None]:
+    def _read(
+        self, steps: Iterator[Step], collate: Callable[[Any], Any], pin: bool = False
+    ) -> Generator[tuple[Step, Any, list[Sample]], None, None]:
         """Yields what the workers read of these. Raises _WorkerError for what ends one."""
         on_child = signal.getsignal(signal.SIGCHLD)
         # batch_size=None and our own sampler: DataLoader only runs processes. Its own generator:
@@ -337,7 +372,8 @@ class Loader:
                 self._reading,
                 batch_size=None,
                 sampler=steps,
-                collate_fn=_as_it_is,
+                collate_fn=collate,
+                pin_memory=pin,
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
                 worker_init_fn=_start_worker,
@@ -610,7 +646,34 @@ class _Reading(Dataset):
             return _no_sample(set_index, index, text)
 
 
-def _watched(batches: Any) -> Iterator[tuple[Step, list[Sample]]]:
+class _Coming:
+    """An iterator whose next item can be waited for before it is asked for."""
+
+    def __init__(self, batches: Iterator[tuple[Step, Any, list[Sample]]]) -> None:
+        self._batches = batches
+        self._held: list[tuple[Any, Any, Any]] = []
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[Step, Any, list[Sample]]]:
+        return self
+
+    def __next__(self) -> tuple[Step, Any, list[Sample]]:
+        self.peek()
+        if self._error is not None:
+            raise self._error
+        return self._held.pop()
+
+    def peek(self) -> tuple[Any, Any, Any]:
+        """Returns the next item; Nones in place of an error, the end among them."""
+        if not self._held and self._error is None:
+            try:
+                self._held.append(next(self._batches))
+            except Exception as error:
+                self._error = error
+        return self._held[0] if self._held else (None, None, None)
+
+
+def _watched(batches: Any) -> Iterator[tuple[Step, Any, list[Sample]]]:
     """Yields what comes from the workers. Raises _WorkerError saying how one of them ended."""
     while True:
         try:
@@ -649,6 +712,19 @@ def _order_digest(sets: Sequence[str | None], parts: Sequence[Any]) -> str:
 def _as_it_is(item: Any) -> Any:
     """Stands in place of DataLoader's own, which turns what it finds inside into tensors."""
     return item
+
+
+def _collated(
+    collate: Callable[[list[Sample]], Any], read: tuple[Step, list[Sample] | UnreachableError]
+) -> tuple[Step, Any, list[Sample] | ShardError]:
+    """Returns a step with what `collate` makes of its samples, and these, which it may change."""
+    step, samples = read
+    if isinstance(samples, UnreachableError):
+        return step, None, samples
+    try:
+        return step, collate(samples), samples
+    except ShardError as error:  # as above: raised in a worker it would bring a traceback
+        return step, None, error
 
 
 def _start_worker(worker: int) -> None:

@@ -225,13 +225,18 @@ class Collator:
         if cut := [
             text for text, row in zip(texts, rows, strict=True) if len(row) + len(end) > limit
         ]:
-            if not self.truncated[kind]:
-                logger.warning(
-                    f"{kind}s longer than data.max_{kind}_tokens={limit} are cut (and counted), "
-                    f"the first is {cut[0]!r}"
-                )
-            self.truncated[kind] += len(cut)
+            self.note_cut(kind, cut)
         return [[*row[: limit - len(end)], *end] for row in rows]
+
+    def note_cut(self, kind: str, texts: Sequence[str]) -> None:
+        """Counts texts that are cut, also those that another process has cut."""
+        if not self.truncated[kind]:
+            limit = getattr(self.data, f"max_{kind}_tokens")
+            logger.warning(
+                f"{kind}s longer than data.max_{kind}_tokens={limit} are cut (and counted), "
+                f"the first is {texts[0]!r}"
+            )
+        self.truncated[kind] += len(texts)
 
 
 def group_by_length(lengths: Sequence[int]) -> tuple[tuple[list[int], int], ...]:

@@ -99,7 +99,7 @@ def overfit(
     reached = run.model.train()(whole).sum.requires_grad
     first = FirstGradients(named)
     while reached and run.state.step < steps and time.monotonic() < end:
-        step = taker.take(run.state.stream, samples)
+        step = taker.take(run.state.stream, taker.share(samples))
         if step.gradient_norm is not None:
             first.keep(run.engine.loss_scale)
         progress(run.state.step, steps)

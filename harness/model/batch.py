@@ -9,10 +9,12 @@ Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -38,12 +40,9 @@ class TargetRows(NamedTuple):
     kept_K: torch.Tensor  # int64, the tokens with a weight in labels_TL[rows_T, :longest], flat
     target_of_K: torch.Tensor  # int64 in [0, T), the target that each of them belongs to
 
-    def to(self, device: torch.device | str) -> TargetRows:
+    def mapped(self, change: Callable[[Any], Any]) -> TargetRows:
         return TargetRows(
-            self.rows_T.to(device, non_blocking=True),
-            self.longest,
-            self.kept_K.to(device, non_blocking=True),
-            self.target_of_K.to(device, non_blocking=True),
+            change(self.rows_T), self.longest, change(self.kept_K), change(self.target_of_K)
         )
 
 
@@ -98,12 +97,13 @@ class Batch:
         counts_TL = self.weight_TL.cpu() != 0
         length = counts_TL.shape[1]
         groups = self.groups if len(self.groups) > 1 else ()
+        moved = partial(torch.Tensor.to, device=self.weight_TL.device, non_blocking=True)
         made = []
         for rows, longest in ((range(len(counts_TL)), length), *groups):
             rows_T = torch.tensor(rows, dtype=torch.long)
             kept_K = counts_TL[rows_T, :longest].flatten().nonzero()[:, 0]
             target_of_K = rows_T[kept_K.div(max(longest, 1), rounding_mode="floor")]
-            made.append(TargetRows(rows_T, longest, kept_K, target_of_K).to(self.weight_TL.device))
+            made.append(TargetRows(rows_T, longest, kept_K, target_of_K).mapped(moved))
         return replace(self, index=TargetIndex(self.weight_TL, tuple(made)))
 
     def target_groups(self, whole: bool) -> Iterator[tuple[TargetRows, Batch]]:
@@ -127,17 +127,22 @@ class Batch:
             )
             yield made, group
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch on a device; index lists are made before, where nothing waits."""
+    def mapped(self, change: Callable[[Any], Any]) -> Batch:
+        """Returns the batch with what `change` makes of each of its tensors, those of its index
+        included, which is made before.
+        """
         batch = self.indexed()
         assert batch.index is not None  # `indexed` has made it
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+        made: dict[str, Any] = {
+            f.name: change(value)
             for f in fields(batch)
-            if isinstance(value := getattr(batch, f.name), torch.Tensor)
+            if isinstance(value := getattr(batch, f.name), torch.Tensor | np.ndarray)
         }
-        rows = tuple(each.to(device) for each in batch.index.rows)
-        return replace(batch, **moved, index=TargetIndex(moved["weight_TL"], rows))
+        rows = tuple(each.mapped(change) for each in batch.index.rows)
+        return replace(batch, **made, index=TargetIndex(made["weight_TL"], rows))
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.mapped(partial(torch.Tensor.to, device=device, non_blocking=True))
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

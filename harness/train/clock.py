@@ -65,6 +65,11 @@ class Clock:
         finally:
             self.enter(before)
 
+    def stood_still(self, seconds: float) -> None:
+        """Counts a part of the steps as waiting for data: what a GPU had nothing to do for."""
+        self._spent["step"] -= seconds
+        self._spent["data"] += seconds
+
     def count(self, images: float, targets: float) -> None:
         """Counts what a step has learnt from."""
         self._images += images

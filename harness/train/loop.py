@@ -42,8 +42,8 @@ def loop(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
 
 
 def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
-    global_batches = run.loader.iterate(run.state.stream, run.config.train.epochs)
     taker = StepTaker(run, stop_asked, saver.is_due)
+    global_batches = taker.batches()
     guard = RunGuard(run)
     log = StepLog(run)
     clock = run.clock
@@ -55,10 +55,10 @@ def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
     heart.doing(f"reads the images of step {run.state.step + 1}", alone=True)
     clock.enter("data")
     with run.terminal.progress(taker.last_step, run.state.step), closing(global_batches) as batches:
-        for stream, samples in fetched(batches, run.state.stream):
+        for stream, share in fetched(batches, run):
             clock.enter("step")
             heart.doing(f"takes step {run.state.step + 1}")
-            step = taker.take(stream, samples)
+            step = taker.take(stream, share)
             guard.check(step)
             is_end = step.stops or run.state.step == taker.last_step
             log.write(step, at_once=is_end)

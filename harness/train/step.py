@@ -1,29 +1,29 @@
 """One optimizer step over one whole global batch, and what is logged of it.
 
-samples of this rank -> micro-batches -> loss and gradients -> weights moved -> StepResult
+samples of this rank -> Share of micro-batches -> loss and gradients -> weights moved -> StepResult
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from harness.data.collate import Collator, drawn
+from harness.data.share import Share, ShareMaker
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.report.speed import Shares
 from harness.train.clock import memory_mb
 from harness.train.mfu import Utilisation
-from harness.train.prepare import micro_batches
 from harness.train.schedule import learning_rate
 from harness.train.state import Run, StepResult
 from harness.train.together import SharedQuarantine, gathered
+from harness.train.transfer import Transfer
 from shards.files import UnreachableError
 from shards.loader import Loader
-from shards.read import Sample
 from shards.stream import StreamState
 
 
@@ -40,51 +40,54 @@ class StepTaker:
         loss_weights = tuple(each.loss_weight for each in config.data.train)
         as_asked = Collator.of(config, run.model.tokenizer)
         self.collate = replace(as_asked, loss_weights=loss_weights)
+        self.share = ShareMaker(self.collate, config.train.micro_batch)
+        self.transfer = Transfer(run.engine.device)
+        self.is_gpu = run.engine.device.type == "cuda"
         self.quarantine = SharedQuarantine(run.loader, run.engine)
         self.filler = _filler(self.collate, run.model)
+        if self.is_gpu:
+            self.filler = self.filler.mapped(torch.Tensor.pin_memory)
         left = steps_left(run.loader, run.state.stream, config.train.epochs)
         self.planned_steps = run.state.step + left
         self.last_step = min(self.planned_steps, config.train.max_steps or self.planned_steps)
         self.images_of_rank = math.ceil(config.train.global_batch / run.loader.world_size)
 
-    def take(self, stream: StreamState, samples: Sequence[Sample] | UnreachableError) -> StepResult:
-        """Learns from this rank's `samples`; `stream`: where the run stands after them.
+    def batches(self) -> Generator[tuple[StreamState, Share], None, None]:
+        """Yields this rank's shares of the global batches that are left, collated where they are
+        read, each with where the run stands after it.
+        """
+        run = self.run
+        return run.loader.collated(
+            self.share, run.state.stream, run.config.train.epochs, pin=self.is_gpu
+        )
+
+    def take(self, stream: StreamState, share: Share | UnreachableError) -> StepResult:
+        """Learns from this rank's share; `stream`: where the run stands after it.
 
         Raises UnreachableError, on all ranks alike and before the weights move, where one has that
-        in place of its samples.
+        in place of its share.
         """
         run = self.run
         engine = run.engine
         state = run.state
         failure = ""
-        if isinstance(samples, UnreachableError):
-            failure = str(samples)
-            samples = []
-        with run.clock.during("data"):
-            real = micro_batches(samples, self.collate, run.config.train.micro_batch)
-        # As many on every rank, whatever it reads: under ZeRO each is a meeting of all ranks.
-        most = max(self.images_of_rank, run.loader.largest_share(state.stream, stream))
-        micro_steps = math.ceil(most / run.config.train.micro_batch)
-        batches = real + [self.filler] * (micro_steps - len(real))
-        totals = engine.summed([*_totals(real), failure != ""])
+        if isinstance(share, UnreachableError):
+            failure = str(share)
+            share = Share()
+        for kind, texts in share.cut:
+            self.collate.note_cut(kind, texts)
+        missing = self._micro_steps(stream) - len(share.batches)
+        batches = [*share.batches, *[self.filler] * missing]
+        totals = engine.summed([*_totals(share.batches), failure != ""])
         for observer in run.observers:
-            observer.batches_made(run, samples, batches)
+            observer.batches_made(run, share.samples, batches)
         # Dropout is a function of (seed, step, rank): no RNG state to save or to disturb.
         torch.manual_seed(drawn(run.config.seed, state.step, f"rank {engine.rank}") >> 1)
-        share = self._gradients(batches, totals[0].clamp(min=1e-8).float())
-        # One packed tensor decides for all ranks alike.
-        flags = engine.summed(
-            [
-                self.stop_asked() > 0,
-                self.save_due(),
-                len(run.loader.quarantined),
-                self.collate.truncated.total(),
-                *run.loader.unreadable_in(samples),
-            ],
-            share,
-            ~share.isfinite(),
-        )
+        nats = self._gradients(batches, totals[0].clamp(min=1e-8).float())
+        flags = self._flags(share, nats)
+        idle_seconds = self._look_ahead()
         _, images, targets, failures, *told = engine.await_gradients(totals, flags)
+        run.clock.stood_still(idle_seconds())
         if failures:
             raise UnreachableError(next(filter(None, gathered(failure, engine))))
         loss, not_finite, stops, saves, quarantined, truncated, *unreadable = told
@@ -101,26 +104,63 @@ class StepTaker:
             observer.step_taken(run, result)
         return result
 
+    def _micro_steps(self, after: StreamState) -> int:
+        """Returns how many micro-batches this step has: as many on every rank, whatever it reads,
+        since under ZeRO each is a meeting of all ranks.
+        """
+        largest = self.run.loader.largest_share(self.run.state.stream, after)
+        most = max(self.images_of_rank, largest)
+        return math.ceil(most / self.run.config.train.micro_batch)
+
+    def _flags(self, share: Share, nats: torch.Tensor) -> torch.Tensor:
+        """Returns one packed tensor that decides for all ranks alike."""
+        loader = self.run.loader
+        return self.run.engine.summed(
+            [
+                self.stop_asked() > 0,
+                self.save_due(),
+                len(loader.quarantined),
+                self.collate.truncated.total(),
+                *loader.unreadable_in(share.samples),
+            ],
+            nats,
+            ~nats.isfinite(),
+        )
+
     def _gradients(self, batches: Sequence[Batch], weight: torch.Tensor) -> torch.Tensor:
         """Returns this rank's share of the loss; its gradients are where the engine keeps them."""
         engine = self.run.engine
         share = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(self.transfer.arriving(batches)):
             with engine.micro_step(last=index == len(batches) - 1):
-                loss = self.run.wrapped(batch.to(engine.device)).sum / weight
+                loss = self.run.wrapped(batch).sum / weight
                 engine.backward(loss)
             share += loss.detach()
         return share
 
+    def _look_ahead(self) -> Callable[[], float]:
+        """Waits for the next batch, and begins its way to the device, while a GPU computes this
+        one. What is returned tells, when that is done, for how many seconds it had to wait too.
+        """
+        if not self.is_gpu:
+            return lambda: 0.0
+        computed = torch.cuda.Event(enable_timing=True)
+        has_next = torch.cuda.Event(enable_timing=True)
+        computed.record()
+        if (share := self.run.loader.coming()) is not None:
+            self.transfer.send_ahead(share.batches)
+        has_next.record()
+        return lambda: computed.elapsed_time(has_next) / 1000
+
 
 def fetched(
-    batches: Iterable[tuple[StreamState, list[Sample]]], state: StreamState
-) -> Iterator[tuple[StreamState, list[Sample] | UnreachableError]]:
+    batches: Iterable[tuple[StreamState, Share]], run: Run
+) -> Iterator[tuple[StreamState, Share | UnreachableError]]:
     """Yields the batches; if data do not answer, that as the last: the other ranks have to hear."""
     try:
         yield from batches
     except UnreachableError as error:
-        yield state, error
+        yield run.loader.after(run.state.stream), error
 
 
 class StepLog:
