@@ -201,7 +201,7 @@ def _samples(
     for done, (item, outcome) in enumerate(prepared, 1):
         if isinstance(outcome, Fault):
             kind = UNUSABLE_TEXT if outcome.is_of_text else UNDECODABLE
-            source.skip(kind, item.image, outcome.reason, split, len(item.record.texts))
+            source.skip(kind, item.name, outcome.reason, split, len(item.record.texts))
         else:
             usable += 1
             payload, extension, changed, row_K = outcome

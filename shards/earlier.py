@@ -96,20 +96,20 @@ class Journal:
         for item in items:
             if item.record.key not in known:
                 yield next(rest)
-            elif (found := self._taken(item.image)) is not None:
+            elif (found := self._taken(item.name)) is not None:
                 source.notes[TAKEN] += 1
                 yield item, found
             else:
                 yield from prepare([item])
 
     def _has(self, item: Item) -> bool:
-        noted = self._noted.get(item.image)
+        noted = None if item.image is None else self._noted.get(item.image)
         try:
             item.record.check()
             item.record.to_json()
         except RecordError:
             return False
-        return noted is not None and noted.stamp == self._files.stamp(item.image)
+        return noted is not None and noted.stamp == self._files.stamp(item.name)
 
     def _taken(self, image: str) -> Prepared | None:
         noted = self._noted[image]
@@ -125,6 +125,9 @@ class Journal:
         self._file.write(self._head + "\n")
 
     def note(self, item: Item, prepared: Prepared) -> None:
+        """Notes what an image became; a record without one costs nothing to make again."""
+        if item.image is None:
+            return
         payload, extension, changed, row_K = prepared
         row = base64.b64encode(row_K.astype("<f4").tobytes()).decode()
         stamp = self._files.stamp(item.image)

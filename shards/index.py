@@ -159,12 +159,13 @@ def how_read(manifest: Manifest) -> str:
     """Says where the pictures and the texts of a set's samples are read from."""
     if manifest.layout:
         return manifest.layout.told()
-    ends = [
-        " or ".join(f".{end.decode()}" for end in np.unique(manifest.sidecar[f"{part}_extension"]))
-        for part in ("payload", "text")
-    ]
+    ends = []
+    for part in ("payload", "text"):
+        found = np.unique(manifest.sidecar[f"{part}_extension"])
+        ends.append(" or ".join(f".{end.decode()}" for end in found if end))
     what = 'records or their "caption"' if ".json" in ends[1] else "captions"
-    return f"pictures from {ends[0]}, {what} from {ends[1]}"
+    pictures = f"pictures from {ends[0]}" if ends[0] else "no pictures"
+    return f"{pictures}, {what} from {ends[1]}"
 
 
 def _listed(folder: str) -> list[str]:

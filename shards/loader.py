@@ -75,8 +75,9 @@ class Loader:
     once an epoch (what an epoch of a weighted mixture is, see `stream.Mixture`). global_batch:
     images a step over all ranks. images: an epoch is the first so many of epoch 0 alone.
     last_batch: the rest of an epoch is a "short" batch, is filled up with samples of weight 0, or
-    is dropped. decode: Sample -> its new payload, called where the sample is read. workers:
-    processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote sets.
+    is dropped. decode: Sample -> its new payload, called where a sample that has one is read.
+    workers: processes; prefetch: batches read ahead by each. cache_dir, cache_bytes: for remote
+    sets.
     quarantine: a JSONL file that names what cannot be read. patience: with what does not answer.
     max_unreadable: the share of a set's images of an epoch beyond which iterating ends with
     ShardError, as `most_unreadable` has it; None: whoever iterates sees to it, as where several
@@ -149,6 +150,11 @@ class Loader:
         self.faults: Counter[Fault] = Counter()  # of all of them
         self._in_epoch = (0, [0] * len(self.manifests))  # an epoch, and its unreadable ones by set
         self._in_a_row = [0] * len(self.manifests)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Tells whether any record of its sets has a picture."""
+        return any(manifest.has_pictures for manifest in self.manifests)
 
     @property
     def digest(self) -> str:
@@ -501,10 +507,12 @@ class Loader:
                 raise ShardError(f"{manifest.folder}: the set holds no samples")
             manifest.check_lanes(self.lanes)
             manifest.check_texts()
-            if manifest.kind != self.manifests[0].kind:
+        shown = [manifest for manifest in self.manifests if manifest.has_pictures]
+        for manifest in shown:
+            if manifest.kind != shown[0].kind:
                 raise ShardError(
-                    f"{manifest.folder} holds {manifest.kind} and {self.manifests[0].folder} holds "
-                    f"{self.manifests[0].kind}: one run reads sets of one kind"
+                    f"{manifest.folder} holds {manifest.kind} and {shown[0].folder} holds "
+                    f"{shown[0].kind}: one run reads sets of one kind"
                 )
 
     def _check_cache(
@@ -628,6 +636,8 @@ class _Reading(Dataset):
         try:
             sample = reader.read(index)
             sample.epoch = epoch
+            if not sample.known.has_picture:
+                return sample
             if self.decode is not None and reader.manifest.kind == "features":
                 sample.payload = read_features(sample.payload, reader.manifest.encoder)
             elif self.decode is not None:

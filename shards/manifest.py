@@ -5,8 +5,9 @@ A folder or fsspec URL -> Manifest. The sidecar stays a file, one row a sample i
 that a set of any size is opened in little memory. Its columns: offset and size (bytes of the
 sample in its tar, first header to last byte), texts, targets, characters, crc (zlib.crc32 over the
 contents of its members in tar order); of payload and text (record or caption) offset and size of
-the content, their extensions, and members_crc (payload, then text); key. Format 1 (`index.bin`)
-has no columns of members: there a sample's headers are walked.
+the content, their extensions, and members_crc (payload, then text); key. A record without a picture
+has 0 and "" for its payload. Format 1 (`index.bin`) has no columns of members: there a sample's
+headers are walked.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Manifest:
     format_1_digest: str | None = None  # what states of runs before format 2 call this set
     layout: Layout | None = None  # of shards of other makers: what was said of their files
     unanswered: int = 0  # records whose questions have no answers
+    without_picture: int = 0  # records of texts alone
     # Outside the digest, which says what the samples are:
     # sha256 of each shard's rows of the sidecar; () in an index made before there were any
     rows_sha256: tuple[str, ...] = field(default=(), repr=False)
@@ -169,7 +171,7 @@ class Manifest:
                 format_1_digest=document.get("format_1_digest"),
                 layout=Layout.from_json(document.get("layout")),
                 rows_sha256=tuple(document.get("rows_sha256", ())),
-                unanswered=document.get("unanswered", 0),
+                **{name: document.get(name, 0) for name in _COUNTS},
                 **{name: document[name] for name in _PLAIN},
             )
             manifest._check_types()
@@ -198,8 +200,9 @@ class Manifest:
             raise ValueError(f"one of {', '.join(_ORIGIN)} is no text")
         if not isinstance(self.encoder, dict | None):
             raise ValueError("encoder is no mapping")
-        if not all(map(is_count, (self.skipped, self.key_bytes, self.unanswered))):
-            raise ValueError("skipped, key_bytes or unanswered is no count")
+        counts = ("skipped", "key_bytes", *_COUNTS)
+        if odd := [name for name in counts if not is_count(getattr(self, name))]:
+            raise ValueError(f"{odd[0]} is no count")
         if not 1 <= self.key_bytes <= MAX_KEY_BYTES or "\0" in (self.base or ""):
             raise ValueError("key_bytes is not between 1 and 255, or base is no place")
         if len(self.rows_sha256) not in (0, len(self.shards)) or not all(
@@ -289,7 +292,7 @@ class Manifest:
             "rows_sha256": list(self.rows_sha256),
             "statistics": self.statistics_file and asdict(self.statistics_file),
             **{name: getattr(self, name) for name in _ORIGIN},
-            **({"unanswered": self.unanswered} if self.unanswered else {}),
+            **{name: count for name in _COUNTS if (count := getattr(self, name))},
         }
 
     @cached_property
@@ -307,6 +310,13 @@ class Manifest:
     @property
     def samples(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def has_pictures(self) -> bool:
+        """Tells whether any of its records has a picture; one of texts alone goes with sets of
+        images and of features alike.
+        """
+        return self.without_picture < self.samples
 
     @property
     def texts(self) -> int:
@@ -517,6 +527,7 @@ class Rows:
 
 
 _ORIGIN = ("origin", "origin_relative", "origin_digest")
+_COUNTS = ("unanswered", "without_picture")  # in the index where there are some
 _PLAIN = ("format", "kind", "dataset", "split", "key_bytes", "encoder", "base", "skipped")
 
 

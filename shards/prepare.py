@@ -29,7 +29,7 @@ from shards.files import ShardError
 from shards.images import on_white, upright
 from shards.record import RecordError
 from shards.sources.source import ImageFiles, Item, Source
-from shards.statistics import COLUMNS, picture_statistics, statistics_of
+from shards.statistics import COLUMNS, picture_statistics, statistics_of, unknown
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it warns of a decompression bomb
 JPEG_QUALITY = 95
@@ -56,6 +56,7 @@ class Fault(NamedTuple):
 
 
 Outcome = Prepared | Fault
+NO_PICTURE: Prepared = (b"", "", "", unknown(1)[0])  # of a record of texts alone
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def preparing(
     def here(items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
         for item in items:
             data = _file_of(source.images, item)
-            if isinstance(data, Fault):
+            if not isinstance(data, bytes):
                 yield item, data
             else:
                 yield item, _decoded(data, short_side, max_pixels)
@@ -112,7 +113,7 @@ class _Pool:
             self._own.process = self._start()
         process = self._own.process
         found = [_file_of(self._files, item) for item in chunk]
-        files = [data for data in found if not isinstance(data, Fault)]
+        files = [data for data in found if isinstance(data, bytes)]
         try:
             _send(process.stdin, self._options | {"sizes": list(map(len, files))}, files)
             answers = iter(_answers(process.stdout, files))
@@ -122,7 +123,7 @@ class _Pool:
                 f"a process that decodes images ended with {process.returncode} (-9 mostly means "
                 "too little memory): use fewer --workers"
             ) from error
-        return [data if isinstance(data, Fault) else next(answers) for data in found]
+        return [next(answers) if isinstance(data, bytes) else data for data in found]
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -205,11 +206,12 @@ def _exactly(pipe: IO[bytes], size: int) -> bytes:
     return data
 
 
-def _file_of(files: ImageFiles, item: Item) -> bytes | Fault:
+def _file_of(files: ImageFiles, item: Item) -> bytes | Outcome:
+    """Returns the bytes to decode, or what became of an item that has none."""
     try:
         item.record.check()
         item.record.to_json()  # a text that cannot be written costs its sample
-        return files.read(item.image)
+        return NO_PICTURE if item.image is None else files.read(item.image)
     except Exception as error:  # of a damaged zip, of a server
         return _fault(error)
 

@@ -35,7 +35,8 @@ PAYLOADS = {
 @dataclass
 class Sample:
     """One image and its record. `index` counts within its set. A filler, or a sample that could not
-    be read, has weight 0 and no payload; the latter says why in `error`.
+    be read, has weight 0 and neither record nor payload; the latter says why in `error`. A record
+    without a picture has no payload, and an empty `extension`.
     """
 
     record: Record | None
@@ -117,7 +118,7 @@ class Reader:
             place = f"{manifest.location(shard)}, offset {row['offset']}, key {key}"
             raise ShardError(f"{place}: {error}") from error
         name = parsed.payload
-        return Sample(parsed.record, contents[name], name, self.set_index, index)
+        return Sample(parsed.record, contents.get(name), name, self.set_index, index)
 
     @property
     def is_remote(self) -> bool:
@@ -158,11 +159,14 @@ class Reader:
 
 def _by_members(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
     """Reads payload and text alone, from where format 2 says they are."""
-    payload = descriptor.read(int(row["payload_size"]), int(row["payload_offset"]))
-    text = descriptor.read(int(row["text_size"]), int(row["text_offset"]))
-    _check_crc(zlib.crc32(text, zlib.crc32(payload)), int(row["members_crc"]))
-    names = (row[f"{part}_extension"].decode(errors="replace") for part in ("payload", "text"))
-    return dict(zip(names, (payload, text), strict=True))
+    contents: dict[str, bytes] = {}
+    crc = 0
+    for part in ("payload", "text"):
+        if name := row[f"{part}_extension"].decode(errors="replace"):  # "": there is no picture
+            contents[name] = descriptor.read(int(row[f"{part}_size"]), int(row[f"{part}_offset"]))
+            crc = zlib.crc32(contents[name], crc)
+    _check_crc(crc, int(row["members_crc"]))
+    return contents
 
 
 def _walked(descriptor: Descriptor, row: np.void) -> dict[str, bytes]:
@@ -219,7 +223,9 @@ def records(paths: Iterable[str], cache: Cache | None = None) -> Iterator[Record
 
 
 class Parsed(NamedTuple):
-    """A sample's record, and the extensions of its payload and of the file that gave the record."""
+    """A sample's record, and the extensions of its payload ("": it has no picture) and of the file
+    that gave the record.
+    """
 
     record: Record
     payload: str
@@ -240,16 +246,19 @@ def parse_sample(
     `.txt` is the caption. A layout that says where the text stands holds instead. Raises ShardError
     for a sample without payload or text, RecordError for a bad record.
     """
-    extension = next((name for name in contents if name in PAYLOADS[kind]), None)
-    if extension is None:
-        ends = (layout and layout.image) or PAYLOADS[kind]
-        raise ShardError(f"no {kind} file ({', '.join(ends)}) among .{', .'.join(contents)}")
+    extension = next((name for name in contents if name in PAYLOADS[kind]), "")
     described = layout if layout and layout.text else None
     if not described and b'"texts"' in contents.get("json", b""):
         record = Record.from_json(contents["json"])
         if record.key != key:
             raise ShardError(f"the record is that of {record.key}")
-        return Parsed(record, extension, "json")
+        if extension and not record.has_picture:
+            raise ShardError(f"its record says that it has no picture, and there is .{extension}")
+        if extension or not record.has_picture:
+            return Parsed(record, extension, "json")
+    if not extension:
+        ends = (layout and layout.image) or PAYLOADS[kind]
+        raise ShardError(f"no {kind} file ({', '.join(ends)}) among .{', .'.join(contents)}")
     if described:
         source = described.end
         captions = described.captions(contents)

@@ -1,8 +1,8 @@
-"""A Record is one image and every text that belongs to it: what the sources make and what a shard
-stores.
+"""A Record is one image and every text that belongs to it, or texts without any image: what the
+sources make and what a shard stores.
 
 Official files -> Record -> `{key}.json` in a shard -> Record. The image itself lies beside it as
-`{key}.jpg`.
+`{key}.jpg`; beside a record that says `"has_picture": false` lies none.
 """
 
 from __future__ import annotations
@@ -70,13 +70,18 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image and all its texts. `key` names its files in the shard and is unique in a split."""
+    """One image and all its texts. `key` names its files in the shard and is unique in a split.
+
+    `has_picture`: False for texts that no image belongs to, said in so many words: a sample whose
+    image was merely lost must stay an error. Their `image_id` names nothing but the record.
+    """
 
     key: str
     dataset: str
     split: str
     image_id: str
     texts: tuple[Text, ...]
+    has_picture: bool = True
 
     @property
     def targets(self) -> int:
@@ -97,6 +102,8 @@ class Record:
         """
         try:
             document = asdict(self)
+            if self.has_picture:  # as records were written before there were others
+                del document["has_picture"]
             for text in document["texts"]:
                 text["targets"] = text["targets"] or None
             return _as_json(document)
@@ -110,7 +117,9 @@ class Record:
         try:
             texts = tuple(map(_text, document["texts"]))
             record = cls(
-                document["key"], document["dataset"], document["split"], document["image_id"], texts
+                *(document["key"], document["dataset"], document["split"], document["image_id"]),
+                texts,
+                has_picture=document.get("has_picture", True),
             )
         except KeyError as error:
             raise RecordError(f"the record {data[:80]!r} has no field {error}") from error
@@ -132,6 +141,10 @@ class Record:
                 raise RecordError(
                     f"record {self.key}: {name} is {getattr(self, name)!r}, not a string"
                 )
+        if not isinstance(self.has_picture, bool):
+            raise RecordError(
+                f"record {self.key}: has_picture is {self.has_picture!r:.60}, not true or false"
+            )
         if not self.texts:
             raise RecordError(f"record {self.key}: 'texts' is empty")
         seen: set[str] = set()

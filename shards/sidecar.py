@@ -179,6 +179,7 @@ class Indexing:
             key_bytes=width,
             skipped=len(self.skipped),
             unanswered=int((rows["targets"] == 0).sum()),
+            without_picture=int((rows["payload_extension"] == b"").sum()),
             **self._described,
             **further,
         )
@@ -200,12 +201,12 @@ def hashes_by_shard(rows: np.ndarray | Rows, shards: Sequence[ShardInfo]) -> tup
 def row_of(group: Group, parsed: Parsed) -> tuple[int | bytes, ...]:
     """Returns the sidecar's columns of one sample, but for its key (see `manifest`)."""
     record, payload, text = parsed
-    places = [
-        figure
-        for member in (group.members[payload], group.members[text])
-        for figure in (member.offset, member.size)
-    ]
-    crc = zlib.crc32(group.contents[text], zlib.crc32(group.contents[payload]))
+    places: list[int] = []
+    crc = 0
+    for name in (payload, text):
+        member = group.members.get(name)  # of a record without a picture: no payload
+        places += (member.offset, member.size) if member else (0, 0)
+        crc = zlib.crc32(group.contents.get(name, b""), crc)
     figures = (len(record.texts), record.targets, record.characters, group.crc)
     names = (payload.encode(), text.encode())
     return (group.start, group.end - group.start, *figures, *places, crc, *names)

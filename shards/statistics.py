@@ -97,8 +97,9 @@ def _filled(samples: int, rows: Iterable[np.ndarray]) -> np.ndarray:
 
 def _of_sample(reader: Reader, index: int) -> np.ndarray:
     try:
-        return statistics_of(reader.read(index).payload)
+        sample = reader.read(index)
     except UnreachableError:
         raise
     except ShardError:  # the loader names what it cannot read
         return unknown(1)[0]
+    return statistics_of(sample.payload) if sample.known.has_picture else unknown(1)[0]

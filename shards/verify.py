@@ -57,10 +57,25 @@ def verify(folder: str | os.PathLike, on_progress: Progress = lambda samples: No
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         where = join(manifest.folder, SKIPPED)
         return [*problems, f"{where} does not name what the index left out: {error!r}"]
+    problems += _miscounted(manifest)
     for shard, info in enumerate(manifest.shards):
         if is_remote(manifest.location(shard)) or Path(manifest.location(shard)).is_file():
             problems += _verify_shard(manifest, shard, left_out[info.name], on_progress)
     return problems
+
+
+def _miscounted(manifest: Manifest) -> list[str]:
+    """Says where the index counts other records without a picture than its sidecar shows."""
+    if manifest.format == 1:  # whose records all have one
+        return []
+    found = int((manifest.sidecar["payload_extension"] == b"").sum())
+    if found == manifest.without_picture:
+        return []
+    where = join(manifest.folder, INDEX)
+    return [
+        f"{where}: {manifest.without_picture} records are without a picture, the sidecar has "
+        f"{found}"
+    ]
 
 
 def _verify_shard(
@@ -141,12 +156,14 @@ def _check_group(manifest: Manifest, index: int, group: Group, location: str) ->
         if value != row[name]:
             return [f"{place}: the record has {value!s} {name}, the index says {row[name]}"]
     name = parsed.payload
-    sample = Sample(parsed.record, group.contents[name], name, 0, index)
+    sample = Sample(parsed.record, group.contents.get(name), name, 0, index)
     return [f"{place}: {problem}" for problem in _problem(lambda: _decode(manifest, sample))]
 
 
 def _decode(manifest: Manifest, sample: Sample) -> None:
     """Raises ShardError unless the payload is what the set promises."""
+    if not sample.known.has_picture:
+        return
     if manifest.kind == "images":
         try:
             on_white(upright(sample.payload)[0])
@@ -209,7 +226,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
     for index in sorted(measured.union(read)):
         try:
             sample = reader.read(index)
-            if index in measured:
+            if index in measured and sample.known.has_picture:
                 sizes["{}x{}".format(*upright(sample.payload)[0].size)] += 1
         except Exception:  # Pillow's decoders raise what they like; `verify` says what
             unreadable += 1
@@ -230,6 +247,7 @@ def stats(folder: str | os.PathLike) -> dict[str, Any]:
         **{name: getattr(manifest, name) for name in names},
         "shards": len(manifest.shards),
         "targets": int(manifest.sidecar["targets"].sum(dtype=np.int64)),
+        "without_picture": manifest.without_picture,
         "records_read": len(measured.union(read)) - unreadable,
         "unreadable": unreadable,
         "tasks": tasks,

@@ -28,10 +28,11 @@ from shards.origin import remembered
 from shards.read import PAYLOADS
 from shards.record import Record
 from shards.sidecar import Indexing, write_index
-from shards.statistics import COLUMNS, statistics_of
+from shards.statistics import COLUMNS, statistics_of, unknown
 from shards.tar import BLOCK
 
-# Record, payload, extension and, where the caller has it, the row of its statistics.
+# Record, payload, extension and, where the caller has it, the row of its statistics. A record
+# without a picture comes with b"" and "".
 Sample = tuple[Record, bytes, str] | tuple[Record, bytes, str, np.ndarray]
 
 # characters of a member's name that every tar reader takes without an extended header
@@ -59,8 +60,8 @@ def write_shards(
     OUT is the folder of the split itself. A shard is closed before it would pass either bound.
     `origin` is the set that features were made from, whose place and digest are remembered.
     Raises ShardError for an OUT that already holds something (unless `overwrite`), a key that
-    occurs twice, an extension that is not of the set's kind, no sample at all; RecordError for a
-    bad record. On any error OUT is as it was before.
+    occurs twice, an extension that is not of the set's kind or of a record without a picture, no
+    sample at all; RecordError for a bad record. On any error OUT is as it was before.
     """
     out = Path(out)
     settle(out)
@@ -105,6 +106,8 @@ def _with_rows_noted(
     for record, payload, extension, *given in samples:
         if given:
             rows += given[0].astype("<f4").tobytes()
+        elif not record.has_picture:
+            rows += unknown(1).astype("<f4").tobytes()
         elif kind == "images":
             rows += statistics_of(payload).astype("<f4").tobytes()
         yield record, payload, extension
@@ -221,17 +224,19 @@ def _numbered(
             raise ShardError(
                 f"the key {record.key!r} occurs twice in {split}: keys must be unique in a split"
             )
-        if extension not in PAYLOADS[kind]:
+        ends = PAYLOADS[kind] if record.has_picture else ("",)
+        if extension not in ends:
+            expected = ", ".join(ends) or "none, since its record has no picture"
             raise ShardError(
-                f"{record.key}: extension {extension!r} in a set of {kind}, expected "
-                f"{', '.join(PAYLOADS[kind])}"
+                f"{record.key}: extension {extension!r} in a set of {kind}, expected {expected}"
             )
         if len(record.key) + 1 + max(len(extension), 4) > MAX_NAME:
             raise ShardError(
                 f"the key {record.key!r} makes a name of more than {MAX_NAME} characters"
             )
         keys.add(record.key)
-        members = dict(sorted({extension: payload, "json": record.to_json()}.items()))
+        beside = {extension: payload} if record.has_picture else {}
+        members = dict(sorted({**beside, "json": record.to_json()}.items()))
         size = sum(map(_size_in_tar, members.values()))
         if count and (count == max_samples or held + size > max_bytes):
             number += 1

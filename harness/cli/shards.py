@@ -83,7 +83,7 @@ def _option(parameter: inspect.Parameter) -> object:
     """`Annotated[Path, "help"]` of a source, as typer takes it; a switch without its --no-."""
     annotation = parameter.annotation
     parts = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    names = [f"--{parameter.name}"] if parts[0] is bool else []
+    names = ["--" + parameter.name.replace("_", "-")] if parts[0] is bool else []
     return Annotated[parts[0], typer.Option(*names, help=" ".join(parts[1:]) or None)]
 
 

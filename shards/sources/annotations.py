@@ -225,14 +225,15 @@ def _mapping(document: dict[str, Any]) -> Annotations:
 # Rows
 
 
-def plain_fields(fields: Any, where: str, source: Source) -> Iterator[Any]:
+def plain_fields(fields: Any, where: str, source: Source, text_only: bool = False) -> Iterator[Any]:
     """Yields the fields as a row has them: of a conversation its first turn, of A-OKVQA the direct
-    answers; what is left out of it is named. Other fields stay as they are.
+    answers; what is left out of it is named. Other fields stay as they are. `text_only`: a
+    conversation may have no image.
     """
     if not isinstance(fields, dict):
         yield fields
     elif turns := fields.get("conversations") or fields.get("messages"):
-        yield from _first_turn(fields, turns, where, source)
+        yield from _first_turn(fields, turns, where, source, text_only)
     elif "question" in fields and {"direct_answers", "choices"} & fields.keys():
         yield _aokvqa(fields)
     else:
@@ -253,9 +254,10 @@ def _aokvqa(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_turn(
-    fields: dict[str, Any], turns: Any, where: str, source: Source
+    fields: dict[str, Any], turns: Any, where: str, source: Source, text_only: bool
 ) -> Iterator[dict[str, Any]]:
     images = listed(fields.get("image", fields.get("images")))
+    images = [image for image in images if image not in (None, "")]
     said = [
         (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
         for turn in listed(turns)
@@ -263,8 +265,9 @@ def _first_turn(
     ]
     said = [(who, text) for who, text in said if who != "system"]
     speakers = [who for who, _ in said[:2]]
-    if images in ([], [None], [""]):
-        source.skip(TEXT_WITHOUT_IMAGE, where, "the conversation has no image", texts=1)
+    if not images and not text_only:
+        why = "the conversation has no image (--text-only keeps it as a record without a picture)"
+        source.skip(TEXT_WITHOUT_IMAGE, where, why, texts=1)
     elif len(images) > 1:
         why = f"the conversation is about {len(images)} images: a record has one"
         source.skip(UNUSABLE_TEXT, where, why, texts=1)
@@ -277,6 +280,6 @@ def _first_turn(
             why = "a record holds the first turn of a conversation"
             source.skip(FURTHER_TURN, where, why, fields.get("split"), further)
         prompt = asked.replace("<image>", "").strip() if isinstance(asked, str) else asked
-        kept = {"image": images[0], "split": fields.get("split")}
+        kept = {"image": next(iter(images), None), "split": fields.get("split")}
         text = {"question": prompt, "answers": [answer]} if prompt else {"caption": answer}
         yield kept | text

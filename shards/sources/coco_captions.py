@@ -57,7 +57,7 @@ def load(
         )
     # Beside train2014 may lie val2014: the images of another split's folder are not this one's
     # dirt.
-    folders = {Path(item.image).parent for item in source.splits.get(split, ())}
+    folders = {Path(item.name).parent for item in source.splits.get(split, ())}
     source.skip_rest(
         "not in the list of images", split, among=lambda path: Path(path).parent in folders
     )

@@ -3,7 +3,8 @@
 The texts stand in a JSONL, a CSV, a JSON of a known set, the metadata files of Hugging Face, or in
 NAME.txt beside NAME.jpg. A line of JSONL: {"image": "cats/1.jpg", "caption": "a cat"} or
 "captions": [...] or "question": "...", "answers": [...], optionally "id" (unique) and "split"
-(default train). Several rows may name the same image.
+(default train). Several rows may name the same image. With --text-only a row may name none: it is
+a record of its own, without a picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from shards.files import ShardError
 from shards.images import is_image_name
@@ -35,13 +36,15 @@ from shards.sources.source import (
 
 _DATASET = "image_folder"
 _PATTERN = re.compile(r"[^{}]*\{id(?::0?\d*d)?\}[^{}]*")
+ALONE = "records without a picture, of rows that name no image"
 _FILES = ("--jsonl", "--csv", "--json", "--metadata")
 
 
 def load(
     images: Annotated[
-        Path, "Folder or zip of images. Of files that give ids alone: DIR/COCO_{id:012d}.jpg."
-    ],
+        Path | None,
+        "Folder or zip of images. Of files that give ids alone: DIR/COCO_{id:012d}.jpg.",
+    ] = None,
     jsonl: Annotated[Path | None, "A text a line: image, caption or question, answers."] = None,
     csv: Annotated[Path | None, "A table, whose first line names its columns."] = None,
     json: Annotated[Path | None, "VizWiz, (A-)OK-VQA, TextVQA, COCO, LAVIS, LLaVA."] = None,
@@ -58,19 +61,28 @@ def load(
     dev_share: Annotated[float, "Of the images, drawn for dev: 0.1."] = 0.0,
     test_share: Annotated[float, "Of the images, drawn for test: 0.1."] = 0.0,
     seed: Annotated[int, "Of that draw."] = 0,
+    text_only: Annotated[
+        bool, "Keep rows that name no image; then --images may be absent."
+    ] = False,
 ) -> Source:
     """Reads the texts from the one file that is given, or without one from NAME.txt beside each
     image. A row that is not of its form is left out and named.
 
-    ShardError for a file of no known form, an id given twice, an image in two splits.
+    `text_only`: a row that names no image is a record without a picture; else it is left out, and
+    named. ShardError for a file of no known form, an id given twice, an image in two splits.
     """
     columns = Columns(image_column, caption_column, question_column, answer_column, split_column)
     files = {"--jsonl": jsonl, "--csv": csv, "--json": json, "--metadata": metadata}
     given = {flag: value for flag, value in files.items() if value}
     _check_files(list(given), columns, separator, questions, encoding)
     _check_shares(dev_share, test_share)
-    pattern = _pattern_of(images)
-    source = Source(_DATASET, Images(Path(images).parent if pattern else images))
+    if text_only and not given:
+        raise ShardError(f"--text-only goes with {' or '.join(_FILES)}, which is not given")
+    if images is None and not text_only:
+        raise ShardError("image-folder needs --images, or --text-only for texts alone")
+    columns = replace(columns, text_only=text_only)
+    pattern = _pattern_of(images) if images else None
+    source = Source(_DATASET, Images(images.parent if images and pattern else images))
     if json:
         annotations = read_annotations(json, questions, columns.are_given, source)
         split = split or annotations.split
@@ -135,7 +147,9 @@ def _rows(
     is_own = source.dataset == _DATASET
     for where, fields in found:
         try:
-            plain = [fields] if columns.are_given else plain_fields(fields, where, source)
+            plain: Iterable[Any] = [fields]
+            if not columns.are_given:
+                plain = plain_fields(fields, where, source, columns.text_only)
             for row_fields in plain:
                 yield columns.row(row_fields, where, has_ids)
                 if is_own:  # of known sets we know what the other fields are
@@ -148,16 +162,22 @@ def _rows(
 def _by_image(
     source: Source, rows: Iterable[Row], pattern: str | None, split: str | None, what: str
 ) -> dict[str, list[Row]]:
-    """Returns the rows of each image, by its path, or by its name where it is not there; every row
-    has its split. Raises ShardError for an image in two splits and for an id that comes again.
+    """Returns the rows of each image, by its path, or by its name where it is not there; a row
+    without an image alone, by a name of its own. Every row has its split. Raises ShardError for an
+    image in two splits and for an id that comes again.
 
     `split`: that of rows which do not say theirs.
     """
     rows_of: dict[str, list[Row]] = defaultdict(list)
     where_of: dict[str, str] = {}
+    alone = 0
     for row in rows:
         row.split = row.split or split or "train"
-        path = _find(source, row.image, pattern)
+        if row.image is None:
+            path = f"text-{alone:06d}"
+            alone += 1
+        else:
+            path = _find(source, row.image, pattern)
         rows_of[path].append(row)
         first = rows_of[path][0]
         if first.split != row.split:
@@ -193,7 +213,11 @@ def _add_records(source: Source, rows_of: dict[str, list[Row]]) -> None:
     for path, rows in rows_of.items():
         key = key_of[path]
         split = rows[0].split or "train"
-        if source.find(path, split, sum(row.texts for row in rows), exact=True):
+        if rows[0].image is None:
+            if texts := _texts(source, rows[0].where, key, rows):  # else each is named already
+                source.add(split, key, key, texts, None)
+                source.notes[ALONE] += 1
+        elif source.find(path, split, sum(row.texts for row in rows), exact=True):
             if texts := _texts(source, path, key, rows):
                 source.add(split, key, key, texts, path)
             else:
@@ -233,18 +257,18 @@ def _divide(source: Source, shares: dict[str, float], seed: int) -> None:
         )
     for split, items in [*source.splits.items()]:  # one, or none where nothing was found
         groups = sorted(
-            _alike(source, items).values(), key=lambda group: order_of(seed, group[0].image)
+            _alike(source, items).values(), key=lambda group: order_of(seed, group[0].name)
         )
         source.notes["images equal to another one, kept in its split"] = len(items) - len(groups)
         split_of: dict[str, str] = {}
         for name, share in shares.items():
             wanted = len(split_of) + round(share * len(items))
             while groups and len(split_of) < wanted:
-                split_of.update((item.image, name) for item in groups.pop())
+                split_of.update((item.name, name) for item in groups.pop())
         asked = [split, *(name for name, share in shares.items() if share)]
         source.splits = {name: [] for name in asked}
         for item in items:
-            name = split_of.get(item.image, split)
+            name = split_of.get(item.name, split)
             record = replace(item.record, split=name)
             source.splits[name].append(replace(item, record=record))
         if empty := [name for name in asked if not source.splits[name]]:
@@ -257,11 +281,12 @@ def _divide(source: Source, shares: dict[str, float], seed: int) -> None:
 def _alike(source: Source, items: list[Item]) -> dict[str, list[Item]]:
     """Returns the images in groups of equal bytes; only files of one size are read."""
     files = source.files
-    size_of = {item.image: files.size(item.image) for item in items}
+    size_of = {item.image: files.size(item.image) for item in items if item.image is not None}
     sizes = Counter(size_of.values())
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        is_alone = sizes[size_of[item.image]] == 1
-        data = b"" if is_alone else files.read(item.image)
-        groups[item.image if is_alone else hashlib.sha256(data).hexdigest()].append(item)
+        name = item.name
+        if item.image is not None and sizes[size_of[item.image]] > 1:
+            name = hashlib.sha256(files.read(item.image)).hexdigest()
+        groups[name].append(item)
     return groups

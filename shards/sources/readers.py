@@ -75,7 +75,8 @@ class Reader:
             for where, fields in read(files.read(path), f"--metadata {path}"):
                 if isinstance(fields, dict):
                     column = self.columns.of("image", fields) or "file_name"
-                    fields[column] = posixpath.join(folder, str(fields.get(column, "")))
+                    if fields.get(column) not in (None, ""):
+                        fields[column] = posixpath.join(folder, str(fields[column]))
                     if top in _SPLITS and not self.columns.of("split", fields):
                         fields["split"] = top
                 yield f"{path}, {where}", fields

@@ -29,10 +29,12 @@ _IDS = ("id", "question_id", "image_id")
 
 @dataclass(slots=True)
 class Row:
-    """One row: an image, by its path or its number, with captions, or a question and answers."""
+    """One row: an image, by its path or its number (None: it has none), with captions, or a
+    question and answers.
+    """
 
     where: str
-    image: str | int
+    image: str | int | None
     captions: list[Any] | None = None
     question: Any = None
     answers: list[Any] | None = None  # of a question
@@ -48,13 +50,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that options name; None: told by its name."""
+    """The columns that options name (None: told by its name), and whether a row may name no
+    image.
+    """
 
     image: str | None = None
     caption: str | None = None
     question: str | None = None
     answer: str | None = None
     split: str | None = None
+    text_only: bool = False
 
     @property
     def are_given(self) -> bool:
@@ -84,7 +89,7 @@ class Columns:
             roles = {role for role in NAMES if self.of(role, names)}
         except RecordError as error:
             raise ShardError(f"{what}: {error}") from error
-        if "image" in roles or "image_id" in names:
+        if self.text_only or "image" in roles or "image_id" in names:
             missing = None if roles & {"caption", "question"} else "caption"
             missing = "answer" if "question" in roles and "answer" not in roles else missing
         else:
@@ -104,7 +109,14 @@ class Columns:
         named = isinstance(fields, Mapping)
         column = self.of("image", fields) or "image_id" if named else ""
         image = fields.get(column) if named else None
-        if not isinstance(image, str | int) or isinstance(image, bool) or image == "":
+        if named and image in (None, ""):
+            if not self.text_only:
+                raise RecordError(
+                    "it has no field 'image' with the path of an image (--text-only keeps such "
+                    "rows as records without a picture)"
+                )
+            image = None
+        elif not isinstance(image, str | int) or isinstance(image, bool):
             raise RecordError("it has no field 'image' with the path of an image")
         split = fields.get(self.of("split", fields) or "")
         given = fields.get("question_id", fields.get("id") if has_ids else None)

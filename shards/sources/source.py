@@ -45,10 +45,15 @@ FURTHER_TURN = "further turn"  # of a conversation: a record has its first one
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A record and the name of its image in `Source.images`."""
+    """A record and the name of its image in `Source.images`; None: the record has no picture."""
 
     record: Record
-    image: str
+    image: str | None
+
+    @property
+    def name(self) -> str:
+        """What `skipped.jsonl` calls it."""
+        return self.record.key if self.image is None else self.image
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +94,10 @@ class Source:
     notes: Counter[str] = field(default_factory=Counter)
     _found: set[str] = field(default_factory=set)
 
-    def add(self, split: str, key: str, image_id: str, texts: Iterable[Text], image: str) -> None:
-        record = Record(key, self.dataset, split, image_id, tuple(texts))
+    def add(
+        self, split: str, key: str, image_id: str, texts: Iterable[Text], image: str | None
+    ) -> None:
+        record = Record(key, self.dataset, split, image_id, tuple(texts), image is not None)
         self.splits.setdefault(split, []).append(Item(record, image))
 
     def add_captions(
@@ -192,12 +199,17 @@ class Source:
 
 
 class Images:
-    """The image files of a folder or of a zip, by their path relative to it."""
+    """The image files of a folder or of a zip, by their path relative to it; of None there are
+    none.
+    """
 
-    def __init__(self, place: str | os.PathLike[str]):
-        self.place = Path(place)
+    def __init__(self, place: str | os.PathLike[str] | None):
+        self.place = Path(place or ".")
         self._zip: zipfile.ZipFile | None = None
-        if self.place.is_dir():
+        names: list[str] = []
+        if place is None:
+            pass
+        elif self.place.is_dir():
             names = [
                 Path(folder, name).relative_to(self.place).as_posix()
                 for folder, _, files in os.walk(self.place, followlinks=True)
@@ -217,7 +229,7 @@ class Images:
         names = sorted(name for name in names if not posixpath.basename(name).startswith("._"))
         self.names = dict.fromkeys(name for name in names if is_image_name(name))
         self.others = dict.fromkeys(name for name in names if not is_image_name(name))
-        if not self.names:
+        if place is not None and not self.names:
             raise ShardError(f"{place} holds no image ({', '.join(SUFFIXES)})")
         self._own = (_folded(self.place.resolve().name), _folded(self.place.stem))
         tops = {name.partition("/")[0] for name in self.names}

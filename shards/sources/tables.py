@@ -59,10 +59,13 @@ def read_table(
     if len(set(names)) < len(names):
         raise ShardError(f"{what} names a column twice: {', '.join(names)}")
     columns.check(names, what)
-    image_at = names.index(columns.of("image", names) or "image_id")
+    column = columns.of("image", names) or "image_id"
+    image_at = names.index(column) if column in names else None  # None: of texts alone
 
     def begins_a_record(cells: list[str]) -> bool:
-        return len(cells) >= len(names) and is_image(cells[image_at].strip())
+        if image_at is None or len(cells) < len(names):
+            return False
+        return is_image(cells[image_at].strip())
 
     unclosed: list[int] = []
     for record in _records(lines, mark, begins_a_record, unclosed):

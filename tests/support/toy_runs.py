@@ -60,18 +60,21 @@ def make_shards(
     split: str = "train",
     first: int = 0,
     unreadable: Collection[int] = (),
+    text_only: Collection[int] = (),
     **kinds: bool,
 ) -> Path:
-    """Writes `count` pictures in shards of four; those `unreadable` are none."""
+    """Writes `count` pictures in shards of four; those `unreadable` are none, and records that are
+    `text_only` have none.
+    """
+
+    def sample(i: int) -> tuple[Record, bytes, str]:
+        record = Record(f"{i:04d}", "toy", split, str(i), texts(i, **kinds), i not in text_only)
+        if not record.has_picture:
+            return record, b"", ""
+        return record, b"no picture" if i in unreadable else picture(i), "png"
+
     write_shards(
-        (
-            (
-                Record(f"{i:04d}", "toy", split, str(i), texts(i, **kinds)),
-                b"no picture" if i in unreadable else picture(i),
-                "png",
-            )
-            for i in range(first, first + count)
-        ),
+        map(sample, range(first, first + count)),
         out,
         dataset="toy",
         split=split,
