@@ -5,7 +5,8 @@ once.
     contexts  C   prompt_ids_CL, image_of_C           the T5 encoder runs once per (image, prompt)
     targets   T   labels_TL, weight_TL, context_of_T  the decoder runs once per target
 
-Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixels.
+A context of a record without a picture points at no image: -1. Legend: I images, C contexts, T
+targets, P patches, D width, L tokens, H W pixels.
 """
 
 from __future__ import annotations
@@ -100,18 +101,20 @@ class Collator:
         rows: list[tuple[Context, int, list[str]]] = []  # of C: where, of which image, its targets
         factors: list[float] = []  # of T
         for sample in samples:
-            if sample.record is None or sample.payload is None or sample.weight == 0:
+            if sample.record is None or sample.weight == 0:
                 continue
+            place = len(images) if sample.record.has_picture else -1
             for text, chosen in self.drawn_texts(sample.record, sample.epoch):
                 words = prompt(text.task, getattr(self.prompts, text.task), text.prompt)
-                rows.append((Context(sample.record, text, words), len(images), chosen))
+                rows.append((Context(sample.record, text, words), place, chosen))
                 if self.loss_weights:
                     factors += [self.loss_weights[sample.set_index]] * len(chosen)
-            images.append(sample.payload)
+            if sample.record.has_picture:
+                images.append(sample.payload)
         if not rows:
             return None
         batch = self.assemble(
-            np.stack(images),
+            np.stack(images) if images else None,
             [context for context, _, _ in rows],
             [image for _, image, _ in rows],
             [target for _, _, chosen in rows for target in chosen],
@@ -125,9 +128,12 @@ class Collator:
         """Returns the batch of all texts of these samples, answered or not, which were all read:
         for a model to answer. It has one target of weight 0 for each.
         """
+        images = [sample.payload for sample in samples if sample.known.has_picture]
+        places = iter(range(len(images)))
         rows = [
-            (n, sample.known, text)
-            for n, sample in enumerate(samples)
+            (place, sample.known, text)
+            for sample in samples
+            for place in [next(places) if sample.known.has_picture else -1]
             for text in sample.known.texts
         ]
         contexts = [
@@ -135,7 +141,7 @@ class Collator:
             for _, record, text in rows
         ]
         batch = self.assemble(
-            np.stack([sample.payload for sample in samples]),
+            np.stack(images) if images else None,
             contexts,
             [image for image, _, _ in rows],
             [""] * len(rows),
@@ -180,14 +186,14 @@ class Collator:
 
     def assemble(
         self,
-        images: np.ndarray,
+        images: np.ndarray | None,
         contexts: list[Context],
         image_of_C: list[int],
         targets: list[str],
         context_of_T: list[int],
     ) -> Batch:
-        """Returns the tensors of given rows: images, contexts and target texts, with the rows that
-        they point at.
+        """Returns the tensors of given rows: images (None: no context has one), contexts and target
+        texts, with the rows that they point at.
         """
         data = self.data
         eos = self.tokenizer.eos_token_id
@@ -202,7 +208,8 @@ class Collator:
         labels_TL = _padded(labels, pad, least)
         counts_TL = _not_padding(labels, labels_TL) | self.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
-        tensor = torch.from_numpy(images)
+        tensor = None if images is None else torch.from_numpy(images)
+        is_pixels = tensor is not None and tensor.dtype == torch.uint8
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
             prompt_mask_CL=_not_padding(prompts, prompt_ids_CL),
@@ -210,8 +217,8 @@ class Collator:
             labels_TL=labels_TL,
             weight_TL=weight_TL,
             context_of_T=torch.tensor(context_of_T),
-            pixels_IHW3=tensor if tensor.dtype == torch.uint8 else None,
-            features_IPD=tensor if tensor.dtype != torch.uint8 else None,
+            pixels_IHW3=tensor if is_pixels else None,
+            features_IPD=None if is_pixels else tensor,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
             groups=group_by_length(counts_TL.sum(dim=1).tolist()),

@@ -31,7 +31,7 @@ from shards.manifest import INDEX, SKIPPED, Manifest
 from shards.parts import Parts, Share
 from shards.quarantine import NAMED
 from shards.read import Reader
-from shards.statistics import rows_of
+from shards.statistics import rows_of, unknown
 from shards.stream import StreamState
 from shards.write import Sample, write_shards
 
@@ -172,11 +172,16 @@ class SetEncoding:
             left_out |= refused
             made = iter(features_IPD)
             for index in indices:
-                if index not in refused:
-                    features = safetensors.numpy.save({"patches_PD": next(made)})
-                    row_K = rows_of(self.source, [index])
-                    assert row_K is not None  # a set of pictures has them
-                    yield reader.read(index).known, features, "safetensors", row_K[0]
+                if index in refused:
+                    continue
+                record = reader.read(index).known
+                if not record.has_picture:
+                    yield record, b"", "", unknown(1)[0]
+                    continue
+                features = safetensors.numpy.save({"patches_PD": next(made)})
+                row_K = rows_of(self.source, [index])
+                assert row_K is not None  # a set of pictures has them
+                yield record, features, "safetensors", row_K[0]
             if self._done < indices.stop:
                 self._tell(indices.stop)
 
@@ -203,7 +208,7 @@ class SetEncoding:
     ) -> Iterator[np.ndarray]:
         """Yields features_PD of the images of a batch that can be read."""
         left_out += [(each.index, each.error) for each in batch if each.error is not None]
-        readable = [sample for sample in batch if sample.error is None]
+        readable = [each for each in batch if each.error is None and each.known.has_picture]
         features_IPD = self.encode(np.stack([s.payload for s in readable])) if readable else ()
         fit = [bool(np.isfinite(features_PD).all()) for features_PD in features_IPD]
         why = f"the features of {self.vision.id} do not fit into float16"

@@ -38,7 +38,7 @@ from harness.tracking.store import database, store_uri
 from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
 from shards.loader import about_lanes
 from shards.manifest import Manifest
-from shards.read import Reader
+from shards.read import Reader, Sample
 
 FIRST_IMAGES = 300  # whose texts are tokenised
 # Share of questions cut from which the templates are wrong, and not a question unusually long.
@@ -52,11 +52,14 @@ SCALES = (0.1, 10.0)  # image tokens against word embeddings, root mean squares
 
 
 def first_sample(key: str, path: str, config: Config) -> Finding:
-    """Decodes the first and the last sample of a set. Raises ShardError, ImageError."""
+    """Decodes the first and the last picture of a set. Raises ShardError, ImageError."""
     manifest = Manifest.open(path, cache_of(config), patience_of(config))
     reader = Reader(manifest)
     decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
-    shapes = {decode(reader.read(index)).shape for index in (0, manifest.samples - 1)}
+    if not manifest.has_pictures:
+        return ok(key, f"{manifest.samples:,} records without a picture, {manifest.texts:,} texts")
+    ends = [first_picture(reader, step) for step in (1, -1)]
+    shapes = {decode(sample).shape for sample in ends}
     if encoder := manifest.encoder:
         expected = (encoder["tokens"], encoder["width"])
         if shapes != {expected}:
@@ -64,8 +67,17 @@ def first_sample(key: str, path: str, config: Config) -> Finding:
             found = f"{path}: features of shape {shapes}, its index says {expected}"
             return error(key, found, fix)
     shape = " x ".join(map(str, shapes.pop()))
-    found = f"{manifest.samples:,} {manifest.kind}, {manifest.texts:,} texts"
+    pictures = manifest.samples - manifest.without_picture
+    found = f"{pictures:,} {manifest.kind}, {manifest.texts:,} texts"
+    if manifest.without_picture:
+        found += f", {manifest.without_picture:,} records without a picture"
     return ok(key, f"{found}; the first and the last decode to {shape}")
+
+
+def first_picture(reader: Reader, step: int) -> Sample:
+    """Returns the first sample of a set that has a picture; the last one with a `step` of -1."""
+    places = range(reader.manifest.samples)[::step]
+    return next(s for index in places if (s := reader.read(index)).known.has_picture)
 
 
 def sets_apart(config: Config) -> Iterator[Finding]:
@@ -314,8 +326,9 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     collate = Collator.of(config, built.tokenizer)
     with closing(loader.iterate()) as steps:
         batches = micro_batches(next(steps)[1], collate, config.train.micro_batch)
-    if batches:
-        scales = built.eval().scales(batches[0].to(device))
+    shown = [batch for batch in batches if batch.images]
+    if shown:
+        scales = built.eval().scales(shown[0].to(device))
         rms = scales["image_token_rms"]
         ratio = rms / scales["embedding_rms"]
         found = f"{rms:.3g} (rms), {ratio:.3g} times the scale of the word embeddings"

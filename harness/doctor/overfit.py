@@ -89,7 +89,9 @@ def overfit(
     samples = _samples(run, images)
     whole = taker.collate(samples)
     if whole is None:
-        raise ConfigError(f"the first {images} images of data.train carry nothing to learn")
+        raise ConfigError(
+            f"the first {images} records of data.train hold no picture with something to learn"
+        )
     whole = whole.to(run.engine.device)
     named = run.engine.named
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -187,7 +189,7 @@ def _samples(run: Run, images: int) -> list[Sample]:
     """Returns the first images with a text each, encoded: the frozen encoder runs once."""
     with closing(run.loader.iterate()) as steps:
         samples = one_text_each(next(steps)[1])
-    if run.model.vision is None:
+    if run.model.vision is None or not samples:
         return samples
     pixels_IHW3 = torch.from_numpy(np.stack([sample.payload for sample in samples]))
     with torch.no_grad(), run.engine.precision.autocast("vision"):
@@ -200,7 +202,7 @@ def _samples(run: Run, images: int) -> list[Sample]:
 
 
 def one_text_each(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns each readable image with one text and one target.
+    """Returns each readable image with one text and one target; records without an image are none.
 
     The text is of the question that most images share, and the target another than those before
     where it can be: then only the image tells which.

@@ -4,7 +4,8 @@
     contexts  C   prompt_ids_CL, image_of_C           the T5 encoder runs once per (image, prompt)
     targets   T   labels_TL, weight_TL, context_of_T  the decoder runs once per target
 
-Legend: I images, C contexts, T targets, P patches, D width, L tokens, H W pixels.
+A context without a picture points at none: -1 in image_of_C. Legend: I images, C contexts, T
+targets, P patches, D width, L tokens, H W pixels.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class TargetIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one micro-batch. Exactly one of `pixels_IHW3` and `features_IPD` is there.
+    """Tensors of one micro-batch. One of `pixels_IHW3` and `features_IPD` is there, or neither
+    where no context has a picture.
 
     `weight_TL` is 0 on padding (but for `known_mistakes.loss_on_padding`) and on everything
     that must not count: a filler, a sample that could not be read. Its other values carry the EOS
@@ -66,7 +68,7 @@ class Batch:
 
     prompt_ids_CL: torch.Tensor  # int64, padded on the right
     prompt_mask_CL: torch.Tensor  # bool
-    image_of_C: torch.Tensor  # int64 in [0, I)
+    image_of_C: torch.Tensor  # int64 in [-1, I)
     labels_TL: torch.Tensor  # int64, `padding_id` on padding
     weight_TL: torch.Tensor  # float32
     context_of_T: torch.Tensor  # int64 in [0, C)
@@ -81,8 +83,7 @@ class Batch:
     @property
     def images(self) -> int:
         images_I = self.features_IPD if self.pixels_IHW3 is None else self.pixels_IHW3
-        assert images_I is not None  # one of them is there
-        return len(images_I)
+        return 0 if images_I is None else len(images_I)
 
     @property
     def weight(self) -> torch.Tensor:

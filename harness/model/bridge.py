@@ -29,15 +29,25 @@ MAX_PROMPT = 512  # tokens that a question-aware Q-Former has positions for
 @dataclass(frozen=True)
 class BridgeOutput:
     """Image tokens, and which row of them each context reads: N = I, or N = C for a bridge that
-    reads the question.
+    reads the question; -1: none, the context has no picture.
     """
 
     tokens_NQD: torch.Tensor
-    token_row_of_C: torch.Tensor  # int64 in [0, N)
+    token_row_of_C: torch.Tensor  # int64 in [-1, N)
+
+    @property
+    def has_picture(self) -> torch.Tensor:
+        """(C,): which contexts read their image tokens; of the others these must have no effect."""
+        return self.token_row_of_C >= 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """(C,): rows to index with, any at all for a context that reads none."""
+        return self.token_row_of_C.clamp(min=0)
 
     def by_context(self, dtype: torch.dtype) -> torch.Tensor:
-        """Returns tokens_CQD: each context's own row."""
-        return self.tokens_NQD[self.token_row_of_C].to(dtype)
+        """Returns tokens_CQD: each context's own row, a row to be masked where it has none."""
+        return self.tokens_NQD[self.rows].to(dtype)
 
     def with_rows(self, row_of_C: torch.Tensor) -> BridgeOutput:
         """Returns the same tokens given to other contexts: the counterfactual of the image-use

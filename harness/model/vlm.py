@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,13 @@ class VisionLanguageModel(PreTrainedModel):
         enable({"use_reentrant": False})
 
     def patch_tokens(self, batch: Batch) -> torch.Tensor:
-        """Returns patches_IPD: the features of the batch, or what the tower makes of its pixels."""
+        """Returns patches_IPD: the features of the batch, or what the tower makes of its pixels.
+
+        Of a batch without pictures one row that nothing reads: so every part that is trained gets
+        its gradient, of zeros, and ranks whose weights are partitioned ask for them alike.
+        """
+        if batch.images == 0:
+            batch = self._with_filler(batch)
         if batch.features_IPD is not None:
             return batch.features_IPD.float()
         if self.vision is None:
@@ -194,15 +201,25 @@ class VisionLanguageModel(PreTrainedModel):
         with self.precision.autocast("vision"):
             return self.vision(batch.pixels_IHW3).float()
 
+    def _with_filler(self, batch: Batch) -> Batch:
+        device = batch.image_of_C.device
+        if self.vision is None:
+            shape = [1, self.config.encoder["tokens"], self.config.encoder["width"]]
+            return replace(batch, features_IPD=torch.zeros(shape, device=device))
+        shape = [1, self.vision.image_size, self.vision.image_size, 3]
+        return replace(batch, pixels_IHW3=torch.zeros(shape, dtype=torch.uint8, device=device))
+
     def bridge_tokens(self, batch: Batch) -> BridgeOutput:
         """Returns image tokens, made once per image and shared by its contexts; once per context
         where they read the prompt.
         """
         patches_IPD = self.patch_tokens(batch)
-        rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
         with self.precision.autocast("bridge"):
             tokens_NQD = self.bridge(*self.bridge_inputs(batch, patches_IPD)).float()
-        return BridgeOutput(tokens_NQD, rows_C if self.question_aware else batch.image_of_C)
+        if not self.question_aware:
+            return BridgeOutput(tokens_NQD, batch.image_of_C)
+        rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)
+        return BridgeOutput(tokens_NQD, rows_C.where(batch.image_of_C >= 0, -1))
 
     @property
     def question_aware(self) -> bool:
@@ -222,7 +239,8 @@ class VisionLanguageModel(PreTrainedModel):
         """Returns what the bridge takes for a batch and the patches of its images."""
         if not self.question_aware:
             return (patches_IPD,)
-        return patches_IPD[batch.image_of_C], batch.prompt_ids_CL, batch.prompt_mask_CL
+        image_C = batch.image_of_C.clamp(min=0)
+        return patches_IPD[image_C], batch.prompt_ids_CL, batch.prompt_mask_CL
 
     def loss(self, batch: Batch, tokens: BridgeOutput | None = None) -> LossOutput:
         """Returns sums of weighted nats over the batch; `tokens` stand in place of the batch's own

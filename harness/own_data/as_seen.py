@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -70,16 +71,14 @@ class AsSeen:
 
     def __call__(self, sample: Sample) -> Seen:
         """Raises ImageError or ShardError for what cannot be decoded."""
-        values = self.decode(sample)
-        is_picture = values.ndim == 3
-        size = " x ".join(map(str, values.shape[:2]))
+        values = self.decode(sample) if sample.known.has_picture else None
         asked = self._asked(replace(sample, payload=values, set_index=0))
         there = sum(
             len(text.targets) if text.task == "caption" else 1 for text in sample.known.texts
         )
         return Seen(
-            Image.fromarray(values) if is_picture else None,
-            f"{size} pixels" if is_picture else f"features, {size} (patches x width)",
+            None if values is None or values.ndim < 3 else Image.fromarray(values),
+            _about(values),
             asked,
             there - sum(len(one.targets) for one in asked),
         )
@@ -122,6 +121,14 @@ class AsSeen:
         cut = whole[limit - end :] if len(whole) + end > limit else []
         beside: Sequence[float | None] = weights or [None] * len(named)
         return Tokens(words, tuple(zip(named, beside, strict=False)), str(tokenizer.decode(cut)))
+
+
+def _about(values: np.ndarray | None) -> str:
+    """Says what a model sees of a picture."""
+    if values is None:
+        return "no picture: it gets no image tokens"
+    size = " x ".join(map(str, values.shape[:2]))
+    return f"{size} pixels" if values.ndim == 3 else f"features, {size} (patches x width)"
 
 
 def _same(path: str, other: str) -> bool:

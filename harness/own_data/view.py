@@ -95,6 +95,8 @@ def _sheet(manifest: Manifest, cards: Sequence[Card], as_seen: AsSeen | None) ->
     about = (
         f"{len(cards)} of {manifest.samples:,} records, drawn at random; {manifest.texts:,} texts"
     )
+    if manifest.without_picture:
+        about += f"; {manifest.without_picture:,} records without a picture"
     if manifest.skipped:
         about += f"; {manifest.skipped:,} samples were left out when it was indexed"
     if as_seen:
@@ -110,11 +112,13 @@ def _card(reader: Reader, index: int, picture: bytes | None, as_seen: AsSeen | N
         raise
     except ShardError as error:
         return Card(reader.manifest.key(index), None, "", (), None, str(error))
-    problem = "" if picture else "its picture is not where the features were made from"
+    problem = ""
+    about = "" if sample.known.has_picture else "a record without a picture"
+    if sample.known.has_picture and not picture:
+        problem = "its picture is not where the features were made from"
     seen = None
-    about = ""
     try:
-        about = _about(picture) if picture else ""
+        about = _about(picture) if picture else about
         seen = as_seen(sample) if as_seen else None
     except UnreachableError:
         raise

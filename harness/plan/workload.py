@@ -48,12 +48,13 @@ class Sizes:
         """Returns those of one batch."""
         contexts = len(batch.prompt_ids_CL)
         targets = len(batch.labels_TL)
+        records = len({id(context.record) for context in batch.contexts})  # each as an image
         counts_TL = batch.weight_TL != 0
         longest = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
         lengths = tuple(sorted(counts_TL.sum(dim=1).tolist()))
         return cls(
-            contexts / batch.images,
-            targets / batch.images,
+            contexts / records,
+            targets / records,
             *longest,
             float(counts_TL.float().mean()),
             lengths,
@@ -109,7 +110,8 @@ def workload(config: Config) -> Workload:
         images=data.train_images,
         lanes=data.lanes,
     )
-    encoder = sets[0].encoder if sets[0].kind == "features" else None
+    made = [each.encoder for each in sets if each.kind == "features" and each.has_pictures]
+    encoder = made[0] if made else None
     if (tokenizer := _tokenizer(config)) is None:
         return Workload(
             sizes,

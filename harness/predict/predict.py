@@ -158,7 +158,8 @@ def _batches(
 
     def decoded(picture: Picture) -> Sample:
         sample = picture.read()
-        sample.payload = decode(sample)
+        if sample.known.has_picture:
+            sample.payload = decode(sample)
         return sample
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

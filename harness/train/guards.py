@@ -128,7 +128,11 @@ class RunGuard:
 
     def _tell_scales(self, step: StepResult) -> None:
         """Tells how large image tokens and words are: far apart, the model would read noise."""
-        scales = self.run.model.scales(step.batches[0].to(self.run.engine.device))
+        batch = next((batch for batch in step.batches if batch.images), step.batches[0])
+        # on every rank, as weights may be partitioned, though one without pictures tells nothing
+        scales = self.run.model.scales(batch.to(self.run.engine.device))
+        if not batch.images:
+            return
         self.run.terminal.say(", ".join(f"{name} {value:.4g}" for name, value in scales.items()))
         self.run.track("train", scales)
 

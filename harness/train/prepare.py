@@ -30,7 +30,7 @@ CALIBRATED_ON = 32  # images, which are plenty: means and variances over their p
 
 
 def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:
-    """Returns this rank's share of a global batch, `size` images at a time.
+    """Returns this rank's share of a global batch, `size` records at a time.
 
     [] where there is nothing to learn from.
     """
@@ -84,7 +84,8 @@ def build_model(
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:
     """Gives the bridge its start values, from the first images of the first lane with something to
-    learn: at most `CALIBRATED_ON`, however large a global batch is.
+    learn: at most `CALIBRATED_ON`, however large a global batch is. Where the sets hold no image it
+    keeps those that it was drawn with.
 
     Raises GuardError for patch tokens that are not finite: the bridge would begin, and be saved, as
     NaN.
@@ -93,11 +94,13 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
     few = min(config.train.global_batch, CALIBRATED_ON)
     lanes = config.data.lanes
     loader = make_loader(config, None, world_size=lanes, global_batch=lanes * few)
+    samples: list[Sample] = []
     with closing(loader.iterate(epochs=1)) as steps:
-        for _, samples in steps:
-            if whole := collate(samples):
+        for _, read in steps if loader.has_pictures else ():
+            samples += [s for s in read if s.record is None or s.record.has_picture]
+            if len(samples) >= few and collate(samples):
                 break
-    if whole:
+    if whole := collate(samples):
         batches = micro_batches(samples, collate, config.train.micro_batch)
         patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
         if not patches_IPD.isfinite().all():
@@ -131,7 +134,7 @@ def encoder_of(loader: Loader, config: Config) -> dict[str, Any] | None:
 
     Raises ConfigError for features of another encoder than the config's.
     """
-    features = [manifest for manifest in loader.manifests if manifest.kind == "features"]
+    features = [m for m in loader.manifests if m.kind == "features" and m.has_pictures]
     for manifest in features:
         check_encoder(manifest, config.model.vision)
     return features[0].encoder if features else None

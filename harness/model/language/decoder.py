@@ -42,6 +42,7 @@ class DecoderLanguage(LanguageModel):
                 # it was.
                 nn.init.zeros_(block.crossattention.c_proj.weight)
                 nn.init.zeros_(block.crossattention.c_proj.bias)
+                block.crossattention.register_forward_hook(_of_pictures_alone, with_kwargs=True)
 
     def _prefix(
         self, image: BridgeOutput, batch: Batch, *, bos: bool
@@ -56,7 +57,8 @@ class DecoderLanguage(LanguageModel):
         if not self.config.cross_attention:
             tokens_CQD = image.by_context(embeds_CSD.dtype)
             embeds_CSD = torch.cat([tokens_CQD, embeds_CSD], dim=1)
-            mask_CS = nn.functional.pad(mask_CS, (tokens_CQD.shape[1], 0), value=True)
+            seen_CQ = image.has_picture[:, None].expand(-1, tokens_CQD.shape[1])
+            mask_CS = torch.cat([seen_CQ, mask_CS], dim=1)
         order_CS = mask_CS.int().argsort(dim=1, stable=True)
         mask_CS = mask_CS.gather(1, order_CS)
         # An empty row has nothing to say its first word from: its last, padded position is let in.
@@ -127,12 +129,13 @@ class DecoderLanguage(LanguageModel):
         return decode
 
     def _attended(self, image: BridgeOutput) -> torch.Tensor | None:
-        """Returns what cross-attention looks at, by context; None for a prefix model, and where
-        there is no image.
+        """Returns what cross-attention looks at, by context, zeros for one without a picture; None
+        for a prefix model, and where there is no image token.
         """
         if not self.config.cross_attention or not image.tokens_NQD.shape[1]:
             return None
-        return image.by_context(self.base.transformer.wte.weight.dtype)
+        tokens_CQD = image.by_context(self.base.transformer.wte.weight.dtype)
+        return tokens_CQD * image.has_picture[:, None, None]
 
     def _cache(self, image: BridgeOutput) -> DynamicCache | EncoderDecoderCache:
         """Returns a cache without words; keys and values of image tokens lie in it, made once per
@@ -147,7 +150,7 @@ class DecoderLanguage(LanguageModel):
             keys_and_values.append(
                 [part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in made]
             )
-        return attending_cache(keys_and_values, image.token_row_of_C)
+        return attending_cache(keys_and_values, image.rows)
 
     def generation_inputs(self, image: BridgeOutput, batch: Batch) -> dict[str, Any]:
         embeds_CSD, mask_CS = self._prefix(image, batch, bos=True)
@@ -175,6 +178,15 @@ class DecoderLanguage(LanguageModel):
             (eos, inputs["pad_token_id"]),
             **inputs,
         )
+
+
+def _of_pictures_alone(
+    attention: nn.Module, given: tuple, named: dict[str, Any], output: tuple
+) -> tuple:
+    """Takes what cross-attention adds from rows without a picture, whose image tokens are zeros."""
+    tokens_BQD = named["encoder_hidden_states"]
+    has_picture_B = tokens_BQD[:, 0].any(dim=-1)
+    return output[0] * has_picture_B[:, None, None], *output[1:]
 
 
 def _places(mask_CS: torch.Tensor) -> torch.Tensor:

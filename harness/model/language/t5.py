@@ -55,11 +55,12 @@ class T5Language(LanguageModel):
         words_CLD = self.t5.shared(batch.prompt_ids_CL)
         tokens_CQD = image.by_context(words_CLD.dtype)
         embeds_CSD = torch.cat([tokens_CQD, words_CLD], dim=1)
-        seen_CQ = torch.ones(tokens_CQD.shape[:2], dtype=torch.bool, device=tokens_CQD.device)
+        count = tokens_CQD.shape[1]
+        seen_CQ = image.has_picture[:, None].expand(-1, count)
         mask_CS = torch.cat([seen_CQ, batch.prompt_mask_CL], dim=1)
         # An empty row (no image, no prompt) leaves the softmax undefined: its first, padded
-        # position is let in.
-        mask_CS[:, 0] |= ~mask_CS.any(dim=1)
+        # position behind the image tokens is let in.
+        mask_CS[:, count] |= ~mask_CS.any(dim=1)
         states_CSD = self.t5.encoder(
             inputs_embeds=embeds_CSD, attention_mask=mask_CS
         ).last_hidden_state
