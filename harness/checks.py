@@ -216,11 +216,12 @@ def _check_set(path: str, key: str, config: Config, kinds: dict[str, Kind]) -> N
         manifest.check_texts()
         manifest.check_answered()
         manifest.check_lanes(config.data.lanes if key.startswith("data.train") else 1)
-        if manifest.kind == "features":
+        if manifest.kind == "features" and manifest.has_pictures:
             check_encoder(manifest, config.model.vision)
     except (ConfigError, ShardError) as error:
         raise type(error)(f"{key}: {error}") from error
-    kinds[key] = manifest.kind
+    if manifest.has_pictures:  # one of texts alone goes with either kind
+        kinds[key] = manifest.kind
 
 
 def _check_kinds(kinds: Mapping[str, Kind]) -> None:

@@ -148,7 +148,8 @@ def _quantisation(folder: Path) -> str | None:
 
 def encoder_for_later(config: Config) -> Iterator[Finding]:
     """Yields what a run on features does without, and a question about a new picture does not."""
-    if Manifest.read_index(config.data.train[0].path).kind == "features":
+    sets = [Manifest.read_index(train.path) for train in config.data.train]
+    if any(each.kind == "features" and each.has_pictures for each in sets):
         try:
             check_vision(config)
         except ConfigError as problem:

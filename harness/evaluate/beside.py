@@ -65,7 +65,7 @@ def _measures(
     """Returns what makes each figure, by its name; those of answers for questions alone."""
     settings = collected.config.evaluation
     predictions = collected.evaluation.tasks[stratum.task].predictions
-    own = [p for p in predictions if p.set == stratum.set]
+    own = [p for p in predictions if p.set == stratum.set and p.has_picture]
     measures: dict[str, Callable[[], Figure | None]] = {}
     if TASKS[stratum.task].has_right:
         measures["interaction"] = partial(interaction, own, settings)

@@ -67,11 +67,12 @@ class Collected:
     def __post_init__(self) -> None:
         self.bank = Bank(self.model)
 
-    def note_places(self, number: int, index_of: Mapping[Picture, int]) -> None:
-        """Counts images of set `number`, and remembers where in it each stands: predictions are
-        written in that order.
+    def note_places(self, number: int, index_of: Mapping[Picture, int], alone: int = 0) -> None:
+        """Counts images of set `number`, but for those that are none (`alone`: records without a
+        picture), and remembers where in it each stands: predictions are written in that order.
         """
-        self.evaluation.images += len(index_of)
+        self.evaluation.images += len(index_of) - alone
+        self.evaluation.without_picture += alone
         self.place |= {picture: (number, index) for picture, index in index_of.items()}
 
     def add(
@@ -103,8 +104,9 @@ class Collected:
         encoding = self._encoding(batch)
         taken = {}
         for stratum, part, rows in by_stratum(encoding.batch):
-            if self.texts_in_gate(stratum) < most_texts(stratum.task, self.gate_texts):
-                taken[stratum] = for_gate(part)
+            chosen = for_gate(part)
+            if chosen and self.texts_in_gate(stratum) < most_texts(stratum.task, self.gate_texts):
+                taken[stratum] = chosen
                 part_tokens = tokens_of(encoding.tokens, rows.tolist())
                 self._gate(stratum).keep(
                     select(part, taken[stratum]), tokens_of(part_tokens, taken[stratum])
@@ -193,6 +195,7 @@ def _pooled(batch: Batch) -> tuple[list[Picture], np.ndarray] | None:
     image_of = {
         picture_of(context.record): image
         for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True)
+        if image >= 0
     }
     mean_ID = batch.features_IPD.float().mean(dim=1).cpu().numpy()
     return list(image_of), mean_ID[list(image_of.values())]
@@ -211,18 +214,19 @@ def most_texts(task: str, gate_texts: int) -> int:
 
 
 def gate_tasks(record: Record) -> list[str]:
-    """Returns the task of each text of an image that the gate takes."""
-    counts = Counter(text.task for text in record.texts)
+    """Returns the task of each text of an image that the gate takes; [] without an image."""
+    counts = Counter(text.task for text in record.texts if record.has_picture)
     return [task for task, texts in counts.items() for _ in range(min(texts, _TEXTS_AN_IMAGE))]
 
 
 def for_gate(batch: Batch) -> list[int]:
     """Returns the contexts that the gate takes: of each image a few, drawn by their ids, so that
-    its texts come from many images.
+    its texts come from many images. A context without an image tells nothing of their use.
     """
     by_image: dict[int, list[int]] = defaultdict(list)
     for context, image in enumerate(batch.image_of_C.tolist()):
-        by_image[image].append(context)
+        if image >= 0:
+            by_image[image].append(context)
 
     def drawn(context: int) -> int:
         return zlib.crc32(batch.contexts[context].text.id.encode())

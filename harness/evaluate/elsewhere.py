@@ -32,7 +32,7 @@ from harness.evaluate.judging import add_verdicts, exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.official import ScoreError, entries, identifier, read_json, text
 from harness.evaluate.predict import set_name
-from harness.evaluate.published import PictureBatch, Pictures
+from harness.evaluate.published import PictureBatch, Pictures, asked_with_pictures
 from harness.evaluate.report import report_of, write_report
 from harness.evaluate.run import Progress, collect, passes_of
 from harness.evaluate.scores import add_scores
@@ -77,6 +77,8 @@ class Texts:
         """Reads every record. Raises ShardError."""
         lines: dict[str, dict[str, list[Line]]] = {name: defaultdict(list) for name in _IDS}
         for record in records(data):
+            if not record.has_picture:
+                continue
             for known in record.texts:
                 line = _true(record, known)
                 lines["text_id"][known.id].append(line)
@@ -294,11 +296,15 @@ def _asked(
     progress: Progress | None,
     tasks: set[str] | None = None,
 ) -> Collected:
-    """Returns what the gates asked, of these tasks (None: of all)."""
+    """Returns what the gates asked, of these tasks (None: of all). Raises ConfigError where no
+    record has a picture to ask with.
+    """
 
     def collate(samples: Sequence[Sample]) -> PictureBatch | None:
-        return _batch([s.known for s in samples if s.record is not None and s.weight], tasks)
+        shown = [s.known for s in samples if s.record is not None and s.weight]
+        return _batch([record for record in shown if record.has_picture], tasks)
 
+    asked_with_pictures([Manifest.open(path) for path in data])
     passes = passes_of(
         model, data, config, decode=_nothing, collate=collate, controls_of=lambda *_: {}
     )

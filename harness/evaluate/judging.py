@@ -67,7 +67,7 @@ def _across(stratum: Stratum, gate: Gate, collected: Collected) -> None:
 def _further(stratum: Stratum, gate: Gate, collected: Collected) -> tuple[Term, ...]:
     """Returns the terms that the task needs beside the exchanges."""
     result = collected.evaluation.tasks[stratum.task]
-    own = [p for p in result.predictions if p.set == stratum.set]
+    own = [p for p in result.predictions if p.set == stratum.set and p.has_picture]
     if TASKS[stratum.task].has_right:
         only_set = len({p.set for p in result.predictions}) == 1
         known = result.text_only_accuracy if only_set else None

@@ -26,7 +26,8 @@ from shards.manifest import Manifest
 from shards.read import Sample
 
 Collate = Callable[[Sequence[Sample]], Batch | None]
-# (picture, index in the set, why it could not be read, tasks of its texts)
+# (picture, index in the set, why it could not be read, tasks of its texts that the gate takes:
+# [] where there is no picture)
 Note = tuple[Picture | None, int, str | None, list[str]]
 
 
@@ -99,7 +100,7 @@ class Passes:
             collected.place[picture_of(sample.known)] = (number, sample.index)
         if collected.controls is None:
             collected.controls = self.controls_of(
-                collected.model, batch, self.loaders[0].manifests[0]
+                collected.model, batch, self.loaders[number].manifests[0]
             )
         return collected.keep(batch)
 

@@ -48,6 +48,7 @@ class Prediction:
     meta: dict[str, Any] = field(default_factory=dict)
     ended: bool = True  # false: cut at max_new_tokens
     loss: float = math.nan  # of its truth, nats a target token
+    has_picture: bool = True  # false: it is scored, and the image-use gate leaves it out
 
     def row(self) -> list[Any]:
         """Returns it as JSON takes it."""
@@ -100,6 +101,7 @@ def answers(
             p_eos_first=p_eos,
             meta=context.text.meta,
             ended=len(ids) < decoding.max_new_tokens or eos in ids,
+            has_picture=context.record.has_picture,
         )
         for context, text, ids, p_eos in zip(
             batch.contexts, said.texts, said.token_ids, said.p_eos_first_C.tolist(), strict=True

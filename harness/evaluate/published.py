@@ -12,6 +12,7 @@ rows at a time, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from harness.model.language.interface import generate_arguments
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
 from harness.model.pretrained import quiet_transformers
+from harness.redact import say
 from shards.manifest import Manifest
 from shards.read import Sample
 
@@ -73,11 +75,13 @@ class PictureBatch(Batch):
 
 @dataclass(frozen=True)
 class PictureCollator(Collator):
-    """Samples of pictures of any size -> PictureBatch."""
+    """Samples of pictures of any size -> PictureBatch; records without one are left out, as
+    `asked_with_pictures` says.
+    """
 
     def __call__(self, samples: Sequence[Sample]) -> PictureBatch | None:
         readable = [
-            s for s in samples if s.record is not None and s.payload is not None and s.weight
+            s for s in samples if s.record is not None and s.record.has_picture and s.weight
         ]
         batch = super().__call__(
             [replace(sample, payload=np.zeros((1, 1, 3), np.uint8)) for sample in readable]
@@ -313,6 +317,7 @@ def evaluate_published(
                 f"{path} holds {manifest.kind}: a published model needs images, give the set "
                 "they were made from"
             )
+    asked_with_pictures(manifests)
     model = PublishedModel(name, load_in_4bit)
     config = _config(name, model.settings, overrides)
     evaluation = evaluate_model(
@@ -331,6 +336,18 @@ def evaluate_published(
     parts = [*names(manifests), *["4bit"] * load_in_4bit, *variant(limit, overrides)]
     out = Path(out or Path("runs", "published", name.strip("/").replace("/", "--"), folder(parts)))
     return write_report(evaluation, out, data, checkpoint=name, step=None)[0]
+
+
+def asked_with_pictures(manifests: Sequence[Manifest]) -> None:
+    """Says how many records are not asked, since a model of others is shown a picture with each
+    text. Raises ConfigError where all have none.
+    """
+    alone = sum(manifest.without_picture for manifest in manifests)
+    places = ", ".join(manifest.folder for manifest in manifests)
+    if not any(manifest.has_pictures for manifest in manifests):
+        raise ConfigError(f"{places}: no record has a picture, and there is nothing to show")
+    if alone:
+        say(f"{places}: {alone:,} records without a picture are left out", sys.stderr)
 
 
 def _config(

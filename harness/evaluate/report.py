@@ -62,7 +62,7 @@ def write_report(
 
     predictions.jsonl has a line for each text, whatever its task: its set, key and id, what was
     said, the most common answer to a question, the score (of a VQA answer in [0, 1], of a caption
-    its CIDEr-D) and the loss of the truth in nats a token.
+    its CIDEr-D) and the loss of the truth in nats a token; "has_picture": false where it has none.
     """
     report = report_of(evaluation, paths, checkpoint, step) | further
     out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,7 @@ def prediction_rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
                 "truth": truth,
                 "score": round(float(score), 4),
                 "loss": round(prediction.loss, 5) if math.isfinite(prediction.loss) else None,
+                **({} if prediction.has_picture else {"has_picture": False}),
             }
 
 
@@ -103,6 +104,7 @@ def report_of(
         "step": step,
         "data": masked_document(list(paths)),
         "images": evaluation.images,
+        **({"without_picture": evaluation.without_picture} if evaluation.without_picture else {}),
         "unreadable": evaluation.unreadable,
         "tasks": evaluation.by_task(),
     }
@@ -195,6 +197,8 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
     if changed is not None:
         rows.append(["answers that change where the truth does", f"{changed:.1f}%"])
     rows.append(["empty answers", f"{figures['empty_rate']:.1%}"])
+    if figures.get("without_picture"):
+        rows.append(["texts without a picture, not judged", f"{figures['without_picture']:,}"])
     if figures.get("verdict"):
         rows.append(["verdict", figures["verdict"]])
     return rows

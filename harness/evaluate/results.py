@@ -12,7 +12,7 @@ import numpy as np
 
 from harness.evaluate.bootstrap import Interval
 from harness.evaluate.image_use.changes import complementary_pairs
-from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, ImageUse
+from harness.evaluate.image_use.evidence import EXCHANGE_NOTICED, NOT_JUDGED, ImageUse
 from harness.evaluate.image_use.verdict import worst
 from harness.evaluate.predict import Prediction
 from harness.report.pictures import Shown
@@ -72,12 +72,13 @@ class TaskResult:
         """JSON-ready; figures of the whole set go before those of the gate's subset where both are
         there.
         """
-        gate = self.image_use.to_dict() if self.image_use else {}
+        gate = self.image_use.to_dict() if self.image_use else self._not_judged()
         right = complementary_pairs(self.predictions)
         subset = {"gate_images": gate.pop("images", 0), "gate_texts": gate.pop("contexts", 0)}
         p_eos_first = float(np.mean([p.p_eos_first for p in self.predictions]))
         own = {
             "texts": len(self.predictions),
+            **({"without_picture": self.without_picture} if self.without_picture else {}),
             "loss_nats": None if math.isnan(self.loss) else self.loss,
             "accuracy": None,
             **{
@@ -104,6 +105,18 @@ class TaskResult:
         beside = {"beside": self.beside, "beside_seconds": self.beside_seconds}
         return {**gate, **subset, **self._by_set(), **own, **(beside if self.beside else {})}
 
+    @property
+    def without_picture(self) -> int:
+        """How many texts have no picture: scored with the others, and left out of the verdict."""
+        return sum(not prediction.has_picture for prediction in self.predictions)
+
+    def _not_judged(self) -> dict[str, Any]:
+        """Returns what stands in place of a verdict where no text has a picture."""
+        if not self.predictions or self.without_picture < len(self.predictions):
+            return {}
+        why = f"none of its {len(self.predictions):,} texts has a picture"
+        return {"verdict": NOT_JUDGED, "reason": why}
+
     def _by_set(self) -> dict[str, Any]:
         """Returns the verdict of each set, and the pooled exchange named as such; nothing for a
         single set.
@@ -121,6 +134,7 @@ class Evaluation:
 
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     images: int = 0
+    without_picture: int = 0  # records of texts alone
     unreadable: int = 0
     shown: list[Prediction] = field(
         default_factory=list

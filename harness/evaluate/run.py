@@ -145,7 +145,7 @@ def collect(passes: Passes, limit: int | None, progress: Progress | None) -> Col
             if answered is not None:
                 _note(passes, item, in_gate, answered)
         if progress:
-            progress(evaluation.images, images)
+            progress(evaluation.images + evaluation.without_picture, images)
     evaluation.unreadable = sum(loader.unreadable for loader in loaders)
     _show_originals(collected)
     return collected
@@ -185,7 +185,8 @@ def _rounds(passes: Passes, limit: int | None) -> Iterator[list[tuple[Item, bool
                 loader.account([Sample(None, None, "", 0, n, error=why) for _, n, why, _ in notes])
                 readable = [note for note in notes if note[0] is not None][:left]
                 left -= len(readable)
-                collected.note_places(number, {tuple(note[0]): note[1] for note in readable})
+                alone = sum(not note[3] for note in readable)
+                collected.note_places(number, {tuple(note[0]): note[1] for note in readable}, alone)
                 tasks = [task for note in readable for task in note[3]]
                 texts = collected.gate_texts
                 in_gate = any(seen[task] < most_texts(task, texts) for task in tasks)
@@ -216,7 +217,11 @@ def _loaders(
         )
         for path in paths
     ]
-    kinds = {loader.manifests[0].kind: path for loader, path in zip(loaders, paths, strict=True)}
+    kinds = {
+        loader.manifests[0].kind: path
+        for loader, path in zip(loaders, paths, strict=True)
+        if loader.has_pictures
+    }
     if len(kinds) > 1:
         told = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
         raise ShardError(f"sets of one kind can be scored together: {told}")
@@ -267,6 +272,8 @@ def _show_originals(collected: Collected) -> None:
 def _show(collected: Collected, said: Sequence[Prediction], samples: Sequence[Sample]) -> None:
     """Shows the first text of each picture, until there are enough."""
     evaluation = collected.evaluation
+    shown = [manifest for manifest in collected.manifests if manifest.has_pictures]
+    has_pixels = any(manifest.kind == "images" for manifest in shown)
     by_id = {prediction.id: prediction for prediction in said}
     for sample in samples:
         record = sample.known
@@ -276,7 +283,7 @@ def _show(collected: Collected, said: Sequence[Prediction], samples: Sequence[Sa
         prediction = next((by_id[known] for known in ids if known in by_id), None)
         if prediction is None or any(p.key == record.key for p in evaluation.shown):
             continue
-        picture = sample.payload if collected.manifests[0].kind == "images" else None
+        picture = sample.payload if has_pixels else None
         right = is_right(prediction.task, prediction.answer, prediction.references)
         evaluation.shown.append(prediction)
         evaluation.shown_images.append(

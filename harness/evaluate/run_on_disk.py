@@ -154,9 +154,10 @@ def _model(task: _Task, **places: Path | None) -> VisionLanguageModel:
     """Returns the model that reads the task's sets; `places`: lm and vision, as for `load_model`.
     Raises ConfigError for features that another encoder made.
     """
-    with_vision = task.manifests[0].kind == "images"
+    shown = [manifest for manifest in task.manifests if manifest.has_pictures]
+    with_vision = any(manifest.kind == "images" for manifest in shown)
     model = load_model(task.found, task.config, with_vision=with_vision, **places)
-    for manifest in task.manifests:
+    for manifest in shown:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
     return model

@@ -67,14 +67,16 @@ def small_set(model: Any, config: Config) -> SmallSet:
         manifests += loader.manifests
         if (batch := collate(samples)) is not None:
             batches += [
-                (stratum, _one_text_an_image(part)) for stratum, part, _ in by_stratum(batch)
+                (stratum, _one_text_an_image(part))
+                for stratum, part, _ in by_stratum(batch)
+                if (part.image_of_C >= 0).any()
             ]
     return SmallSet(batches, trained_on(config, manifests))
 
 
 def _one_text_an_image(batch: Batch) -> Batch:
     first = {image: row for row, image in reversed(list(enumerate(batch.image_of_C.tolist())))}
-    return select(batch, sorted(first.values()))
+    return select(batch, sorted(row for image, row in first.items() if image >= 0))
 
 
 def small_gate(

@@ -50,7 +50,8 @@ class Source:
     @property
     def _is_features(self) -> bool:
         # Sets of one kind are scored together.
-        return self.collected.manifests[0].kind == "features"
+        shown = [manifest for manifest in self.collected.manifests if manifest.has_pictures]
+        return shown[0].kind == "features"
 
     def payloads(self, pictures: Sequence[Picture]) -> dict[Picture, np.ndarray]:
         """Returns what the judged sets hold of these: pixels_HW3 or features_PD."""

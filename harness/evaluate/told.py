@@ -13,6 +13,7 @@ from harness.evaluate.image_use.evidence import (
     EXCHANGE,
     MATCHED,
     NEIGHBOUR,
+    NOT_JUDGED,
     RECALL,
     SHALLOW,
     TEXT_ONLY,
@@ -51,14 +52,21 @@ def verdict_lines(where: str, figures: Mapping[str, Any]) -> list[str]:
         lines = [f"{where}: {figures['verdict']} (the worst of {len(sets)} sets decides)"]
         for name, own in sets.items():
             lines += verdict_lines(f"{where}, {name}", own)
-        return lines
+        return lines + _wrapped(left_out(figures))
     lines = [f"{where}: {figures['verdict']}"]
     lines += [f"  {told}" for name in TERMS if (told := term_line(name, figures))]
+    lines += _wrapped(left_out(figures))
     if figures.get("advice"):
         lines += _wrapped(f"what would change it: {figures['advice']}")
-    elif figures.get("verdict"):
+    elif figures.get("verdict") and figures["verdict"] != NOT_JUDGED:
         lines += _wrapped("what would change it: a lower bound that falls to its margin")
     return lines
+
+
+def left_out(figures: Mapping[str, Any]) -> str:
+    """Returns how many texts a verdict leaves out since they have no picture; "" for none."""
+    count = figures.get("without_picture")
+    return f"{count:,} texts without a picture are scored and not judged" if count else ""
 
 
 def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -73,6 +81,8 @@ def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
             terms = "".join(f"- {told}\n" for term in TERMS if (told := term_line(term, own)))
             reason = own.get("reason") or ""
             parts.append(f"**{own.get('verdict')}** ({where}; {when}): {reason}\n\n{terms}")
+        if told := left_out(figures):
+            parts.append(f"{task}: {told}.\n")
     return "\n".join(parts)
 
 

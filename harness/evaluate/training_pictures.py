@@ -74,6 +74,8 @@ def training_pictures(
     found = TrainingPictures()
     readers = TrainingReaders(config, model)
     for manifest in training_sets(config):
+        if not manifest.has_pictures:
+            continue
         if manifest.kind == "images" and getattr(model, "vision", None) is None:
             return f"{manifest.folder} holds pictures, and the model was loaded without its encoder"
         most = MOST_FEATURES if manifest.kind == "features" else MOST_PICTURES
@@ -112,6 +114,8 @@ class TrainingReaders:
         records: list[str] = []
         for index in indices:
             sample = reader.read(index)
+            if not sample.known.has_picture:
+                continue
             try:
                 payloads.append(self._decode(sample))
             except (ShardError, ValueError):  # named by the training run that read it

@@ -109,6 +109,8 @@ def _about(report: Mapping[str, Any]) -> str:
     unread = report["unreadable"]
     texts = sum(figures["texts"] for figures in report["tasks"].values())
     told = f"{step}{report['images']:,} images with {texts:,} texts"
+    if alone := report.get("without_picture"):
+        told = f"{step}{report['images']:,} images and {alone:,} records without, {texts:,} texts"
     return f"{told}, {unread} could not be read" if unread else told
 
 
@@ -122,7 +124,8 @@ def _task(
     """Returns all that the page shows of one task."""
     rows = [row for row in evaluated.rows if row["task"] == name]
     has_right = TASKS[name].has_right
-    choose = Chooser(evaluated.model, evaluated.config, evaluated.manifests, rows, evaluated.cache)
+    shown = [row for row in rows if row.get("has_picture", True)]
+    choose = Chooser(evaluated.model, evaluated.config, evaluated.manifests, shown, evaluated.cache)
     kinds = {
         "Most confident wrong answers": choose.confident_and_wrong() if has_right else [],
         "Best": choose.best(),

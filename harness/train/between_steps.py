@@ -13,7 +13,7 @@ from harness.evaluate.image_use.evidence import IMAGE_IGNORED
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import Look, SmallSet, small_gate_metrics, small_set
-from harness.evaluate.told import described, score_line, verdict_lines
+from harness.evaluate.told import described, left_out, score_line, verdict_lines
 from harness.machine.dealing import Alone, StoppedError
 from harness.train.last_report import leave_report
 from harness.train.saving import Saver
@@ -228,6 +228,8 @@ def _tell(run: Run, result: Evaluation) -> str:
     run.terminal.say(f"after step {run.state.step}, {run.epochs:.3g} epochs:")
     for task, known in tasks.items():
         run.terminal.say(f"  {score_line(task, known)}")
+        if told := left_out(known):
+            run.terminal.say(f"  {told}")
     run.terminal.answers(result.shown_images)
     ignored = ""
     for task, scored in result.tasks.items():

@@ -61,28 +61,21 @@ def load(
     dev_share: Annotated[float, "Of the images, drawn for dev: 0.1."] = 0.0,
     test_share: Annotated[float, "Of the images, drawn for test: 0.1."] = 0.0,
     seed: Annotated[int, "Of that draw."] = 0,
-    text_only: Annotated[
-        bool, "Keep rows that name no image; then --images may be absent."
-    ] = False,
+    text_only: Annotated[bool, "Keep rows that name no image; needs no --images."] = False,
 ) -> Source:
     """Reads the texts from the one file that is given, or without one from NAME.txt beside each
     image. A row that is not of its form is left out and named.
 
-    `text_only`: a row that names no image is a record without a picture; else it is left out, and
-    named. ShardError for a file of no known form, an id given twice, an image in two splits.
+    ShardError for a file of no known form, an id given twice, an image in two splits.
     """
     columns = Columns(image_column, caption_column, question_column, answer_column, split_column)
     files = {"--jsonl": jsonl, "--csv": csv, "--json": json, "--metadata": metadata}
     given = {flag: value for flag, value in files.items() if value}
     _check_files(list(given), columns, separator, questions, encoding)
     _check_shares(dev_share, test_share)
-    if text_only and not given:
-        raise ShardError(f"--text-only goes with {' or '.join(_FILES)}, which is not given")
-    if images is None and not text_only:
-        raise ShardError("image-folder needs --images, or --text-only for texts alone")
     columns = replace(columns, text_only=text_only)
     pattern = _pattern_of(images) if images else None
-    source = Source(_DATASET, Images(images.parent if images and pattern else images))
+    source = _source_at(images, pattern is not None, text_only, bool(given))
     if json:
         annotations = read_annotations(json, questions, columns.are_given, source)
         split = split or annotations.split
@@ -97,6 +90,17 @@ def load(
     if dev_share or test_share:
         _divide(source, {"dev": dev_share, "test": test_share}, seed)
     return source
+
+
+def _source_at(images: Path | None, is_pattern: bool, text_only: bool, is_told: bool) -> Source:
+    """Returns a source of these images, without a text yet. `is_pattern`: their place ends in one
+    of names; `is_told`: a file says which text belongs to which. Raises ShardError.
+    """
+    if text_only and not is_told:
+        raise ShardError(f"--text-only goes with {' or '.join(_FILES)}, which is not given")
+    if images is None and not text_only:
+        raise ShardError("image-folder needs --images, or --text-only for texts alone")
+    return Source(_DATASET, Images(images.parent if images and is_pattern else images))
 
 
 def _check_files(

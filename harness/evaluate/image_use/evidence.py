@@ -26,6 +26,7 @@ IMAGE_USED = "image used"
 EXCHANGE_NOTICED = "exchange noticed"
 IMAGE_IGNORED = "image ignored"
 NOT_ENOUGH = "not enough evidence"
+NOT_JUDGED = "not judged: no picture"  # in place of a verdict
 NO_CONTENT = f"{NOT_ENOUGH}: this set can be answered without looking at content"
 # The names of verdicts, worst first: the worst of several sets decides.
 WORST_FIRST = (
