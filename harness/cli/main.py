@@ -190,6 +190,10 @@ def plan(
     processes: Processes = None,
     launch: LaunchFile = None,
     zero_stage: ZeroStage = None,
+    evaluated: Annotated[
+        int | None,
+        typer.Option("--evaluate", min=1, metavar="TEXTS", help="Of an evaluation of so many."),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Whether a run fits a device, how long it takes, what would help.
@@ -201,7 +205,14 @@ def plan(
     from harness.plan.plan import plan
 
     loaded = load(config, overrides or ())
-    made = plan(loaded, device, read_launch(launch, zero_stage), processes)
+    launched = read_launch(launch, zero_stage)
+    if evaluated:
+        from harness.plan.evaluation import plan_evaluation
+
+        asked = plan_evaluation(loaded, evaluated, device, processes, launched)
+        show(json.dumps(asked.to_json(), indent=2) if as_json else asked.table())
+        raise typer.Exit(0 if asked.fits else 1)
+    made = plan(loaded, device, launched, processes)
     show(json.dumps(made.to_json(), indent=2) if as_json else made.table())
     raise typer.Exit(0 if made.fits else 1)
 

@@ -31,6 +31,7 @@ from harness.data.collate import Collator
 from harness.data.features import control_pixels
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError, reason_of
+from harness.evaluate.encoded_once import encode_once
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
 from harness.hub import VLMConfig  # and registers what our own exports are loaded by
@@ -107,11 +108,8 @@ class Pictures:
     def without_tokens(self) -> None:
         """There is no one way to leave the image out of any model."""
 
-    def of(self, contexts: Sequence[int]) -> list[Image.Image]:
-        return [
-            Image.fromarray(self.tokens_NQD[row])
-            for row in self.token_row_of_C[list(contexts)].tolist()
-        ]
+    def of(self, contexts: Sequence[int]) -> list[np.ndarray]:
+        return [self.tokens_NQD[row] for row in self.token_row_of_C[list(contexts)].tolist()]
 
 
 class PublishedModel(nn.Module):
@@ -132,6 +130,7 @@ class PublishedModel(nn.Module):
         self.dtype = choose("auto", device).compute_dtype
         self._load(name, nf4(self.dtype) if load_in_4bit else None)
         self.to(device).eval()
+        self._encoder = encode_once(self.model)
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -186,9 +185,11 @@ class PublishedModel(nn.Module):
         return Pictures(batch.pictures, batch.image_of_C)
 
     def _inputs(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str]
+        self, pictures: Sequence[np.ndarray], prompts: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         """Returns the processor's tensors, on the model's device and in its dtype."""
+        if self._encoder is not None:
+            self._encoder.shown = pictures
         begins = self.tokenizer.bos_token
         if getattr(self.processor, "chat_template", None):
             chats = [
@@ -203,7 +204,11 @@ class PublishedModel(nn.Module):
         twice = begins is not None and all(text.startswith(begins) for text in texts)
         given = {"add_special_tokens": False} if twice else {}
         inputs = self.processor(
-            images=list(pictures), text=texts, return_tensors="pt", padding=True, **given
+            images=[Image.fromarray(picture) for picture in pictures],
+            text=texts,
+            return_tensors="pt",
+            padding=True,
+            **given,
         )
         return dict(inputs.to(self.model.device, self.dtype))
 
@@ -254,8 +259,10 @@ class PublishedModel(nn.Module):
     def generate(self, batch: Batch, decoding: DecodingConfig, tokens: Pictures) -> Generated:
         """Greedy or beam search, one answer per context."""
         ids, p_eos = [], []
+        # Those of like length together: less of a part is padding.
+        order = sorted(range(len(batch.contexts)), key=lambda c: len(batch.contexts[c].prompt))
         for rows in _parts(len(batch.contexts)):
-            contexts = range(len(batch.contexts))[rows]
+            contexts = order[rows]
             inputs = self._inputs(tokens.of(contexts), [batch.contexts[c].prompt for c in contexts])
             out = self.model.generate(
                 **inputs,
@@ -270,10 +277,12 @@ class PublishedModel(nn.Module):
             ids += said.tolist()
             first_RV = out.logits[0][:: decoding.beams].float().softmax(dim=-1)
             p_eos.append(first_RV[:, self.tokenizer.eos_token_id])
+        place_C = np.argsort(order)
+        ids = [ids[place] for place in place_C]
         texts = [
             text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         ]
-        return Generated(texts, ids, torch.cat(p_eos))
+        return Generated(texts, ids, torch.cat(p_eos)[torch.from_numpy(place_C)])
 
 
 def _parts(count: int) -> list[slice]:

@@ -178,10 +178,35 @@ class Planner:
         host = self.host(images, peak)
         if not self.device.is_gpu:
             return {"main memory": (host, self.device.usable)}
-        limits = {"GPU memory": (peak, self.device.usable)}
+        limits = {"GPU memory": (max(peak, self.evaluation_bytes), self.device.usable)}
         if self.device.main_memory is not None:
             limits["main memory"] = (host, int(self.device.main_memory * FREE_SHARE))
         return limits
+
+    @cached_property
+    def evaluation_bytes(self) -> int:
+        """What an evaluation needs where ZeRO-3's weights are gathered for it; else less than a
+        step.
+        """
+        if self.stage < 3 or not self.config.data.dev:
+            return 0
+        sizes = replace(self.sizes, lengths=())
+        return sum(self.evaluation_parts(sizes, self.config.evaluation.batch_images).values())
+
+    def evaluation_parts(self, sizes: Sizes, images: int) -> dict[str, int]:
+        """Returns the bytes by part that a process holds when it evaluates a batch: all weights,
+        whole also where ZeRO-3 has parted them, since they are gathered first.
+        """
+        parts = (
+            {"CUDA context": CUDA_CONTEXT} if self.device.is_gpu else {"process": PROCESS[False]}
+        )
+        parts |= self.weights
+        if self.stage == 3 and not self.launch.offload_parameters:
+            share = -(-sum(self.weights.values()) // self.processes)
+            parts["this process's share of them"] = share
+        for name, size in self.skeleton.forward(sizes, images).peak.items():
+            parts["batch" if name == "batch" else f"{name} of a batch"] = size
+        return parts
 
     def short_of(self, images: int) -> str | None:
         """Returns the kind of memory that is missing most, or None where the run fits."""

@@ -198,6 +198,24 @@ class Skeleton:
                 parameter.grad = None
         return Pass(meter.peak, saved, meter.logits, dict(meter.flops))
 
+    @torch.no_grad()
+    def forward(self, sizes: Sizes, images: int, of_images_alone: bool = False) -> Pass:
+        """Runs a batch forward, as an evaluation does; `of_images_alone`: encoder and bridge."""
+        self._checkpoint(False)
+        with self.mode:
+            batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
+            meter = self._meter(sizes, batch)
+            run = self.model.bridge_tokens if of_images_alone else self.model
+            with _no_collection(), meter:
+                run(batch)
+        return Pass(meter.peak, 0, meter.logits, dict(meter.flops))
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers that a word of an answer passes."""
+        config: Any = self.model.lm.base.config
+        return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+
     def _checkpoint(self, checkpointing: bool) -> None:
         """Switches activation checkpointing on or off."""
         lm: Any = self.model.lm.base  # the method's name changed in transformers 5

@@ -4,15 +4,16 @@ report.
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from harness.config.schema import DataConfig, DecodingConfig, PromptsConfig
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
+from harness.evaluate.encoded_once import EncodedOnce
 from harness.evaluate.image_use.evidence import WORST_FIRST
 from harness.evaluate.published import PictureCollator, PublishedModel, evaluate_published
 from harness.model.batch import Batch
@@ -102,6 +103,31 @@ def test_answers_and_the_chance_of_ending_at_once_do_not_depend_on_the_batch(set
         assert found.p_eos_first_C[context].item() == pytest.approx(first[eos].item(), rel=1e-3)
 
 
+def test_a_picture_is_encoded_once_for_all_its_questions_answers_and_losses(setting, monkeypatch):
+    model, batch = setting
+    assert len(batch.contexts) > len(batch.pictures)
+    tokens = model.bridge_tokens(batch)
+    decoding = DecodingConfig(max_new_tokens=4)
+    encoder = model._encoder
+    encoder._known.clear()
+    encoded = []
+    forward = encoder._forward
+
+    def counted(pixel_values, *given, **named):
+        encoded.append(len(pixel_values))
+        return forward(pixel_values, *given, **named)
+
+    monkeypatch.setattr(encoder, "_forward", counted)
+    said = model.generate(batch, decoding, tokens)
+    lost = model.loss(batch, tokens)
+    assert encoded == [1] * len(batch.pictures)
+    monkeypatch.setattr(EncodedOnce, "__call__", lambda self, *given, **of: forward(*given, **of))
+    again = model.generate(batch, decoding, tokens)
+    assert said.texts == again.texts
+    assert torch.allclose(said.p_eos_first_C, again.p_eos_first_C, atol=1e-5)
+    assert torch.allclose(lost.sum_T, model.loss(batch, tokens).sum_T, rtol=1e-4)
+
+
 def test_another_picture_is_what_an_exchange_of_tokens_shows(setting):
     model, batch = setting
     tokens = model.bridge_tokens(batch)
@@ -116,7 +142,7 @@ def test_another_picture_is_what_an_exchange_of_tokens_shows(setting):
 )
 def test_a_prompt_holds_the_picture_and_one_bos_with_any_chat_template_or_none(tmp_path, template):
     model = PublishedModel(str(tiny_llava(tmp_path / "llava", template)))
-    ids = model._inputs([Image.new("RGB", (32, 32))], ["is it red?"])["input_ids"][0].tolist()
+    ids = model._inputs([np.zeros((32, 32, 3), np.uint8)], ["is it red?"])["input_ids"][0].tolist()
     assert ids.count(model.model.config.image_token_id) == 16
     assert ids[0] == model.tokenizer.bos_token_id
     assert ids.count(ids[0]) == 1
