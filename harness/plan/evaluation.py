@@ -94,7 +94,8 @@ def plan_evaluation(
     images = max(1, round(texts / an_image))
     sizes = replace(work.sizes, contexts=texts / images, kept=1.0, lengths=())
     batch = min(images, config.evaluation.batch_images)
-    compute, host = _seconds(planner, sizes, batch)
+    seconds = _seconds(planner, sizes, batch)
+    compute, host = seconds
     batches = -(-images // batch)
     world = planner.processes
     gate = min(texts, config.evaluation.counterfactual_texts) / (batch * sizes.contexts)
