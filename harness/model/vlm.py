@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -102,6 +103,7 @@ class VisionLanguageModel(PreTrainedModel):
         self.precision: Precision = choose("fp32", torch.device("cpu"))
         self.label_smoothing = 0.0
         self.compilations: Compilations | None = None  # of train.compile
+        self.checkpoints_bridge = False
 
     @classmethod
     def build(
@@ -176,6 +178,10 @@ class VisionLanguageModel(PreTrainedModel):
         }
 
     def checkpoint_activations(self) -> None:
+        """Has the language model, layer by layer, and the bridge, whole, compute their activations
+        again in the backward pass. The encoder has none to keep.
+        """
+        self.checkpoints_bridge = True
         base = self.lm.base  # the method's name changed in transformers 5
         enable = (
             getattr(base, "activation_checkpointing_enable", None)
@@ -215,7 +221,11 @@ class VisionLanguageModel(PreTrainedModel):
         """
         patches_IPD = self.patch_tokens(batch)
         with self.precision.autocast("bridge"):
-            tokens_NQD = self.bridge(*self.bridge_inputs(batch, patches_IPD)).float()
+            inputs = self.bridge_inputs(batch, patches_IPD)
+            if self.checkpoints_bridge and self.training:
+                tokens_NQD = checkpoint(self.bridge, *inputs, use_reentrant=False).float()
+            else:
+                tokens_NQD = self.bridge(*inputs).float()
         if not self.question_aware:
             return BridgeOutput(tokens_NQD, batch.image_of_C)
         rows_C = torch.arange(len(batch.image_of_C), device=patches_IPD.device)

@@ -223,6 +223,7 @@ class Skeleton:
             getattr(lm, "activation_checkpointing_disable", None)
             or lm.gradient_checkpointing_disable
         )()
+        self.model.checkpoints_bridge = False
         with suppress(AttributeError):  # where it was never on
             lm.disable_input_require_grads()
         if checkpointing:

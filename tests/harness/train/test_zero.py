@@ -64,6 +64,7 @@ def plan():
         run("lora-2", STAGES["zero-2"], SKIPPED, "lora"),
         run("full-3", STAGES["zero-3"], SKIPPED, "full"),
         run("bf16-3", STAGES["zero-3"], IN_BF16, "lora"),
+        run("checkpointed-3", STAGES["zero-3"], {**LONG, "activation_checkpointing": True}),
     ]
     runs += [
         run("from-zero-3", STAGES["zero-3"], HALF),
@@ -146,6 +147,10 @@ def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind
 def test_the_other_tunings_learn_alike_too(root, ranks, name, tuning):
     train.run(config_of(root, f"alone-{tuning}", tuning, **SKIPPED))
     equal(losses(root / name), losses(root / f"alone-{tuning}"), 1e-4)
+
+
+def test_activations_computed_again_find_partitioned_weights(root, alone, ranks):
+    equal(losses(root / "checkpointed-3"), alone.losses, 1e-4)
 
 
 def test_frozen_weights_in_bf16_beside_trained_ones_in_fp32_are_partitioned_too(root, ranks):
