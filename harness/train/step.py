@@ -147,9 +147,12 @@ class StepTaker:
         computed = torch.cuda.Event(enable_timing=True)
         has_next = torch.cuda.Event(enable_timing=True)
         computed.record()
+        heart = self.run.engine.heart
+        heart.doing(f"reads the images of step {self.run.state.step + 2}", alone=True)
         if (share := self.run.loader.coming()) is not None:
             self.transfer.send_ahead(share.batches)
         has_next.record()
+        heart.doing(f"takes step {self.run.state.step + 1}")
         return lambda: computed.elapsed_time(has_next) / 1000
 
 

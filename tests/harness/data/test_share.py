@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import toy_batch
 from harness.config.schema import DataConfig, PromptsConfig
@@ -16,7 +17,7 @@ from harness.data.images import ImageDecoder
 from harness.data.share import Share, ShareMaker
 from harness.model.batch import Batch
 from shards.files import ShardError
-from shards.loader import Loader
+from shards.loader import Loader, Step
 from shards.record import Record, Text
 from toy_runs import make_shards
 
@@ -140,12 +141,15 @@ def only_the_third(sample):
     return DECODE(sample)
 
 
-def test_pinning_keeps_the_index_to_its_weights(monkeypatch, collate):
+def test_what_torchs_loader_pins_is_the_share_and_its_index_stays_that_of_its_weights(
+    monkeypatch, collate
+):
     record = Record("0", "d", "s", "0", (Text("c", "caption", ("a dog", "a black and white dog")),))
     sample = toy_batch.samples()[0]
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.clone)
     share = ShareMaker(collate, 2)([replace(sample, record=record)])
-    pinned = share.pin_memory()
+    step, pinned, samples = pin_memory((Step(0, 0, 1), share, [sample]))
+    assert (step, samples) == (Step(0, 0, 1), [sample])
     assert all(map(alike, share.batches, pinned.batches))
     assert pinned.batches[0].indexed() is pinned.batches[0]
     assert pinned.batches[0].labels_TL is not share.batches[0].labels_TL
