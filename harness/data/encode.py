@@ -41,9 +41,11 @@ PART_BATCHES = 32  # batches of a part: what is lost at most when a process is k
 class Encoder:
     """The frozen encoder on its device: pixels_IHW3 (uint8) -> patch tokens IPD (float16)."""
 
-    def __init__(self, vision: VisionConfig, precision: Requested, device: torch.device) -> None:
+    def __init__(
+        self, vision: VisionConfig, precision: Requested, device: torch.device, tells: bool = True
+    ) -> None:
         self.policy: Precision = choose_or_fall_back(precision, device)
-        if self.policy.fell_back:
+        if self.policy.fell_back and tells:
             say(f"precision: {self.policy.reason}", sys.stderr)
         self.device = device
         self.tower: VisionTower = load_vision(vision)
@@ -111,7 +113,8 @@ class SetEncoding:
                 "from"
             )
         on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.encode = Encoder(vision, precision, on)
+        share = share or Share()
+        self.encode = Encoder(vision, precision, on, tells=share.rank == 0)
         self.out = Path(out)
         self.vision = vision
         self.progress = progress
@@ -119,7 +122,7 @@ class SetEncoding:
         made_of = [self.source.digest, self.encode.identity(), batch_images, max_image_pixels]
         made_of += [on.type, torch.__version__]
         count = -(-self.source.samples // self._images)
-        self._parts = Parts(self.out, made_of, count, share or Share())
+        self._parts = Parts(self.out, made_of, count, share)
         self._done = 0  # images
         self._at = -1  # the part that `_batches` goes on with
         self._batches: Generator[tuple[StreamState, list[Any]], None, None] | None = None

@@ -157,6 +157,7 @@ def test_the_verb_as_two_processes_makes_the_same_set(image_set, vision, feature
     done = subprocess.run([*line, "data.workers=0"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 samples") == 1
+    assert done.stderr.count("precision: fp32 in place of fp16") == 1
     made = Manifest.open(tmp_path / "train")
     assert [made.key(n) for n in range(10)] == [feature_set.key(n) for n in range(10)]
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
