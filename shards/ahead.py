@@ -24,7 +24,8 @@ class Ahead:
     def __init__(self, order: Lanes, lanes: Sequence[int], readers: Sequence[Reader], lag: int):
         self._order = copy.deepcopy(order)  # the reader's own remembers where it is
         self._lanes = lanes
-        self._readers = readers
+        # whoever reads a shard has the patience, and says what does not answer
+        self._readers = [reader.impatient() if reader.is_remote else None for reader in readers]
         self._lag = lag
         self._position: int | None = None  # in images of all epochs
         self._is_due = threading.Event()
@@ -66,7 +67,9 @@ class Ahead:
                 windows = self._order.lanes[lane].windows_from(epoch, firsts[lane])
                 for s, both in enumerate(windows):
                     known = self._fetched.setdefault((lane, s), set())
-                    if self._readers[s].is_remote:
-                        yield from ((self._readers[s], n) for n in both[is_next] if n not in known)
+                    if (reader := self._readers[s]) is not None:
+                        yield from (
+                            (reader, shard) for shard in both[is_next] if shard not in known
+                        )
                     if is_next:
                         self._fetched[lane, s] = {*both[0], *both[1]}

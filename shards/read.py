@@ -7,12 +7,13 @@ the sample's headers): damaged bytes are noticed on every read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from shards.images import EXTENSIONS
 from shards.layout import Layout, field_texts
 from shards.manifest import Manifest
 from shards.record import Record, RecordError, Text
-from shards.remote import Descriptor
+from shards.remote import Descriptor, Patience
 from shards.tar import groups
 
 PAYLOADS = {
@@ -132,6 +133,14 @@ class Reader:
         os.close(self._cache.open(self.manifest.location(shard), info.bytes, info.sha256))
         if info.samples:
             _ = self.manifest.sidecar[int(self.manifest.starts[shard])]
+
+    def impatient(self) -> Reader:
+        """Returns one for the same remote set that asks once alone for what does not answer."""
+        once = Patience(1, self.manifest.patience.seconds)
+        cache = copy.copy(self._cache)
+        assert cache is not None  # checked when the reader was made
+        cache.patience = once
+        return Reader(replace(self.manifest, cache=cache, patience=once), cache, answered=False)
 
     def _descriptor(self, shard: int) -> Descriptor:
         found = self._open.pop(shard, None)

@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 
 from faulty_server import faulty_server
+from shards import remote
 from shards.files import ShardError
 from shards.loader import Loader
 from shards.record import Record, Text
@@ -105,6 +106,27 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_what_is_fetched_ahead_is_asked_for_once_and_by_who_reads_it_with_patience(
+    folders, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.01)
+    before = threads()
+    given = {"cache_dir": tmp_path, "cache_bytes": 10**6, "window_shards": 2, "global_batch": 4}
+    with faulty_server(folders / "many") as server:
+        loader = Loader([server.url], **given)
+        later = loader._reading.order.lanes[0].windows_from(0, 0)[0][1][0]
+        name = loader.manifests[0].shards[later].name
+        server.next[name] = [503] * 4  # a HEAD and a GET at each attempt
+        with closing(loader.iterate(epochs=1)) as batches:
+            next(batches)
+            wait_for(lambda: server.asked[name] == 1)
+            assert "asked again" not in caplog.text
+            seen = 4 + sum(len(samples) for _, samples in batches)
+        assert "asked again" in caplog.text
+        wait_for(lambda: before.issuperset(threads()))
+    assert (seen, loader.unreadable) == (68, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
