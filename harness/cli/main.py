@@ -537,7 +537,8 @@ def main() -> None:
         if not is_first(os.environ):
             time.sleep(3)  # what concerns all is said by the first, whose end ends this one
             who = f"harness, rank {os.environ['RANK']}"
-        say(f"{who}: {sentence}", sys.stderr)
+        if not getattr(error, "is_told", False):
+            say(f"{who}: {sentence}", sys.stderr)
         sys.exit(2)
 
 

@@ -144,7 +144,11 @@ class Among(Alone):
             self._orders += 1
             order = self._take(f"{self._orders}/order", is_mine=False)
             if "ends" in order:
-                self._raise(order["error"], 0)
+                try:
+                    self._raise(order["error"], 0)
+                except Exception as error:
+                    error.is_told = True  # type: ignore[attr-defined]  # by rank 0
+                    raise
                 return
             came = ready
             if "error" not in ready:

@@ -57,9 +57,11 @@ def test_arrays_come_back_bit_for_bit_and_values_larger_than_the_store_takes():
 
 @pytest.mark.parametrize("fails", [0, 1, 5])
 def test_what_one_rank_cannot_read_ends_all_with_the_same_sentence(fails):
-    for came in on_ranks(3, lambda dealer: squares(dealer, fails=fails)):
+    ended = on_ranks(3, lambda dealer: squares(dealer, fails=fails))
+    for came in ended:
         assert type(came) is ShardError
         assert str(came) == f"number {fails} cannot be read"
+    assert [getattr(came, "is_told", False) for came in ended] == [False, True, True]
 
 
 def test_a_fault_that_nobody_expects_ends_the_others_too():
