@@ -11,11 +11,16 @@ import pytest
 
 from harness.checks import check_before_launch
 from harness.data.encode import encode_set
+from harness.doctor import examine
 from harness.evaluate.run import collect, passes_of
 from harness.evaluate.run_on_disk import evaluate_run
+from harness.evaluate.small_gate import small_set
 from harness.machine.launch_file import read_launch
 from harness.machine.launcher import launch
 from harness.model.vlm import VisionLanguageModel
+from harness.own_data.view import write_sheets
+from harness.plan.workload import workload
+from harness.predict.predict import predict
 from harness.train import prepare
 from harness.train import run as train
 from plan_cases import changed
@@ -111,6 +116,28 @@ def test_texts_alone_go_with_features_and_a_set_of_both_is_encoded_whole(root, t
     check_before_launch(config)
     train.run(config)
     assert len(losses(config.out_dir)) == 2
+
+
+def test_pages_doctor_plan_and_predictions_know_them(trained, root, tmp_path):
+    (sheet,) = write_sheets([str(root / "dev")], tmp_path / "sheet.html", config=trained)
+    assert [bool(card.problem) for card in sheet.cards] == [False] * 8
+    assert "3 records without a picture" in sheet.about
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("a record without a picture, to the model: no picture") == 3
+    found = examine.first_sample("data.dev", str(root / "dev"), trained).found
+    assert "5 images" in found
+    assert "3 records without a picture" in found
+    assert "5 records without" in examine.first_sample("x", str(root / "words"), trained).found
+    only = changed(trained, data={"train": [{"path": str(root / "words")}]})
+    assert workload(only).sizes.contexts > 0
+    said = predict(trained.out_dir, str(root / "dev"), tmp_path / "said.jsonl")
+    assert said.damaged == 0
+    assert {line["image"] for line in said.lines.read()} == {f"{n:04d}" for n in range(100, 108)}
+    assert {c.record.has_picture for _, b in small_set_of(trained) for c in b.contexts} == {True}
+
+
+def small_set_of(config):
+    return small_set(VisionLanguageModel.build(config), config).batches
 
 
 @pytest.mark.slow
