@@ -233,6 +233,7 @@ class Training:
         for index in range(self.micro_batches):
             with self.engine.micro_step(last=index == self.micro_batches - 1):
                 self.engine.backward(self.wrapped(batch).sum / weight)
+        self.engine.await_gradients()
         return self.engine.step(self.config.train.learning_rate)
 
     def featured(self) -> Batch:

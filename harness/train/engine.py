@@ -68,7 +68,7 @@ class Engine:
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
         self.loss_scale = self.scaler.get_scale()  # of the last step; 1 where none is needed
-        self._norm = math.nan
+        self._norm: float | None = None  # of gradients that are awaited and not yet used
 
     def _accelerator(self, train: TrainConfig) -> Accelerator:
         # Accelerate is told "no" mixed precision: which part runs in which dtype is precision.py's,
@@ -162,13 +162,16 @@ class Engine:
         the gradients were reduced, so that all ranks see the same and decide alike.
         """
         self._set(learning_rate)
-        finite = math.isfinite(self._norm) and not skip
+        norm = self._norm
+        assert norm is not None, "await_gradients comes before every step"
+        self._norm = None
+        finite = math.isfinite(norm) and not skip
         if finite:
             # not by the scaler, which would wait to see again that nothing is infinite
             self.optimizer.step()
         self.scaler.update()
         self.discard()
-        return self._norm if finite else None
+        return norm if finite else None
 
     def _set(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -151,11 +151,13 @@ class ZeroEngine(Engine):
     def step(self, learning_rate: float, skip: bool = False) -> float | None:
         self._set(learning_rate)
         if self.stage == 0:
-            if skip or not math.isfinite(self._norm):
+            norm = self._norm
+            assert norm is not None, "await_gradients comes before every step"
+            if skip or not math.isfinite(norm):
                 self.discard()
                 return None
             self.model.step()
-            return self._norm
+            return norm
         # Where the norm is not finite, stages 1 to 3 leave weights and moments alone and clear what
         # they hold.
         with _infinite_norm(self.optimizer) if skip else nullcontext():

@@ -236,3 +236,11 @@ def test_the_rate_warms_up_and_falls_along_a_cosine_to_its_end():
     assert 0.2 < rates[-1] < 0.201
     constant = config.model_copy(update={"schedule": "constant", "warmup": 0.0})
     assert {learning_rate(constant, step, 100) for step in (0, 50, 99)} == {1.0}
+
+
+def test_a_step_whose_gradients_were_not_awaited_is_a_mistake_and_no_skipped_step(make_engine):
+    engine, model = make_engine()
+    take(engine, model)
+    engine.backward(model(torch.ones(1, 3)).sum())
+    with pytest.raises(AssertionError, match="await_gradients"):
+        engine.step(0.1)
