@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.machine.devices import DEVICES
 from harness.machine.launch_file import read_launch
-from harness.plan.report import gb
+from harness.plan.report import gb, tightest
 
 if TYPE_CHECKING:
     from harness.plan.planner import Planner
@@ -31,7 +31,8 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
         )
     short = planner.short_of(images)
     if short == "main memory" and (fewer := _fewer(planner)):
-        needed = planner.changed(processes=fewer).limits(images)[short][0]
+        there = planner.changed(processes=fewer)
+        needed = there.limits(images, there.without_gradients)[short][0]
         return [f"--processes {fewer} fits: {gb(needed)} of {short}"]
     if largest:
         return [f"train.micro_batch={largest}, with the same global_batch, fits"]
@@ -64,14 +65,28 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
     ]
 
 
+def smaller_evaluation(planner: Planner) -> list[str]:
+    """Returns one sentence for a run that fits but for its evaluation."""
+    from harness.plan.answering import evaluation_parts
+
+    images = planner.config.evaluation.batch_images // 2
+    while images:
+        needed = sum(evaluation_parts(planner, images).values())
+        worst = tightest(planner.limits(planner.images, at_least=needed))
+        if worst.needed <= worst.limit:
+            return [f"evaluation.batch_images={images} fits: {gb(needed)}"]
+        images //= 2
+    return ["no evaluation fits beside the model: " + planner.device.name]
+
+
 def _fewer(planner: Planner) -> int | None:
     """Returns the number of processes for which the main memory suffices, guessed from what each
     needs now, else one; None where neither fits.
     """
-    memory = planner.limits(planner.images)["main memory"]
+    memory = planner.limits(planner.images, planner.without_gradients)["main memory"]
     guess = planner.processes * memory[1] // memory[0]
     tried = sorted({max(1, guess), 1} - {planner.processes}, reverse=True)
-    return next((n for n in tried if planner.changed(processes=n).fits(planner.images)), None)
+    return next((n for n in tried if planner.changed(processes=n).fits_whole(planner.images)), None)
 
 
 def _changes(planner: Planner) -> list[tuple[str, Change]]:

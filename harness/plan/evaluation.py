@@ -14,6 +14,7 @@ from typing import Any
 from harness.config.schema import Config
 from harness.machine import devices
 from harness.machine.launch_file import Launch
+from harness.plan.answering import Evaluated
 from harness.plan.planner import Planner
 from harness.plan.report import gb, hours
 from harness.plan.workload import TEXTS_UNKNOWN, Sizes, workload
@@ -100,6 +101,7 @@ def plan_evaluation(
     world = planner.processes
     gate = min(texts, config.evaluation.counterfactual_texts) / (batch * sizes.contexts)
     rounds = -(-batches // world)
+    held = Evaluated(planner.skeleton, sizes, batch, config.generate.vqa)
     passes = rounds + -(-GATE_PASSES * gate // world)
     return EvaluationPlan(
         device=found.name,
@@ -110,7 +112,7 @@ def plan_evaluation(
         rounds=rounds,
         seconds=passes * (compute + host),
         host_bound=host / (compute + host),
-        parts=planner.evaluation_parts(sizes, batch),
+        parts=planner.beside(held.bytes()) | {"optimizer states": 0},
         usable_bytes=found.usable if found.is_gpu else found.usable // world,
         source=work.source,
     )

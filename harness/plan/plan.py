@@ -10,7 +10,7 @@ from harness.errors import ConfigError
 from harness.machine import devices
 from harness.machine.launch_file import Launch
 from harness.machine.launcher import gpus
-from harness.plan.advice import advice
+from harness.plan.advice import advice, smaller_evaluation
 from harness.plan.planner import Planner
 from harness.plan.report import Plan, gb
 
@@ -64,7 +64,11 @@ def advised(planner: Planner, brief: bool) -> Plan:
     made = planner.plan(brief)
     if made.refused:
         return made
-    return replace(made, advice=advice(planner, made.fits, made.largest_micro_batch))
+    is_trained = planner.fits(planner.images)
+    said = advice(planner, is_trained, made.largest_micro_batch)
+    if is_trained and not made.fits:
+        said = smaller_evaluation(planner)
+    return replace(made, advice=said)
 
 
 def check(

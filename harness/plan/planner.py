@@ -109,30 +109,43 @@ class Planner:
             )
         return self.passes[images]
 
-    def peak(self, images: int) -> tuple[dict[str, int], str]:
-        """Returns the bytes by part when they are most, and when that is."""
-        world = self.processes
+    @property
+    def _split(self) -> dict[int, int]:
+        """ZeRO's stage that divides -> the bytes that one process has of what it divides: optimizer
+        states, gradients, weights.
+        """
         trained = self.skeleton.trained_bytes
-        split = {
-            stage: -(-trained // world) if self.stage >= stage else trained for stage in (1, 2, 3)
-        }
+        share = -(-trained // self.processes)
+        return {stage: share if self.stage >= stage else trained for stage in (1, 2, 3)}
+
+    def _resident(self) -> dict[str, int]:
+        """Returns the bytes by part that are there from one step to the next."""
         parts = (
             {"CUDA context": CUDA_CONTEXT} if self.device.is_gpu else {"process": PROCESS[False]}
         )
+        if self.stage == 3:
+            on_device = 0 if self.launch.offload_parameters else 1
+            many = self.processes
+            parts |= {name: on_device * -(-size // many) for name, size in self.weights.items()}
+        else:
+            parts |= self.weights
+        # With ZeRO the optimizer works on a flat copy of its share of the weights.
+        copies = 3 if self.stage else 2
+        states = 0 if self.launch.offload_optimizer else self._split[1] * copies
+        return parts | {"optimizer states": states}
+
+    def peak(self, images: int) -> tuple[dict[str, int], str]:
+        """Returns the bytes by part when they are most, and when that is."""
+        split = self._split
+        parts = self._resident()
         bucket = int(self.zero.get("reduce_bucket_size", 5e8)) * 4 if self.stage else 0
         gathered = 0
         if self.stage == 3:
             whole = sum(self.weights.values())
             gathered = min(whole, int(self.zero.get("stage3_max_live_parameters", 1e9)) * 4)
-            on_device = 0 if self.launch.offload_parameters else 1
-            parts |= {name: on_device * -(-size // world) for name, size in self.weights.items()}
         else:
-            parts |= self.weights
             bucket *= 1 + bool(self.zero.get("overlap_comm", False))
-        # With ZeRO the optimizer works on a flat copy of its share of the weights.
-        states = 0 if self.launch.offload_optimizer else split[1] * (3 if self.stage else 2)
         gradients = 0 if self.launch.offload_optimizer and self.stage >= 2 else split[2]
-        parts["optimizer states"] = states
         micro = dict(self.run(images).peak)
         if self.stage >= 2:
             micro["gradients"] = gradients
@@ -151,6 +164,32 @@ class Planner:
         return parts | (
             step if at_step else micro
         ), "optimizer step" if at_step else "forward and backward"
+
+    def beside(self, held: dict[str, int]) -> dict[str, int]:
+        """Returns what a model without gradients holds, beside what is there all the time: for it a
+        partitioned model is gathered on each device, whole (`Engine.gathered_weights`).
+        """
+        parts = self._resident()
+        if self.stage == 3:
+            share = sum(parts[name] for name in self.weights)
+            parts |= self.weights | {"own share of the weights": share}
+        if not self.device.is_gpu:
+            held = held | {"kept by malloc": int(MALLOC_KEEPS * sum(held.values()))}
+        return parts | held
+
+    @cached_property
+    def evaluation(self) -> dict[str, int]:
+        """The bytes by part when an evaluation holds most; {} where there is none."""
+        from harness.plan.answering import evaluation_parts
+
+        return evaluation_parts(self, self.config.evaluation.batch_images)
+
+    @cached_property
+    def calibration(self) -> dict[str, int]:
+        """The bytes by part when the bridge's start values hold most."""
+        from harness.plan.answering import calibration_parts
+
+        return calibration_parts(self)
 
     def bytes(self, images: int) -> int:
         return sum(self.peak(images)[0].values())
@@ -172,41 +211,18 @@ class Planner:
             each += sum(self.weights.values())  # models are loaded in main memory, then moved
         return each * -(-world // self.launch.machines)
 
-    def limits(self, images: int) -> dict[str, tuple[int, int]]:
-        """Returns, by kind of memory, (bytes needed, bytes usable); all processes share a CPU's."""
-        peak = self.bytes(images)
+    def limits(self, images: int, at_least: int = 0) -> dict[str, tuple[int, int]]:
+        """Returns, by kind of memory, (bytes needed, bytes usable); all processes share a CPU's.
+        `at_least`: bytes that a process needs whatever the size of a micro-batch.
+        """
+        peak = max(self.bytes(images), at_least)
         host = self.host(images, peak)
         if not self.device.is_gpu:
             return {"main memory": (host, self.device.usable)}
-        limits = {"GPU memory": (max(peak, self.evaluation_bytes), self.device.usable)}
+        limits = {"GPU memory": (peak, self.device.usable)}
         if self.device.main_memory is not None:
             limits["main memory"] = (host, int(self.device.main_memory * FREE_SHARE))
         return limits
-
-    @cached_property
-    def evaluation_bytes(self) -> int:
-        """What an evaluation needs where ZeRO-3's weights are gathered for it; else less than a
-        step.
-        """
-        if self.stage < 3 or not self.config.data.dev:
-            return 0
-        sizes = replace(self.sizes, lengths=())
-        return sum(self.evaluation_parts(sizes, self.config.evaluation.batch_images).values())
-
-    def evaluation_parts(self, sizes: Sizes, images: int) -> dict[str, int]:
-        """Returns the bytes by part that a process holds when it evaluates a batch: all weights,
-        whole also where ZeRO-3 has parted them, since they are gathered first.
-        """
-        parts = (
-            {"CUDA context": CUDA_CONTEXT} if self.device.is_gpu else {"process": PROCESS[False]}
-        )
-        parts |= self.weights
-        if self.stage == 3 and not self.launch.offload_parameters:
-            share = -(-sum(self.weights.values()) // self.processes)
-            parts["this process's share of them"] = share
-        for name, size in self.skeleton.forward(sizes, images).peak.items():
-            parts["batch" if name == "batch" else f"{name} of a batch"] = size
-        return parts
 
     def short_of(self, images: int) -> str | None:
         """Returns the kind of memory that is missing most, or None where the run fits."""
@@ -214,7 +230,18 @@ class Planner:
         return worst.what if worst.needed > worst.limit else None
 
     def fits(self, images: int) -> bool:
+        """Returns whether the steps do: an evaluation does not depend on the micro-batch."""
         return self.short_of(images) is None
+
+    def fits_whole(self, images: int) -> bool:
+        """Returns whether the run does, its evaluations and the bridge's start values included."""
+        worst = tightest(self.limits(images, self.without_gradients))
+        return worst.needed <= worst.limit
+
+    @property
+    def without_gradients(self) -> int:
+        """Bytes of an evaluation, or of the bridge's start values where these need more."""
+        return max(sum(self.evaluation.values()), sum(self.calibration.values()))
 
     @property
     def refused(self) -> str | None:
@@ -280,7 +307,8 @@ class Planner:
         images = self.images
         peak = self.peak(images)
         parts = peak[0]
-        fits = self.fits(images)
+        limits = self.limits(images, self.without_gradients)
+        fits = self.fits_whole(images)
         refused = self.refused
         skeleton = self.skeleton
         passed = self.run(images)
@@ -292,12 +320,15 @@ class Planner:
             precision=f"{skeleton.precision.name} ({skeleton.precision.reason})",
             fits=fits and not refused,
             refused=refused,
-            limits=self.limits(images),
+            limits=limits,
             usable_bytes=self.device.usable,
             peak_bytes=sum(parts.values()),
-            host_bytes=self.host(images, sum(parts.values())),
+            host_bytes=self.host(images, max(sum(parts.values()), self.without_gradients)),
             parts=parts,
             peak_is_in=peak[1],
+            evaluation_bytes=sum(self.evaluation.values()),
+            evaluation_parts=self.evaluation,
+            calibration_bytes=sum(self.calibration.values()),
             parameters=skeleton.parameters,
             trained_parameters=skeleton.trained_parameters,
             micro_batch=images,

@@ -47,6 +47,9 @@ class Plan:
     seconds_per_epoch: float | None
     hours: float | None
     disk_bytes: int
+    evaluation_bytes: int  # 0 where nothing is evaluated
+    evaluation_parts: dict[str, int]
+    calibration_bytes: int  # when the bridge's start values are taken
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -91,6 +94,12 @@ class Plan:
 
     def table(self) -> str:
         """Returns the whole plan for people, in Markdown."""
+        looked = {
+            name: self.evaluation_parts[name]
+            for name in ("KV cache", "logits", "kept by malloc")
+            if name in self.evaluation_parts
+        }
+        of_it = ", ".join(f"{name} {gb(size)}" for name, size in looked.items())
         rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
         saved = {"kept": "", "checkpointed": " with activation checkpointing"}
         activations = [
@@ -127,6 +136,10 @@ class Plan:
             f"- activations of a micro-batch of {self.micro_batch}: {', '.join(activations)}; "
             f"logits {gb(self.logits_bytes)}",
             f"- largest micro-batch: {largest}",
+            f"- an evaluation between steps: {gb(self.evaluation_bytes)} ({of_it})"
+            if looked
+            else "- nothing is evaluated",
+            f"- the bridge's start values, from the first images: {gb(self.calibration_bytes)}",
             f"- needs {gb(self.host_bytes)} of main memory, all processes of a machine together; "
             f"checkpoints on disk: {gb(self.disk_bytes)}",
             f"- time: {time}; {self.step_flops / 1e12:.3g} TFLOP a step, {self.utilisation:.0%} of "

@@ -216,6 +216,20 @@ class Skeleton:
         config: Any = self.model.lm.base.config
         return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
 
+    def calibrated(self, sizes: Sizes, images: int, micro_batch: int) -> Mapping[str, int]:
+        """Returns the bytes by kind when the bridge's start values, taken from so many images, hold
+        most.
+        """
+        with self.mode, torch.no_grad():
+            features = self.model.vision is None
+            batch = make_batch(sizes, images, self.encoder, features)
+            few = make_batch(sizes, min(micro_batch, images), self.encoder, features)
+            with _no_collection(), self._meter(sizes, batch) as meter:
+                encoded = self.model.patch_tokens(few)  # the others are of the same size
+                patches_IPD = torch.cat([encoded] * -(-images // few.images))[:images]
+                self.model.bridge.calibrate(*self.model.bridge_inputs(batch, patches_IPD))
+        return meter.peak
+
     def _checkpoint(self, checkpointing: bool) -> None:
         """Switches activation checkpointing on or off."""
         lm: Any = self.model.lm.base  # the method's name changed in transformers 5

@@ -10,21 +10,27 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness.config.schema import Config
 from harness.data.collate import Collator, group_by_length
 from harness.model.batch import Batch
-from harness.model.pretrained import quiet_transformers
+from harness.model.pretrained import hub_answers, quiet_transformers
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
 from shards.manifest import Manifest
 from shards.read import Reader, Sample
 
 LOOKED_AT = 256  # images whose texts are read, spread over the set
+# where a text's tokens are counted without its tokenizer
+ASSUMED = ", lengths assumed at four letters a token, since there is no tokenizer of {}"
 TEXTS_UNKNOWN = 5  # texts of an image where neither shards nor the config say
 
 
@@ -73,13 +79,16 @@ class Sizes:
 @dataclass(frozen=True)
 class Workload:
     """`images`: an epoch's; None where the shards are not there. `encoder`: of feature sets.
-    `source`: in words.
+    `source`: in words. `evaluated`: of the dev sets, all texts of an image; None where they are not
+    there. `tasks`: theirs.
     """
 
     sizes: Sizes
     images: int | None
     encoder: Mapping[str, Any] | None
     source: str
+    evaluated: Sizes | None = None
+    tasks: frozenset[str] = frozenset()
 
 
 def workload(config: Config) -> Workload:
@@ -112,32 +121,62 @@ def workload(config: Config) -> Workload:
     )
     made = [each.encoder for each in sets if each.kind == "features" and each.has_pictures]
     encoder = made[0] if made else None
-    if (tokenizer := _tokenizer(config)) is None:
-        return Workload(
-            sizes,
-            loader.samples,
-            encoder,
-            f"{assumed}: there is no tokenizer of {config.model.lm.id}",
-        )
-    collate = Collator(tokenizer, data, config.prompts, config.seed)
-    quiet = logging.getLogger("harness.data.collate")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    seen = collate([sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))])
-    quiet.setLevel(level)
+    tokenizer = _tokenizer(config)
+    lengths = "" if tokenizer else ASSUMED.format(config.model.lm.id)
+    found = f"the texts of {{}} images of the shards{lengths}"
+    tokenizer = tokenizer or _stand_in()
+    seen = _seen(sets, Collator(tokenizer, data, config.prompts, config.seed))
     if seen is None:
         return Workload(
             sizes, loader.samples, encoder, f"{assumed}: the shards' first texts teach nothing"
         )
-    return Workload(
-        Sizes.of(seen), loader.samples, encoder, f"the texts of {seen.images} images of the shards"
-    )
+    work = Workload(Sizes.of(seen), loader.samples, encoder, found.format(seen.images))
+    scored = _seen(_opened(config), Collator.of(config, tokenizer, training=False))
+    if scored is None:
+        return work
+    tasks = frozenset(context.text.task for context in scored.contexts)
+    return replace(work, evaluated=Sizes.of(scored), tasks=tasks)
 
 
-def _tokenizer(config: Config) -> Any:
+def _opened(config: Config) -> list[Manifest]:
+    """Returns those sets to evaluate on that are here and can be used."""
+    found = []
+    for dataset in (*config.data.dev, *config.data.test):
+        if not is_remote(dataset.path):
+            with suppress(ShardError):  # the run itself says what is wrong
+                found.append(Manifest.open(dataset.path))
+    return found
 
+
+def _seen(sets: list[Manifest], collate: Collator) -> Batch | None:
+    """Returns what the collator makes of some images of all sets; None of no text."""
+    quiet = logging.getLogger("harness.data.collate")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    samples = [sample for each in sets for sample in _samples(each, LOOKED_AT // len(sets))]
+    batch = collate(samples)
+    quiet.setLevel(level)
+    return batch
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    lm = config.model.lm
+    if not Path(lm.id).expanduser().is_dir():
+        hub_answers()
     with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
-        return AutoTokenizer.from_pretrained(config.model.lm.id, revision=config.model.lm.revision)
+        return AutoTokenizer.from_pretrained(lm.id, revision=lm.revision)
+    return None
+
+
+def _stand_in() -> PreTrainedTokenizerBase:
+    """Returns a tokenizer for lengths alone: a token for each four letters or figures of a word and
+    for each other sign, which is a little more than those of T5 and GPT-2 in English.
+    """
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Split(Regex(r"\w{1,4}|[^\w\s]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def _samples(manifest: Manifest, count: int) -> list[Sample]:

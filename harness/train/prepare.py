@@ -19,14 +19,13 @@ from harness.data.images import reading
 from harness.errors import GuardError
 from harness.machine.precision import Precision
 from harness.model.batch import Batch
+from harness.model.bridge import CALIBRATED_ON
 from harness.model.vlm import VisionLanguageModel
 from harness.train.engine import Engine
 from harness.train.together import by_rank_0
 from shards import quarantine
 from shards.loader import Loader
 from shards.read import Sample
-
-CALIBRATED_ON = 32  # images, which are plenty: means and variances over their patches
 
 
 def micro_batches(samples: Sequence[Sample], collate: Collator, size: int) -> list[Batch]:

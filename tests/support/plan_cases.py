@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
-from harness.config.schema import Config
+from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import Collator
 from harness.machine import devices
 from harness.machine.launch_file import Launch
@@ -19,6 +20,7 @@ from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.planner import CUDA_CONTEXT, Planner
+from harness.plan.skeleton import _Meter, tensors_of
 from harness.plan.workload import Sizes, Workload
 from harness.train.engine import parameter_groups
 from shards.read import Sample
@@ -97,6 +99,33 @@ def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
         loss = model(batch).sum  # alive until the end, so that no storage is used a second time
     assert torch.isfinite(loss)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+class RealMeter(_Meter):
+    """The plan's meter over a real model: nothing is answered in place of torch."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.add([t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], "temporaries")
+        return out
+
+
+def measured_evaluation(
+    model: VisionLanguageModel, batch: Batch, decoding: DecodingConfig
+) -> dict[str, int]:
+    """Bytes that losses and answers of a batch hold at most, beside the model, by phase."""
+    found = {}
+    for phase in ("losses", "answers"):
+        meter = RealMeter(None, model, 1.0, 1)
+        meter.add(tensors_of(batch), "batch")
+        with torch.no_grad(), meter:
+            tokens = model.bridge_tokens(batch)
+            if phase == "losses":
+                model.loss(batch, tokens)
+            else:
+                model.generate(batch, decoding, tokens)
+        found[phase] = sum(meter.peak.values())
+    return found
 
 
 def middle_sized(config: Config, root: Path) -> Config:

@@ -47,8 +47,10 @@ def test_with_zero_3_an_evaluation_that_needs_more_than_a_step_decides(config):
     planner = Planner(large, devices.device("a100-40"), launch, 8, WORK, None)
     whole = sum(planner.weights.values())
     step = planner.bytes(planner.images)
-    assert planner.evaluation_bytes > max(whole, step)
-    assert planner.limits(planner.images)["GPU memory"][0] == planner.evaluation_bytes
-    data = config.data.model_copy(update={"dev": ()})
+    needed = sum(planner.evaluation.values())
+    assert needed > max(whole, step)
+    assert planner.plan(brief=True).limits["GPU memory"][0] == needed
+    data = config.data.model_copy(update={"dev": (), "test": ()})
     alone = replace(planner, config=large.model_copy(update={"data": data}))
-    assert alone.limits(alone.images)["GPU memory"][0] == step
+    assert alone.evaluation == {}
+    assert alone.plan(brief=True).limits["GPU memory"][0] == max(step, alone.without_gradients)

@@ -266,7 +266,7 @@ def test_main_memory_decides_on_a_cpu_and_fewer_processes_are_advised_first(conf
     two = planner(config, n=2)
     short = planner(
         config,
-        replace(devices.cpu(), memory=room(two.host(two.images, two.bytes(two.images)))),
+        replace(devices.cpu(), memory=room(two.host(two.images, two.without_gradients))),
         n=4,
     )
     made = advised(short, brief=False)

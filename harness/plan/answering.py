@@ -1,0 +1,181 @@
+"""What an evaluation holds in memory besides weights, reckoned from the model's sizes.
+
+Skeleton, sizes of a batch, how answers are written -> bytes by kind. Legend: C contexts, R rows
+(contexts x beams, or targets), S positions before the target or answer, L its tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from harness.config.schema import DecodingConfig
+from harness.model.bridge import CALIBRATED_ON
+from harness.plan.skeleton import Skeleton
+from harness.plan.workload import TEXTS_UNKNOWN, Sizes
+
+if TYPE_CHECKING:
+    from harness.plan.planner import Planner
+
+FP32 = 4  # bytes
+# Logits that are there at once, in fp32. Of a loss: as they are made, and their log-softmax. As
+# `generate` of transformers makes them for one position: cast and processed; with beams also their
+# log-softmax, and the sums with the scores of the beams.
+LOGITS_OF_LOSS = 2
+LOGITS_OF_ANSWERS = {False: 3, True: 5}
+
+LAYER_OF_ENCODER = 14  # hidden states and the feed-forward's, in widths
+
+
+def evaluation_parts(planner: Planner, batch_images: int) -> dict[str, int]:
+    """Returns the bytes by part when an evaluation between two steps, of so many images at a time,
+    or a look of the small gate holds most; {} where nothing is evaluated.
+    """
+    config = planner.config
+    if not (config.data.dev or config.data.test):
+        return {}
+    sizes = planner.work.evaluated or replace(
+        planner.work.sizes, contexts=TEXTS_UNKNOWN, targets=TEXTS_UNKNOWN
+    )
+    checkpointing = config.train.activation_checkpointing
+    # Where the dev sets are not here, questions are assumed.
+    decodings = [getattr(config.generate, task) for task in planner.work.tasks or ("vqa",)]
+    looks = [
+        Evaluated(planner.skeleton, sizes, batch_images, decoding, checkpointing).bytes()
+        for decoding in decodings
+    ]
+    if config.train.image_use_every and config.data.dev:
+        one = replace(sizes, contexts=1.0, targets=sizes.targets / sizes.contexts)
+        images = config.evaluation.small_gate_images
+        for decoding in decodings:
+            greedy = decoding.model_copy(update={"beams": 1})
+            looks.append(Evaluated(planner.skeleton, one, images, greedy, checkpointing).bytes())
+    return planner.beside(max(looks, key=lambda kinds: sum(kinds.values())))
+
+
+def calibration_parts(planner: Planner) -> dict[str, int]:
+    """Returns the bytes by part when the bridge's start values are taken from the first images,
+    before there is an optimizer.
+    """
+    train = planner.config.train
+    images = min(train.global_batch, CALIBRATED_ON)
+    held = planner.skeleton.calibrated(planner.work.sizes, images, train.micro_batch)
+    return planner.beside(dict(held)) | {"optimizer states": 0}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One batch of an evaluation: `images` at a time, of `sizes`; answers are written as `decoding`
+    says.
+    """
+
+    skeleton: Skeleton
+    sizes: Sizes
+    images: int
+    decoding: DecodingConfig
+    checkpointing: bool = False
+
+    def bytes(self) -> dict[str, int]:
+        """Returns the bytes by kind when the batch holds most: as its images are encoded, in its
+        losses, or in its answers.
+        """
+        looks = self.encoding(), self.losses(), self.answers()
+        most = max(looks, key=lambda kinds: sum(kinds.values()))
+        return {"images, image tokens and states": self.held()} | most
+
+    def encoding(self) -> dict[str, int]:
+        """Returns the work of one layer of the vision tower, about: of all patches hidden states
+        and a feed-forward of four times their width.
+        """
+        if self.skeleton.model.vision is None:
+            return {}
+        encoder = self.skeleton.encoder
+        width = 2 if self.skeleton.precision.vision else FP32
+        hidden = self.images * encoder["tokens"] * encoder["width"]
+        return {"temporaries": LAYER_OF_ENCODER * hidden * width}
+
+    def losses(self) -> dict[str, int]:
+        """Keys and values of what stands before the targets are kept once per context, and copied
+        for the targets of a group of like length.
+        """
+        targets = max(1, round(self.images * self.sizes.targets))
+        groups = self.sizes.groups(targets)
+        rows = max((len(group) for group, _ in groups), default=targets)
+        logits = self.sizes.kept * targets * self.sizes.target_tokens
+        positions = self._contexts * self._before
+        positions += rows * (self._before + self.sizes.target_tokens)
+        if self.checkpointing:  # which drops caches
+            positions = 0
+        return {
+            "KV cache": positions * self._position,
+            "logits": LOGITS_OF_LOSS * int(logits) * self._vocabulary * FP32,
+            "temporaries": self._layer(rows, self.sizes.target_tokens),
+        }
+
+    def answers(self) -> dict[str, int]:
+        """When the last token is chosen: transformers repeats everything by beam, and keeps keys
+        and values of all layers. A decoder alone reads what stands before the answer so, too.
+        """
+        beams = self.decoding.beams
+        rows = self._contexts * beams
+        logits = LOGITS_OF_ANSWERS[beams > 1] * rows * self._vocabulary * FP32
+        length = self._before + self.decoding.max_new_tokens
+        return {
+            "KV cache": rows * length * self._position,
+            "logits": logits,
+            "temporaries": self._layer(rows, 1 if self._has_encoder else self._before),
+        }
+
+    def held(self) -> int:
+        """Returns the bytes that are there from the first loss to the last answer."""
+        encoder = self.skeleton.encoder
+        if self.skeleton.model.vision is None:
+            batch = self.images * encoder["tokens"] * encoder["width"] * 2
+        else:
+            batch = self.images * encoder["image_size"] ** 2 * 3
+        rows = self._contexts if self.skeleton.model.question_aware else self.images
+        beams = self.decoding.beams
+        states = self._contexts * (1 + (beams if beams > 1 else 0)) * self._before
+        return batch + (rows * self._queries + states) * self._lm.width * FP32
+
+    def _layer(self, rows: int, tokens: int) -> int:
+        """Returns the bytes of one decoder layer's work, about: hidden states, the feed-forward,
+        and attention's scores before and after their softmax.
+        """
+        config = self._lm.base.config
+        inner = getattr(config, "d_ff", 4 * config.hidden_size)
+        scores = 2 * config.num_attention_heads * (self._before + tokens)
+        return rows * tokens * (6 * config.hidden_size + 2 * inner + scores) * FP32
+
+    @property
+    def _lm(self) -> Any:
+        return self.skeleton.model.lm
+
+    @property
+    def _has_encoder(self) -> bool:
+        return self._lm.begins is None
+
+    @property
+    def _contexts(self) -> int:
+        return max(1, round(self.images * self.sizes.contexts))
+
+    @property
+    def _queries(self) -> int:
+        return self.skeleton.model.bridge.body.tokens or self.skeleton.encoder["tokens"]
+
+    @property
+    def _before(self) -> int:
+        return self.sizes.prompt_tokens + self._queries
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._lm.base.config.vocab_size
+
+    @property
+    def _position(self) -> int:
+        """Returns the bytes of one position's keys and values in all layers of the decoder."""
+        config = self._lm.base.config
+        width = 2 if self.skeleton.precision.lm else FP32
+        if self._has_encoder:
+            return 2 * config.num_decoder_layers * config.num_heads * config.d_kv * width
+        return 2 * config.n_layer * config.n_embd * width
