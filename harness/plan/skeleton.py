@@ -132,11 +132,11 @@ class Skeleton:
     ):
         self.precision, self.on_gpu = precision, precision.device_type == "cuda"
         self.mode = FakeTensorMode()
-        with torch.device("meta"):
+        with _no_collection(), torch.device("meta"):
             self.model = VisionLanguageModel.build(
                 config, encoder, precision=replace(precision, device_type="cpu"), device="meta"
             )
-        with self.mode:
+        with _no_collection(), self.mode:
             _materialise(self.model)
         if self.on_gpu:
             for module in self.model.modules():
