@@ -1,4 +1,4 @@
-"""The memory of an evaluation, reckoned from sizes, is what losses and answers of a real model hold."""
+"""An evaluation is planned, from sizes, at what a real one holds in its losses and answers."""
 
 import re
 from dataclasses import replace
