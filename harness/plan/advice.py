@@ -67,11 +67,9 @@ def advice(planner: Planner, fits: bool, largest: int | None) -> list[str]:
 
 def smaller_evaluation(planner: Planner) -> list[str]:
     """Returns one sentence for a run that fits but for its evaluation."""
-    from harness.plan.answering import evaluation_parts
-
     images = planner.config.evaluation.batch_images // 2
     while images:
-        needed = sum(evaluation_parts(planner, images).values())
+        needed = sum(planner.evaluation_of(images).values())
         worst = tightest(planner.limits(planner.images, at_least=needed))
         if worst.needed <= worst.limit:
             return [f"evaluation.batch_images={images} fits: {gb(needed)}"]

@@ -7,15 +7,12 @@ Skeleton, sizes of a batch, how answers are written -> bytes by kind. Legend: C 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.config.schema import DecodingConfig
+from harness.config.schema import Config, DecodingConfig
 from harness.model.bridge import CALIBRATED_ON
 from harness.plan.skeleton import Skeleton
-from harness.plan.workload import TEXTS_UNKNOWN, Sizes
-
-if TYPE_CHECKING:
-    from harness.plan.planner import Planner
+from harness.plan.workload import TEXTS_UNKNOWN, Sizes, Workload
 
 FP32 = 4  # bytes
 # Logits that are there at once, in fp32. Of a loss: as they are made, and their log-softmax. As
@@ -27,21 +24,20 @@ LOGITS_OF_ANSWERS = {False: 3, True: 5}
 LAYER_OF_ENCODER = 14  # hidden states and the feed-forward's, in widths
 
 
-def evaluation_parts(planner: Planner, batch_images: int) -> dict[str, int]:
-    """Returns the bytes by part when an evaluation between two steps, of so many images at a time,
-    or a look of the small gate holds most; {} where nothing is evaluated.
+def evaluation_held(
+    skeleton: Skeleton, work: Workload, config: Config, batch_images: int
+) -> dict[str, int]:
+    """Returns the bytes by kind when an evaluation, of so many images at a time, or a look of the
+    small gate holds most; {} where nothing is evaluated.
     """
-    config = planner.config
     if not (config.data.dev or config.data.test):
         return {}
-    sizes = planner.work.evaluated or replace(
-        planner.work.sizes, contexts=TEXTS_UNKNOWN, targets=TEXTS_UNKNOWN
-    )
+    sizes = work.evaluated or replace(work.sizes, contexts=TEXTS_UNKNOWN, targets=TEXTS_UNKNOWN)
     checkpointing = config.train.activation_checkpointing
     # Where the dev sets are not here, questions are assumed.
-    decodings = [getattr(config.generate, task) for task in planner.work.tasks or ("vqa",)]
+    decodings = [getattr(config.generate, task) for task in work.tasks or ("vqa",)]
     looks = [
-        Evaluated(planner.skeleton, sizes, batch_images, decoding, checkpointing).bytes()
+        Evaluated(skeleton, sizes, batch_images, decoding, checkpointing).bytes()
         for decoding in decodings
     ]
     if config.train.image_use_every and config.data.dev:
@@ -49,18 +45,14 @@ def evaluation_parts(planner: Planner, batch_images: int) -> dict[str, int]:
         images = config.evaluation.small_gate_images
         for decoding in decodings:
             greedy = decoding.model_copy(update={"beams": 1})
-            looks.append(Evaluated(planner.skeleton, one, images, greedy, checkpointing).bytes())
-    return planner.beside(max(looks, key=lambda kinds: sum(kinds.values())))
+            looks.append(Evaluated(skeleton, one, images, greedy, checkpointing).bytes())
+    return max(looks, key=lambda kinds: sum(kinds.values()))
 
 
-def calibration_parts(planner: Planner) -> dict[str, int]:
-    """Returns the bytes by part when the bridge's start values are taken from the first images,
-    before there is an optimizer.
-    """
-    train = planner.config.train
-    images = min(train.global_batch, CALIBRATED_ON)
-    held = planner.skeleton.calibrated(planner.work.sizes, images, train.micro_batch)
-    return planner.beside(dict(held)) | {"optimizer states": 0}
+def calibration_held(skeleton: Skeleton, work: Workload, config: Config) -> dict[str, int]:
+    """Returns the bytes by kind when the bridge's start values are taken from the first images."""
+    images = min(config.train.global_batch, CALIBRATED_ON)
+    return dict(skeleton.calibrated(work.sizes, images, config.train.micro_batch))
 
 
 @dataclass(frozen=True)

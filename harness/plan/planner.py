@@ -180,16 +180,22 @@ class Planner:
     @cached_property
     def evaluation(self) -> dict[str, int]:
         """The bytes by part when an evaluation holds most; {} where there is none."""
-        from harness.plan.answering import evaluation_parts
+        return self.evaluation_of(self.config.evaluation.batch_images)
 
-        return evaluation_parts(self, self.config.evaluation.batch_images)
+    def evaluation_of(self, batch_images: int) -> dict[str, int]:
+        """Returns the same of so many images at a time."""
+        from harness.plan.answering import evaluation_held
+
+        held = evaluation_held(self.skeleton, self.work, self.config, batch_images)
+        return self.beside(held) if held else {}
 
     @cached_property
     def calibration(self) -> dict[str, int]:
-        """The bytes by part when the bridge's start values hold most."""
-        from harness.plan.answering import calibration_parts
+        """The bytes by part when the bridge's start values hold most: there is no optimizer yet."""
+        from harness.plan.answering import calibration_held
 
-        return calibration_parts(self)
+        held = calibration_held(self.skeleton, self.work, self.config)
+        return self.beside(held) | {"optimizer states": 0}
 
     def bytes(self, images: int) -> int:
         return sum(self.peak(images)[0].values())

@@ -92,14 +92,16 @@ class Plan:
             )
         return lines + [f"  {sentence}" for sentence in (*self.warnings, *self.advice)]
 
+    def _evaluated(self) -> str:
+        names = ("KV cache", "logits", "kept by malloc")
+        parts = {name: self.evaluation_parts.get(name, 0) for name in names}
+        if not self.evaluation_bytes:
+            return "- nothing is evaluated"
+        most = ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
+        return f"- an evaluation between steps: {gb(self.evaluation_bytes)} ({most})"
+
     def table(self) -> str:
         """Returns the whole plan for people, in Markdown."""
-        looked = {
-            name: self.evaluation_parts[name]
-            for name in ("KV cache", "logits", "kept by malloc")
-            if name in self.evaluation_parts
-        }
-        of_it = ", ".join(f"{name} {gb(size)}" for name, size in looked.items())
         rows = [f"| {name} | {gb(size)} |" for name, size in self.parts.items() if size]
         saved = {"kept": "", "checkpointed": " with activation checkpointing"}
         activations = [
@@ -136,9 +138,7 @@ class Plan:
             f"- activations of a micro-batch of {self.micro_batch}: {', '.join(activations)}; "
             f"logits {gb(self.logits_bytes)}",
             f"- largest micro-batch: {largest}",
-            f"- an evaluation between steps: {gb(self.evaluation_bytes)} ({of_it})"
-            if looked
-            else "- nothing is evaluated",
+            self._evaluated(),
             f"- the bridge's start values, from the first images: {gb(self.calibration_bytes)}",
             f"- needs {gb(self.host_bytes)} of main memory, all processes of a machine together; "
             f"checkpoints on disk: {gb(self.disk_bytes)}",
