@@ -22,6 +22,7 @@ from transformers import (
 
 from harness.config.schema import BridgeConfig
 from harness.errors import ConfigError
+from harness.model.products import use_products
 
 CALIBRATED_ON = 32  # images for start values, which are plenty: means and variances over patches
 MAX_PROMPT = 512  # tokens that a question-aware Q-Former has positions for
@@ -221,6 +222,7 @@ class Bridge(nn.Module):
             self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms)
         )
         self.embedding_rms = float(embedding_rms)
+        use_products(self)
         if config.trainable is not True:
             self.requires_grad_(False)
         if config.trainable == "projection":

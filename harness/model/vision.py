@@ -21,6 +21,7 @@ from harness.model.pretrained import (
     quiet_transformers,
     without_weights,
 )
+from harness.model.products import use_products
 from harness.model.storage import store_frozen
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,6 +54,7 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         self.network = network
+        use_products(network)
         self.tokens = tokens
         self.width = width
         self.image_size = config.image_size

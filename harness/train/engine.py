@@ -64,7 +64,7 @@ class Engine:
         )
         self.train = train
         # AdamW in one kernel, without temporaries; None: torch chooses
-        self.fused: bool | None = True if self.device.type == "cuda" else None
+        self.fused: bool | None = True if self.device.type in ("cuda", "cpu") else None
         self.precision: Precision = choose(train.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.loss_scaler)
         self.loss_scale = self.scaler.get_scale()  # of the last step; 1 where none is needed

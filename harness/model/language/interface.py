@@ -23,7 +23,9 @@ from harness.config.schema import DecodingConfig, LanguageModelConfig
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
+from harness.model.language.lora import fuse_lora
 from harness.model.language.loss import Generated, LossOutput, partitioned, weighted_loss
+from harness.model.products import use_products
 
 
 class LanguageModel(nn.Module, ABC):
@@ -47,6 +49,8 @@ class LanguageModel(nn.Module, ABC):
         )
         self._prepare(base)
         self.lm = quantise.tune(base, config)
+        fuse_lora(self.lm)
+        use_products(self.lm)
 
     @abstractmethod
     def _fields(self) -> dict[str, Any]:
@@ -107,7 +111,14 @@ class LanguageModel(nn.Module, ABC):
         where a weight is not 0. Raises ConfigError for rows longer than the model's positions.
         """
         decode = self._decoder(image, batch)
-        return weighted_loss(decode, batch, self._logits, label_smoothing, whole=partitioned(self))
+        return weighted_loss(
+            decode,
+            batch,
+            self._logits,
+            label_smoothing,
+            whole=partitioned(self),
+            trains_head=any(p.requires_grad for p in self.base.lm_head.parameters()),
+        )
 
     def logits(self, image: BridgeOutput, batch: Batch) -> torch.Tensor:
         """Returns logits_TLV, from which each label is told. Raises ConfigError as `loss`."""
@@ -145,6 +156,8 @@ def attending_cache(
     """
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for index, (keys, values) in enumerate(keys_and_values):
-        cache.cross_attention_cache.update(keys[rows], values[rows], index)
+        own_keys = keys.index_select(0, rows)
+        own_values = values.index_select(0, rows)
+        cache.cross_attention_cache.update(own_keys, own_values, index)
         cache.is_updated[index] = True
     return cache
