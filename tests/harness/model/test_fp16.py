@@ -176,6 +176,11 @@ def halve_wo(model):
         part.wo.half()
 
 
+def whole_wo(model):
+    for part in feed_forwards(model).values():
+        part.wo.float()
+
+
 @pytest.mark.parametrize(
     ("precision", "change"),
     [(replace(T4, lm=torch.float16), lambda model: None), (T4, halve_wo)],
@@ -287,14 +292,22 @@ def test_what_is_finite_is_not_blamed(config_of):
     assert diagnosed(config_of(), scale=2.0**16) is None
 
 
+# Under autocast a frozen `wo` is stored in fp16, and T5 casts what it hands to `wo` to its dtype:
+# the input overflows. To a `wo` in fp32 it hands fp32, and autocast's cast is inside the layer.
 @pytest.mark.parametrize(
     ("changes", "change", "what", "module"),
     [
-        ({"lm": torch.float16}, lambda model: None, "output", "wo"),
+        ({"lm": torch.float16}, lambda model: None, "input", "wo"),
+        ({"lm": torch.float16}, whole_wo, "output", "wo"),
         ({}, halve_wo, "input", "wo"),
         ({"lm_dtype": torch.float16}, lambda model: None, "input", "dropout"),
     ],
-    ids=["the language model under autocast", "wo in fp16", "all but wo in fp16"],
+    ids=[
+        "the language model under autocast",
+        "under autocast, wo in fp32",
+        "wo in fp16",
+        "all but wo in fp16",
+    ],
 )
 def test_the_first_place_that_overflows_is_named(config_of, changes, change, what, module):
     found = diagnosed(config_of(), replace(T4, **changes), change)
