@@ -186,7 +186,7 @@ class Bench:
                 texts = [Text(f"{n}-{k}", "vqa", ("two",) * 10, chosen[k]) for k in range(asked)]
             record = Record(f"{n}", "drawn", "train", f"{n}", tuple(texts))
             samples.append(Sample(record, pixels_HW3, "jpg", 0, n))
-        batch = Collator.of(config, model.tokenizer)(samples)
+        batch = Collator.of(config, model.tokenizer, on_gpu=self.on_gpu)(samples)
         assert batch is not None  # there is something to learn
         return batch
 

@@ -114,8 +114,11 @@ def passes_of(
     decode = decode or reading(config)["decode"]
     loaders = _loaders(paths, config, None if dealer.rank else quarantine, decode)
     manifests = [loader.manifests[0] for loader in loaders]
-    as_trained = None if collate else Collator.of(config, model.tokenizer)
-    collate = collate or Collator.of(config, model.tokenizer, training=False)
+    as_trained = None
+    if collate is None:
+        on_gpu = model.device.type == "cuda"
+        as_trained = Collator.of(config, model.tokenizer, on_gpu=on_gpu)
+        collate = Collator.of(config, model.tokenizer, training=False, on_gpu=on_gpu)
     known = () if dealer.rank else trained_on(config, manifests)
     collected = Collected(
         *(model, config, counterfactual_texts, known, epochs, manifests, decode),

@@ -52,7 +52,8 @@ def small_set(model: Any, config: Config) -> SmallSet:
 
     Raises ShardError.
     """
-    collate = Collator.of(config, model.tokenizer, training=False)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    collate = Collator.of(config, model.tokenizer, training=False, on_gpu=on_gpu)
     batches: list[tuple[Stratum, Batch]] = []
     manifests: list[Manifest] = []
     for dataset in config.data.dev:

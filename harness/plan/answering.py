@@ -91,7 +91,7 @@ class Evaluated:
         for the targets of a group of like length.
         """
         targets = max(1, round(self.images * self.sizes.targets))
-        groups = self.sizes.groups(targets)
+        groups = self.sizes.groups(targets, self.skeleton.on_gpu)
         rows = max((len(group) for group, _ in groups), default=targets)
         logits = self.sizes.kept * targets * self.sizes.target_tokens
         positions = self._contexts * self._before

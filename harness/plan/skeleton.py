@@ -180,7 +180,7 @@ class Skeleton:
         """
         self._checkpoint(checkpointing)
         with self.mode:
-            batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
+            batch = self._batch(sizes, images)
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
             meter = self._meter(sizes, batch)
@@ -203,7 +203,7 @@ class Skeleton:
         """Runs a batch forward, as an evaluation does; `of_images_alone`: encoder and bridge."""
         self._checkpoint(False)
         with self.mode:
-            batch = make_batch(sizes, images, self.encoder, features=self.model.vision is None)
+            batch = self._batch(sizes, images)
             meter = self._meter(sizes, batch)
             run = self.model.bridge_tokens if of_images_alone else self.model
             with _no_collection(), meter:
@@ -221,9 +221,8 @@ class Skeleton:
         most.
         """
         with self.mode, torch.no_grad():
-            features = self.model.vision is None
-            batch = make_batch(sizes, images, self.encoder, features)
-            few = make_batch(sizes, min(micro_batch, images), self.encoder, features)
+            batch = self._batch(sizes, images)
+            few = self._batch(sizes, min(micro_batch, images))
             with _no_collection(), self._meter(sizes, batch) as meter:
                 encoded = self.model.patch_tokens(few)  # the others are of the same size
                 patches_IPD = torch.cat([encoded] * -(-images // few.images))[:images]
@@ -242,6 +241,10 @@ class Skeleton:
             lm.disable_input_require_grads()
         if checkpointing:
             self.model.checkpoint_activations()
+
+    def _batch(self, sizes: Sizes, images: int) -> Batch:
+        features = self.model.vision is None
+        return make_batch(sizes, images, self.encoder, features, self.on_gpu)
 
     def _meter(self, sizes: Sizes, batch: Batch) -> _Meter:
         """Returns a meter that has counted the batch already."""
@@ -305,7 +308,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool) -> Batch:
+def make_batch(
+    sizes: Sizes, images: int, encoder: Mapping[str, Any], features: bool, on_gpu: bool
+) -> Batch:
     """Returns a batch of these sizes as the collator lays it out, on the current default device."""
     contexts = max(1, round(images * sizes.contexts))
     targets = max(1, round(images * sizes.targets))
@@ -325,7 +330,7 @@ def make_batch(sizes: Sizes, images: int, encoder: Mapping[str, Any], features: 
         features_IPD=torch.zeros(images, encoder["tokens"], encoder["width"], dtype=torch.half)
         if features
         else None,
-        groups=sizes.groups(targets),
+        groups=sizes.groups(targets, on_gpu),
     )
 
 

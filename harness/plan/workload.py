@@ -66,14 +66,14 @@ class Sizes:
             lengths,
         )
 
-    def groups(self, targets: int) -> tuple[tuple[list[int], int], ...]:
+    def groups(self, targets: int, on_gpu: bool) -> tuple[tuple[list[int], int], ...]:
         """Returns how the collator groups as many targets whose lengths are spread as those that
         were looked at.
         """
         if not self.lengths:
             return ()
         spread = np.linspace(0, len(self.lengths) - 1, targets).round().astype(int)
-        return group_by_length([self.lengths[place] for place in spread])
+        return group_by_length([self.lengths[place] for place in spread], on_gpu)
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ class StepTaker:
         self.save_due = save_due
         config = run.config
         loss_weights = tuple(each.loss_weight for each in config.data.train)
-        as_asked = Collator.of(config, run.model.tokenizer)
+        self.is_gpu = run.engine.device.type == "cuda"
+        as_asked = Collator.of(config, run.model.tokenizer, on_gpu=self.is_gpu)
         self.collate = replace(as_asked, loss_weights=loss_weights)
         self.share = ShareMaker(self.collate, config.train.micro_batch)
         self.transfer = Transfer(run.engine.device)
-        self.is_gpu = run.engine.device.type == "cuda"
         self.quarantine = SharedQuarantine(run.loader, run.engine)
         self.filler = _filler(self.collate, run.model)
         if self.is_gpu:

@@ -80,7 +80,10 @@ def collated(config: Config, model: VisionLanguageModel, images: int) -> Batch:
         )
         for i in range(images)
     ]
-    return Collator(model.tokenizer, config.data, config.prompts, config.seed)(samples)
+    on_gpu = model.device.type == "cuda"
+    return Collator(model.tokenizer, config.data, config.prompts, config.seed, on_gpu=on_gpu)(
+        samples
+    )
 
 
 def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:

@@ -91,6 +91,21 @@ def test_rows_are_grouped_by_length_where_that_saves_enough():
     assert sorted(row for rows, _ in groups for row in rows) == list(range(120))
 
 
+def test_on_a_gpu_a_group_has_to_save_more_since_it_launches_every_kernel_anew(tokenizer):
+    few, many = [27, 10] * 40, [27, 10] * 130  # 680 and 2,210 positions of padding
+    assert [len(group_by_length(lengths)) for lengths in (few, many)] == [2, 2]
+    assert [len(group_by_length(lengths, on_gpu=True)) for lengths in (few, many)] == [1, 2]
+    config = toy_batch.config("t5")
+    on_cpu = Collator.of(config, tokenizer)
+    on_gpu = Collator.of(config, tokenizer, on_gpu=True)
+    first = toy_batch.samples()[0]
+    text = replace(first.record.texts[0], task="caption", targets=("a", "a dog " * 9) * 40)
+    sample = replace(first, record=replace(first.record, texts=(text,)))
+    made = on_cpu([sample]), on_gpu([sample])
+    assert [len(batch.groups) for batch in made] == [2, 1]
+    assert made[0].labels_TL.equal(made[1].labels_TL)
+
+
 def test_what_cannot_be_read_and_fillers_are_left_out(tokenizer):
     good, other = toy_batch.samples()
     filler = Sample(None, None, "", -1, -1, weight=0.0)
