@@ -36,6 +36,10 @@ class FastDecoder(ImageDecoder):
 
     reduced: bool = False
 
+    @property
+    def pixels(self) -> str:
+        return "reduced" if self.reduced else "fast"
+
     def __call__(self, sample: Encoded) -> np.ndarray:
         """Raises ImageError, or ShardError for features that are none."""
         if sample.extension == "safetensors":

@@ -132,6 +132,11 @@ class ImageDecoder:
     def of(cls, vision: VisionConfig, max_pixels: int) -> ImageDecoder:
         return cls(vision.image_size, MODES[vision.kind], max_pixels)
 
+    @property
+    def pixels(self) -> str:
+        """How pixels are made, in the word that scores.json has for it."""
+        return "whole" if self.mode == "whole" else "exact"
+
     def __call__(self, sample: Encoded) -> np.ndarray:
         """Raises ImageError, or ShardError for features that are none."""
         if sample.extension != "safetensors":

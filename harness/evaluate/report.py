@@ -106,6 +106,7 @@ def report_of(
         "images": evaluation.images,
         **({"without_picture": evaluation.without_picture} if evaluation.without_picture else {}),
         "unreadable": evaluation.unreadable,
+        **({"pixels": evaluation.pixels} if evaluation.pixels else {}),
         "tasks": evaluation.by_task(),
     }
 
@@ -216,11 +217,17 @@ def model_rows(facts: Mapping[str, int]) -> list[list[str]]:
     ]
 
 
+def fact_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Returns how the pixels were made, which older reports do not know, and `model_rows`."""
+    pixels = [["pixels", report["pixels"]]] if "pixels" in report else []
+    return pixels + model_rows(report["model"])
+
+
 def page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
     """Returns report.md: every task's score beside its floors, the reason, the pictures."""
     lines = [f"# {Path(report['checkpoint']).parents[1].name}", ""]
     for task, figures in report["tasks"].items():
-        rows = floors(figures) + model_rows(report["model"])
+        rows = floors(figures) + fact_rows(report)
         lines.append(markdown_table(rows, [task, "value"]))
         if figures.get("reason"):
             lines.append(f"{figures['reason']}.\n")

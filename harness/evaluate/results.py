@@ -136,6 +136,7 @@ class Evaluation:
     images: int = 0
     without_picture: int = 0  # records of texts alone
     unreadable: int = 0
+    pixels: str | None = None  # how they were made; None: of no picture
     shown: list[Prediction] = field(
         default_factory=list
     )  # the same images every time, one text each

@@ -21,7 +21,7 @@ from PIL import Image
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.features import CONTROLS, control_pixels, load_controls
-from harness.data.images import reading
+from harness.data.images import ImageDecoder, reading
 from harness.evaluate.beside import add_beside
 from harness.evaluate.collected import Collected, Picture, most_texts
 from harness.evaluate.floor import Majority, trained_on
@@ -125,8 +125,21 @@ def passes_of(
         pools=floors,
         dealer=dealer,
     )
+    collected.evaluation.pixels = _pixels_of(manifests, decode)
     model.eval()
     return Passes(collected, loaders, collate, as_trained, controls_of or control_tokens)
+
+
+def _pixels_of(manifests: Sequence[Manifest], decode: Callable[[Sample], Any]) -> str | None:
+    """Returns how the pixels were made: the decoder's word, of features their encoder's own words;
+    None where there is no picture or none is decoded.
+    """
+    shown = [manifest for manifest in manifests if manifest.has_pictures]
+    if not shown or not isinstance(decode, ImageDecoder):
+        return None
+    if shown[0].kind == "features":
+        return (shown[0].encoder or {}).get("preprocessing")
+    return decode.pixels
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.evaluate.image_use.evidence import IMAGE_USED
 from harness.evaluate.measures import RIGHT, TASKS
-from harness.evaluate.report import FLOORS, floors, model_rows
+from harness.evaluate.report import FLOORS, fact_rows, floors
 from harness.evaluate.told import FLOOR_LABELS, TERMS, term_line, with_bounds
 from harness.look.chart import line_chart
 from harness.look.choice import Chooser, Chosen, Row
@@ -81,7 +81,7 @@ def write_report_page(
         "about": _about(report),
         "tasks": tasks,
         "charts": history.charts(),
-        "facts": [*history.facts(), *model_rows(report["model"])] if "model" in report else [],
+        "facts": [*history.facts(), *fact_rows(report)] if "model" in report else [],
         "environment": history.environment(),
         "config": dump(evaluated.config),
         "data": ", ".join(report["data"]),

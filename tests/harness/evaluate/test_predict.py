@@ -24,10 +24,11 @@ from harness.evaluate import compare
 from harness.evaluate.ask import ask
 from harness.evaluate.captions import read_caption_results, score
 from harness.evaluate.predict import answers, by_stratum, results, select
-from harness.evaluate.report import table
+from harness.evaluate.report import page, table
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.evaluate.vqa import read_results
+from harness.model.vision import load_vision
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text
@@ -69,8 +70,6 @@ def records(count: int, captions: bool = True) -> list[Record]:
 @pytest.fixture(scope="module")
 def setting(tiny_t5_folder, tiny_clip_folder, tmp_path_factory):
     """A feature set of 12 images, a config, and an untrained run on it."""
-    from harness.model.vision import load_vision
-
     root = tmp_path_factory.mktemp("evaluated")
     config = Config(
         name="toy",
@@ -236,6 +235,11 @@ def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path)
         compare.runs(tmp_path, tmp_path)["vqa"]["accuracy"].a, abs=0.01
     )
     assert known["verdict"] in table(report)
+    pixels = load_vision(config.model.vision).identity()["preprocessing"]
+    assert report["pixels"] == pixels
+    assert f"| pixels | {pixels} |" in " ".join((tmp_path / "report.md").read_text().split())
+    older = {key: value for key, value in report.items() if key != "pixels"}
+    assert "| pixels" not in page(older, [])
 
 
 def test_a_rare_task_has_its_own_texts_in_the_gate(setting):
