@@ -23,6 +23,7 @@ from harness.data.features import check_encoder
 from harness.data.images import patience_of
 from harness.errors import ConfigError, install_command
 from harness.machine import launcher
+from harness.machine.network import why_no_hub
 from harness.model.places import is_hub_id
 from harness.redact import masked_document
 from harness.tracking.tracker import check_tracking
@@ -254,8 +255,8 @@ def _check_model(key: str, name: str, revision: str | None) -> None:
     try:
         if isinstance(hub.try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
-        if constants.HF_HUB_OFFLINE:
-            cache = f"the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+        if no_hub := why_no_hub():
+            cache = f"the cache {constants.HF_HUB_CACHE}, and {no_hub}"
             raise ConfigError(f"{key}: {name} is neither a folder nor in {cache}: {remedy}")
         hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json", revision=revision), timeout=10)
     except ConfigError:

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from harness.checks import check_vision, without_dev
 from harness.config.schema import Config
@@ -31,6 +30,7 @@ from harness.machine.launch_file import Launch
 from harness.machine.launcher import undecided
 from harness.machine.precision import choose
 from harness.model.batch import Batch
+from harness.model.language.quantise import load_tokenizer
 from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
 from harness.redact import clean
@@ -241,9 +241,7 @@ def tracking(config: Config) -> Finding:
 
 def texts(config: Config) -> Iterator[Finding]:
     """Yields what the limits cut of the first images' real batches, and what has no label."""
-    lm = config.model.lm
-    tokenizer = AutoTokenizer.from_pretrained(lm.id, revision=lm.revision)
-    collate = Collator.of(config, tokenizer)
+    collate = Collator.of(config, load_tokenizer(config.model.lm))
     loader = make_loader(config, None)
     batches: list[Batch] = []
     images = 0

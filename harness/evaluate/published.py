@@ -30,7 +30,7 @@ from harness.config.schema import Config, DecodingConfig
 from harness.data.collate import Collator
 from harness.data.features import control_pixels
 from harness.data.images import ImageDecoder
-from harness.errors import ConfigError, reason_of
+from harness.errors import ConfigError
 from harness.evaluate.encoded_once import encode_once
 from harness.evaluate.report import folder, names, variant, write_report
 from harness.evaluate.run import Progress, evaluate_model
@@ -41,11 +41,15 @@ from harness.model.batch import Batch
 from harness.model.language.interface import generate_arguments
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
-from harness.model.pretrained import quiet_transformers
+from harness.model.pretrained import loading, quiet_transformers
 from harness.redact import say
 from shards.manifest import Manifest
 from shards.read import Sample
 
+REMEDY = (
+    "give an image-text-to-text model: a folder in the hub's format, or an id that is on the hub "
+    "or in its local cache"
+)
 _ROWS = 8  # contexts or targets at a time: a 7B model's logits for them are 0.6 GB
 
 # What each model was asked with in its paper; any other model gets the defaults of `prompts`.
@@ -148,22 +152,14 @@ class PublishedModel(nn.Module):
 
     def _load(self, name: str, quantisation: Any) -> None:
         """Loads processor and model. Raises ConfigError."""
-        try:
-            with quiet_transformers():
-                self.processor = AutoProcessor.from_pretrained(name)
-                loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    name,
-                    dtype=self.dtype,
-                    quantization_config=quantisation,
-                    output_loading_info=True,
-                )
-        # A damaged file raises half a dozen types, of tokenizers a bare Exception.
-        except Exception as error:
-            raise ConfigError(
-                f"--model {name}: cannot be loaded as an image-text-to-text model "
-                f"({reason_of(error)}): give a folder in the hub's format, or an id that is on the "
-                "hub or in its local cache"
-            ) from error
+        with loading("--model", name, REMEDY), quiet_transformers():
+            self.processor = AutoProcessor.from_pretrained(name)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                name,
+                dtype=self.dtype,
+                quantization_config=quantisation,
+                output_loading_info=True,
+            )
         self.model: Any = loaded[0]
         if absent := sorted(loaded[1]["missing_keys"]):
             raise ConfigError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import harness
@@ -199,9 +200,12 @@ def _in_fresh_process(folder: Path) -> dict[str, Any]:
     """Returns what reloaded.py found. Raises UnprovenError with the end of what it said."""
     package = Path(harness.__file__).parents[1]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if constants.HF_HUB_OFFLINE:  # asked for, or found out as the run was loaded
+        environment["HF_HUB_OFFLINE"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", reloaded.__name__, str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from harness.errors import ConfigError, reason_of
+from harness.machine.network import why_no_hub
 from harness.machine.precision import Precision, Requested, choose
 from harness.model.places import is_hub_id
 
@@ -54,6 +55,7 @@ def model_folder(name: str | Path, options: Mapping[str, Any]) -> Path:
     if not is_hub_id(str(name)):
         raise ConfigError(f"{name}: there is no such folder, and it is no name of the hub")
     asked = {key: options[key] for key in OF_THE_HUB if options.get(key) is not None}
+    why_no_hub()  # and no library waits for it
     fetch = partial(snapshot_download, str(name), **asked)
     try:
         described = Path(fetch(allow_patterns=["config.json"]), "config.json")

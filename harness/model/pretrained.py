@@ -9,45 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session
 from transformers.utils import cached_file, logging
 
 from harness.errors import ConfigError, reason_of
-
-HUB_ANSWERS_WITHIN = 5.0  # seconds
-
-
-@cache
-def _hub_answers() -> bool:
-    # A thread: looking up the host's name knows no time-out.
-    answers = []
-
-    def ask() -> None:
-        with suppress(Exception):  # of any HTTP library, and of the proxies between
-            answers.append(get_session().head(constants.ENDPOINT, timeout=HUB_ANSWERS_WITHIN))
-
-    asking = Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_ANSWERS_WITHIN)
-    return bool(answers)
-
-
-def hub_answers() -> bool:
-    """Returns whether the hub can be reached, asked once a process.
-
-    Where it cannot, its libraries look into the local cache alone from then on: by themselves they
-    try each file six times, half a minute a file.
-    """
-    if not constants.HF_HUB_OFFLINE and not _hub_answers():
-        constants.HF_HUB_OFFLINE = True
-    return not constants.HF_HUB_OFFLINE
+from harness.machine.network import why_no_hub
 
 
 def without_weights() -> bool:
@@ -82,15 +52,15 @@ def loading(key: str, name: str, remedy: str) -> Iterator[None]:
     is_folder = Path(name).expanduser().is_dir()
     try:
         if not is_folder:
-            hub_answers()
+            why_no_hub()  # and no library tries for minutes
         yield
     except ConfigError:
         raise
     # A damaged file raises half a dozen types, one of tokenizers a bare Exception.
     except Exception as error:
         reason = reason_of(error)
-        if not is_folder and not hub_answers() and isinstance(error, OSError):
-            reason = "no such folder, not in the local cache, and the hub is out of reach"
+        if not is_folder and isinstance(error, OSError) and (no_hub := why_no_hub()):
+            reason = f"no such folder, not in the local cache, and {no_hub}"
         if without_weights():
             raise ConfigError(
                 f"{key}: {name!r} cannot be planned ({reason}): its config.json is all that is "

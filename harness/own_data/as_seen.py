@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
+from harness.model.language.quantise import load_tokenizer
 from shards.manifest import Manifest
 from shards.read import Sample
 
@@ -51,20 +52,19 @@ class Seen:
 
 
 class AsSeen:
-    """Samples of one set -> `Seen`, by the tokenizer and the limits of a config.
+    """Samples of one set -> `Seen`, by the tokenizer and the limits of a config. Raises ConfigError
+    for a tokenizer that cannot be loaded.
 
     A set of `data.dev` or `data.test` is seen as in evaluation, any other as in training.
     """
 
     def __init__(self, config: Config, manifest: Manifest) -> None:
-        lm = config.model.lm
-        tokenizer = AutoTokenizer.from_pretrained(lm.id, revision=lm.revision)
         trained = [one for one in config.data.train if _same(one.path, manifest.folder)]
         scored = [one.path for one in (*config.data.dev, *config.data.test)]
         is_scored = any(_same(path, manifest.folder) for path in scored)
         self.is_training = bool(trained) or not is_scored
         self.collate = replace(
-            Collator.of(config, tokenizer, self.is_training),
+            Collator.of(config, load_tokenizer(config.model.lm), self.is_training),
             loss_weights=tuple(one.loss_weight for one in trained[:1]),
         )
         self.decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)

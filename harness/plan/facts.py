@@ -18,7 +18,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
-from harness.model.pretrained import hub_answers, needed_file
+from harness.machine.network import hub_answers
+from harness.model.pretrained import needed_file
 
 FOLDER = Path(__file__).parent / "facts"
 

@@ -10,19 +10,19 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from harness.config.schema import Config
 from harness.data.collate import Collator, group_by_length
+from harness.errors import ConfigError
 from harness.model.batch import Batch
-from harness.model.pretrained import hub_answers, quiet_transformers
+from harness.model.language.quantise import load_tokenizer
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
 from shards.manifest import Manifest
@@ -160,11 +160,8 @@ def _seen(sets: list[Manifest], collate: Collator) -> Batch | None:
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    lm = config.model.lm
-    if not Path(lm.id).expanduser().is_dir():
-        hub_answers()
-    with quiet_transformers(), suppress(Exception):  # half a dozen types; a plan can do without
-        return AutoTokenizer.from_pretrained(lm.id, revision=lm.revision)
+    with suppress(ConfigError):  # a plan can do without
+        return load_tokenizer(config.model.lm)
     return None
 
 

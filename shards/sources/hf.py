@@ -35,6 +35,7 @@ _FILES = {
     ".json": "json",
     ".jsonl": "json",
 }
+HUB_ANSWERS_WITHIN = 5.0  # seconds
 _HUB_ID = re.compile(r"[\w\-]+(/[\w.\-]+)?")
 _KEPT = ("question_id", "answer_type", "question_type")  # columns of VQAv2
 
@@ -301,6 +302,8 @@ def _open(dataset: str, config: str | None, split: str) -> Any:
                 _FILES[place.suffix], data_files={split: str(place)}, streaming=True
             )
         else:
+            if not place.is_dir():
+                _without_patience()
             found = datasets.load_dataset(
                 str(place.absolute()) if place.is_dir() else dataset, config, streaming=True
             )
@@ -316,6 +319,21 @@ def _open(dataset: str, config: str | None, split: str) -> Any:
     if split not in found:
         raise ShardError(f"--split {split}: {where} has no such split; {_offer(split, found)}")
     return found[split]
+
+
+def _without_patience() -> None:
+    """Makes `datasets` look here alone where the hub cannot be reached; by itself it tries for half
+    a minute.
+    """
+    from datasets import config
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_ANSWERS_WITHIN)
+    except Exception:  # of any HTTP library
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
 
 
 def _undecoded(rows: Any, image_column: str) -> Any:

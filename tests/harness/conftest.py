@@ -4,6 +4,7 @@ its own.
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,25 @@ def no_secrets_of_other_tests():
     from harness import redact
 
     redact._known.clear()
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """Makes a hub that gives no answer for a while; the list is of the times that it was asked."""
+    from huggingface_hub import constants
+
+    from harness.machine import network
+
+    calls = []
+
+    class Session:
+        def head(self, *_, **__):
+            calls.append(time.monotonic())
+            time.sleep(1.0)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network, "get_session", Session)
+    monkeypatch.setattr(network, "HUB_ANSWERS_WITHIN", 0.1)
+    network._hub_answers.cache_clear()
+    yield calls
+    network._hub_answers.cache_clear()

@@ -3,6 +3,7 @@ the hub.
 """
 
 import json
+import time
 
 import pytest
 
@@ -252,3 +253,17 @@ def test_what_is_wrong_is_one_sentence_that_names_the_option(
     given = {"dataset": str(captioned), "split": "train", **options}
     with pytest.raises(ShardError, match=says):
         hf.load(**given)
+
+
+def test_without_a_network_nobody_waits_for_the_hub(monkeypatch):
+    def unreachable():
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.get_session", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(ShardError, match="as an id of the hub: Couldn't reach 'owner/none'"):
+        hf.load(dataset="owner/none", split="train", text_columns=["caption"])
+    assert time.monotonic() - started < 10
+    assert datasets.config.HF_HUB_OFFLINE

@@ -82,7 +82,7 @@ def load(
             found.update(fields)
             lm = _skeleton(found, architecture, quantisation, dtype)
             return _computing_in(lm, config, compute_dtype), None
-        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
+        tokenizer = load_tokenizer(config)
         lm = load_complete(
             architecture,
             KEY,
@@ -93,14 +93,21 @@ def load(
             dtype=dtype,
             **fields,
         )
+    keep_autograd(lm)
+    lm.requires_grad_(False)
+    return _computing_in(lm, config, compute_dtype), tokenizer
+
+
+def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
+    """Returns the base's tokenizer alone. Raises ConfigError."""
+    with loading(KEY, config.id, REMEDY), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
     if len(tokenizer) < 4:
         # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
         raise ConfigError(
             f"{KEY}: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
         )
-    keep_autograd(lm)
-    lm.requires_grad_(False)
-    return _computing_in(lm, config, compute_dtype), tokenizer
+    return tokenizer
 
 
 def _check_installed() -> None:

@@ -235,7 +235,8 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(folders, tmp_path):
     with pytest.raises(ConfigError, match="--data DIR"):
         evaluate_published(str(folders["llava"]), [])
     with pytest.raises(
-        ConfigError, match=r"cannot be loaded as an image-text-to-text model \(.*\): give a folder"
+        ConfigError,
+        match=r"cannot be loaded \(no such folder.*\): give an image-text-to-text",
     ):
         evaluate_published(str(tmp_path / "nowhere"), images)
     with pytest.raises(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
 
 from harness.config.load import load
@@ -17,7 +16,6 @@ from harness.config.schema import Config, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.machine.devices import DEVICES
 from harness.machine.launch_file import Launch
-from harness.model import pretrained
 from harness.model.language.t5 import T5Language
 from harness.plan import facts
 from harness.plan.facts import FOLDER, located
@@ -41,24 +39,6 @@ PARAMETERS = {
     "openai/clip-vit-large-patch14-336": 303_507_456,
     "openai-community/gpt2": 124_439_808,
 }
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Makes a hub that gives no answer for a while; the list is of the times that it was asked."""
-    calls = []
-
-    class Session:
-        def head(self, *_, **__):
-            calls.append(time.monotonic())
-            time.sleep(1.0)
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(pretrained, "get_session", Session)
-    monkeypatch.setattr(pretrained, "HUB_ANSWERS_WITHIN", 0.1)
-    pretrained._hub_answers.cache_clear()
-    yield calls
-    pretrained._hub_answers.cache_clear()
 
 
 def t4(config: Config) -> Skeleton:
@@ -89,9 +69,9 @@ def test_every_model_that_configs_and_pages_name_is_known_without_a_network():
         assert re.fullmatch(r"20\d\d-\d\d-\d\d", about["facts_date"])
 
 
-def test_a_plan_without_a_network_asks_once_and_says_whose_facts_it_took(asked):
+def test_a_plan_without_a_network_asks_once_and_says_whose_facts_it_took(silent_hub):
     skeleton = t4(load(ROOT / "configs/vqav2_t4.yaml"))
-    assert len(asked) == 1
+    assert len(silent_hub) == 1
     assert skeleton.parameters["vision encoder"] > 290e6
     assert [note.partition(":")[0] for note in skeleton.notes] == [
         "openai/clip-vit-large-patch14",
@@ -100,13 +80,13 @@ def test_a_plan_without_a_network_asks_once_and_says_whose_facts_it_took(asked):
     assert "ship with harness" in skeleton.notes[0]
 
 
-def test_an_unknown_model_without_a_network_is_one_sentence_at_once(asked):
+def test_an_unknown_model_without_a_network_is_one_sentence_at_once(silent_hub):
     config = load(ROOT / "configs/vqav2_t4.yaml", ["model.lm.id=nobody/flan-t5-gone"])
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"nobody/flan-t5-gone' cannot be planned .*out of reach"):
+    with pytest.raises(ConfigError, match=r"nobody/flan-t5-gone' .*planned .*cannot be reached"):
         t4(config)
     assert time.monotonic() - started < 10
-    assert len(asked) == 1
+    assert len(silent_hub) == 1
 
 
 def test_a_mistake_in_a_config_of_known_models_names_the_id_and_no_folder_of_ours():
