@@ -8,11 +8,15 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from harness import checkpoint as checkpoints
 from harness.config.schema import Config
+from harness.data.encode import encode_set
+from harness.evaluate.passes import Passes
 from harness.evaluate.run import evaluate_model
 from harness.model.vlm import VisionLanguageModel
+from plan_cases import changed
 from ranks_in_threads import on_ranks
 from toy_runs import make_config, make_shards
 
@@ -50,12 +54,17 @@ def timeless(value):
     return value
 
 
+def bytes_of(image):
+    """What is shown: pixels, or of features the file that they were made from."""
+    return image.tobytes() if isinstance(image, Image.Image) else image or b""
+
+
 def known(evaluation):
     """All that an evaluation says, but for how long it took."""
 
     predictions = [p.row() for result in evaluation.tasks.values() for p in result.predictions]
     shown = [
-        [p.id, item.prediction, item.image and item.image.tobytes().hex()]
+        [p.id, item.prediction, bytes_of(item.image).hex()]
         for p, item in zip(evaluation.shown, evaluation.shown_images, strict=True)
     ]
     return json.dumps(
@@ -64,7 +73,9 @@ def known(evaluation):
             predictions,
             shown,
             evaluation.images,
+            evaluation.without_picture,
             evaluation.unreadable,
+            evaluation.pixels,
         ]
     )
 
@@ -78,9 +89,7 @@ def test_answers_scores_and_verdict_are_the_same_for_one_two_and_three_ranks(
 ):
     monkeypatch.setattr("harness.evaluate.floors.shallow_answers", lambda *_: None)  # no model's
     config, paths = world
-    bridge = config.model.bridge.model_copy(update={"question_aware": question_aware})
-    parts = config.model.model_copy(update={"bridge": bridge})
-    config = config.model_copy(update={"model": parts})
+    config = changed(config, bridge={"question_aware": question_aware})
     model = VisionLanguageModel.build(config).eval()
 
     def scored(dealer=None):
@@ -92,6 +101,46 @@ def test_answers_scores_and_verdict_are_the_same_for_one_two_and_three_ranks(
         first, *others = on_ranks(size, scored)
         assert known(first) == alone
         assert others == [None] * (size - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "question_aware"), [("images", True), ("features", False)], ids=["images", "features"]
+)
+def test_sets_with_and_without_pictures_are_scored_by_two_ranks_as_by_one(
+    world, tmp_path, monkeypatch, kind, question_aware
+):
+    config = changed(world[0], bridge={"question_aware": question_aware})
+    words = range(50, 55)  # a set of texts alone: a batch without a picture for either rank
+    alone = (1, 2, 3, 6, 9, 10, 13)
+    paths = [
+        str(make_shards(tmp_path / "mixed", 14, "mixed", unreadable=(4,), text_only=alone)),
+        str(make_shards(tmp_path / "words", 5, "words", 50, text_only=words)),
+    ]
+    if kind == "features":
+        encode_set(tmp_path / "mixed", tmp_path / "features", config.model.vision)
+        paths[0] = str(tmp_path / "features")
+    model = VisionLanguageModel.build(config).eval()
+    batches = []  # rank, and which of the records have a picture
+    read = Passes.read
+
+    def watched(self, number, place):
+        notes = read(self, number, place)
+        batches.append((self.collected.dealer.rank, [bool(tasks) for *_, tasks in notes]))
+        return notes
+
+    def scored(dealer=None):
+        own = copy.deepcopy(model) if dealer else model
+        return evaluate_model(own, paths, config, floors=False, dealer=dealer)
+
+    by_one = scored()
+    assert (by_one.images, by_one.without_picture) == (6, len(alone) + len(words))
+    monkeypatch.setattr(Passes, "read", watched)
+    first, second = on_ranks(2, scored)
+    assert second is None
+    assert known(first) == known(by_one)
+    assert {rank for rank, shown in batches if not any(shown)} == {0, 1}
+    assert {rank for rank, shown in batches if any(shown) and not all(shown)} == {0, 1}
 
 
 @pytest.mark.slow
