@@ -353,7 +353,7 @@ def test_the_command_refuses_in_sentences(questions, tmp_path, harness):
             ("--donors", tmp_path / "d.jsonl", features),
             "holds features, and the pictures that they were made from are not at hand",
         ),
-        ((tmp_path, questions), "cannot be loaded as an image-text-to-text model"),
+        ((tmp_path, questions), "): give an image-text-to-text model: a folder in the hub's"),
     ):
         code, _, error = harness("gate", *given)
         assert code == 2
