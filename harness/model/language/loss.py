@@ -5,6 +5,7 @@ Legend: C contexts, T targets, L target tokens, K kept (weighted) tokens, D widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from harness.model.batch import Batch
 # of logits at a time: on a CPU so many as its cache holds
 ROWS_ON_CPU = 128
 ROWS = 1024
+# a batch of a million images, as a plan tries it, is not cut into thousands
+MOST_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class _ChunkedNats(torch.autograd.Function):
         head: Callable[[torch.Tensor], torch.Tensor],
         label_smoothing: float,
     ) -> torch.Tensor:
-        rows = ROWS_ON_CPU if hidden_KD.device.type == "cpu" else ROWS
+        least = ROWS_ON_CPU if hidden_KD.device.type == "cpu" else ROWS
+        rows = max(least, math.ceil(len(hidden_KD) / MOST_CHUNKS))
         nats, gradients = [], []
         for chunk_KD, chunk_K in zip(hidden_KD.split(rows), labels_K.split(rows), strict=True):
             with torch.enable_grad():
