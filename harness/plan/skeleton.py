@@ -50,15 +50,26 @@ DIRECT = {
     aten._to_copy.default,
     aten._unsafe_view.default,
     aten.add_.Tensor,
+    aten.cat.default,
     aten.clone.default,
     aten.detach.default,
     aten.expand.default,
+    aten.gather.default,
+    aten.gelu.default,
+    aten.gelu_backward.default,
+    aten.index_add.default,
+    aten.index_select.default,
+    aten.mean.dim,
     aten.mm.default,
+    aten.new_empty.default,
+    aten.select.int,
+    aten.slice.Tensor,
     aten.sum.dim_IntList,
     aten.t.default,
     aten.transpose.int,
     aten.unsqueeze.default,
     aten.view.default,
+    aten.where.self,
 }
 # They give a tensor like the largest that they take, where all are of one dtype.
 POINTWISE = {
@@ -455,8 +466,10 @@ class _Meter(TorchDispatchMode):
             func, args = aten.mm.default, args[1:3]
         elif func in POINTWISE and (largest := _largest(args)) is not None:
             func, args = aten.clone.default, (largest,)
-        elif func not in DIRECT or "device" in kwargs:
+        elif func not in DIRECT and func not in POINTWISE:
             return None
+        if "device" in kwargs:  # there is one alone
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
         with in_kernel_invocation_manager(self.mode):
             out = func(*args, **kwargs)
         return out if isinstance(out, FakeTensor) else FakeTensor(self.mode, out, self.device)
