@@ -126,7 +126,9 @@ def test_a_launch_that_is_terminated_or_killed_lets_the_run_save(tmp_path, proce
         "signal.signal(signal.SIGTERM, stop)\n"
         "from harness.machine.parent import watch_parent\n"
         "watch_parent()\n"
-        "pathlib.Path(sys.argv[1], 'started' + rank).write_text(str(os.getpid()))\n"
+        "own = pathlib.Path(sys.argv[1], 'own' + rank)\n"
+        "own.write_text(str(os.getpid()))\n"
+        "own.rename(own.with_name('started' + rank))\n"  # whole, or not there
         "time.sleep(60)\n"
     )
     program = (
