@@ -90,7 +90,7 @@ class History:
                 rows.append((label, told(values)))
         last = {key.removeprefix("train/"): points[-1][1] for key, points in self.series.items()}
         if shares := Shares.among(last):
-            rows.append(("what limits the speed", shares.line()))
+            rows.append(("what limits the speed", "; ".join(shares.lines())))
         if len(self.times) > 1:
             took = timedelta(seconds=round((self.times[-1] - self.times[0]) / 1000))
             rows.append(("from the first logged step to the last", str(took)))

@@ -53,10 +53,10 @@ class Shares:
         in_steps = max(self.share_waiting + self.share_computing, 1e-9)
         return "data-bound" if self.share_waiting / in_steps > DATA_BOUND else "compute-bound"
 
-    def line(self) -> str:
-        """Returns the verdict with what it stands on."""
+    def lines(self) -> list[str]:
+        """Returns the verdict with what it stands on, and what would help where something would."""
         told = (
             f"{self.bound}: {self.share_computing:.0%} of the time in steps, "
             f"{self.share_waiting:.0%} waiting for data, {self.share_evaluating:.0%} evaluating"
         )
-        return "; ".join(filter(None, (told, ADVICE[self.bound])))
+        return list(filter(None, (told, ADVICE[self.bound])))

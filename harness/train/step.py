@@ -172,6 +172,7 @@ class StepLog:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.utilisation = Utilisation(run)
+        self._said_unknown = False
         self._compiled = 0  # graphs, and the seconds of all steps, when the last one was told
         self._seconds = 0.0
 
@@ -228,8 +229,14 @@ class StepLog:
         if shares is None or not run.engine.is_main:
             return
         mfu = self.utilisation.of(run.clock.images_per_second)
-        told = self.utilisation.unknown if mfu is None else f"MFU {mfu:.1%}"
-        run.terminal.say(f"{shares.line()}; {told}")
+        told = shares.lines()
+        if mfu is not None:
+            told.append(f"MFU {mfu:.1%}")
+        elif self.utilisation.unknown and not self._said_unknown:
+            told.append(self.utilisation.unknown)
+            self._said_unknown = True
+        for line in told:
+            run.terminal.say(line)
         run.track("train", shares.figures())
         run.tracker.tags({"speed": shares.bound})
 

@@ -134,7 +134,7 @@ def test_the_verdict_is_of_measured_waits(monkeypatch, seconds, bound):
     shares = Shares.of(clock.spent)
     assert list(shares.figures().values()) == pytest.approx([s / sum(seconds) for s in seconds])
     assert shares.bound == bound
-    assert shares.line().startswith(f"{bound}: ")
+    assert shares.lines()[0].startswith(f"{bound}: ")
     assert clock.images_per_second == pytest.approx(4 / (waiting + computing))
 
 
@@ -148,6 +148,6 @@ def test_a_run_tells_what_limits_its_speed_in_its_log_and_on_its_page(config, ca
     assert sum(shares) == pytest.approx(1)
     assert min(shares) > 0
     facts = dict(history.facts())
-    assert facts["what limits the speed"] == Shares(*shares).line()
+    assert facts["what limits the speed"] == "; ".join(Shares(*shares).lines())
     page = (config.out_dir / "report.html").read_text()
     assert facts["what limits the speed"] in page
