@@ -33,6 +33,8 @@ from toy_runs import make_shards
 
 FILES = sorted((shipped("configs") / "ablations").glob("*.yaml"))
 OFFLINE = [file for file in FILES if file.stem.endswith("_offline")]
+# The others are alike, and take three minutes: docs/log.md.
+ALWAYS_RUN = ("data_size_offline", "who_does_the_work_offline")
 SMALL = {"name": "toy", "question": "Which?", "base": "demo", "seeds": [0]}
 PLAIN = {"a": {"expected": "as good as any"}, "b": {"expected": "worse", "below": "a"}}
 
@@ -465,7 +467,13 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     return {"bert": root / "bert", "blip2": root / "blip2"}
 
 
-@pytest.mark.parametrize("file", OFFLINE, ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(f, id=f.stem, marks=() if f.stem in ALWAYS_RUN else pytest.mark.long)
+        for f in OFFLINE
+    ],
+)
 def test_every_shipped_ablation_runs_in_its_offline_form(
     file, tmp_path, tiny, tiny_t5_folder, tiny_gpt2_folder, pretrained, toy_sets
 ):
