@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.config.schema import Config
@@ -22,3 +22,12 @@ def _walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, part in inner.items():
         yield from _walk(f"{prefix}.{key}" if prefix else str(key), part)
+
+
+def leaves(document: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted key and value of what is no mapping, of a document that is no config."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -40,18 +40,16 @@ class Share:
         """Pickles its many small tensors as bytes, and all pictures as one tensor, which torch
         shares between the processes.
         """
-        pictures = [_pictures(batch) for batch in self.batches]
+        pictures = [images for b in self.batches if (images := _pictures(b)) is not None]
         bare = [replace(b, pixels_IHW3=None, features_IPD=None) for b in self.batches]
         small = [batch.mapped(torch.Tensor.numpy) for batch in bare]
         whole = torch.cat(pictures) if pictures else None
-        counts = [len(images) for images in pictures]
+        counts = [batch.images for batch in self.batches]
         return _received, (self.samples, small, self.cut, self.shown, whole, counts)
 
 
-def _pictures(batch: Batch) -> torch.Tensor:
-    images = batch.features_IPD if batch.pixels_IHW3 is None else batch.pixels_IHW3
-    assert images is not None  # one of them is there
-    return images
+def _pictures(batch: Batch) -> torch.Tensor | None:
+    return batch.features_IPD if batch.pixels_IHW3 is None else batch.pixels_IHW3
 
 
 def _received(
@@ -63,13 +61,14 @@ def _received(
     counts: Sequence[int],
 ) -> Share:
     """Returns the share that was pickled; its samples see their pictures again."""
-    if whole is None:
-        return Share(samples, (), cut)
+    batches = [batch.mapped(torch.from_numpy) for batch in small]
+    if whole is None:  # texts alone
+        return Share(samples, batches, cut)
     field_of_images = "pixels_IHW3" if whole.dtype == torch.uint8 else "features_IPD"
-    batches = []
-    for batch, images in zip(small, whole.split(list(counts)), strict=True):
-        fields: dict[str, Any] = {field_of_images: images}
-        batches.append(replace(batch.mapped(torch.from_numpy), **fields))
+    for place, images in enumerate(whole.split(list(counts))):
+        if counts[place]:
+            fields: dict[str, Any] = {field_of_images: images}
+            batches[place] = replace(batches[place], **fields)
     for sample, image in zip(shown, whole.numpy(), strict=True):
         sample.payload = image
     return Share(samples, batches, cut, shown)

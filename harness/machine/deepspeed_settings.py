@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness.config.keys import leaves
 from harness.config.load import shipped
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
@@ -102,7 +103,7 @@ class DeepSpeedSettings:
         Raises ConfigError where the file says otherwise.
         """
         ours = _ours(train, processes)
-        for key, found in _leaves(self.decided):
+        for key, found in leaves(self.decided):
             if found == "auto" or key not in ours or _is_left_open(key, self.decided):
                 continue
             name, value = ours[key]
@@ -318,14 +319,6 @@ def _ours(train: TrainConfig, processes: int) -> dict[str, tuple[str, Any]]:
         "scheduler.type": ("train.schedule is", train.schedule),
         "scheduler.params.warmup_max_lr": rate,
     }
-
-
-def _leaves(document: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _is_left_open(key: str, decided: Mapping[str, Any]) -> bool:

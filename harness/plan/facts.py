@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from harness.config.keys import leaves
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine.network import hub_answers
@@ -77,12 +78,12 @@ def _differences(name: str, revision: str | None, shipped: Path) -> Iterator[str
     """Yields one line where the model's own config.json says otherwise than ours."""
     own: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # the plan itself tells what is wrong with it
-        own = dict(_leaves(json.loads(needed_file(name, "config.json", revision).read_text())))
+        own = dict(leaves(json.loads(needed_file(name, "config.json", revision).read_text())))
     ours = json.loads(shipped.read_text())
     date = ours["facts_date"]
     differing = [
         f"{key} {own[key]} in place of {value}"
-        for key, value in _leaves(ours)
+        for key, value in leaves(ours)
         if own.get(key, value) != value
     ]
     if differing:
@@ -90,11 +91,3 @@ def _differences(name: str, revision: str | None, shipped: Path) -> Iterator[str
             f"{name}: its config.json differs from the facts that ship with harness ({date}): "
             f"{', '.join(differing)}; planned from its own"
         )
-
-
-def _leaves(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

@@ -1,5 +1,6 @@
 """A share is the same wherever it is collated: in the process, by one worker or by several."""
 
+import pickle
 from collections import Counter
 from contextlib import closing
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from harness.data.share import Share, ShareMaker
 from harness.model.batch import Batch
 from shards.files import ShardError
 from shards.loader import Loader, Step
+from shards.read import Sample
 from shards.record import Record, Text
 from toy_runs import make_shards
 
@@ -73,6 +75,25 @@ def test_what_workers_collate_is_what_the_process_itself_does_bit_for_bit(shards
         for sample, same in zip(one.samples, other.samples, strict=True):
             assert np.array_equal(sample.payload, same.payload)
             assert replace(sample, payload=None) == replace(same, payload=None)
+
+
+@pytest.mark.parametrize("pictures", [(), (0,), (3, 4)], ids=str)
+def test_batches_without_a_picture_come_from_a_worker_too(collate, monkeypatch, pictures):
+    def sample(n):
+        text = Text("t", "vqa", ("four",), "what is two and two?")
+        record = Record(f"k{n}", "toy", "train", "", (text,), has_picture=n in pictures)
+        payload = np.full((32, 32, 3), n, np.uint8) if n in pictures else None
+        return Sample(record, payload, "png" if n in pictures else "", 0, n)
+
+    here = ShareMaker(collate, 2)([sample(n) for n in range(6)])
+    monkeypatch.setattr("harness.data.share.get_worker_info", lambda: "a worker's")
+    sent = ShareMaker(collate, 2)([sample(n) for n in range(6)])
+    there = pickle.loads(pickle.dumps(sent))
+    assert len(there.batches) == 3
+    assert all(map(alike, here.batches, there.batches))
+    assert [batch.images for batch in there.batches] == [batch.images for batch in here.batches]
+    for one, other in zip(here.samples, there.samples, strict=True):
+        assert np.array_equal(one.payload, other.payload)
 
 
 def test_the_index_of_a_batch_from_a_worker_holds_for_its_weights(shards, collate):
