@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ ENCODER = {
     "tokens": TOKENS,
     "width": WIDTH,
     "image_size": 32,
+}
+# each kind of language model and of bridge, as keys of the config
+LANGUAGES: dict[str, dict[str, Any]] = {
+    "t5": {},
+    "gpt2": {"kind": "gpt2"},
+    "gpt2 with cross-attention": {"kind": "gpt2", "cross_attention": True},
+}
+BRIDGES: dict[str, dict[str, Any]] = {
+    "qformer": {},
+    "question-aware": {"question_aware": True},
+    "mean_pool": {"kind": "mean_pool"},
+    "linear": {"kind": "linear"},
 }
 CAPTIONS = (
     "a black dog",

@@ -4,7 +4,6 @@ out without one.
 
 from collections import Counter
 from contextlib import closing
-from typing import Any
 
 import pytest
 import torch
@@ -23,19 +22,8 @@ from harness.train.state import Run, TrainState
 from harness.train.step import StepLog, StepTaker
 from plan_cases import changed
 from second_device import moved, second_device
+from toy_batch import BRIDGES, LANGUAGES
 from toy_runs import make_config
-
-LANGUAGES: dict[str, dict[str, Any]] = {
-    "t5": {},
-    "gpt2": {"kind": "gpt2"},
-    "gpt2 with cross-attention": {"kind": "gpt2", "cross_attention": True},
-}
-BRIDGES: dict[str, dict[str, Any]] = {
-    "qformer": {},
-    "question-aware": {"question_aware": True},
-    "linear": {"kind": "linear"},
-    "mean_pool": {"kind": "mean_pool"},
-}
 
 
 @pytest.fixture

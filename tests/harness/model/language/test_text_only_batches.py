@@ -3,7 +3,6 @@ of its own kind, and what stands in place of a picture changes nothing.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +14,9 @@ from harness.model.batch import Batch
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text
+from toy_batch import BRIDGES, LANGUAGES
 
-KINDS: dict[str, dict[str, Any]] = {
-    "t5": {},
-    "gpt2": {"kind": "gpt2"},
-    "gpt2 with cross-attention": {"kind": "gpt2", "cross_attention": True},
-}
-BRIDGES: dict[str, dict[str, Any]] = {
-    "qformer": {},
-    "question-aware": {"question_aware": True},
-    "mean_pool": {"kind": "mean_pool"},
-    "linear": {"kind": "linear"},
-}
-EACH = [(kind, "qformer") for kind in KINDS] + [("t5", bridge) for bridge in BRIDGES][1:]
+EACH = [(kind, "qformer") for kind in LANGUAGES] + [("t5", bridge) for bridge in BRIDGES][1:]
 TEXTS = (
     Text("t0", "vqa", ("four",), "what is two and two, and what would be more than that?"),
     Text("t1", "caption", ("a sentence that nobody sees", "another")),
@@ -39,7 +28,7 @@ TEXTS = (
 def model(request, tiny_t5_folder, tiny_gpt2_folder):
     kind, bridge = request.param
     folder = tiny_t5_folder if kind == "t5" else tiny_gpt2_folder
-    return toy_batch.opened(toy_batch.model(folder, bridge=BRIDGES[bridge], **KINDS[kind]))
+    return toy_batch.opened(toy_batch.model(folder, bridge=BRIDGES[bridge], **LANGUAGES[kind]))
 
 
 def alone(places=range(3)) -> list[Sample]:
