@@ -357,11 +357,9 @@ def _evaluated(
 def _launched(processes: int) -> int:
     """Starts this very command on several processes, and returns the exit code."""
     from harness.machine import launcher
+    from harness.machine.several import as_typed
 
-    arguments = list(sys.argv[1:])
-    place = next(n for n, word in enumerate(arguments) if word.startswith("--processes"))
-    del arguments[place : place + (1 if "=" in arguments[place] else 2)]
-    return launcher.launch(arguments, processes, module="harness")
+    return launcher.launch(as_typed(), processes, module="harness")
 
 
 @app.command(
