@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,6 +33,35 @@ def onednn_is_faster() -> bool:
     return facts.exists() and "AuthenticAMD" in facts.read_text(encoding="utf-8", errors="replace")
 
 
+class _Lowered:
+    """Torch's precision of products lowered while it is entered, in whatever number of threads.
+
+    The switch is the process's, and torch's products leave Python's lock: two threads that each
+    put back what they had found would leave it lowered for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._entered = 0
+        self._before = ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._entered == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("medium")
+            self._entered += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_LOWERED = _Lowered()
+
+
 def product(
     a_MK: torch.Tensor, b_KN: torch.Tensor, onto: torch.Tensor | None = None, scale: float = 1.0
 ) -> torch.Tensor:
@@ -44,12 +74,8 @@ def product(
 
     if not onednn_is_faster() or a_MK.numel() * b_KN.shape[1] < LEAST_PRODUCT:
         return made()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _LOWERED:
         return made()
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:

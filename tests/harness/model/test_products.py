@@ -2,6 +2,8 @@
 rounding.
 """
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ def always(monkeypatch):
 
 
 def test_a_linear_layer_gives_the_results_and_gradients_of_fp32_and_leaves_no_switch_behind(always):
+    before = torch.get_float32_matmul_precision()
     torch.manual_seed(0)
     plain = nn.Linear(96, 40).double()
     own = nn.Sequential(nn.Linear(96, 40))
@@ -44,7 +47,26 @@ def test_a_linear_layer_gives_the_results_and_gradients_of_fp32_and_leaves_no_sw
     assert far(x.grad.double(), exact.grad) < CLOSE
     for name, parameter in own[0].named_parameters():
         assert far(parameter.grad.double(), plain.get_parameter(name).grad) < CLOSE, name
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_products_of_several_threads_leave_no_switch_behind(always):
+    before = torch.get_float32_matmul_precision()
+    first, second = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+
+    def one_that_ends_first():
+        with products._LOWERED:
+            first.wait()
+        second.wait()
+
+    thread = threading.Thread(target=one_that_ends_first)
+    thread.start()
+    with products._LOWERED:
+        first.wait()
+        second.wait()
+        assert torch.get_float32_matmul_precision() == "medium"
+    thread.join()
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_frozen_layer_keeps_no_input_and_gets_no_gradient(always):
