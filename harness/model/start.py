@@ -53,11 +53,19 @@ def start_from(own: dict[str, torch.Tensor], config: BridgeConfig) -> str:
         raise _unfit(
             name, f"has {len(layers)} layers, this bridge {config.layers}", f"layers={len(layers)}"
         )
-    copied = sum(_copied(key, tensor, theirs, name) for key, tensor in own.items())
+    fresh = [key for key, tensor in own.items() if not _copied(key, tensor, theirs, name)]
+    parts = ", ".join(dict.fromkeys(map(_part, fresh)))
     return (
-        f"bridge: {copied} of {len(own)} weights come from {name}, "
-        f"{len(own) - copied} start at random"
+        f"bridge: {len(own) - len(fresh)} of {len(own)} weights come from {name}, "
+        f"{len(fresh)} start at random{f' ({parts})' if fresh else ''}"
     )
+
+
+def _part(key: str) -> str:
+    """Returns what a weight of a Q-Former is a part of."""
+    if key == "query_tokens":
+        return "query tokens"
+    return "cross-attention" if "crossattention" in key else "what the words go through"
 
 
 def _copied(key: str, tensor: torch.Tensor, theirs: dict[str, torch.Tensor], name: str) -> bool:

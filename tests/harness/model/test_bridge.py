@@ -279,7 +279,7 @@ def test_a_qformer_started_from_bert_has_its_attention_and_its_own_look_at_the_i
         *(f"body.qformer.encoder.layer.{n}.crossattention.output.dense.weight" for n in (0, 1)),
     ]
     assert "weights come from" in said
-    assert "start at random" in said
+    assert said.endswith(" start at random (cross-attention, query tokens)")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "shards"])
@@ -321,7 +321,7 @@ def test_keys_for_an_encoder_of_another_width_stay_random_and_are_counted(blip2)
     }
     made = Bridge(BridgeConfig(**small), patch_width=20, lm_width=64, patches=7, embedding_rms=1.0)
     said = started(blip2, made, cross_attention_frequency=2)
-    assert said.endswith(" 2 start at random"), (
+    assert said.endswith(" 2 start at random (cross-attention)"), (
         "key and value of the one layer that looks at the image"
     )
     theirs = Blip2ForConditionalGeneration.from_pretrained(blip2)
