@@ -92,7 +92,8 @@ def found(file: str) -> Path:
     place = Path(file).expanduser()
     if place.is_file():
         return place
-    package, _, inside = file.partition("/")
+    package = file.partition("/")[0]
+    inside = file.partition("/")[2]
     spec = importlib.util.find_spec(package) if inside and package.isidentifier() else None
     for folder in spec.submodule_search_locations or () if spec else ():
         if (place := Path(folder, inside)).is_file():
