@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
+from harness.config.encoder import PACKAGES
 from harness.config.keys import flatten
 from harness.config.load import check_revealed
 from harness.config.schema import Config
 from harness.data import prompts
 from harness.data.features import check_encoder
 from harness.data.images import patience_of
-from harness.errors import ConfigError, install_command
+from harness.errors import EXTRA_OF, ConfigError, install_command
 from harness.machine import launcher
 from harness.machine.network import why_no_hub
 from harness.model.places import is_hub_id
+from harness.model.preprocessing import preprocessing_of
 from harness.redact import masked_document
 from harness.tracking.tracker import check_tracking
 from shards.files import ShardError, is_remote
@@ -194,12 +196,19 @@ def check_models(config: Config, with_vision: bool = True) -> None:
 
 def check_vision(config: Config) -> None:
     """Raises ConfigError for the image encoder, without which a run on features does."""
-    if config.model.vision.kind == "clip":
-        _check_model("model.vision.id", config.model.vision.id, config.model.vision.revision)
-    elif importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise ConfigError(
-            f"model.vision.kind: efficientnet_lite0 needs a package: {install_command('demo')}"
-        )
+    vision = config.model.vision
+    if package := PACKAGES.get(vision.kind):
+        needed = ("efficientnet_lite_pytorch", package.replace("-", "_"))
+        for name in needed:
+            if importlib.util.find_spec(name) is None:
+                extra = EXTRA_OF[needed[1]]
+                raise ConfigError(
+                    f"model.vision.kind: {vision.kind} needs a package: {install_command(extra)}"
+                )
+        return
+    _check_model("model.vision.id", vision.id, vision.revision)
+    if vision.kind == "auto":
+        preprocessing_of(vision)
 
 
 def _check_some(config: Config, part: str) -> None:

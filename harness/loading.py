@@ -54,7 +54,8 @@ def opened(source: Path | str, checkpoint: str | None = None, **loaded: Any) -> 
     if folder.is_dir() and not (folder / "config.json").is_file():
         found = checkpoints.at(folder, checkpoint)
         config = Config(**found.state["config"])
-        return Opened(load_model(found, config, **loaded), config, found.model)
+        model = load_model(found, config, **loaded)
+        return Opened(model, where_found(config, model), found.model)
     if checkpoint:
         raise ConfigError(f"{source} is no run, which alone has checkpoints; asked is {checkpoint}")
     folder = model_folder(source, {})
@@ -72,6 +73,17 @@ def load_model(found: checkpoints.Checkpoint, config: Config, **loaded: Any) -> 
     false for a model that reads features; `device`.
     """
     return _placed(found.model, config.train.precision, **loaded)
+
+
+def where_found(config: Config, model: VisionLanguageModel) -> Config:
+    """Returns the config of a run with its encoder where the model's was found: files that lie
+    there say how pictures are fitted.
+    """
+    if model.vision is None:
+        return config
+    place = {"id": model.config.model["vision"]["id"]}
+    parts = {"vision": config.model.vision.model_copy(update=place)}
+    return config.model_copy(update={"model": config.model.model_copy(update=parts)})
 
 
 def _placed(

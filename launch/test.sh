@@ -9,7 +9,7 @@ if [ "${1:-}" = --fast ]; then
     shift
     choice=(-m "not slow and not long")
 fi
-make_environment demo,dev,hub,deepspeed
+make_environment demo,dev,hub,deepspeed,efficientnet
 "$venv_python" -m ruff check --quiet .
 "$venv_python" -m ruff format --check --quiet . || stop "some files are not formatted; run: $venv_python -m ruff format ."
 "$venv_python" -m mypy || stop "the types do not fit, see above"

@@ -26,7 +26,12 @@ Models = Annotated[
     typer.Option("--lm", metavar="ID|FOLDER|toy", help="A T5 or GPT-2; toy: no download."),
 ]
 Encoder = Annotated[
-    str | None, typer.Option("--vision", metavar="ID|FOLDER", help="A CLIP; never asked.")
+    str | None,
+    typer.Option(
+        "--vision",
+        metavar="ID|FOLDER|efficientnet_lite2",
+        help="A CLIP, SigLIP, DINOv2 or EfficientNet; never asked.",
+    ),
 ]
 File = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="The config to write.")]
 

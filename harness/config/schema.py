@@ -96,11 +96,27 @@ class DataConfig(Section):
 class VisionConfig(Section):
     """The frozen image encoder."""
 
-    kind: Literal["clip", "efficientnet_lite0"] = "clip"  # efficientnet_lite0 comes as a package
-    id: str = "openai/clip-vit-base-patch32"  # hub id or local folder; clip alone
+    # clip; auto: SigLIP, SigLIP 2, DINOv2, ViT and others of transformers, with the pixels that the
+    # model's own image processor makes; efficientnet_lite0 to 2 come as packages.
+    kind: Literal[
+        "clip", "auto", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"
+    ] = "clip"
+    id: str = "openai/clip-vit-base-patch32"  # hub id or local folder; clip and auto alone
     revision: str | None = None  # of the hub's repository
-    layer: int = -2  # which hidden state of CLIP; -1 is the last
-    image_size: Positive = 224  # pixels, both sides
+    layer: int = -2  # which hidden state; -1 is the last, before a norm; clip and auto alone
+    # Pixels, both sides. Another size than clip's or auto's own, if it is given, is reached by
+    # interpolating the position embeddings.
+    image_size: Positive = 224
+    # EfficientNet alone. last: its last grid, of 1/32 of the picture; both: beside each cell of
+    # that, channel by channel, the four cells of the grid of 1/16: as many tokens, a third wider.
+    stages: Literal["last", "both"] = "last"
+    flips: bool = False  # the tokens of the mirrored picture follow: twice as many
+
+    @model_validator(mode="after")
+    def _only_efficientnet_has_it(self) -> VisionConfig:
+        if self.stages != "last" and not self.kind.startswith("efficientnet"):
+            raise ValueError(f"stages is a key of the kinds efficientnet, this is {self.kind}")
+        return self
 
 
 class BridgeConfig(Section):

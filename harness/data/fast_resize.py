@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from harness.config.schema import Config
 from harness.data.images import (
-    MODES,
     Encoded,
     ImageDecoder,
     centre,
@@ -25,6 +24,7 @@ from harness.data.images import (
     resized_to,
     size_check,
 )
+from harness.model.preprocessing import Resample
 from shards.images import rgb_pixels
 
 
@@ -45,32 +45,32 @@ class FastDecoder(ImageDecoder):
         if sample.extension == "safetensors":
             return super().__call__(sample)
         data = sample.payload
+        fit = self.fit
         with refusing(data, self.max_pixels):
             pixels_HW3 = rgb_pixels(
                 data,
-                size_check(self.image_size, self.max_pixels, self.mode),
-                self.image_size if self.reduced else None,
+                size_check(fit, self.max_pixels),
+                fit.to if self.reduced else None,
             )
         height, width, _ = pixels_HW3.shape
-        size = resized_to(width, height, self.image_size, self.mode)
-        return centre(_resized(pixels_HW3, *size), self.image_size)
+        size = resized_to(width, height, fit)
+        return centre(_resized(pixels_HW3, *size, fit.resample), fit.side)
 
 
-def _resized(pixels_HW3: np.ndarray, width: int, height: int) -> np.ndarray:
+def _resized(pixels_HW3: np.ndarray, width: int, height: int, how: Resample) -> np.ndarray:
     if pixels_HW3.shape[:2] == (height, width):
         return pixels_HW3
     # In this order the batch's own stride shows torch that a pixel's colours lie side by side: the
     # result lies so too, and is made in half the time.
     pixels_13HW = torch.from_numpy(pixels_HW3)[None].permute(0, 3, 1, 2)
-    made_13HW = functional.interpolate(pixels_13HW, (height, width), mode="bicubic", antialias=True)
+    made_13HW = functional.interpolate(pixels_13HW, (height, width), mode=how, antialias=True)
     return made_13HW[0].permute(1, 2, 0).numpy()
 
 
 def training_decoder(config: Config) -> ImageDecoder:
     """Returns the decoder of images that a config asks for in training."""
-    vision = config.model.vision
-    limit = config.data.max_image_pixels
+    exact = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)
     if config.data.resize == "exact":
-        return ImageDecoder.of(vision, limit)
+        return exact
     reduced = config.data.resize == "reduced"
-    return FastDecoder(vision.image_size, MODES[vision.kind], limit, reduced)
+    return FastDecoder(exact.image_size, exact.mode, exact.max_pixels, exact.said, reduced)

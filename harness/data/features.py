@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from harness.config.encoder import encoder_name
+from harness.config.encoder import NAMED_BY, encoder_name
 from harness.config.schema import VisionConfig
 from harness.errors import ConfigError
 from shards.manifest import SKIPPED, Manifest
@@ -47,7 +47,8 @@ def skipped(manifest: Manifest) -> list[dict[str, str]]:
 def check_encoder(manifest: Manifest, expected: VisionConfig | dict[str, Any]) -> None:
     """Raises ConfigError, naming both, unless the feature set was made by the `expected` encoder.
 
-    A config is compared by name, revision, layer and resolution. An identity
+    A config is compared by name, revision, layer, resolution and what of the
+    picture is taken. An identity
     (`VisionTower.identity()`) is compared by its hash instead of its name, so that a folder may
     have moved.
     """
@@ -58,9 +59,9 @@ def check_encoder(manifest: Manifest, expected: VisionConfig | dict[str, Any]) -
         )
     if isinstance(expected, VisionConfig):
         expected = encoder_name(expected)
-        keys: tuple[str, ...] = ("kind", "id", "revision", "layer", "image_size")
+        keys: tuple[str, ...] = NAMED_BY
     else:
-        keys = ("kind", "hash", "layer", "image_size", "preprocessing")
+        keys = ("kind", "hash", "layer", "image_size", "preprocessing", "stages", "flips")
     differing = [key for key in keys if manifest.encoder.get(key) != expected.get(key)]
     if differing:
         differences = ", ".join(

@@ -11,20 +11,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from harness.config.encoder import PACKAGES
 from harness.config.schema import Config, VisionConfig
+from harness.model.preprocessing import Fit, Mode, preprocessing_of
 from harness.redact import masked
 from shards.cache import Cache
 from shards.features import read_features
 from shards.images import FORMATS, on_white, upright
 from shards.remote import Patience
 
-Mode = Literal["crop", "squash", "whole"]
-MODES: dict[str, Mode] = {"clip": "crop", "efficientnet_lite0": "squash"}
+MODES: dict[str, Mode] = {"clip": "crop", **dict.fromkeys(PACKAGES, "squash")}
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class ImageError(ValueError):
@@ -32,25 +34,33 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, image_size: int, *, max_pixels: int, mode: Mode) -> np.ndarray:
-    """Turns an encoded image into uint8 pixels_HW3 with both sides `image_size`.
+    """Turns an encoded image into uint8 pixels_HW3 with both sides `image_size`, bicubic.
 
-    crop: shortest side to `image_size` (bicubic), centre crop: the pixels of transformers'
-    CLIPImageProcessorPil. squash: the whole image to the square (bicubic), aspect not kept. whole:
-    as it is, for the processor of another model. Transparency is laid on white and the EXIF
-    orientation is honoured, both as transformers does when it loads a file. Raises ImageError for
-    what cannot be decoded, or has more than `max_pixels` before or after resizing.
+    crop: shortest side to `image_size`, centre crop: the pixels of transformers'
+    CLIPImageProcessorPil. squash: the whole image to the square, aspect not kept. whole: as it is,
+    for the processor of another model. Raises as `pixels_of`.
     """
+    return pixels_of(data, Fit(image_size, mode), max_pixels)
 
+
+def pixels_of(data: bytes, fit: Fit, max_pixels: int) -> np.ndarray:
+    """Turns an encoded image into uint8 pixels_HW3 as `fit` says, the pixels of transformers'
+    processors.
+
+    Transparency is laid on white and the EXIF orientation is honoured, both as transformers does
+    when it loads a file. Raises ImageError for what cannot be decoded, or has more than
+    `max_pixels` before or after resizing.
+    """
     with refusing(data, max_pixels):
-        image = on_white(upright(data, size_check(image_size, max_pixels, mode))[0])
-    return fitted(image, image_size, mode)
+        image = on_white(upright(data, size_check(fit, max_pixels))[0])
+    return fitted(image, fit)
 
 
-def size_check(image_size: int, max_pixels: int, mode: Mode) -> Callable[[int, int], None]:
-    """Returns what raises ImageError for a width and a height that `decode_image` refuses."""
+def size_check(fit: Fit, max_pixels: int) -> Callable[[int, int], None]:
+    """Returns what raises ImageError for a width and a height that `pixels_of` refuses."""
 
     def check_size(width: int, height: int) -> None:
-        scale = image_size / min(width, height) if mode == "crop" else 1.0
+        scale = fit.to / min(width, height) if fit.mode == "crop" else 1.0
         if max(1.0, scale) ** 2 * width * height > max_pixels:
             raise ImageError(
                 f"the image has {width} x {height} pixels, too many to resize within the limit of "
@@ -81,20 +91,22 @@ def refusing(data: bytes, max_pixels: int) -> Iterator[None]:
         raise ImageError(f"{len(data)} bytes cannot be decoded as an image: {error}") from error
 
 
-def fitted(image: Image.Image, image_size: int, mode: Mode) -> np.ndarray:
-    """Returns uint8 pixels_HW3 of an upright RGB picture, as `decode_image` says of each mode."""
-    if mode == "whole":
+def fitted(image: Image.Image, fit: Fit) -> np.ndarray:
+    """Returns uint8 pixels_HW3 of an upright RGB picture, as `fit` says."""
+    if fit.mode == "whole":
         return np.array(image)
-    resized = _resized(image, *resized_to(*image.size, image_size, mode))
-    return centre(np.asarray(resized), image_size)
+    size = resized_to(*image.size, fit)
+    if image.size != size:
+        image = image.resize(size, RESAMPLING[fit.resample])
+    return centre(np.asarray(image), fit.side)
 
 
-def resized_to(width: int, height: int, image_size: int, mode: Mode) -> tuple[int, int]:
+def resized_to(width: int, height: int, fit: Fit) -> tuple[int, int]:
     """Returns width and height to which a picture is resized before its centre is cut out."""
-    if mode == "squash":
-        return image_size, image_size
-    long = int(image_size * max(width, height) / min(width, height))
-    return (image_size, long) if width <= height else (long, image_size)
+    if fit.mode == "squash":
+        return fit.to, fit.to
+    long = int(fit.to * max(width, height) / min(width, height))
+    return (fit.to, long) if width <= height else (long, fit.to)
 
 
 def centre(pixels_HW3: np.ndarray, side: int) -> np.ndarray:
@@ -103,12 +115,6 @@ def centre(pixels_HW3: np.ndarray, side: int) -> np.ndarray:
     top = (height - side) // 2
     left = (width - side) // 2
     return pixels_HW3[top : top + side, left : left + side].copy()
-
-
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 class Encoded(Protocol):
@@ -122,15 +128,30 @@ class Encoded(Protocol):
 class ImageDecoder:
     """The `decode` of a Loader: image bytes -> uint8 pixels_HW3, feature bytes -> float16
     features_PD. Picklable.
+
+    `said`: how pictures are fitted, or the config whose model says it in a file, which is read with
+    the first picture: a run on features does without; without it `image_size` and `mode` say all.
     """
 
     image_size: int
-    mode: Mode
+    mode: Mode | None
     max_pixels: int
+    said: Fit | VisionConfig | None = None
 
     @classmethod
     def of(cls, vision: VisionConfig, max_pixels: int) -> ImageDecoder:
-        return cls(vision.image_size, MODES[vision.kind], max_pixels)
+        mode = MODES.get(vision.kind)
+        return cls(vision.image_size, mode, max_pixels, None if mode else vision)
+
+    @property
+    def fit(self) -> Fit:
+        """How pictures are fitted. Raises ConfigError, as `preprocessing_of`."""
+        if isinstance(self.said, Fit):
+            return self.said
+        if self.said is not None:
+            return preprocessing_of(self.said).fit
+        assert self.mode is not None
+        return Fit(self.image_size, self.mode)
 
     @property
     def pixels(self) -> str:
@@ -138,11 +159,9 @@ class ImageDecoder:
         return "whole" if self.mode == "whole" else "exact"
 
     def __call__(self, sample: Encoded) -> np.ndarray:
-        """Raises ImageError, or ShardError for features that are none."""
+        """Raises ImageError, ShardError for features that are none, or ConfigError."""
         if sample.extension != "safetensors":
-            return decode_image(
-                sample.payload, self.image_size, max_pixels=self.max_pixels, mode=self.mode
-            )
+            return pixels_of(sample.payload, self.fit, self.max_pixels)
         return read_features(sample.payload)
 
 

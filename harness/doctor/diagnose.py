@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.checks import checks_before_launch, data_sets
+from harness.config.encoder import PACKAGES
 from harness.config.keys import flatten
 from harness.config.schema import Config
 from harness.doctor import examine, machine, overfit
@@ -93,7 +94,7 @@ def _passed(key: str, check: Callable[[], object], config: Config) -> Finding | 
     if not key.startswith(("model.", "prompts.")):
         return None
     value = flatten(config)[key]
-    if key == "model.vision.id" and config.model.vision.kind != "clip":
+    if key == "model.vision.id" and config.model.vision.kind in PACKAGES:
         return ok(key, f"{config.model.vision.kind}, a package")
     if key.startswith("prompts."):
         return ok(key, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from harness.evaluate.report import (
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.evaluate.told import described
-from harness.loading import load_model
+from harness.loading import load_model, where_found
 from harness.machine.dealing import Alone
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import masked, masked_document, say
@@ -96,8 +96,9 @@ def evaluate_run(
     """
     dealer = dealer or Alone()
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
-    config = task.config
     model = _model(task, lm=lm, vision=vision)
+    config = where_found(task.config, model)
+    task = replace(task, config=config)
     if not dealer.rank:
         task.out.mkdir(parents=True, exist_ok=True)
         (task.out / QUARANTINE).unlink(missing_ok=True)
@@ -146,7 +147,9 @@ def report_run(
             f"{task.out / SCORES} is of step {report['step']}, and {task.found.path} is meant: "
             f"harness evaluate {task.home} scores it"
         )
-    evaluated = _evaluated(task, report, _model(task, lm=lm, vision=vision))
+    model = _model(task, lm=lm, vision=vision)
+    task = replace(task, config=where_found(task.config, model))
+    evaluated = _evaluated(task, report, model)
     return write_report_page(file or _page_of(task), evaluated, maps=maps, progress=progress)
 
 

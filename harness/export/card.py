@@ -17,6 +17,7 @@ import yaml
 
 from harness import __version__
 from harness.checkpoint import Checkpoint
+from harness.config.encoder import PACKAGES
 from harness.config.schema import Config
 from harness.evaluate import FOLDER
 from harness.evaluate.report import SCORES, floors, read_scores
@@ -148,7 +149,7 @@ def _scores(story: Story) -> str:
 
 
 def _needed(own: VLMConfig) -> str:
-    package = own.encoder["id"] if own.model["vision"]["kind"] != "clip" else None
+    package = PACKAGES.get(own.model["vision"]["kind"])
     more = f", and `{package}` with the encoder's weights" if package else ""
     return (
         f"The Python package of harness ({__version__} or later; its distribution is called "

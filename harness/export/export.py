@@ -29,7 +29,7 @@ from harness.export.parts import write_parts
 from harness.export.proof import Measured, Proof, UnprovenError, measure, prove
 from harness.export.publish import check_repository, push
 from harness.hub.remote import NAME
-from harness.loading import load_model
+from harness.loading import load_model, where_found
 from harness.model.vlm import WEIGHTS, VLMConfig
 from harness.redact import say
 from harness.report.pictures import Shown, predictions_picture
@@ -88,7 +88,7 @@ def export(
         raise ConfigError("--public says nothing without --push-to-hub OWNER/NAME")
     model = load_model(found, config)
     pictures = MERGE_PICTURES if wanted.merge else PICTURES
-    contexts = dev_contexts(config, model.tokenizer, pictures)
+    contexts = dev_contexts(where_found(config, model), model.tokenizer, pictures)
     if wanted.with_pictures and not contexts.has_pictures:
         raise ConfigError(f"--with-pictures: there are none to show, only {contexts.source}")
     own = measure(model, config, contexts)

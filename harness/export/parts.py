@@ -9,22 +9,25 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.config.schema import Config, LanguageModelConfig
+from harness.config.encoder import PACKAGES
+from harness.config.schema import Config, LanguageModelConfig, VisionConfig
 from harness.hub.modeling import LM, VISION, write_model
 from harness.hub.processing import VLMProcessor
 from harness.model.language import quantise
 from harness.model.language.interface import LanguageModel
+from harness.model.preprocessing import preprocessing_of
 from harness.model.pretrained import quiet_transformers, weight_files
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 
 # Files of a saved model beside its weights; others in its folder are nobody's business.
 BESIDE_WEIGHTS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("spiece.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
@@ -44,7 +47,7 @@ def write_parts(model: VisionLanguageModel, config: Config, folder: Path, *, mer
         copy_model(Path(own.model["lm"]["id"]), folder / LM)
         own.model["lm"] |= {"id": LM, "revision": None}
     vision = own.model["vision"]
-    if vision["kind"] != "clip":  # it comes with a package; an id says nothing of it
+    if vision["kind"] in PACKAGES:  # it comes with a package; an id says nothing of it
         vision |= {"id": own.encoder["id"], "revision": None}
     elif Path(vision["id"]).is_dir():
         copy_model(Path(vision["id"]), folder / VISION)
@@ -65,6 +68,7 @@ def processor(model: VisionLanguageModel, config: Config, own: VLMConfig) -> VLM
         tokenizer.pad_token = tokenizer.eos_token  # as the Collator pads
     if model.lm.begins is not None:
         tokenizer.padding_side = "left"  # the answer goes on from the prompt's last token
+    vision = VisionConfig(**model.config.model["vision"])
     limits = config.data.model_dump(include={"max_prompt_tokens", "max_image_pixels"})
     return VLMProcessor(
         tokenizer,
@@ -73,6 +77,7 @@ def processor(model: VisionLanguageModel, config: Config, own: VLMConfig) -> VLM
         limits,
         model.lm.begins,
         model.question_aware,
+        asdict(preprocessing_of(vision).fit) if vision.kind == "auto" else None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from transformers.image_utils import load_image
 
 from harness.config.schema import DataConfig, PromptsConfig, VisionConfig
 from harness.data.collate import Collator
-from harness.data.images import ImageDecoder, decode_image, fitted
+from harness.data.images import ImageDecoder, fitted, pixels_of
 from harness.data.prompts import prompt
 from harness.hub.remote import NAME, write_remote_code
 from harness.model.batch import Context
+from harness.model.preprocessing import Fit
 from shards.images import on_white
 
 PIXELS = "pixel_values"
@@ -50,9 +52,11 @@ class VLMProcessor(ProcessorMixin):
         data: Mapping[str, Any] | None = None,
         begins: int | None = None,
         question_aware: bool = False,
+        fit: Mapping[str, Any] | None = None,
     ):
         """Takes fields of a config's model.vision, prompts and data; `begins`: the token id that
-        stands before the answers of a decoder, None for T5, whose decoder starts on its own.
+        stands before the answers of a decoder, None for T5, whose decoder starts on its own;
+        `fit`: how pictures are fitted, where the kind of the encoder does not say it.
         """
         super().__init__(tokenizer)
         self.vision = dict(vision or {})
@@ -60,8 +64,11 @@ class VLMProcessor(ProcessorMixin):
         self.data = dict(data or {})
         self.begins = begins
         self.question_aware = question_aware
+        self.fit = dict(fit or {})
         limits = DataConfig(**self.data)
         self._decode = ImageDecoder.of(VisionConfig(**self.vision), limits.max_image_pixels)
+        if self.fit:
+            self._decode = replace(self._decode, said=Fit(**self.fit))
         self._collate = Collator(tokenizer, limits, PromptsConfig(**self.prompts), training=False)
 
     def __call__(self, images: Any = None, text: Any = None, **given: Any) -> BatchFeature:
@@ -109,14 +116,12 @@ class VLMProcessor(ProcessorMixin):
         if isinstance(image, str | os.PathLike) and Path(image).is_file():
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            return decode_image(
-                image, decode.image_size, max_pixels=decode.max_pixels, mode=decode.mode
-            )
+            return pixels_of(image, decode.fit, decode.max_pixels)
         if isinstance(image, str):
             image = load_image(image)
         if not isinstance(image, Image.Image):
             image = _from_array(image)
-        return fitted(on_white(ImageOps.exif_transpose(image)), decode.image_size, decode.mode)
+        return fitted(on_white(ImageOps.exif_transpose(image)), decode.fit)
 
     def apply_chat_template(  # type: ignore[override]  # there is no template to choose
         self, conversation: Any, tokenize: bool = False, **given: Any

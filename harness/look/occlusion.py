@@ -206,7 +206,9 @@ def hiding_of(
     if pixels_HW3 is not None and encoder is not None:
         return Pixels(model, encoder, pixels_HW3)
     tokens = Tokens(torch.from_numpy(asked.payload).float().to(model.device))
-    if asked.payload.ndim != 2 or len(asked.payload) - tokens.side**2 > 1 or model.token_per_patch:
+    further = len(asked.payload) - tokens.side**2
+    of_two = model.config.encoder.get("flips")  # 2 x 25 tokens are one more than 7 x 7
+    if asked.payload.ndim != 2 or further > 1 or of_two or model.token_per_patch:
         raise UnmeasuredError("its patch tokens are in no square, or none can be left out")
     return tokens
 

@@ -70,6 +70,14 @@ def loading(key: str, name: str, remedy: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {name!r} cannot be loaded ({reason}): {remedy}") from error
 
 
+def remedy(name: str) -> str:
+    """Returns what helps where the weights of a model are not found."""
+    return (
+        "give a folder that holds config.json and model.safetensors, or fetch the model once where "
+        f"there is a network (hf download {name})"
+    )
+
+
 def load_complete(
     architecture: Any, key: str, name: str, revision: str | None, *, new: str = "", **fields: Any
 ) -> Any:
@@ -81,7 +89,7 @@ def load_complete(
     )
     if absent := sorted(k for k in loaded[1]["missing_keys"] if not (new and new in k)):
         raise ConfigError(
-            f"{key}: {name!r} lacks {len(absent)} weights of a {architecture.__name__} "
+            f"{key}: {name!r} lacks {len(absent)} weights of a {type(loaded[0]).__name__} "
             f"({absent[0]}, ...), which would be random: use a complete model of that kind"
         )
     return loaded[0]

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.checks import check_models, without_dev
+from harness.config.encoder import PACKAGES
 from harness.config.load import parse_yaml, validated
 from harness.config.schema import Config
 from harness.config.splits import with_splits_named
 from harness.errors import ConfigError
 from harness.machine.devices import GIB, Device, device
+from harness.model.preprocessing import own_preprocessing, read_json
 from harness.redact import masked
 from shards.files import ShardError, is_remote, write_whole
 from shards.manifest import Manifest
@@ -27,6 +30,8 @@ from shards.record import Text
 
 TOY = "toy"
 CLIP = "openai/clip-vit-base-patch32"
+# of the pictures that they were trained on
+PACKAGE_SIZES = dict(zip(PACKAGES, (224, 240, 260), strict=True))
 LOOKED_AT = 500  # records whose texts are measured
 # Characters of a token, at the least: English tokens of T5 and GPT-2 have four and more.
 CHARACTERS_OF_A_TOKEN = 3
@@ -225,13 +230,22 @@ def _kind(lm: str) -> str:
     return kind
 
 
-def _image_size(vision: str) -> int:
-    """Returns the pixels that a CLIP takes: what a folder says of itself, else by the name."""
-    file = Path(vision).expanduser() / "config.json"
-    if not file.is_file():
-        return 336 if vision.endswith("-336") else 224
-    said = json.loads(file.read_text(encoding="utf-8"))
-    return int(said.get("vision_config", said).get("image_size", 224))
+def _vision(vision: str) -> str:
+    """Returns kind, id and size of an encoder: what its files say of it, else by its name."""
+    if vision in PACKAGES:
+        return f"kind: {vision}, image_size: {PACKAGE_SIZES[vision]}"
+    folder = Path(vision).expanduser()
+    named = {"model_type": "clip" if "clip" in vision.lower() else "auto"}
+    said = (read_json(vision, "config.json", None) if folder.is_dir() else None) or named
+    kind = "clip" if str(said["model_type"]).startswith("clip") else "auto"
+    in_name = re.search(r"-(\d{3})$", vision)
+    size = int(in_name[1]) if in_name else 224
+    if kind == "clip":
+        size = said.get("vision_config", said).get("image_size", size)
+    else:
+        with suppress(ConfigError):  # which `check_models` tells
+            size = own_preprocessing(vision, None).fit.side
+    return f"kind: {kind}, id: {_plain(vision)}, image_size: {size}"
 
 
 def _text(answers: Answers, found: Found, sizes: Sizes) -> str:
@@ -285,10 +299,9 @@ def _model(answers: Answers) -> list[str]:
             f"  lm: {{id: {_plain(f'runs/{answers.out.stem}_lm')}, tuning: full, dropout: 0.1}}",
         ]
     lm = f"kind: {_kind(answers.lm)}, id: {_plain(answers.lm)}"
-    vision = f"id: {_plain(answers.vision)}, image_size: {_image_size(answers.vision)}"
     return [
         "model:",
-        f"  vision: {{kind: clip, {vision}}}  # frozen",
+        f"  vision: {{{_vision(answers.vision)}}}  # frozen",
         "  bridge: {query_tokens: 32, layers: 2, width: 768, heads: 12}  # what is trained",
         f"  lm: {{{lm}, tuning: qlora}}  # frozen in 4 bits, with LoRA",
     ]

@@ -13,7 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from harness.config.schema import VisionConfig
 from harness.errors import ConfigError
-from harness.model.vision import VisionTower, content_hash, load_vision
+from harness.model.vision.load import load_vision
+from harness.model.vision.tower import VisionTower, content_hash
 from tiny_models import tiny_clip
 
 

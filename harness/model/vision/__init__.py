@@ -1,0 +1,1 @@
+"""The frozen image encoder: tower.py what it is, load.py which kinds there are."""
