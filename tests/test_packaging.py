@@ -65,7 +65,9 @@ def test_every_package_that_is_imported_is_declared_where_it_is_asked_for():
 
 
 def test_the_extras_are_those_that_the_pages_and_errors_name():
-    assert set(EXTRAS) == {"demo", "deepspeed", "dev", "gcs", "hub", "mlflow", "s3", "smollm"}
+    assert set(EXTRAS) == {
+        *("demo", "deepspeed", "dev", "efficientnet", "gcs", "hub", "mlflow", "s3", "smollm")
+    }
     assert set(EXTRA_OF.values()) == set(EXTRAS) - {"dev"}
     assert names(EXTRAS["mlflow"]) <= names(EXTRAS["demo"])
     assert names(EXTRAS["s3"]) <= names(EXTRAS["dev"])

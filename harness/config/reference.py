@@ -36,6 +36,7 @@ TYPES = {  # as schema.py names them -> in words
     "int": "whole number",
     "str": "text",
     "None": "null",
+    "Lite": "efficientnet_lite0, efficientnet_lite1, efficientnet_lite2",
     "DataSetConfig": "{path, weight, loss_weight}",
 }
 FIELD = re.compile(r"    (\w+): ([^=#]+?)(?: = [^#]*)?(?:\s+# (.*))?")

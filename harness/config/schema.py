@@ -28,6 +28,7 @@ Above0 = Annotated[Number, Field(gt=0)]
 From0 = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Lite = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
 Between0And1 = Annotated[Number, Field(gt=0, lt=1)]
 
 
@@ -98,9 +99,7 @@ class VisionConfig(Section):
 
     # clip; auto: SigLIP, SigLIP 2, DINOv2, ViT and others of transformers, with the pixels that the
     # model's own image processor makes; efficientnet_lite0 to 2 come as packages.
-    kind: Literal[
-        "clip", "auto", "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"
-    ] = "clip"
+    kind: Literal["clip", "auto"] | Lite = "clip"
     id: str = "openai/clip-vit-base-patch32"  # hub id or local folder; clip and auto alone
     revision: str | None = None  # of the hub's repository
     layer: int = -2  # which hidden state; -1 is the last, before a norm; clip and auto alone

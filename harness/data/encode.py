@@ -24,8 +24,7 @@ from harness.data.features import CONTROLS, control_pixels
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, Requested, choose_or_fall_back
-from harness.model.vision.load import load_vision
-from harness.model.vision.tower import VisionTower
+from harness.model.vision import VisionTower, load_vision
 from harness.redact import say
 from shards.loader import Loader
 from shards.manifest import INDEX, SKIPPED, Manifest

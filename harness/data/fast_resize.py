@@ -73,4 +73,4 @@ def training_decoder(config: Config) -> ImageDecoder:
     if config.data.resize == "exact":
         return exact
     reduced = config.data.resize == "reduced"
-    return FastDecoder(exact.image_size, exact.mode, exact.max_pixels, exact.said, reduced)
+    return FastDecoder(exact.image_size, exact.mode, exact.max_pixels, reduced, said=exact.said)

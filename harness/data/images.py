@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,12 +136,12 @@ class ImageDecoder:
     image_size: int
     mode: Mode | None
     max_pixels: int
-    said: Fit | VisionConfig | None = None
+    said: Fit | VisionConfig | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, vision: VisionConfig, max_pixels: int) -> ImageDecoder:
         mode = MODES.get(vision.kind)
-        return cls(vision.image_size, mode, max_pixels, None if mode else vision)
+        return cls(vision.image_size, mode, max_pixels, said=None if mode else vision)
 
     @property
     def fit(self) -> Fit:

@@ -98,7 +98,6 @@ def evaluate_run(
     task = _task(checkpoints.at(run_dir, which), data, out, limit, overrides)
     model = _model(task, lm=lm, vision=vision)
     config = where_found(task.config, model)
-    task = replace(task, config=config)
     if not dealer.rank:
         task.out.mkdir(parents=True, exist_ok=True)
         (task.out / QUARANTINE).unlink(missing_ok=True)
@@ -118,7 +117,7 @@ def evaluate_run(
     )
     if evaluation is None:
         return {"data": task.paths}
-    return _leave(task, evaluation, model, pictures or task.paths[0])
+    return _leave(replace(task, config=config), evaluation, model, pictures or task.paths[0])
 
 
 def report_run(

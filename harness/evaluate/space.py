@@ -25,7 +25,7 @@ from harness.evaluate.image_use.gate import Gate
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction
 from harness.model.batch import Batch
-from harness.model.vision.load import load_vision
+from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.origin import indices_at_source, source_of

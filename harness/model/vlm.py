@@ -47,8 +47,7 @@ from harness.model.places import Found, Part, find
 from harness.model.pretrained import without_weights
 from harness.model.start import start_from
 from harness.model.storage import store_frozen
-from harness.model.vision.load import load_vision
-from harness.model.vision.tower import VisionTower
+from harness.model.vision import VisionTower, load_vision
 from harness.redact import masked_document
 
 logger = logging.getLogger(__name__)

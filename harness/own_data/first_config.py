@@ -235,8 +235,10 @@ def _vision(vision: str) -> str:
     if vision in PACKAGES:
         return f"kind: {vision}, image_size: {PACKAGE_SIZES[vision]}"
     folder = Path(vision).expanduser()
-    named = {"model_type": "clip" if "clip" in vision.lower() else "auto"}
-    said = (read_json(vision, "config.json", None) if folder.is_dir() else None) or named
+    named: dict[str, Any] = {"model_type": "clip" if "clip" in vision.lower() else "auto"}
+    said: dict[str, Any] = (
+        read_json(vision, "config.json", None) if folder.is_dir() else None
+    ) or named
     kind = "clip" if str(said["model_type"]).startswith("clip") else "auto"
     in_name = re.search(r"-(\d{3})$", vision)
     size = int(in_name[1]) if in_name else 224

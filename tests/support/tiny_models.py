@@ -28,14 +28,32 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
+from transformers.image_processing_backends import PilBackend
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 SENTENCES = (
     "Question: what shape is in the image? Answer: a circle, a triangle, a rectangle",
@@ -95,6 +113,73 @@ def tiny_clip(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     ).save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_tower(kind: str, folder: Path, *, full: bool = False) -> Path:
+    """Saves a random vision transformer of a kind for `vision.kind: auto` with its processor: 4 x 4
+    patches of 8 pixels, or of 7 in DINOv2, whose processor cuts 28 pixels out of 32. `full`: with
+    a text tower, as SigLIP and CLIP come.
+    """
+    torch.manual_seed(0)
+    model, processor = _TOWERS[kind](full)
+    for parameter in model.parameters():  # some start at zero or one, as nothing that is trained
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SQUARE = {"size": {"height": 32, "width": 32}}
+_BIT = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+# The position embeddings are of 6 x 6 patches, more than the processor's picture has, as published.
+_DINO = {**_SIZES, "image_size": 42, "patch_size": 7}
+
+
+def _siglip(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    vision = {**_SIZES, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    processor = SiglipImageProcessorPil(**_SQUARE, resample=2)
+    if not full:
+        return SiglipVisionModel(SiglipVisionConfig(**vision)), processor
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 8,
+        "projection_size": 32,
+    }
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), processor
+
+
+def _dinov2(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    return Dinov2Model(Dinov2Config(**_DINO)), BitImageProcessorPil(**_BIT)
+
+
+def _dinov2_with_registers(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    config = Dinov2WithRegistersConfig(**_DINO, num_register_tokens=4)
+    return Dinov2WithRegistersModel(config), BitImageProcessorPil(**_BIT)
+
+
+def _vit(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    config = ViTConfig(**_SIZES, intermediate_size=48, image_size=32, patch_size=8)
+    return ViTModel(config, add_pooling_layer=full), ViTImageProcessorPil(**_SQUARE)
+
+
+def _deit(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    config = DeiTConfig(**_SIZES, intermediate_size=48, image_size=32, patch_size=8)
+    size = {"size": {"height": 37, "width": 37}, "crop_size": {"height": 32, "width": 32}}
+    return DeiTModel(config, add_pooling_layer=full), DeiTImageProcessorPil(**size)
+
+
+_TOWERS = {
+    "siglip": _siglip,
+    "dinov2": _dinov2,
+    "dinov2_with_registers": _dinov2_with_registers,
+    "vit": _vit,
+    "deit": _deit,
+}
 
 
 def tiny_tokenizer(

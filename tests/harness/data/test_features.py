@@ -21,7 +21,7 @@ from harness.data.encode import Encoder, SetEncoding, encode_set
 from harness.data.features import CONTROLS, check_encoder, load_controls, skipped
 from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
-from harness.model.vision.load import load_vision
+from harness.model.vision import load_vision
 from shards.files import ShardError
 from shards.manifest import Manifest
 from shards.origin import source_of

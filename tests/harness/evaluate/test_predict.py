@@ -28,7 +28,7 @@ from harness.evaluate.report import page, table
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.evaluate.vqa import read_results
-from harness.model.vision.load import load_vision
+from harness.model.vision import load_vision
 from harness.model.vlm import VisionLanguageModel
 from shards.read import Sample
 from shards.record import Record, Text

