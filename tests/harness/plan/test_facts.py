@@ -90,10 +90,9 @@ def test_an_unknown_model_without_a_network_is_one_sentence_at_once(silent_hub):
 
 
 def test_a_mistake_in_a_config_of_known_models_names_the_id_and_no_folder_of_ours():
-    config = load(
-        ROOT / "configs/vqav2_t4.yaml", ["model.vision.id=openai/clip-vit-large-patch14-336"]
-    )
-    with pytest.raises(ConfigError, match="openai/clip-vit-large-patch14-336 takes 336") as raised:
+    overrides = ["model.vision.id=openai/clip-vit-large-patch14-336", "model.vision.image_size=230"]
+    config = load(ROOT / "configs/vqav2_t4.yaml", overrides)
+    with pytest.raises(ConfigError, match="which openai/clip-vit-large-patch14-336 ca") as raised:
         t4(config)
     assert str(FOLDER) not in str(raised.value)
 
