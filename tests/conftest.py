@@ -52,8 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
-    # First, so that no worker is left alone with one at the end; in a fixed order, as xdist wants.
-    items.sort(key=lambda item: item.path.stem not in SLOW)
+    # Files that hold any of them first, so that no worker is left alone with one at the end; in a
+    # fixed order, as xdist wants.
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(scope="session")

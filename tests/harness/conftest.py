@@ -62,6 +62,19 @@ def harness(monkeypatch, capsys):
     return _harness
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_trees():
+    """Puts ten trees into the shallow floor: a hundred take half the time of a toy's evaluation,
+    whatever the number of texts. Tests of the floor name their number of trees; a process that is
+    started, such as one of `harness evaluate`, has the hundred.
+    """
+    from harness.evaluate.gate_terms.shallow import shallow_answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shallow_answers.__kwdefaults__, "trees", 10)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_secrets_of_other_tests():
     """A process remembers the secrets it was given: those of one test are words in the next."""

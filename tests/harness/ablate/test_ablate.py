@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -81,10 +82,9 @@ def data(sets: Path) -> list[str]:
     return [f"data.{part}=[{{path: {sets / part}}}]" for part in ("train", "test")]
 
 
-@pytest.fixture
-def tiny(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
+@pytest.fixture(scope="session")
+def overrides(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
     """Overrides of every child: tiny sets and models, one step."""
-    InProcess.started.clear()
     return [
         *data(toy_sets / "questions"),
         "data.dev=[]",
@@ -102,6 +102,32 @@ def tiny(toy_sets, tiny_clip_folder, tiny_t5_folder) -> list[str]:
         "generate={vqa: {max_new_tokens: 3}, caption: {max_new_tokens: 3}}",
         "tracking.kind=none",
     ]
+
+
+@pytest.fixture
+def tiny(overrides) -> list[str]:
+    InProcess.started.clear()
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, overrides, toy_sets) -> tuple[Path, list[str]]:
+    """A finished ablation of both tasks, in FOLDER/out with its file in FOLDER, and the overrides
+    it was run with; a test that goes on with it takes a copy.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    given = [*overrides, *data(toy_sets / "both")]
+    run(file_of(folder), given, folder / "out")
+    return folder, given
+
+
+@pytest.fixture
+def own_copy(finished, tmp_path) -> tuple[Path, list[str]]:
+    """The same in a folder of this test."""
+    folder, given = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    InProcess.started.clear()
+    return tmp_path, given
 
 
 def file_of(folder: Path, **changes) -> Path:
@@ -300,19 +326,22 @@ def test_an_interval_of_three_seeds_holds_the_truth_as_often_as_it_says():
     assert 0.9 < held / 200 <= 1.0
 
 
-def test_texts_whose_image_could_not_be_read_are_left_out_and_counted(tmp_path, tiny, toy_sets):
-    run(file_of(tmp_path), tiny, tmp_path / "out")
-    whole = next(iter(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]))
-    (answers,) = (tmp_path / "out" / "a" / "seed-0" / "evaluation").glob("*_answers.json")
+def test_texts_whose_image_could_not_be_read_are_left_out_and_counted(own_copy):
+    folder, given = own_copy
+    rows = json.loads((folder / "out" / "report.json").read_text())["rows"]
+    assert [row["left_out"] for row in rows] == [0, 0, 0, 0]
+    (answers,) = (folder / "out" / "a" / "seed-0" / "evaluation").glob("*_answers.json")
     entries = json.loads(answers.read_text())
     answers.write_text(json.dumps(entries[2:]))
-    report = run(file_of(tmp_path), tiny, tmp_path / "out")
-    assert whole["left_out"] == 0
-    assert [row["left_out"] for row in report["rows"]] == [2, 2], (
+    report = run(folder / "toy.yaml", given, folder / "out")
+    assert not InProcess.started
+    left_out = {(row["variant"], row["task"]): row["left_out"] for row in report["rows"]}
+    assert [left_out[variant, "vqa"] for variant in "ab"] == [2, 2], (
         "for all variants, or they are no pairs"
     )
-    assert "vqa: 2 texts left out" in (tmp_path / "out" / "report.md").read_text()
-    assert "(unreadable)" in (tmp_path / "out" / "report.html").read_text() or len(entries) > 12
+    assert [left_out[variant, "caption"] for variant in "ab"] == [0, 0]
+    assert "vqa: 2 texts left out" in (folder / "out" / "report.md").read_text()
+    assert "(unreadable)" in (folder / "out" / "report.html").read_text() or len(entries) > 12
 
 
 def test_a_child_failed_for_what_it_said_last(tmp_path):
@@ -332,9 +361,10 @@ def test_a_child_failed_for_what_it_said_last(tmp_path):
         assert ablate.last_words(log) == expected
 
 
-def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path, tiny, toy_sets):
-    report = run(file_of(tmp_path), [*tiny, *data(toy_sets / "both")], tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
+def test_the_report_is_one_page_with_the_same_images_for_every_variant(finished):
+    out = finished[0] / "out"
+    report = json.loads((out / "report.json").read_text())
+    page = (out / "report.html").read_text()
     assert len(page) < 2_000_000
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     images = [
@@ -347,15 +377,13 @@ def test_the_report_is_one_page_with_the_same_images_for_every_variant(tmp_path,
     assert page.count("<th>a</th><th>b</th>") == 2
     first = np.asarray(images[1].convert("RGB")).mean((0, 1))
     assert first.argmax() == 100 % 3 == 1, "the first test image is the green one"
-    scores = json.loads((tmp_path / "out" / "b" / "seed-0" / SCORES).read_text())["tasks"][
-        "caption"
-    ]
+    scores = json.loads((out / "b" / "seed-0" / SCORES).read_text())["tasks"]["caption"]
     row = next(row for row in report["rows"] if (row["variant"], row["task"]) == ("b", "caption"))
     assert row["score"] == pytest.approx(scores["CIDEr"]), "as harness evaluate has it"
     assert row["lost"] == pytest.approx(scores["CIDEr_gap"] / 100), (
         "the gate's, in the score's own unit"
     )
-    table = (tmp_path / "out" / "report.md").read_text()
+    table = (out / "report.md").read_text()
     assert "| a " in table
     assert "as good as any" in table
 
