@@ -5,12 +5,11 @@ rank, before anything is computed of them, cannot.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
 import exact_program
-from harness.machine.launcher import launch
+from forked_ranks import on_ranks
 
 WORLDS = (1, 2, 3)
 
@@ -19,11 +18,8 @@ WORLDS = (1, 2, 3)
 def seen(root):
     """Runs the program on one, two and three processes: (kind, world) -> for each rank the two."""
     exact_program.make_sets(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support"))
-        for world in WORLDS:
-            assert launch([str(root)], world, module="exact_program") == 0
+    codes = on_ranks("exact_program", [(world, [root]) for world in WORLDS])
+    assert codes == [[0], [0, 0], [0, 0, 0]]
     return {
         (kind, world): [
             json.loads((root / f"exact-{world}-{rank}.json").read_text())[kind]

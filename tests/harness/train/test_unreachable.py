@@ -1,23 +1,20 @@
 """A run whose data stop to answer saves what it learnt, says why and goes on later, bit for bit."""
 
 import os
-from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from faulty_server import faulty_server
+from forked_ranks import on_ranks
 from harness import checkpoint as checkpoints
 from harness.config.schema import Config
-from harness.machine.launcher import launch
 from harness.train import run as train
 from harness.train.__main__ import main
 from same_runs import AtStep
 from shards.files import UnreachableError
 from toy_runs import losses, make_config
-
-ROOT = Path(__file__).parents[3]
 
 
 def config_of(root, name, **data):
@@ -75,11 +72,9 @@ def test_an_index_that_is_cut_short_in_a_run_ends_it_saved(root):
     assert checkpoints.newest(config.out_dir).step == 1
 
 
-def test_one_rank_without_data_stops_all_and_they_save(root, monkeypatch):
+def test_one_rank_without_data_stops_all_and_they_save(root):
     config_of(root, "ranks")  # makes the shards
-    supporting = [str(ROOT), str(ROOT / "tests" / "support")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(supporting))
-    launch([str(root)], 2, module="unreachable_rank_program")
+    assert on_ranks("unreachable_rank_program", [(2, [root])]) == [[0, 0]]
     for name, step, reason in (
         ("ranks", 3, "the network of rank 1 is down"),
         ("dev-ranks", 3, "the dev set of rank 0 does not answer"),
