@@ -7,15 +7,14 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
 
+from forked_ranks import on_ranks
 from harness import checkpoint as checkpoints
 from harness.config import schema as configs
 from harness.errors import ConfigError
-from harness.machine.launcher import launch
 from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
 from harness.train import between_steps
@@ -128,7 +127,7 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_is_not_called_finished(
     root, whole, monkeypatch
 ):
     closed = []
-    config = config_of(root, "terminated")
+    config = config_of(root, "terminated", dev=False)
     with monkeypatch.context() as patch:
         # When the flags of step 1 are known.
         terminate = AtStep(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -253,7 +252,7 @@ def test_going_on_from_an_older_checkpoint_replaces_the_later_ones(root, whole):
     same_bits(final(out), final(whole))
 
 
-# ---- several processes: three launches, judged by the files they leave ---------------------------
+# ---- several processes, judged by the files they leave -------------------------------------------
 
 
 UNREADABLE = (3, 6, 9)
@@ -265,15 +264,10 @@ def launched(root, whole):
     for name in ("begun-by-one", "three"):
         train.run(config_of(root, name, dev=False, max_steps=3))
     make_shards(root / "torn-set", 12, unreadable=UNREADABLE)
-    environment = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        for stage, processes in (("first", 2), ("second", 2), ("three", 3)):
-            launch([str(root), stage], processes, module="rank_program")
+    stages = (("first", 2), ("second", 2), ("three", 3))
+    codes = on_ranks("rank_program", [(count, [root, stage]) for stage, count in stages])
+    assert codes[0][1] == -signal.SIGKILL
+    assert codes[1:] == [[0, 0], [0, 0, 0]]
 
 
 def results(root, stage):
