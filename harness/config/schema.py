@@ -80,7 +80,7 @@ class DataConfig(Section):
     prefetch: Positive = 2  # batches read ahead per worker
     cache_dir: str | None = None  # a local folder for remote shards, which need one
     cache_gb: Above0 = 20.0  # 10^9 bytes that it may hold; at least two windows
-    # How pictures to learn from are resized: exact, to the pixels of transformers' CLIP processor,
+    # How pictures to learn from are resized: exact, to the pixels of the encoder's own processor,
     # as those of scores and features always are; fast: nearly the same (0.004 of 255 off on
     # average) for half the work; reduced: as fast, of JPEGs decoded at 1/2, 1/4 or 1/8 where the
     # short side allows it, which changes them more.
