@@ -453,8 +453,11 @@ class Lanes:
         """Returns the places of the rank that has most of a batch."""
         sizes = self.before(stop) - self.before(start)
         sizes += self._fillers(sizes, places)
-        shares = (_parts(sizes.tolist(), rank, world) for rank in range(world))
-        return max(sum(part.stop - part.start for part in share) for share in shares)
+        if not has_own_lanes(len(sizes), world):
+            return math.ceil(int(sizes.sum()) / world)
+        of_lane = -(-sizes // max(1, world // len(sizes)))
+        of_rank = of_lane.reshape(min(world, len(sizes)), -1).sum(axis=1)
+        return int(of_rank.max())
 
 
 def has_own_lanes(lanes: int, world: int) -> bool:

@@ -35,7 +35,7 @@ from shards.statistics import rows_of, unknown
 from shards.stream import StreamState
 from shards.write import Sample, write_shards
 
-PART_BATCHES = 32  # batches of a part: what is lost at most when a process is killed
+PART_BATCHES = 8  # batches of a part: what is lost at most when a process is killed
 
 
 class Encoder:
@@ -119,7 +119,7 @@ class SetEncoding:
         self.vision = vision
         self.progress = progress
         self._images = PART_BATCHES * batch_images  # of a part
-        made_of = [self.source.digest, self.encode.identity(), batch_images, max_image_pixels]
+        made_of = [self.source.digest, self.encode.identity(), self._images, max_image_pixels]
         made_of += [on.type, torch.__version__]
         count = -(-self.source.samples // self._images)
         self._parts = Parts(self.out, made_of, count, share)

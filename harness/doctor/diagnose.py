@@ -82,7 +82,7 @@ def _at_data_and_model(
         yield key, partial(examine.first_sample, key, path, config)
     yield "data", lambda: examine.sets_apart(config)
     yield "model.vision.id", lambda: examine.encoder_for_later(config)
-    yield "global batch", lambda: examine.world(config, processes)
+    yield "global batch", lambda: examine.world(config, processes, launch.machines)
     yield "texts", lambda: examine.texts(config)
     yield "model", lambda: examine.model(config, device)
     yield "plan", lambda: examine.plan(config, launch, processes)

@@ -35,7 +35,14 @@ from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
 from harness.redact import clean
 from harness.tracking.store import database, store_uri
-from harness.train.prepare import build_model, calibrate, encoder_of, make_loader, micro_batches
+from harness.train.prepare import (
+    build_model,
+    calibrate,
+    encoder_of,
+    in_one_lane,
+    make_loader,
+    micro_batches,
+)
 from shards.loader import about_lanes
 from shards.manifest import Manifest
 from shards.read import Reader, Sample
@@ -157,12 +164,13 @@ def encoder_for_later(config: Config) -> Iterator[Finding]:
             yield warning("model.vision.id", str(problem), fix)
 
 
-def world(config: Config, processes: int) -> Iterator[Finding]:
-    """Yields effective batch, steps and learning rate for this number of processes."""
+def world(config: Config, processes: int, machines: int = 1) -> Iterator[Finding]:
+    """Yields effective batch, steps and learning rate for so many processes, on all machines."""
     yield _shares(config, processes)
     train = config.train
-    # make_loader refuses caches too small for their windows.
-    loader = make_loader(config, None)
+    # make_loader refuses caches too small for the windows of a machine's lanes.
+    here = max(1, processes // machines)
+    loader = make_loader(config, None, world_size=processes, ranks_here=here)
     for found in about_lanes(loader.manifests, loader.lanes, processes):
         fix = "a data.lanes that fits processes and shards, or more and smaller shards"
         yield warning("lanes", found, fix)
@@ -242,7 +250,7 @@ def tracking(config: Config) -> Finding:
 def texts(config: Config) -> Iterator[Finding]:
     """Yields what the limits cut of the first images' real batches, and what has no label."""
     collate = Collator.of(config, load_tokenizer(config.model.lm))
-    loader = make_loader(config, None)
+    loader = make_loader(in_one_lane(config), None)
     batches: list[Batch] = []
     images = 0
     with closing(loader.iterate(epochs=1)) as steps:
@@ -318,6 +326,7 @@ def _by_share(name: str, share: float, count: int, found: str, fix: str) -> Find
 
 def model(config: Config, device: str) -> Iterator[Finding]:
     """Builds the run's model: the scale of its image tokens, the bytes of its checkpoints."""
+    config = in_one_lane(config)
     loader = make_loader(config, None)
     built = build_model(config, encoder_of(loader, config), device=device)
     if not config.model.init_from:

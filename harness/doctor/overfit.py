@@ -30,7 +30,7 @@ from harness.model.vlm import VisionLanguageModel
 from harness.report.terminal import Terminal
 from harness.tracking.journal import JournalTracker
 from harness.train.engine import Engine
-from harness.train.prepare import build_model, calibrate, encoder_of, make_loader
+from harness.train.prepare import build_model, calibrate, encoder_of, in_one_lane, make_loader
 from harness.train.state import Run, TrainState
 from harness.train.step import StepTaker
 from shards.read import Sample
@@ -148,6 +148,7 @@ class FirstGradients:
 
 def _run_without_chance(config: Config, images: int) -> Run:
     """Returns a run of one global batch, and nothing that keeps a text from being learnt."""
+    config = in_one_lane(config)
     rate = max(config.train.learning_rate, LOWEST_RATE)
     bridge_rate = config.train.bridge_learning_rate
     if bridge_rate is not None:

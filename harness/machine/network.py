@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
+from http import HTTPStatus
 from threading import Thread
 
 from huggingface_hub import constants, get_session
@@ -17,16 +18,19 @@ HUB_ANSWERS_WITHIN = 5.0  # seconds
 @cache
 def _hub_answers() -> bool:
     # A thread: looking up the host's name knows no time-out.
-    answers = []
+    answers: list[bool] = []
 
     def ask() -> None:
         with suppress(Exception):  # of any HTTP library, and of the proxies between
-            answers.append(get_session().head(constants.ENDPOINT, timeout=HUB_ANSWERS_WITHIN))
+            found = get_session().head(constants.ENDPOINT, timeout=HUB_ANSWERS_WITHIN)
+            # A refusal is an answer: the root of a mirror may be closed, and its files open. What
+            # is out of order its libraries would ask again and again.
+            answers.append(found.status_code < HTTPStatus.INTERNAL_SERVER_ERROR)
 
     asking = Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_ANSWERS_WITHIN)
-    return bool(answers)
+    return answers == [True]
 
 
 def why_no_hub() -> str | None:

@@ -55,8 +55,8 @@ def located(config: Config, with_vision: bool) -> Located:
         shipped = FOLDER / part.id / "config.json"
         if Path(part.id).expanduser().is_dir() or not shipped.is_file():
             continue
-        if _has_its_own(part.id, part.revision):
-            notes += _differences(part.id, part.revision, shipped)
+        if (own := _own_config(part.id, part.revision)) is not None:
+            notes += _differences(part.id, own, shipped)
             continue
         names[str(shipped.parent)] = part.id
         model[key] = part.model_copy(update={"id": str(shipped.parent), "revision": None})
@@ -69,16 +69,24 @@ def located(config: Config, with_vision: bool) -> Located:
     return Located(found, names, tuple(notes))
 
 
-def _has_its_own(name: str, revision: str | None) -> bool:
+def _own_config(name: str, revision: str | None) -> dict[str, Any] | None:
+    """Returns the leaves of the model's own config.json, {} where the plan itself will tell what is
+    wrong with it; None where it is out of reach.
+    """
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    return isinstance(cached, str) or hub_answers()
+    if not isinstance(cached, str) and not hub_answers():
+        return None
+    with suppress(ValueError):
+        try:
+            return dict(leaves(json.loads(needed_file(name, "config.json", revision).read_text())))
+        except OSError:
+            # Whoever names a revision is told that it is not there, or not given.
+            return None if revision is None else {}
+    return {}
 
 
-def _differences(name: str, revision: str | None, shipped: Path) -> Iterator[str]:
+def _differences(name: str, own: Mapping[str, Any], shipped: Path) -> Iterator[str]:
     """Yields one line where the model's own config.json says otherwise than ours."""
-    own: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # the plan itself tells what is wrong with it
-        own = dict(leaves(json.loads(needed_file(name, "config.json", revision).read_text())))
     ours = json.loads(shipped.read_text())
     date = ours["facts_date"]
     differing = [

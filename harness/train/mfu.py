@@ -56,9 +56,11 @@ class Utilisation:
         self._peak = (peak or 0.0) * 1e12 * engine.world_size
 
     def count(self, batches: Sequence[Batch]) -> None:
-        """Counts, once, what an image takes; `batches`: those of a step."""
+        """Counts, once, what an image takes; `batches`: those of a step, which may have none."""
         run = self.run
         if self._flops or self.unknown or not run.engine.is_main:
+            return
+        if not any(batch.images for batch in batches):
             return
         try:
             self._flops = flops_of_an_image(run.config, run.engine.precision, run.model, batches)

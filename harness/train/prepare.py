@@ -63,6 +63,15 @@ def make_loader(config: Config, engine: Engine | None, **other: Any) -> Loader:
     return Loader([s.path for s in sets], weights or None, **given | other)
 
 
+def in_one_lane(config: Config) -> Config:
+    """Returns the config for a look at a few images in one process: its order has one lane, which
+    needs no more of a node's cache than one lane of its own did.
+    """
+    window = max(1, config.data.window_shards // config.data.lanes)
+    data = config.data.model_copy(update={"lanes": 1, "window_shards": window})
+    return config.model_copy(update={"data": data})
+
+
 def build_model(
     config: Config,
     encoder: dict[str, Any] | None = None,
@@ -92,7 +101,14 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
     collate = Collator.of(config, model.tokenizer)
     few = min(config.train.global_batch, CALIBRATED_ON)
     lanes = config.data.lanes
-    loader = make_loader(config, None, world_size=lanes, global_batch=lanes * few)
+    loader = make_loader(
+        config,
+        None,
+        world_size=lanes,
+        ranks_here=1,
+        global_batch=lanes * few,
+        last_batch="short",
+    )
     samples: list[Sample] = []
     with closing(loader.iterate(epochs=1)) as steps:
         for _, read in steps if loader.has_pictures else ():

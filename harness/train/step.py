@@ -223,17 +223,25 @@ class StepLog:
         return True
 
     def tell_speed(self) -> None:
-        """Tells what limits the speed, of all steps and evaluations so far."""
+        """Tells what limits the speed, of all steps and evaluations so far; a meeting of all ranks.
+
+        All wait, inside their steps, for the one that waits for data: so the longest waiting of
+        any rank counts, and as computing what of rank 0's time it leaves.
+        """
         run = self.run
-        shares = Shares.of(run.clock.spent)
+        spent = dict(run.clock.spent)
+        longest = max(gathered(spent["data"], run.engine))
+        spent["step"] -= longest - spent["data"]
+        spent["data"] = longest
+        shares = Shares.of(spent)
         if shares is None or not run.engine.is_main:
             return
         mfu = self.utilisation.of(run.clock.images_per_second)
         told = shares.lines()
         if mfu is not None:
             told.append(f"MFU {mfu:.1%}")
-        elif self.utilisation.unknown and not self._said_unknown:
-            told.append(self.utilisation.unknown)
+        elif not self._said_unknown:
+            told.append(self.utilisation.unknown or "no MFU: no step has had an image")
             self._said_unknown = True
         for line in told:
             run.terminal.say(line)

@@ -5,7 +5,9 @@ its own.
 import shutil
 import sys
 import time
+from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +98,7 @@ def silent_hub(monkeypatch):
         def head(self, *_, **__):
             calls.append(time.monotonic())
             time.sleep(1.0)
+            return SimpleNamespace(status_code=HTTPStatus.OK)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network, "get_session", Session)

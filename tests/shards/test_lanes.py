@@ -113,6 +113,34 @@ def test_a_run_goes_on_from_any_step_on_another_number_of_ranks(sets, kind):
         assert rest == whole[cut + 1 :]
 
 
+@pytest.mark.parametrize("kind", ["mixed", "weighted", "filled"])
+def test_records_without_a_picture_keep_their_places_in_lanes(sets, tmp_path, kind):
+    records = [
+        (Record(f"w{n}", "words", "train", str(n), TEXTS, has_picture=False), b"", "")
+        for n in range(9)
+    ]
+    write_shards(iter(records), tmp_path, dataset="words", split="train", max_shard_samples=2)
+    both = [sets[0], str(tmp_path), sets[1]]
+    whole = batches(both, **KINDS[kind])
+    of_words = [place for _, places in whole for place in places if place and place[0] == 1]
+    assert len(of_words) >= 9
+    assert not any(isinstance(told, str) for _, _, told in of_words)
+    for world in (2, 3, 8):
+        assert global_batches(both, world, **KINDS[kind]) == whole
+    assert global_batches(both, 4, whole[2][0], **KINDS[kind]) == whole[3:]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0]])
+def test_lanes_of_the_same_sizes_are_shuffled_each_in_its_own_way(tmp_path, weights):
+    records = ((Record(f"{n}", "even", "train", str(n), TEXTS), b"x", "jpg") for n in range(64))
+    write_shards(records, tmp_path, dataset="even", split="train", max_shard_samples=32)
+    loaded = loader([str(tmp_path)], lanes=2, window_shards=2, weights=weights)
+    first, second = loaded._reading.order.lanes
+    assert first.samples == second.samples == 32
+    positions = [lane.picks(0, 0, 32)[:, 1] % 32 for lane in (first, second)]
+    assert not np.array_equal(*positions)
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 4, 6])
 def test_every_sample_comes_once_an_epoch_however_unequal_the_lanes(sets, lanes):
     everything = sorted((s, n) for s, (count, _) in enumerate(SETS.values()) for n in range(count))
@@ -133,6 +161,12 @@ def test_a_batch_takes_as_many_of_each_lane_until_one_has_no_more(sets):
     assert max(lengths) > min(lengths), "or the end of the epoch would not be tested"
     for start in range(0, order.samples, BATCH):
         stop = min(start + BATCH, order.samples)
+        for world in (1, 2, 3, 4, 8, 12):
+            read = [
+                sum(end - begin + filled for _, begin, end, filled in parts)
+                for parts in (order.shares(start, stop, BATCH, r, world) for r in range(world))
+            ]
+            assert order.largest_share(start, stop, BATCH, world) == max(read)
         counts = order.before(stop) - order.before(start)
         assert counts.sum() == stop - start
         if stop <= equal:

@@ -4,6 +4,7 @@ one sentence what is missing.
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -65,6 +66,21 @@ def test_a_hub_that_answers_is_asked_for_the_model(silent_hub, monkeypatch):
     monkeypatch.setattr(network, "HUB_ANSWERS_WITHIN", 10.0)
     assert network.hub_answers()
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("status", "answers"), [(200, True), (403, True), (404, True), (503, False)]
+)
+def test_a_hub_that_is_out_of_order_is_out_of_reach_and_a_closed_root_is_not(
+    silent_hub, monkeypatch, status, answers
+):
+    class Session:
+        def head(self, *_, **__):
+            return SimpleNamespace(status_code=status)
+
+    monkeypatch.setattr(network, "get_session", Session)
+    assert network.hub_answers() == answers
+    assert (not answers) == constants.HF_HUB_OFFLINE
 
 
 def test_who_asked_for_no_network_is_told_so(silent_hub, monkeypatch):

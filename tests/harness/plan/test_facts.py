@@ -117,6 +117,22 @@ def test_a_hub_that_says_otherwise_is_believed_and_told_in_one_line(monkeypatch,
     assert note.endswith(": d_ff 4096 in place of 2048; planned from its own")
 
 
+def test_a_hub_that_keeps_the_file_back_leaves_the_facts_that_ship(monkeypatch):
+    def refused(*_):
+        raise OSError("403")
+
+    monkeypatch.setattr(facts, "hub_answers", lambda: True)
+    monkeypatch.setattr(facts, "needed_file", refused)
+    config = load(ROOT / "configs/flickr8k_t4.yaml")
+    found = located(config, with_vision=True)
+    assert len(found.notes) == 2
+    assert found.config.model.lm.id == str(FOLDER / "google/flan-t5-base")
+    named = config.model.lm.model_copy(update={"revision": "0000"})
+    model = config.model.model_copy(update={"lm": named})
+    asked = located(config.model_copy(update={"model": model}), with_vision=False)
+    assert asked.config.model.lm == named, "a revision that is not there is told by the plan"
+
+
 @pytest.mark.slow
 def test_the_short_way_of_frequent_operations_gives_what_torchs_own_gives(monkeypatch):
     config = load(ROOT / "configs/vqav2_t4.yaml")

@@ -5,15 +5,20 @@ are where some lanes end early.
 import pytest
 import torch
 
+from faulty_server import faulty_server
 from harness.checks import check_before_launch
 from harness.config.schema import Config
+from harness.doctor import examine, overfit
 from harness.errors import ConfigError
 from harness.train import prepare
 from harness.train import run as train
 from harness.train.state import Observer
+from plan_cases import changed
 from shards.files import ShardError
 from shards.read import Reader
 from toy_runs import make_config, make_shards
+
+LOOKED_AT = {"OK", "warning"}
 
 
 @pytest.fixture
@@ -47,6 +52,37 @@ def test_the_bridge_begins_from_the_first_lane_whatever_rank_reads_it(config_of,
         if not torch.equal(new, old)
     }
     assert changed == set(model.bridge.START_VALUES)
+
+
+def test_a_node_needs_cache_for_its_own_lanes_alone_also_where_the_bridge_begins(
+    config_of, tmp_path, monkeypatch
+):
+    """On four machines of one process each; and for a look at the run by the doctor on one."""
+    make_shards(tmp_path / "train", 64)
+    largest = max(path.stat().st_size for path in (tmp_path / "train").glob("*.tar"))
+    with faulty_server(tmp_path / "train") as server:
+        remote = {
+            "train": [{"path": server.url}],
+            "cache_dir": str(tmp_path / "cache"),
+            "window_shards": 4,
+            "cache_gb": (2 * largest + 20_000) / 1e9,
+        }
+        config = changed(config_of(4, max_steps=1), data=remote)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        one = type("Engine", (), {"rank": 0, "world_size": 4, "is_main": True})
+        prepare.make_loader(config, one)
+        prepare.calibrate(prepare.build_model(config), config)
+        assert {finding.state for finding in examine.world(config, 4, machines=4)} <= LOOKED_AT
+        assert {finding.state for finding in examine.texts(config)} <= LOOKED_AT
+        assert {finding.state for finding in examine.model(config, "cpu")} <= LOOKED_AT
+        assert overfit.overfit(config, 4, steps=1)
+        with pytest.raises(ShardError, match="larger cache, or smaller windows"):
+            list(examine.world(config, 4))
+
+
+def test_the_bridge_begins_where_the_set_is_smaller_than_the_batch_it_would_like(config_of):
+    config = changed(config_of(4), data={"last_batch": "drop"})
+    prepare.calibrate(prepare.build_model(config), config)
 
 
 def test_a_set_too_small_for_the_lanes_is_named_before_anything_is_launched(config_of):

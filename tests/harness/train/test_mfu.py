@@ -1,5 +1,6 @@
 """What a training's time goes into: operations of a step, a GPU's peak, shares, the verdict."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from harness.machine.devices import DEVICES, peak_teraflops
 from harness.machine.precision import choose
 from harness.model.vlm import VisionLanguageModel
 from harness.report.speed import Shares
-from harness.train import mfu
+from harness.train import mfu, step
 from harness.train import run as train
 from harness.train.clock import Clock
 from plan_cases import changed, collated
@@ -97,6 +98,36 @@ def test_the_utilisation_is_of_all_gpus_and_an_unknown_one_is_told(config, monke
     unknown.count([batch])
     assert unknown.of(100.0) is None
     assert unknown.unknown == "no MFU: the peak of NVIDIA X1 is not known"
+
+
+def test_a_first_step_of_texts_alone_is_not_what_an_image_takes(config, monkeypatch):
+    model = VisionLanguageModel.build(config, precision=FP32)
+    batch = pixel_batch(model)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    used = mfu.Utilisation(run_on(config, model, "cuda"))
+    texts = replace(batch, pixels_IHW3=None, image_of_C=torch.full_like(batch.image_of_C, -1))
+    used.count([texts])
+    assert (used.of(1.0), used.unknown) == (None, "")
+    used.count([batch])
+    assert used.of(1.0) == mfu.flops_of_an_image(config, FP32, model, [batch]) / 8.1e12
+
+
+def test_the_longest_waiting_of_any_rank_counts(config, monkeypatch):
+    waited = {0: 1.0, 1: 40.0}
+    monkeypatch.setattr(step, "gathered", lambda value, engine: [value, waited[1]])
+    said = []
+    told = []
+    run = run_on(config, None, "cpu", world_size=2)
+    run.clock = SimpleNamespace(
+        spent={"data": waited[0], "step": 99.0, "evaluation": 0.0}, images_per_second=1.0
+    )
+    run.terminal = SimpleNamespace(say=said.append)
+    run.track = lambda prefix, figures: told.append(figures)
+    run.tracker = SimpleNamespace(tags=told.append)
+    step.StepLog(run).tell_speed()
+    assert said[0].startswith("data-bound: 60% of the time in steps, 40% waiting for data")
+    assert told[0]["share_waiting"] == 0.4
+    assert told[1] == {"speed": "data-bound"}
 
 
 def test_what_cannot_be_counted_ends_no_run(config, monkeypatch):
