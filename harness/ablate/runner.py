@@ -153,13 +153,13 @@ def check_same(child: Child, config: Config) -> None:
     """Raises ConfigError where a child was begun with another config: figures of two experiments
     are not to be mixed.
 
-    Where it was tracked and what it started from may differ: folders may have moved.
+    Where it was tracked, copied to, and what it started from may differ: folders may have moved.
     """
     if not (child.out / CONFIG).exists():
         return
     before = masked_document(flatten(load_config(child.out / CONFIG)))
     for key, now in masked_document(flatten(config)).items():
-        free = key in ("out", "model.init_from") or key.startswith("tracking.")
+        free = key in ("out", "model.init_from", "train.copy_to") or key.startswith("tracking.")
         if not free and before.get(key) != now:
             raise ConfigError(
                 f"{child.out} was begun with {key}={before.get(key)}, now it is {now}: "

@@ -402,6 +402,9 @@ def test_children_copy_their_checkpoints_to_places_of_their_own(tmp_path, tiny):
     ablate.run(file_of(tmp_path), overrides, out=tmp_path / "out", start=InProcess)
     copied = {path.relative_to(away).parts[:2] for path in away.rglob("files.json")}
     assert copied == {("a", "seed-0"), ("b", "seed-0")}
+    InProcess.started.clear()
+    ablate.run(file_of(tmp_path), overrides, out=tmp_path / "out", start=InProcess)
+    assert not InProcess.started, "it went on, and nothing was left"
 
 
 def test_children_are_launched_as_processes_and_are_children_of_one_run_in_mlflow(tmp_path, tiny):
