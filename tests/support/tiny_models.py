@@ -34,6 +34,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
@@ -173,7 +175,15 @@ def _deit(full: bool) -> tuple[PreTrainedModel, PilBackend]:
     return DeiTModel(config, add_pooling_layer=full), DeiTImageProcessorPil(**size)
 
 
+def _dinov3_vit(full: bool) -> tuple[PreTrainedModel, PilBackend]:
+    """With ViT's processor in place of its own, whose pixels are no whole numbers."""
+    sizes = {**_SIZES, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    config = DINOv3ViTConfig(**sizes, num_register_tokens=4)
+    return DINOv3ViTModel(config), ViTImageProcessorPil(**_SQUARE)
+
+
 _TOWERS = {
+    "dinov3_vit": _dinov3_vit,
     "siglip": _siglip,
     "dinov2": _dinov2,
     "dinov2_with_registers": _dinov2_with_registers,

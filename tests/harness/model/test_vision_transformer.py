@@ -18,9 +18,12 @@ from harness.model.vision.tower import content_hash
 from harness.plan.skeleton import Skeleton
 from tiny_models import tiny_clip, tiny_t5, tiny_tower
 
-SIDES = {"siglip": 32, "dinov2": 28, "dinov2_with_registers": 28, "vit": 32, "deit": 32}
-BEFORE = {"siglip": 0, "dinov2": 1, "dinov2_with_registers": 5, "vit": 1, "deit": 2}
-LARGER = {"siglip": 48, "dinov2": 35, "dinov2_with_registers": 35, "vit": 48, "deit": 48}
+# The picture's side, at the model's own resolution and at a larger one, and tokens before patches.
+SIDES = {"siglip": 32, "dinov2": 28, "dinov2_with_registers": 28, "dinov3_vit": 32, "vit": 32}
+SIDES["deit"] = 32
+LARGER = {kind: {28: 35, 32: 48}[side] for kind, side in SIDES.items()}
+BEFORE = {"siglip": 0, "dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 5, "vit": 1}
+BEFORE["deit"] = 2
 KINDS = list(SIDES)
 
 
@@ -73,7 +76,7 @@ def test_every_kind_gives_the_hidden_state_of_the_layer_asked_for(towers, kind):
 def test_another_resolution_interpolates_the_position_embeddings(towers, kind):
     side = LARGER[kind]
     tower = load_vision(config_of(towers[kind], kind, layer=-1, image_size=side))
-    grid = side // (7 if kind.startswith("dino") else 8)
+    grid = side // (7 if kind.startswith("dinov2") else 8)
     asked = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
     expected = states_of(towers[kind], tower, pixels(2, side), **asked)[-1]
     assert expected.shape[1] == tower.tokens == grid**2 + BEFORE[kind]
