@@ -18,7 +18,7 @@ class KnownMistakesConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss_on_padding: bool = False  # targets padded to data.max_target_tokens, and that is learnt
-    # gpt2: generation begins with a BOS token that training never shows.
+    # Decoders: generation begins with a BOS token that training never shows.
     bos: Literal["always", "generation_only"] = "always"
 
 

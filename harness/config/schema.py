@@ -157,20 +157,23 @@ class LoraConfig(Section):
 class LanguageModelConfig(Section):
     """The language model."""
 
-    kind: Literal["t5", "gpt2"] = "t5"  # encoder-decoder, or decoder alone
+    # Encoder-decoder; or any decoder alone, as OPT, Llama, Qwen, Gemma (gpt2: GPT-2 alone).
+    kind: Literal["t5", "decoder", "gpt2"] = "t5"
     id: str = "google/flan-t5-base"  # hub id or local folder
     revision: str | None = None  # of the hub's repository
+    gguf_file: str | None = None  # decoder: the name of a GGUF file there, in place of safetensors
     # qlora: frozen in 4 bits (NF4) with LoRA; lora: frozen with LoRA; full: trained whole.
     tuning: Literal["qlora", "lora", "frozen", "full"] = "qlora"
     lora: LoraConfig = LoraConfig()
     dropout: Fraction = 0.0  # in the base itself, for one that is trained whole on few texts
-    # gpt2: new layers look at the image tokens, which else stand before the prompt.
+    # GPT-2: new layers look at the image tokens, which else stand before the prompt.
     cross_attention: bool = False
 
     @model_validator(mode="after")
-    def _only_gpt2_has_it(self) -> LanguageModelConfig:
-        if self.kind != "gpt2" and self.cross_attention:
-            raise ValueError(f"cross_attention is a key of kind gpt2, this is {self.kind}")
+    def _only_decoders_have_it(self) -> LanguageModelConfig:
+        for key in ("cross_attention", "gguf_file"):
+            if self.kind == "t5" and getattr(self, key):
+                raise ValueError(f"{key} is a key of kind decoder, this is {self.kind}")
         return self
 
 
@@ -189,6 +192,8 @@ class PromptsConfig(Section):
 
     caption: str = "describe"  # before a caption
     vqa: str = "question"  # around a question
+    # auto: as the user's turn of the language model's chat template, where it has one.
+    chat: Literal["auto", "none"] = "auto"
 
 
 class DecodingConfig(Section):
@@ -335,12 +340,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _only_gpt2_makes_it(self) -> Config:
-        if self.model.lm.kind != "gpt2" and self.known_mistakes.bos != "always":
-            raise ValueError(
-                f"known_mistakes.bos is a mistake of kind gpt2, model.lm.kind is "
-                f"{self.model.lm.kind}"
-            )
+    def _only_decoders_make_it(self) -> Config:
+        if self.model.lm.kind == "t5" and self.known_mistakes.bos != "always":
+            raise ValueError("known_mistakes.bos is a mistake of kind decoder, model.lm.kind is t5")
         return self
 
     @property

@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from harness.config.schema import Config, DataConfig, PromptsConfig
 from harness.data.prompts import prompt
 from harness.model.batch import Batch, Context, padding_id
 from harness.model.compiled import PROMPT_MULTIPLE
+from harness.model.language.wording import Wording
 from shards.files import ShardError
 from shards.read import Sample
 from shards.record import Record, Text
@@ -77,6 +79,7 @@ class Collator:
     eos_weight: float = 1.0
     training: bool = True
     loss_on_padding: bool = False  # a known mistake
+    bos_in_training: bool = True  # False is another
     loss_weights: tuple[float, ...] = ()
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
     prompt_multiple: int = 1  # prompts are padded to a multiple of it
@@ -100,6 +103,7 @@ class Collator:
             config.train.eos_loss_weight if training else 1.0,
             training,
             config.known_mistakes.loss_on_padding,
+            config.known_mistakes.bos == "always",
             prompt_multiple=PROMPT_MULTIPLE if training and config.train.compile else 1,
             on_gpu=on_gpu,
         )
@@ -209,11 +213,15 @@ class Collator:
         data = self.data
         eos = self.tokenizer.eos_token_id
         pad = padding_id(self.tokenizer)
-        # As the tokenizer itself ends a text: T5's with EOS, GPT-2's with nothing.
-        end = [eos] if self.tokenizer("")["input_ids"] else []
-        prompts = self._ids("prompt", [c.prompt for c in contexts], data.max_prompt_tokens, end)
-        prompts = [ids if c.prompt else [] for c, ids in zip(contexts, prompts, strict=True)]
-        labels = self._ids("target", targets, data.max_target_tokens, [eos])
+        words = [context.prompt.strip() for context in contexts]
+        prompts, cut = self.wording.prompts(words, data.max_prompt_tokens)
+        self.note_cut("prompt", cut)
+        labels, cut = self.wording.answers(
+            [target.strip() for target in targets],
+            [bool(words[context]) for context in context_of_T],
+            data.max_target_tokens,
+        )
+        self.note_cut("target", cut)
         prompt_ids_CL = _padded(prompts, pad, multiple=self.prompt_multiple)
         least = data.max_target_tokens if self.loss_on_padding else 1
         labels_TL = _padded(labels, pad, least)
@@ -232,22 +240,18 @@ class Collator:
             features_IPD=None if is_pixels else tensor,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
+            begins=self.bos_in_training and self.wording.begins is not None,
             groups=group_by_length(counts_TL.sum(dim=1).tolist(), self.on_gpu),
         )
 
-    def _ids(self, kind: str, texts: list[str], limit: int, end: list[int]) -> list[list[int]]:
-        """Returns token ids that close with `end` also where a text is cut."""
-        rows = self.tokenizer(
-            [text.strip() for text in texts], add_special_tokens=False, verbose=False
-        )["input_ids"]
-        if cut := [
-            text for text, row in zip(texts, rows, strict=True) if len(row) + len(end) > limit
-        ]:
-            self.note_cut(kind, cut)
-        return [[*row[: limit - len(end)], *end] for row in rows]
+    @cached_property
+    def wording(self) -> Wording:
+        return Wording(self.tokenizer)
 
     def note_cut(self, kind: str, texts: Sequence[str]) -> None:
         """Counts texts that are cut, also those that another process has cut."""
+        if not texts:
+            return
         if not self.truncated[kind]:
             limit = getattr(self.data, f"max_{kind}_tokens")
             logger.warning(

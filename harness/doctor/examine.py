@@ -249,7 +249,7 @@ def tracking(config: Config) -> Finding:
 
 def texts(config: Config) -> Iterator[Finding]:
     """Yields what the limits cut of the first images' real batches, and what has no label."""
-    collate = Collator.of(config, load_tokenizer(config.model.lm))
+    collate = Collator.of(config, load_tokenizer(config.model.lm, config.prompts.chat))
     loader = make_loader(in_one_lane(config), None)
     batches: list[Batch] = []
     images = 0

@@ -66,7 +66,7 @@ def processor(model: VisionLanguageModel, config: Config, own: VLMConfig) -> VLM
     tokenizer = copy.deepcopy(model.tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # as the Collator pads
-    if model.lm.begins is not None:
+    if not model.lm.has_encoder:
         tokenizer.padding_side = "left"  # the answer goes on from the prompt's last token
     vision = VisionConfig(**model.config.model["vision"])
     limits = config.data.model_dump(include={"max_prompt_tokens", "max_image_pixels"})

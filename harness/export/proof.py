@@ -187,7 +187,12 @@ def _write_asked(
         "adapter_tokens_CQD": own.tokens_CQD,
         "labels_CL": batch.labels_TL,
         "counts_CL": (batch.weight_TL != 0).to(torch.uint8),
-        **as_read(batch.prompt_ids_CL, batch.prompt_mask_CL.long(), own.begins),
+        **as_read(
+            batch.prompt_ids_CL,
+            batch.prompt_mask_CL.long(),
+            own.begins,
+            config.model.lm.kind != "t5",
+        ),
     }
     if not names:
         assert batch.features_IPD is not None  # the pictures are gone

@@ -38,6 +38,7 @@ from harness.model.arguments import (
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import generate_arguments
+from harness.model.language.wording import Wording
 from harness.model.vlm import VisionLanguageModel, VLMConfig
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
                 "export, AutoModelForImageTextToText.from_pretrained(FOLDER)"
             )
         self.vlm = vlm
-        config.is_encoder_decoder = vlm.lm.begins is None
+        config.is_encoder_decoder = vlm.lm.has_encoder
         self.folder: Path | None = None  # where it was loaded from
         asked = {task: DecodingConfig(**config.generate.get(task, {})) for task in TASKS}
         self._asked = {task: generate_arguments(asked[task]) for task in TASKS}
@@ -156,8 +157,8 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput | CausalLMOutput:
         """Returns logits_CLV, and with `labels` (-100 where nothing is asked) the mean loss.
 
-        T5: `labels` are the answers. GPT-2: `input_ids` go on with the answer, and `labels` are of
-        their shape; logits are of the position before, as everywhere in transformers.
+        T5: `labels` are the answers. A decoder: `input_ids` go on with the answer, and `labels` are
+        of their shape; logits are of the position before, as everywhere in transformers.
         """
         batch = self._batch(pixel_values, input_ids, attention_mask, pictures)
         image = self._image(batch, pictures)
@@ -235,12 +236,10 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
 
     def _task(self, batch: Batch, row: int) -> str:
         """Returns whether a row's prompt is that of a caption, or a question."""
-        tokenizer = self.vlm.tokenizer
         words = prompt("caption", self.config.prompts.get("caption", "describe"), None)
-        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-        end = tokenizer("")["input_ids"] if words else []
         found = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
-        return "caption" if found == ids + end else "vqa"
+        wording = Wording(self.vlm.tokenizer)
+        return "caption" if [found] == wording.prompts([words], len(found))[0] else "vqa"
 
     def _batch(
         self,
@@ -298,7 +297,8 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
         sets itself. Raises ValueError for rows that do not end with it.
         """
         begins = self.vlm.lm.begins
-        assert begins is not None  # a decoder
+        if begins is None:
+            return batch
         if not batch.prompt_ids_CL[:, -1].eq(begins).all():
             raise ValueError(
                 f"input_ids do not end with {begins}, after which this model's answers begin: make "
@@ -318,7 +318,7 @@ def write_model(vlm: VisionLanguageModel, config: VLMConfig, folder: Path) -> No
     config = copy.deepcopy(config)
     config.architectures = [VLMForImageTextToText.__name__]
     config.auto_map = AUTO_MAP
-    config.is_encoder_decoder = vlm.lm.begins is None
+    config.is_encoder_decoder = vlm.lm.has_encoder
     vlm.save_pretrained(folder)
     config.save_pretrained(folder)
     write_remote_code(folder)
@@ -381,7 +381,7 @@ def _precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
 def _cast(vlm: VisionLanguageModel, dtype: torch.dtype) -> None:
     """Casts all weights that are not in 4 bits, and says which it does not."""
     parts = [vlm.vision and vlm.vision.network, vlm.bridge]
-    if dtype == torch.float16 and vlm.lm.begins is None:
+    if dtype == torch.float16 and vlm.lm.has_encoder:
         logger.warning(
             "dtype=float16: T5 overflows in it, so its `wo`, norms, embeddings and what was "
             "trained stay in float32"

@@ -55,8 +55,8 @@ class VLMProcessor(ProcessorMixin):
         fit: Mapping[str, Any] | None = None,
     ):
         """Takes fields of a config's model.vision, prompts and data; `begins`: the token id that
-        stands before the answers of a decoder, None for T5, whose decoder starts on its own;
-        `fit`: how pictures are fitted, where the kind of the encoder does not say it.
+        stands before the answers of a decoder, None where none does; `fit`: how pictures are
+        fitted, where the kind of the encoder does not say it.
         """
         super().__init__(tokenizer)
         self.vision = dict(vision or {})
@@ -108,7 +108,8 @@ class VLMProcessor(ProcessorMixin):
         mask_CL = batch.prompt_mask_CL.long()
         own = dict(zip(QFORMER, (ids_CL, mask_CL), strict=True)) if self.question_aware else {}
         pixels = torch.from_numpy(pixels_CHW3).permute(0, 3, 1, 2).contiguous()
-        return BatchFeature({PIXELS: pixels, **as_read(ids_CL, mask_CL, self.begins), **own})
+        read = as_read(ids_CL, mask_CL, self.begins, self.tokenizer.padding_side == "left")
+        return BatchFeature({PIXELS: pixels, **read, **own})
 
     def _pixels(self, image: Any) -> np.ndarray:
         """Returns uint8 pixels_HW3. Raises ValueError for what is no picture."""
@@ -172,15 +173,18 @@ class _NoText:
 
 
 def as_read(
-    ids_CL: torch.Tensor, mask_CL: torch.Tensor, begins: int | None
+    ids_CL: torch.Tensor, mask_CL: torch.Tensor, begins: int | None, on_the_left: bool
 ) -> dict[str, torch.Tensor]:
     """Returns prompts that are padded on the right as the language model reads them: a decoder's
     padded on the left, with the token that answers begin after.
     """
-    if begins is not None:
+    if on_the_left:
         order_CL = mask_CL.argsort(dim=1, stable=True)
-        ids_CL = torch.nn.functional.pad(ids_CL.gather(1, order_CL), (0, 1), value=begins)
-        mask_CL = torch.nn.functional.pad(mask_CL.gather(1, order_CL), (0, 1), value=1)
+        ids_CL = ids_CL.gather(1, order_CL)
+        mask_CL = mask_CL.gather(1, order_CL)
+    if begins is not None:
+        ids_CL = torch.nn.functional.pad(ids_CL, (0, 1), value=begins)
+        mask_CL = torch.nn.functional.pad(mask_CL, (0, 1), value=1)
     return {"input_ids": ids_CL, "attention_mask": mask_CL}
 
 

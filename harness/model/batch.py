@@ -10,6 +10,7 @@ targets, P patches, D width, L tokens, H W pixels.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from harness.model.packing import Lengths, Packed, pack
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: a record holds dictionaries
@@ -49,11 +52,16 @@ class TargetRows(NamedTuple):
 
 class TargetIndex(NamedTuple):
     """The rows of a batch: all targets as one group, then each of its groups, where there are two
-    or more. It holds for the very tensor of weights that it was made from.
+    or more; and as a decoder alone packs them. It holds for the very tensors that it was made from.
     """
 
-    weight_TL: torch.Tensor
+    made_from: tuple[torch.Tensor, ...]  # those of MADE_FROM
     rows: tuple[TargetRows, ...]
+    # contexts of an image in one row; and each in its own, where that is not the same
+    packed: tuple[Packed, ...]
+
+
+MADE_FROM = ("weight_TL", "prompt_mask_CL", "image_of_C", "context_of_T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Batch:
     features_IPD: torch.Tensor | None = None  # float16
     contexts: tuple[Context, ...] = ()  # C of them, for evaluation
     text_ids_T: tuple[str, ...] = ()
+    begins: bool = False  # in training a token stands between a prompt and its answers
     # rows of T of like length, and the length of their longest; (): T is one group
     groups: tuple[tuple[list[int], int], ...] = ()
     index: TargetIndex | None = None  # made by `indexed`, which `to` calls
@@ -93,7 +102,8 @@ class Batch:
         """Returns the batch with the index lists of its targets; the host waits for its weights
         where they are not in main memory.
         """
-        if self.index is not None and self.index.weight_TL is self.weight_TL:
+        made_from = tuple(getattr(self, name) for name in MADE_FROM)
+        if self.index and all(map(operator.is_, self.index.made_from, made_from)):
             return self
         counts_TL = self.weight_TL.cpu() != 0
         length = counts_TL.shape[1]
@@ -105,7 +115,38 @@ class Batch:
             kept_K = counts_TL[rows_T, :longest].flatten().nonzero()[:, 0]
             target_of_K = rows_T[kept_K.div(max(longest, 1), rounding_mode="floor")]
             made.append(TargetRows(rows_T, longest, kept_K, target_of_K).mapped(moved))
-        return replace(self, index=TargetIndex(self.weight_TL, tuple(made)))
+        packed = [self._packed(self.begins, by_image) for by_image in self._ways()]
+        return replace(self, index=TargetIndex(made_from, tuple(made), tuple(packed)))
+
+    def packed(self, begins: bool, by_image: bool) -> Packed:
+        """Returns where the tokens of packed targets stand. `by_image`: contexts of an image share
+        a row. The host waits where `begins` is not as in training.
+        """
+        if begins != self.begins:
+            return self._packed(begins, by_image)
+        index = self.indexed().index
+        assert index is not None  # `indexed` has made it
+        return index.packed[0 if by_image else -1]
+
+    def _ways(self) -> tuple[bool, ...]:
+        """Returns whether contexts share a row by their images: yes; and no, where that differs."""
+        images = [image for image in self.image_of_C.tolist() if image >= 0]
+        return (True,) if len(images) == len(set(images)) else (True, False)
+
+    def _packed(self, begins: bool, by_image: bool) -> Packed:
+        image_C = self.image_of_C.cpu().numpy()
+        own_C = np.arange(len(image_C)) + len(image_C) + self.images
+        lengths = Lengths(
+            self.prompt_mask_CL.sum(dim=1).cpu().numpy(),
+            self.prompt_mask_CL.shape[1],
+            (self.weight_TL != 0).cpu().numpy(),
+            self.context_of_T.cpu().numpy(),
+        )
+        rows_C = np.where((image_C >= 0) & by_image, image_C, own_C)
+        device = self.image_of_C.device
+        return pack(lengths, rows_C, begins).mapped(
+            partial(torch.Tensor.to, device=device, non_blocking=True)
+        )
 
     def target_groups(self, whole: bool) -> Iterator[tuple[TargetRows, Batch]]:
         """Yields each group of targets as its rows and a batch of them, with all images and
@@ -139,8 +180,12 @@ class Batch:
             for f in fields(batch)
             if isinstance(value := getattr(batch, f.name), torch.Tensor | np.ndarray)
         }
-        rows = tuple(each.mapped(change) for each in batch.index.rows)
-        return replace(batch, **made, index=TargetIndex(made["weight_TL"], rows))
+        index = TargetIndex(
+            tuple(made[name] for name in MADE_FROM),
+            tuple(each.mapped(change) for each in batch.index.rows),
+            tuple(each.mapped(change) for each in batch.index.packed),
+        )
+        return replace(batch, **made, index=index)
 
     def to(self, device: torch.device | str) -> Batch:
         return self.mapped(partial(torch.Tensor.to, device=device, non_blocking=True))

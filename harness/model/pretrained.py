@@ -79,7 +79,13 @@ def remedy(name: str) -> str:
 
 
 def load_complete(
-    architecture: Any, key: str, name: str, revision: str | None, *, new: str = "", **fields: Any
+    architecture: Any,
+    key: str,
+    name: str | None,
+    revision: str | None,
+    *,
+    new: str = "",
+    **fields: Any,
 ) -> Any:
     """Returns the model of transformers with all its weights from its files, but for those with
     `new` in their names. Raises ConfigError where others are missing, which would be random.

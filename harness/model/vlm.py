@@ -52,7 +52,11 @@ from harness.redact import masked_document
 
 logger = logging.getLogger(__name__)
 
-LANGUAGES: dict[str, type[LanguageModel]] = {"t5": T5Language, "gpt2": DecoderLanguage}
+LANGUAGES: dict[str, type[LanguageModel]] = {
+    "t5": T5Language,
+    "decoder": DecoderLanguage,
+    "gpt2": DecoderLanguage,
+}
 WEIGHTS = "model.safetensors"
 Fields = Mapping[str, Any]
 
@@ -153,7 +157,10 @@ class VisionLanguageModel(PreTrainedModel):
         device: torch.device | str,
     ) -> VisionLanguageModel:
         lm = LANGUAGES[parts.lm.kind](
-            parts.lm, dtype=precision.lm_dtype, compute_dtype=precision.compute_dtype
+            parts.lm,
+            chat=own.prompts.get("chat", "none"),
+            dtype=precision.lm_dtype,
+            compute_dtype=precision.compute_dtype,
         )
         lm.bos_in_training = own.known_mistakes.get("bos") != "generation_only"
         model = cls(own, vision, new_bridge(parts.bridge, own, lm), lm)

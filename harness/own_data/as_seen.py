@@ -64,7 +64,9 @@ class AsSeen:
         is_scored = any(_same(path, manifest.folder) for path in scored)
         self.is_training = bool(trained) or not is_scored
         self.collate = replace(
-            Collator.of(config, load_tokenizer(config.model.lm), self.is_training),
+            Collator.of(
+                config, load_tokenizer(config.model.lm, config.prompts.chat), self.is_training
+            ),
             loss_weights=tuple(one.loss_weight for one in trained[:1]),
         )
         self.decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)

@@ -87,21 +87,27 @@ class Evaluated:
         return {"temporaries": LAYER_OF_ENCODER * hidden * width}
 
     def losses(self) -> dict[str, int]:
-        """Keys and values of what stands before the targets are kept once per context, and copied
-        for the targets of a group of like length.
+        """Of a T5 keys and values of what stands before the targets are kept once per context, and
+        copied for the targets of a group of like length; a decoder packs targets into rows.
         """
         targets = max(1, round(self.images * self.sizes.targets))
         groups = self.sizes.groups(targets, self.skeleton.on_gpu)
         rows = max((len(group) for group, _ in groups), default=targets)
-        logits = self.sizes.kept * targets * self.sizes.target_tokens
+        kept = self.sizes.kept * targets * self.sizes.target_tokens
+        logits = LOGITS_OF_LOSS * int(kept) * self._vocabulary * FP32
+        if not self._has_encoder:
+            # those by context, as exchanged pictures are seen, come to the same
+            rows_of_image, width = self.sizes.packed(True)
+            packed = max(1, round(self.images * rows_of_image))
+            return {"logits": logits, "temporaries": self._layer(packed, self._queries + width, 0)}
         positions = self._contexts * self._before
         positions += rows * (self._before + self.sizes.target_tokens)
         if self.checkpointing:  # which drops caches
             positions = 0
         return {
             "KV cache": positions * self._position,
-            "logits": LOGITS_OF_LOSS * int(logits) * self._vocabulary * FP32,
-            "temporaries": self._layer(rows, self.sizes.target_tokens),
+            "logits": logits,
+            "temporaries": self._layer(rows, self.sizes.target_tokens, self._before),
         }
 
     def answers(self) -> dict[str, int]:
@@ -115,7 +121,9 @@ class Evaluated:
         return {
             "KV cache": rows * length * self._position,
             "logits": logits,
-            "temporaries": self._layer(rows, 1 if self._has_encoder else self._before),
+            "temporaries": self._layer(
+                rows, 1 if self._has_encoder else self._before, self._before
+            ),
         }
 
     def held(self) -> int:
@@ -130,13 +138,14 @@ class Evaluated:
         states = self._contexts * (1 + (beams if beams > 1 else 0)) * self._before
         return batch + (rows * self._queries + states) * self._lm.width * FP32
 
-    def _layer(self, rows: int, tokens: int) -> int:
+    def _layer(self, rows: int, tokens: int, before: int) -> int:
         """Returns the bytes of one decoder layer's work, about: hidden states, the feed-forward,
         and attention's scores before and after their softmax.
         """
         config = self._lm.base.config
-        inner = getattr(config, "d_ff", 4 * config.hidden_size)
-        scores = 2 * config.num_attention_heads * (self._before + tokens)
+        named = (getattr(config, name, None) for name in ("d_ff", "intermediate_size", "ffn_dim"))
+        inner = next(filter(None, named), 4 * config.hidden_size)
+        scores = 2 * config.num_attention_heads * (before + tokens)
         return rows * tokens * (6 * config.hidden_size + 2 * inner + scores) * FP32
 
     @property
@@ -145,7 +154,7 @@ class Evaluated:
 
     @property
     def _has_encoder(self) -> bool:
-        return self._lm.begins is None
+        return self._lm.has_encoder
 
     @property
     def _contexts(self) -> int:
@@ -170,4 +179,6 @@ class Evaluated:
         width = 2 if self.skeleton.precision.lm else FP32
         if self._has_encoder:
             return 2 * config.num_decoder_layers * config.num_heads * config.d_kv * width
-        return 2 * config.n_layer * config.n_embd * width
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * each * width

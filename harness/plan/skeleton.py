@@ -35,13 +35,17 @@ from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine.devices import Device
 from harness.machine.precision import Precision, choose
-from harness.model.batch import Batch
+from harness.model.batch import MADE_FROM, Batch, TargetIndex, TargetRows
 from harness.model.language.quantise import quantised_layers
+from harness.model.packing import Packed
 from harness.model.vlm import VisionLanguageModel
 from harness.plan.facts import located
 from harness.plan.workload import Sizes
 
-EMBEDDINGS = ("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight")
+EMBEDDINGS = (
+    *("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight"),
+    *("embed_tokens.weight", "embed_positions.weight"),
+)
 ALLOCATED = 512  # bytes: CUDA's caching allocator rounds every tensor up to a multiple of this
 aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default
@@ -194,7 +198,7 @@ class Skeleton:
             batch = self._batch(sizes, images)
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if gradients_held else None
-            meter = self._meter(sizes, batch)
+            meter = self._meter(batch)
             meter.add([p.grad for p in self.trained if p.grad is not None], "gradients")
             hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in self.trained]
             with _no_collection(), meter:
@@ -215,7 +219,7 @@ class Skeleton:
         self._checkpoint(False)
         with self.mode:
             batch = self._batch(sizes, images)
-            meter = self._meter(sizes, batch)
+            meter = self._meter(batch)
             run = self.model.bridge_tokens if of_images_alone else self.model
             with _no_collection(), meter:
                 run(batch)
@@ -234,7 +238,7 @@ class Skeleton:
         with self.mode, torch.no_grad():
             batch = self._batch(sizes, images)
             few = self._batch(sizes, min(micro_batch, images))
-            with _no_collection(), self._meter(sizes, batch) as meter:
+            with _no_collection(), self._meter(batch) as meter:
                 encoded = self.model.patch_tokens(few)  # the others are of the same size
                 patches_IPD = torch.cat([encoded] * -(-images // few.images))[:images]
                 self.model.bridge.calibrate(*self.model.bridge_inputs(batch, patches_IPD))
@@ -255,15 +259,14 @@ class Skeleton:
 
     def _batch(self, sizes: Sizes, images: int) -> Batch:
         features = self.model.vision is None
-        return make_batch(sizes, images, self.encoder, features, self.on_gpu)
+        batch = make_batch(sizes, images, self.encoder, features, self.on_gpu)
+        lm = self.model.lm
+        begins = lm.begins is not None and lm.bos_in_training
+        return replace(batch, begins=begins, index=_index(sizes, images, batch))
 
-    def _meter(self, sizes: Sizes, batch: Batch) -> _Meter:
+    def _meter(self, batch: Batch) -> _Meter:
         """Returns a meter that has counted the batch already."""
-        positions = (
-            sum(len(rows) * longest for rows, longest in batch.groups) or batch.labels_TL.numel()
-        )
-        kept = min(1.0, sizes.kept * batch.labels_TL.numel() / positions)
-        meter = _Meter(self.mode, self.model, kept, ALLOCATED if self.on_gpu else 1)
+        meter = _Meter(self.mode, self.model, ALLOCATED if self.on_gpu else 1)
         meter.add(tensors_of(batch), "batch")
         return meter
 
@@ -345,6 +348,40 @@ def make_batch(
     )
 
 
+def _index(sizes: Sizes, images: int, batch: Batch) -> TargetIndex:
+    """Returns the index of a batch of fake tensors, whose own have no content to make it from."""
+    whole = batch.labels_TL.numel()
+    positions = sum(len(rows) * longest for rows, longest in batch.groups) or whole
+    share = min(1.0, sizes.kept * whole / positions)  # of the positions of a group
+    length = batch.labels_TL.shape[1]
+    groups = batch.groups if len(batch.groups) > 1 else ()
+    made = []
+    for count, longest in ((len(batch.labels_TL), length), *((len(g), n) for g, n in groups)):
+        kept_K = torch.zeros(max(1, math.ceil(count * longest * share)), dtype=torch.long)
+        made.append(TargetRows(torch.zeros(count, dtype=torch.long), longest, kept_K, kept_K + 0))
+    told_K = torch.zeros(max(1, math.ceil(whole * sizes.kept)), dtype=torch.long)
+    made[0] = made[0]._replace(kept_K=told_K, target_of_K=told_K + 0)
+    packed = []
+    for by_image in (True, False):
+        rows, width = sizes.packed(by_image)
+        row_RW = torch.zeros(max(1, round(images * rows)), width, dtype=torch.long)
+        packed.append(
+            Packed(
+                source_RW=row_RW,
+                context_RW=row_RW + 0,
+                target_RW=row_RW + 0,
+                place_RW=row_RW + 0,
+                context_R=row_RW[:, 0] + 0,
+                row_K=told_K + 0,
+                column_K=told_K + 0,
+                bare_RW=None,
+                longest=1,
+            )
+        )
+    made_from = tuple(getattr(batch, name) for name in MADE_FROM)
+    return TargetIndex(made_from, tuple(made), tuple(packed))
+
+
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -404,17 +441,14 @@ class _Meter(TorchDispatchMode):
 
     Operations are counted by the table of torch's FlopCounterMode; that mode itself keeps
     recomputed tensors alive. It also answers what a fake tensor cannot: everything that is asked to
-    be equal is, every scalar is 0, and of a mask of targets the share `kept` is true.
+    be equal is, every scalar is 0.
     """
 
-    def __init__(
-        self, mode: FakeTensorMode, model: VisionLanguageModel, kept: float, rounding: int
-    ):
+    def __init__(self, mode: FakeTensorMode, model: VisionLanguageModel, rounding: int):
         super().__init__()
         self.mode = mode
         self.device = torch.device("cpu")
         base: Any = model.lm.base
-        self.kept = kept
         self.vocabulary = base.config.vocab_size
         self.rounding = rounding
         self.alive: Counter[str] = Counter()
@@ -437,16 +471,6 @@ class _Meter(TorchDispatchMode):
             return True
         if func is aten._local_scalar_dense.default:
             return 0
-        if func is aten.nonzero.default:
-            return args[0].new_empty((self._true(args[0]), args[0].ndim), dtype=torch.long)
-        if func in (
-            aten.index.Tensor,
-            aten.index_put.default,
-            aten.index_put_.default,
-            aten._index_put_impl_.default,
-        ):
-            args = (args[0], [self._positions(i) for i in args[1]], *args[2:])
-            args = (args[0], [i for several in args[1] for i in several], *args[2:])
         out = self._shaped(func, args, kwargs or {})
         if out is None:
             out = func(*args, **(kwargs or {}))
@@ -473,15 +497,6 @@ class _Meter(TorchDispatchMode):
         with in_kernel_invocation_manager(self.mode):
             out = func(*args, **kwargs)
         return out if isinstance(out, FakeTensor) else FakeTensor(self.mode, out, self.device)
-
-    def _true(self, mask: torch.Tensor) -> int:
-        return max(1, math.ceil(mask.numel() * self.kept))
-
-    def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Returns a mask as the lists of positions that indexing makes of it."""
-        if index is None or index.dtype != torch.bool:
-            return [index]
-        return [index.new_empty(self._true(index), dtype=torch.long) for _ in range(index.ndim)]
 
     def add(self, tensors: list[torch.Tensor], kind: str) -> None:
         for tensor in tensors:

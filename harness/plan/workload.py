@@ -7,6 +7,7 @@ which.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from harness.data.collate import Collator, group_by_length
 from harness.errors import ConfigError
 from harness.model.batch import Batch
 from harness.model.language.quantise import load_tokenizer
+from harness.model.packing import MOST_POSITIONS
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
 from shards.manifest import Manifest
@@ -48,6 +50,9 @@ class Sizes:
     kept: float
     # of all targets that were looked at, in ascending order; (): all as the longest
     lengths: tuple[int, ...] = ()
+    # per image the rows of a decoder, and their longest text: contexts of an image in one row; and
+    # each in its own, where that is not the same; (): as `packed` reckons
+    rows: tuple[tuple[float, int], ...] = ()
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
@@ -58,13 +63,28 @@ class Sizes:
         counts_TL = batch.weight_TL != 0
         longest = batch.prompt_ids_CL.shape[1], batch.labels_TL.shape[1]
         lengths = tuple(sorted(counts_TL.sum(dim=1).tolist()))
+        index = batch.indexed().index
+        assert index is not None  # `indexed` has made it
+        rows = [each.source_RW.shape for each in index.packed]
         return cls(
             contexts / records,
             targets / records,
             *longest,
             float(counts_TL.float().mean()),
             lengths,
+            tuple((count / records, width) for count, width in rows),
         )
+
+    def packed(self, by_image: bool) -> tuple[float, int]:
+        """Returns the rows that a decoder packs an image's targets into, and their text positions;
+        `by_image`: contexts of an image share a row.
+        """
+        if self.rows:
+            return self.rows[0 if by_image else -1]
+        alone = self.prompt_tokens + math.ceil(self.targets / self.contexts) * self.target_tokens
+        fit = max(1, MOST_POSITIONS // alone)
+        together = min(math.ceil(self.contexts), fit) if by_image else 1
+        return self.contexts / together, together * alone
 
     def groups(self, targets: int, on_gpu: bool) -> tuple[tuple[list[int], int], ...]:
         """Returns how the collator groups as many targets whose lengths are spread as those that
@@ -161,7 +181,7 @@ def _seen(sets: list[Manifest], collate: Collator) -> Batch | None:
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     with suppress(ConfigError):  # a plan can do without
-        return load_tokenizer(config.model.lm)
+        return load_tokenizer(config.model.lm, config.prompts.chat)
     return None
 
 

@@ -7,7 +7,7 @@ Legend: C contexts, T targets, L target tokens, K kept (weighted) tokens, D widt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,28 +24,35 @@ from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language import quantise
 from harness.model.language.lora import fuse_lora
-from harness.model.language.loss import Generated, LossOutput, partitioned, weighted_loss
+from harness.model.language.loss import (
+    Generated,
+    Kept,
+    LossOutput,
+    partitioned,
+    weighted_loss,
+)
 from harness.model.products import use_products
 
 
 class LanguageModel(nn.Module, ABC):
     """A frozen base by hub id or folder, in 4 bits or not, with LoRA or not."""
 
-    architecture: type[PreTrainedModel]
     lm: Any  # the base, or peft's model around it
     bos_in_training = True  # False is a known mistake
+    has_encoder = False
 
     def __init__(
         self,
         config: LanguageModelConfig,
         *,
+        chat: str = "auto",
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.config = config
         base, self._tokenizer = quantise.load(
-            config, self.architecture, self._fields(), dtype=dtype, compute_dtype=compute_dtype
+            config, self._described, chat=chat, dtype=dtype, compute_dtype=compute_dtype
         )
         self._prepare(base)
         self.lm = quantise.tune(base, config)
@@ -53,18 +60,20 @@ class LanguageModel(nn.Module, ABC):
         use_products(self.lm)
 
     @abstractmethod
-    def _fields(self) -> dict[str, Any]:
-        """Returns the fields of the base's config.json that ours decides."""
+    def _described(self, found: Any) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+        """Returns the class of a base with this config, and the fields of it that ours decides.
+        Raises ValueError for a base of another kind.
+        """
 
     @abstractmethod
     def _prepare(self, base: Any) -> None:
         """Checks the loaded base, and sets what its files do not hold. Raises ConfigError."""
 
     @abstractmethod
-    def _decoder(self, image: BridgeOutput, batch: Batch) -> Callable[[Batch], torch.Tensor]:
-        """Reads what stands before the targets of the batch, once per context. The function that
-        is returned gives hidden_TLD, from which each label is told, of any part of its targets.
-        Raises ConfigError for rows longer than the model's positions.
+    def _kept(self, image: BridgeOutput, batch: Batch, whole: bool) -> Iterator[Kept]:
+        """Yields, for groups of targets that are all of them together, hidden_KD from which each
+        kept label is told; `whole`: one group. What stands before the targets is read once per
+        context. Raises ConfigError for rows longer than the model's positions.
         """
 
     @abstractmethod
@@ -84,7 +93,9 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def begins(self) -> int | None:
-        """The token id after the prompt from which a decoder answers; T5's starts on its own."""
+        """The token id after the prompt from which a decoder answers; None: the prompt's last one,
+        or a T5's, which starts on its own.
+        """
         return None
 
     @property
@@ -94,38 +105,47 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def width(self) -> int:
-        return self.base.config.hidden_size
+        """Of word embeddings, and so of image tokens."""
+        return self.base.get_input_embeddings().embedding_dim
 
     @property
     def embedding_rms(self) -> float:
         """Root mean square of the word embeddings that image tokens stand among, the scale that
         the model is used to; 1 where image tokens are attended to.
         """
-        weight = self.base.get_input_embeddings().weight
-        if weight.is_meta or self.config.cross_attention:
+        embed = self.base.get_input_embeddings()
+        if embed.weight.is_meta or self.config.cross_attention:
             return 1.0
-        return weight.detach().float().pow(2).mean().sqrt().item()
+        some = torch.arange(min(len(embed.weight), 256), device=embed.weight.device)
+        scale = _rms(embed(some)) / _rms(embed.weight[some])  # Gemma's multiply what they look up
+        return _rms(embed.weight) * scale
 
     def loss(self, image: BridgeOutput, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
         """Returns the cross entropy of `labels_TL`, weighted by `weight_TL`; logits are made only
         where a weight is not 0. Raises ConfigError for rows longer than the model's positions.
         """
-        decode = self._decoder(image, batch)
+        whole = partitioned(self)
+        head = self.base.get_output_embeddings()
         return weighted_loss(
-            decode,
+            self._kept(image, batch, whole),
             batch,
             self._logits,
             label_smoothing,
-            whole=partitioned(self),
-            trains_head=any(p.requires_grad for p in self.base.lm_head.parameters()),
+            whole=whole,
+            trains_head=any(p.requires_grad for p in head.parameters()),
         )
 
     def logits(self, image: BridgeOutput, batch: Batch) -> torch.Tensor:
-        """Returns logits_TLV, from which each label is told. Raises ConfigError as `loss`."""
-        return self._logits(self._decoder(image, batch)(batch))
+        """Returns logits_TLV, from which each label is told that has a weight; zeros for the
+        others. Raises ConfigError as `loss`.
+        """
+        ((rows, _, hidden_KD),) = self._kept(image, batch, True)
+        logits_KV = self._logits(hidden_KD)
+        logits_NV = logits_KV.new_zeros(batch.labels_TL.numel(), logits_KV.shape[1])
+        return logits_NV.index_copy(0, rows.kept_K, logits_KV).unflatten(0, batch.labels_TL.shape)
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
-        return self.base.lm_head(hidden_KD)
+        return self.base.get_output_embeddings()(hidden_KD)
 
     def _answers(
         self, p_eos_C: torch.Tensor, decoding: DecodingConfig, silent: tuple, **inputs: Any
@@ -135,6 +155,10 @@ class LanguageModel(nn.Module, ABC):
         ids = [[t for t in row if t not in silent] for row in sequences_CL.tolist()]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Generated([text.strip() for text in texts], ids, p_eos_C)
+
+
+def _rms(values: torch.Tensor) -> float:
+    return values.detach().float().pow(2).mean().sqrt().item()
 
 
 def generate_arguments(decoding: DecodingConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Legend: C contexts, T targets, L target tokens, K kept (weighted) tokens, D widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from harness.model.batch import Batch
+from harness.model.batch import Batch, TargetRows
 
+# Targets that were decoded together: which, a batch of them, and hidden_KD of its kept tokens.
+Kept = tuple[TargetRows, Batch, torch.Tensor]
 # of logits at a time: on a CPU so many as its cache holds
 ROWS_ON_CPU = 128
 ROWS = 1024
@@ -45,7 +47,7 @@ class Generated:
 
 
 def weighted_loss(
-    decode: Callable[[Batch], torch.Tensor],
+    kept: Iterable[Kept],
     batch: Batch,
     head: Callable[[torch.Tensor], torch.Tensor],
     label_smoothing: float,
@@ -56,22 +58,16 @@ def weighted_loss(
     """Returns the cross entropy of `labels_TL`, weighted by `weight_TL`; `head` makes logits only
     where a weight is not 0.
 
-    `decode` gives hidden_TLD of a batch that holds some of the targets. `whole`: it is given all at
-    once, as a partitioned model needs it, whose ranks must run its blocks equally often. Where the
-    head is frozen (not `trains_head`), logits exist for a few rows at a time alone.
+    `whole`: logits of all at once, as a partitioned model needs it, whose ranks must run its head
+    equally often. Where the head is frozen (not `trains_head`), logits exist for a few rows at a
+    time alone.
     """
     groups = []
-    for rows, part in batch.target_groups(whole):
+    for rows, part, hidden_KD in kept:
         # by lists that the batch brings along: a mask would make the host wait for the device
-        kept_K = rows.kept_K
-        groups.append(
-            (
-                decode(part).flatten(0, 1).index_select(0, kept_K),
-                part.labels_TL.flatten().index_select(0, kept_K),
-                part.weight_TL.flatten().index_select(0, kept_K),
-                rows.target_of_K,
-            )
-        )
+        labels_K = part.labels_TL.flatten().index_select(0, rows.kept_K)
+        weight_K = part.weight_TL.flatten().index_select(0, rows.kept_K)
+        groups.append((hidden_KD, labels_K, weight_K, rows.target_of_K))
     hidden_KD, labels_K, weight_K, target_of_K = map(torch.cat, zip(*groups, strict=True))
     if whole or trains_head:
         logits_KV = head(hidden_KD).float()

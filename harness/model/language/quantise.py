@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from harness.config.schema import LanguageModelConfig
 from harness.errors import ConfigError
+from harness.model.language.wording import end_turns
 from harness.model.pretrained import (
     load_complete,
     loading,
@@ -54,20 +55,21 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 def load(
     config: LanguageModelConfig,
-    architecture: type[PreTrainedModel],
-    fields: Mapping[str, Any],
+    described: Callable[[Any], tuple[type[PreTrainedModel], Mapping[str, Any]]],
     *,
+    chat: str,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Returns the frozen base and its tokenizer. `dtype` is that of what stays unquantised. Raises
     ConfigError by id.
 
-    `compute_dtype`: of products in 4-bit layers, and if it is fp16 of frozen ones that are not.
-    `fields` of the base's config.json are set whatever it says: dropout is 0 unless
-    `model.lm.dropout` asks for it, since equal losses across world sizes need it. The layers of a
-    new cross-attention, which its files do not hold, are drawn at random and never quantised.
-    Without weights (see `without_weights`) there is no tokenizer either.
+    `described` gives the class of a base's config, and fields of that config that are set whatever
+    it says: dropout is 0 unless `model.lm.dropout` asks for it, since equal losses across world
+    sizes need it. `compute_dtype`: of products in 4-bit layers, and if it is fp16 of frozen ones
+    that are not. `chat`: as of `load_tokenizer`. The layers of a new cross-attention, which its
+    files do not hold, are drawn at random and never quantised. Without weights (see
+    `without_weights`) there is no tokenizer either.
     """
     quantisation = None
     if config.tuning == "qlora":
@@ -75,38 +77,56 @@ def load(
         skipped = [f".*{NEW}.*", "lm_head"] if config.cross_attention else None
         quantisation = nf4(compute_dtype, skipped)
     with loading(KEY, config.id, REMEDY), quiet_transformers():
-        found = AutoConfig.from_pretrained(config.id, revision=config.revision)
-        if "gpt2" in (config.kind, found.model_type) and config.kind != found.model_type:
-            raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is {config.kind}")
+        found = AutoConfig.from_pretrained(config.id, **_where(config))
+        architecture, fields = described(found)
         if without_weights():
             found.update(fields)
             lm = _skeleton(found, architecture, quantisation, dtype)
             return _computing_in(lm, config, compute_dtype), None
-        tokenizer = load_tokenizer(config)
+        tokenizer = load_tokenizer(config, chat)
+        source: dict[str, Any] = {"name": config.id, "revision": config.revision, **fields}
+        if config.gguf_file:
+            found.update(fields)
+            source = _from_gguf(config, architecture, found)
         lm = load_complete(
             architecture,
             KEY,
-            config.id,
-            config.revision,
+            **source,
             new=NEW if config.cross_attention else "",
             quantization_config=quantisation,
             dtype=dtype,
-            **fields,
         )
     keep_autograd(lm)
     lm.requires_grad_(False)
     return _computing_in(lm, config, compute_dtype), tokenizer
 
 
-def load_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerBase:
-    """Returns the base's tokenizer alone. Raises ConfigError."""
+def _where(config: LanguageModelConfig) -> dict[str, Any]:
+    """Returns where transformers finds a base beside its id."""
+    gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    return {"revision": config.revision, **gguf}
+
+
+def _from_gguf(config: LanguageModelConfig, architecture: Any, found: Any) -> dict[str, Any]:
+    """Returns the base's weights in fp32 and its config: a GGUF file's own numbers of few bits are
+    neither trained on nor saved by transformers.
+    """
+    read = architecture.from_pretrained(config.id, **_where(config), dtype=torch.float32)
+    return {"name": None, "revision": None, "config": found, "state_dict": read.state_dict()}
+
+
+def load_tokenizer(config: LanguageModelConfig, chat: str = "auto") -> PreTrainedTokenizerBase:
+    """Returns the base's tokenizer alone; with `chat` auto its EOS is what ends a turn of its chat
+    template, where it has one, with none it has none. Raises ConfigError.
+    """
     with loading(KEY, config.id, REMEDY), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.id, **_where(config))
     if len(tokenizer) < 4:
         # T5Tokenizer(vocab_file=...) of transformers 5 gives an empty vocabulary in silence.
         raise ConfigError(
             f"{KEY}: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
         )
+    end_turns(tokenizer, "none" if config.kind == "t5" else chat, config.id)
     return tokenizer
 
 
@@ -191,6 +211,8 @@ def weights_hash(config: LanguageModelConfig) -> str:
     digest = hashlib.sha256()
     with loading(KEY, config.id, REMEDY):
         files = sorted(weight_files(config.id, config.revision))
+        if config.gguf_file:
+            files = [config.gguf_file]
         if not files:
             raise OSError("no model.safetensors and no pytorch_model.bin is there")
         for file in files:

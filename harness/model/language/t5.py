@@ -7,12 +7,12 @@ H heads, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import T5ForConditionalGeneration
+from transformers import PreTrainedModel, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -21,17 +21,19 @@ from harness.errors import ConfigError
 from harness.model.batch import Batch
 from harness.model.bridge import BridgeOutput
 from harness.model.language.interface import LanguageModel, attending_cache
-from harness.model.language.loss import Generated
+from harness.model.language.loss import Generated, Kept
 from harness.model.pretrained import without_weights
 
 
 class T5Language(LanguageModel):
     """Any T5ForConditionalGeneration."""
 
-    architecture = T5ForConditionalGeneration
+    has_encoder = True
 
-    def _fields(self) -> dict[str, Any]:
-        return {"dropout_rate": self.config.dropout}
+    def _described(self, found: Any) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+        if not found.is_encoder_decoder:
+            raise ValueError(f"it is of kind {found.model_type}, model.lm.kind is t5")
+        return T5ForConditionalGeneration, {"dropout_rate": self.config.dropout}
 
     def _prepare(self, base: Any) -> None:
         depth = base.config.num_layers
@@ -70,23 +72,22 @@ class T5Language(LanguageModel):
         ).last_hidden_state
         return states_CSD, mask_CS
 
-    def _decoder(self, image: BridgeOutput, batch: Batch) -> Callable[[Batch], torch.Tensor]:
+    def _kept(self, image: BridgeOutput, batch: Batch, whole: bool) -> Iterator[Kept]:
         states_CSD, mask_CS = self.encode(image, batch)
         # Checkpointing drops caches. Nothing else decides, so that the ranks of a partitioned model
         # ask for its weights in the same order whatever their batches hold.
         attended = None if self.t5.decoder.gradient_checkpointing else self._attended(states_CSD)
 
-        def decode(part: Batch) -> torch.Tensor:
+        for rows, part in batch.target_groups(whole):
             cache = None if attended is None else attending_cache(attended, part.context_of_T)
-            return self.t5.decoder(
+            hidden_TLD = self.t5.decoder(
                 input_ids=self.t5._shift_right(part.labels_TL),
                 encoder_hidden_states=states_CSD[part.context_of_T],
                 encoder_attention_mask=mask_CS[part.context_of_T],
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
-
-        return decode
+            yield rows, part, hidden_TLD.flatten(0, 1).index_select(0, rows.kept_K)
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         if _scales_output(self.t5.config):

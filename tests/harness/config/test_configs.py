@@ -121,5 +121,5 @@ def test_a_config_that_became_a_variant_names_its_successor():
 
 
 def test_a_mistake_of_gpt2_is_refused_for_another_model():
-    with pytest.raises(ConfigError, match=r"known_mistakes.bos is a mistake of kind gpt2"):
+    with pytest.raises(ConfigError, match=r"known_mistakes.bos is a mistake of kind decoder"):
         load("demo", ["known_mistakes.bos=generation_only"])

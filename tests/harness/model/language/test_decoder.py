@@ -55,8 +55,12 @@ def test_what_stands_before_the_targets_runs_once_per_context_and_images_are_rea
         )
     batch = batch_of(model)
     model.loss(batch)
-    before = batch.prompt_ids_CL.shape[1] + 1 + (0 if cross_attention else 3)
-    assert rows["words"] == [(5, before), (9, batch.labels_TL.shape[1] - 1)]
+    packed = batch.packed(True, True)
+    told = batch.prompt_mask_CL.sum(dim=1) + 1  # with BOS
+    words = (batch.weight_TL != 0).sum(dim=1) - 1  # EOS is read by nobody
+    first = int(told[:3].sum() + words[:7].sum())
+    assert packed.source_RW.shape == (2, first)
+    assert rows["words"] == [(2, first + (1 if cross_attention else 3))]
     assert rows["images"] == ([2] if cross_attention else [])
 
 
@@ -77,7 +81,8 @@ def test_rows_longer_than_the_models_positions_are_refused(tiny_gpt2_folder):
     ):
         model.generate(batch, DecodingConfig(max_new_tokens=257 - before))
     with pytest.raises(ConfigError, match="has 256 positions"):
-        model.loss(batch_of(model, loss_on_padding=True, max_target_tokens=257 - before))
+        # no word follows the last label
+        model.loss(batch_of(model, loss_on_padding=True, max_target_tokens=258 - before))
 
 
 # ---- cross-attention, and what is trained --------------------------------------------------------
@@ -174,7 +179,7 @@ def test_a_folder_of_another_kind_is_named_and_keys_of_gpt2_are_refused_for_t5(
         ConfigError, match=r"model\.lm\.id: .* is of kind gpt2, model\.lm\.kind is t5"
     ):
         T5Language(LanguageModelConfig(id=str(tiny_gpt2_folder), tuning="frozen"))
-    with pytest.raises(ValueError, match="cross_attention is a key of kind gpt2, this is t5"):
+    with pytest.raises(ValueError, match="cross_attention is a key of kind decoder, this is t5"):
         LanguageModelConfig(cross_attention=True)
 
 

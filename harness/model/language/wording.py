@@ -1,0 +1,139 @@
+"""How prompts and answers become token ids, found out from a tokenizer: its chat template, or what
+it puts around a text itself.
+
+    T5                      [prompt][EOS]          [answer][EOS]
+    GPT-2, adds nothing     [prompt] [BOS]         [answer][EOS]
+    OPT, adds BOS           [BOS][prompt]          [ answer][EOS]
+    a chat template         [its words, the prompt as the user's turn]  [answer][its turn's end]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from harness.errors import ConfigError, reason_of
+
+# In the place of what is said: no template changes it, no tokenizer's special token is in it.
+ASKED = "PROMPTSTANDSHERE"
+ANSWERED = "ANSWERSTANDSHERE"
+# Some templates tell the day: the same prompt must be the same tomorrow. The day is Llama 3's own.
+DAY = "26 Jul 2024"
+
+
+class Wording:
+    """What a tokenizer makes of prompts and answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def template(self) -> tuple[str, str] | None:
+        """What a chat template writes before and behind a prompt; None: there is none."""
+        if not self.tokenizer.chat_template:
+            return None
+        said = _rendered(self.tokenizer, [("user", ASKED)], add_generation_prompt=True)
+        before, _, behind = said.partition(ASKED)
+        return before, behind
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The token ids that the tokenizer itself puts before and behind a text."""
+        whole = self.tokenizer("a")["input_ids"]
+        bare = self._ids(["a"])[0]
+        at = next(place for place in range(len(whole)) if whole[place:][: len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
+
+    @cached_property
+    def begins(self) -> int | None:
+        """The token id between a prompt and its answers: BOS, or EOS, where no other token of a
+        template or of the tokenizer's own sets them apart.
+        """
+        if self.template or any(self.around):
+            return None
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @cached_property
+    def joint(self) -> str:
+        """What stands between a prompt and the answer that goes on from it: a space, where the
+        tokenizer does not add one to every text.
+        """
+        before, behind = self.around
+        if self.template or behind or not before:
+            return ""
+        twice = self.tokenizer.decode([*self._ids(["a"])[0], *self._ids(["a"])[0]])
+        return "" if " " in twice else " "
+
+    def prompts(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[str]]:
+        """Returns the token ids of prompts, their words cut at `limit` (what a template adds is not
+        counted), and the texts that were cut. A prompt of no words has what BOS or template gives.
+        """
+        before, behind = self.around
+        room = limit if self.template else limit - len(before) - len(behind)
+        rows = self._ids(texts)
+        cut = [text for text, row in zip(texts, rows, strict=True) if len(row) > room]
+        if self.template is None:
+            ids = [[*before, *row[:room], *behind] if row else list(before) for row in rows]
+            return ids, cut
+        short = [
+            text if len(row) <= room else self.tokenizer.decode(row[:room])
+            for text, row in zip(texts, rows, strict=True)
+        ]
+        head, tail = self.template
+        return self._ids([f"{head}{text}{tail}" for text in short]), cut
+
+    def answers(
+        self, texts: Sequence[str], behind_prompt: Sequence[bool], limit: int
+    ) -> tuple[list[list[int]], list[str]]:
+        """Returns the token ids of answers with their end, also where they are cut at `limit`, and
+        the texts that were cut. `behind_prompt`: which of them go on from words.
+        """
+        joined = [
+            self.joint * behind + text for text, behind in zip(texts, behind_prompt, strict=True)
+        ]
+        rows = self._ids(joined)
+        cut = [text for text, row in zip(texts, rows, strict=True) if len(row) >= limit]
+        return [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows], cut
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def end_turns(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
+    """Makes the token that ends the assistant's turn the tokenizer's EOS, where it has a chat
+    template and `chat` is not none: then the template is taken away. Raises ConfigError.
+    """
+    if chat == "none":
+        tokenizer.chat_template = None
+    if not tokenizer.chat_template:
+        return
+    try:
+        said = _rendered(tokenizer, [("user", ASKED), ("assistant", ANSWERED)])
+        if said.count(ASKED) != 1 or said.count(ANSWERED) != 1:
+            raise ValueError("it does not show what is said once")
+        Wording(tokenizer).template  # noqa: B018  # fails here, if it does
+    except Exception as error:  # a template is a program of others
+        raise ConfigError(
+            f"prompts.chat: the chat template of {name!r} cannot be used ({reason_of(error)}): "
+            "set prompts.chat=none, or mend the template"
+        ) from error
+    behind = said.rpartition(ANSWERED)[2]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    ends = [token for token in ids if token in tokenizer.added_tokens_decoder]
+    if ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], **asked: Any
+) -> str:
+    chat = [{"role": role, "content": words} for role, words in turns]
+    fixed: dict[str, Any] = {"date_string": DAY, "strftime_now": lambda _: DAY}
+    said = tokenizer.apply_chat_template(
+        chat, tokenize=False, enable_thinking=False, **fixed, **asked
+    )
+    return str(said)
