@@ -23,7 +23,7 @@ Data = Annotated[
 Gpu = Annotated[str | None, typer.Option("--device", help="here, cpu, t4, l4, a100-40, h100, ...")]
 Models = Annotated[
     str | None,
-    typer.Option("--lm", metavar="ID|FOLDER|toy", help="A T5 or GPT-2; toy: no download."),
+    typer.Option("--lm", metavar="ID|FOLDER|toy", help="A T5 or any decoder; toy: no download."),
 ]
 Encoder = Annotated[
     str | None,

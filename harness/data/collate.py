@@ -214,24 +214,23 @@ class Collator:
         eos = self.tokenizer.eos_token_id
         pad = padding_id(self.tokenizer)
         words = [context.prompt.strip() for context in contexts]
-        prompts, cut = self.wording.prompts(words, data.max_prompt_tokens)
-        self.note_cut("prompt", cut)
-        labels, cut = self.wording.answers(
-            [target.strip() for target in targets],
-            [bool(words[context]) for context in context_of_T],
-            data.max_target_tokens,
-        )
-        self.note_cut("target", cut)
-        prompt_ids_CL = _padded(prompts, pad, multiple=self.prompt_multiple)
+        prompts = self.wording.prompts(words, data.max_prompt_tokens)
+        behind_T = [bool(words[context]) for context in context_of_T]
+        spoken = [target.strip() for target in targets]
+        labels = self.wording.answers(spoken, behind_T, data.max_target_tokens)
+        for kind, made in (("prompt", prompts), ("target", labels)):
+            if made.cut:
+                self.note_cut(kind, made.cut)
+        prompt_ids_CL = _padded(prompts.ids, pad, multiple=self.prompt_multiple)
         least = data.max_target_tokens if self.loss_on_padding else 1
-        labels_TL = _padded(labels, pad, least)
-        counts_TL = _not_padding(labels, labels_TL) | self.loss_on_padding
+        labels_TL = _padded(labels.ids, pad, least)
+        counts_TL = _not_padding(labels.ids, labels_TL) | self.loss_on_padding
         weight_TL = counts_TL * torch.where(labels_TL == eos, self.eos_weight, 1.0)
         tensor = None if images is None else torch.from_numpy(images)
         is_pixels = tensor is not None and tensor.dtype == torch.uint8
         return Batch(
             prompt_ids_CL=prompt_ids_CL,
-            prompt_mask_CL=_not_padding(prompts, prompt_ids_CL),
+            prompt_mask_CL=_not_padding(prompts.ids, prompt_ids_CL),
             image_of_C=torch.tensor(image_of_C),
             labels_TL=labels_TL,
             weight_TL=weight_TL,
@@ -250,8 +249,6 @@ class Collator:
 
     def note_cut(self, kind: str, texts: Sequence[str]) -> None:
         """Counts texts that are cut, also those that another process has cut."""
-        if not texts:
-            return
         if not self.truncated[kind]:
             limit = getattr(self.data, f"max_{kind}_tokens")
             logger.warning(

@@ -8,7 +8,7 @@ picture once, in memory that both processes see: a view of the batches' own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class ShareMaker:
     micro_batch: int
 
     def __call__(self, samples: Sequence[Sample]) -> Share:
-        collate = _Noting(**vars(self.collate))
+        collate = _Noting(**{f.name: getattr(self.collate, f.name) for f in fields(self.collate)})
         batches: list[Batch] = []
         shown: list[Sample] = []
         for start in range(0, len(samples), self.micro_batch):

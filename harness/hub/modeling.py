@@ -239,7 +239,7 @@ class VLMForImageTextToText(PreTrainedModel, GenerationMixin):
         words = prompt("caption", self.config.prompts.get("caption", "describe"), None)
         found = batch.prompt_ids_CL[row][batch.prompt_mask_CL[row]].tolist()
         wording = Wording(self.vlm.tokenizer)
-        return "caption" if [found] == wording.prompts([words], len(found))[0] else "vqa"
+        return "caption" if [found] == wording.prompts([words], len(found)).ids else "vqa"
 
     def _batch(
         self,

@@ -76,7 +76,8 @@ def pack(lengths: Lengths, row_of_C: np.ndarray, begins: bool) -> Packed:
         needs = words + (prefix if context != behind else 0)
         opens = row_of_C[context] != here or used + needs > MOST_POSITIONS
         if opens:
-            here, used = int(row_of_C[context]), 0
+            here = int(row_of_C[context])
+            used = 0
             context_R.append(context)
         row = len(context_R) - 1
         if opens or context != behind:
@@ -114,9 +115,10 @@ def _laid_out(
         return torch.from_numpy(value_RW)
 
     place_N = place_P[piece_N] + within_N
-    target_K, label_K = counts_TL.nonzero()
-    row_K, end_K, next_K = told_T[target_K].T
-    column_K = np.where(label_K == 0, end_K, next_K + label_K - 1)
+    kept_K2 = np.argwhere(counts_TL)
+    label_K = kept_K2[:, 1]
+    told_K = told_T[kept_K2[:, 0]]
+    column_K = np.where(label_K == 0, told_K[:, 1], told_K[:, 2] + label_K - 1)
     bare_N = prefix_C[context_P[piece_N]] == 0
     return Packed(
         source_RW=rows(source_P[piece_N] + within_N, 0),
@@ -124,7 +126,7 @@ def _laid_out(
         target_RW=rows(target_P[piece_N], -1),
         place_RW=rows(place_N, 0),
         context_R=torch.from_numpy(context_R),
-        row_K=torch.from_numpy(row_K.copy()),
+        row_K=torch.from_numpy(told_K[:, 0].copy()),
         column_K=torch.from_numpy(column_K),
         bare_RW=rows(bare_N, 0).bool() if (prefix_C == 0).any() else None,
         longest=int(place_N.max(initial=0)) + 1,

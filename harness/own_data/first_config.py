@@ -220,14 +220,18 @@ def _plain(value: str) -> str:
 
 
 def _kind(lm: str) -> str:
-    """Returns t5 or gpt2: what a folder says of itself, else by the name."""
+    """Returns t5 or decoder: what a folder says of itself, else by the name."""
     file = Path(lm).expanduser() / "config.json"
-    kind = "gpt2" if "gpt2" in lm.lower() else "t5"
+    kind = lm.rpartition("/")[2].lower()
     if file.is_file():
-        kind = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-        if kind not in ("t5", "gpt2"):
-            raise ConfigError(f"{lm} is a {kind}: a language model here is a t5 or a gpt2")
-    return kind
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kind = str(found.get("model_type"))
+        if kind != "t5" and found.get("is_encoder_decoder"):
+            raise ConfigError(
+                f"{lm} is a {kind}: a language model here is a T5 or a decoder alone, as GPT-2, "
+                "OPT, Llama or Qwen"
+            )
+    return "t5" if "t5" in kind else "decoder"
 
 
 def _vision(vision: str) -> str:

@@ -97,9 +97,10 @@ class Evaluated:
         logits = LOGITS_OF_LOSS * int(kept) * self._vocabulary * FP32
         if not self._has_encoder:
             # those by context, as exchanged pictures are seen, come to the same
-            rows_of_image, width = self.sizes.packed(True)
-            packed = max(1, round(self.images * rows_of_image))
-            return {"logits": logits, "temporaries": self._layer(packed, self._queries + width, 0)}
+            packed = self.sizes.packed(True)
+            rows = max(1, round(self.images * packed.rows))
+            layer = self._layer(rows, self._queries + packed.positions, 0)
+            return {"logits": logits, "temporaries": layer}
         positions = self._contexts * self._before
         positions += rows * (self._before + self.sizes.target_tokens)
         if self.checkpointing:  # which drops caches

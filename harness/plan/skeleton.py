@@ -363,8 +363,9 @@ def _index(sizes: Sizes, images: int, batch: Batch) -> TargetIndex:
     made[0] = made[0]._replace(kept_K=told_K, target_of_K=told_K + 0)
     packed = []
     for by_image in (True, False):
-        rows, width = sizes.packed(by_image)
-        row_RW = torch.zeros(max(1, round(images * rows)), width, dtype=torch.long)
+        of_image = sizes.packed(by_image)
+        rows = max(1, round(images * of_image.rows))
+        row_RW = torch.zeros(rows, of_image.positions, dtype=torch.long)
         packed.append(
             Packed(
                 source_RW=row_RW,

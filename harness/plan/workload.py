@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, Tokenizer
@@ -36,6 +36,13 @@ ASSUMED = ", lengths assumed at four letters a token, since there is no tokenize
 TEXTS_UNKNOWN = 5  # texts of an image where neither shards nor the config say
 
 
+class Rows(NamedTuple):
+    """Rows of a decoder per image, and the text positions of the longest."""
+
+    rows: float
+    positions: int
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What a collator makes of one image, on average; lengths are those of the longest row of a
@@ -52,7 +59,7 @@ class Sizes:
     lengths: tuple[int, ...] = ()
     # per image the rows of a decoder, and their longest text: contexts of an image in one row; and
     # each in its own, where that is not the same; (): as `packed` reckons
-    rows: tuple[tuple[float, int], ...] = ()
+    rows: tuple[Rows, ...] = ()
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
@@ -72,10 +79,10 @@ class Sizes:
             *longest,
             float(counts_TL.float().mean()),
             lengths,
-            tuple((count / records, width) for count, width in rows),
+            tuple(Rows(count / records, width) for count, width in rows),
         )
 
-    def packed(self, by_image: bool) -> tuple[float, int]:
+    def packed(self, by_image: bool) -> Rows:
         """Returns the rows that a decoder packs an image's targets into, and their text positions;
         `by_image`: contexts of an image share a row.
         """
@@ -84,7 +91,7 @@ class Sizes:
         alone = self.prompt_tokens + math.ceil(self.targets / self.contexts) * self.target_tokens
         fit = max(1, MOST_POSITIONS // alone)
         together = min(math.ceil(self.contexts), fit) if by_image else 1
-        return self.contexts / together, together * alone
+        return Rows(self.contexts / together, together * alone)
 
     def groups(self, targets: int, on_gpu: bool) -> tuple[tuple[list[int], int], ...]:
         """Returns how the collator groups as many targets whose lengths are spread as those that

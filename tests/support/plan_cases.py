@@ -119,7 +119,7 @@ def measured_evaluation(
     """Bytes that losses and answers of a batch hold at most, beside the model, by phase."""
     found = {}
     for phase in ("losses", "answers"):
-        meter = RealMeter(None, model, 1.0, 1)
+        meter = RealMeter(None, model, 1)
         meter.add(tensors_of(batch), "batch")
         with torch.no_grad(), meter:
             tokens = model.bridge_tokens(batch)

@@ -24,6 +24,8 @@ from tokenizers import (
     trainers,
 )
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -330,5 +332,89 @@ def tiny_gpt2(
             eos_token_id=end,
         )
     ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+CHAT = (  # as ChatML: SmolLM2's and Qwen's
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_decoder_tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without a token to pad with; `bos`: <s> before every text, as OPT's and
+    Llama's; `chat`: a template whose turn ends with another token than EOS.
+    """
+    plain = tiny_gpt2_tokenizer(vocabulary=300)
+    tokenizer = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens(special)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        additional_special_tokens=special[2:],
+        model_max_length=256,
+    )
+    made.chat_template = CHAT if chat else None
+    return made
+
+
+# model type -> what its tokenizer does, and fields of its config beside the common ones; as they
+# are published: tied or not, with or without grouped queries
+DECODERS: dict[str, tuple[dict, dict]] = {
+    "gpt2": ({}, {"n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "opt": (
+        {"bos": True},
+        {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 256},
+    ),
+    "llama": ({"bos": True, "chat": True}, {"num_key_value_heads": 2}),
+    "qwen2": ({"chat": True}, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ({}, {"num_key_value_heads": 2, "head_dim": 32}),
+    "gemma": ({"bos": True}, {"num_key_value_heads": 1, "head_dim": 32}),
+    "gemma2": (
+        {"bos": True, "chat": True},
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "sliding_window": 200,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+}
+
+
+def tiny_decoder(folder: Path, kind: str, **fields) -> Path:
+    """Saves a random decoder of this model type, of width 64 and two layers, with its tokenizer."""
+    asked, own = DECODERS.get(kind, ({}, {}))
+    tokenizer = tiny_decoder_tokenizer(**asked)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": None,
+            **own,
+            **fields,
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a random model whose answers differ
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -188,8 +188,8 @@ class DecoderLanguage(LanguageModel):
             **attended,
         )
         told_K = packed.row_K * hidden_RSD.shape[1] + packed.column_K + tokens
-        ((rows, part),) = batch.target_groups(True)
-        yield rows, part, hidden_RSD.flatten(0, 1).index_select(0, told_K)
+        for rows, part in batch.target_groups(True):  # one
+            yield rows, part, hidden_RSD.flatten(0, 1).index_select(0, told_K)
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         logits_KV = super()._logits(hidden_KD)

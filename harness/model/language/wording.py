@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +22,13 @@ ASKED = "PROMPTSTANDSHERE"
 ANSWERED = "ANSWERSTANDSHERE"
 # Some templates tell the day: the same prompt must be the same tomorrow. The day is Llama 3's own.
 DAY = "26 Jul 2024"
+
+
+class Worded(NamedTuple):
+    """Token ids of texts, and the texts that were cut."""
+
+    ids: list[list[int]]
+    cut: list[str]
 
 
 class Wording:
@@ -36,8 +43,7 @@ class Wording:
         if not self.tokenizer.chat_template:
             return None
         said = _rendered(self.tokenizer, [("user", ASKED)], add_generation_prompt=True)
-        before, _, behind = said.partition(ASKED)
-        return before, behind
+        return said[: said.index(ASKED)], said[said.index(ASKED) + len(ASKED) :]
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
@@ -68,9 +74,9 @@ class Wording:
         twice = self.tokenizer.decode([*self._ids(["a"])[0], *self._ids(["a"])[0]])
         return "" if " " in twice else " "
 
-    def prompts(self, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[str]]:
+    def prompts(self, texts: Sequence[str], limit: int) -> Worded:
         """Returns the token ids of prompts, their words cut at `limit` (what a template adds is not
-        counted), and the texts that were cut. A prompt of no words has what BOS or template gives.
+        counted). A prompt of no words has what BOS or template gives.
         """
         before, behind = self.around
         room = limit if self.template else limit - len(before) - len(behind)
@@ -78,26 +84,24 @@ class Wording:
         cut = [text for text, row in zip(texts, rows, strict=True) if len(row) > room]
         if self.template is None:
             ids = [[*before, *row[:room], *behind] if row else list(before) for row in rows]
-            return ids, cut
+            return Worded(ids, cut)
         short = [
             text if len(row) <= room else self.tokenizer.decode(row[:room])
             for text, row in zip(texts, rows, strict=True)
         ]
         head, tail = self.template
-        return self._ids([f"{head}{text}{tail}" for text in short]), cut
+        return Worded(self._ids([f"{head}{text}{tail}" for text in short]), cut)
 
-    def answers(
-        self, texts: Sequence[str], behind_prompt: Sequence[bool], limit: int
-    ) -> tuple[list[list[int]], list[str]]:
-        """Returns the token ids of answers with their end, also where they are cut at `limit`, and
-        the texts that were cut. `behind_prompt`: which of them go on from words.
+    def answers(self, texts: Sequence[str], behind_prompt: Sequence[bool], limit: int) -> Worded:
+        """Returns the token ids of answers with their end, also where they are cut at `limit`.
+        `behind_prompt`: which of them go on from words.
         """
         joined = [
             self.joint * behind + text for text, behind in zip(texts, behind_prompt, strict=True)
         ]
         rows = self._ids(joined)
         cut = [text for text, row in zip(texts, rows, strict=True) if len(row) >= limit]
-        return [[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows], cut
+        return Worded([[*row[: limit - 1], self.tokenizer.eos_token_id] for row in rows], cut)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -39,7 +39,8 @@ def test_the_defaults_are_a_whole_config_that_loads(tmp_path):
 
 
 def test_a_section_or_one_key_is_shown_alone_and_a_wrong_one_is_told_the_closest(harness):
-    assert [key.name for key in reference.chosen("prompts")] == ["prompts.caption", "prompts.vqa"]
+    names = [key.name for key in reference.chosen("prompts")]
+    assert names == ["prompts.caption", "prompts.vqa", "prompts.chat"]
     code, out, _ = harness("config", "train.learning_rate")
     assert (code, "its peak" in out, "warmup" in out) == (0, True, False)
     with pytest.raises(ConfigError, match=r"did you mean train.learning_rate\?"):
