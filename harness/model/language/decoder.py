@@ -189,7 +189,7 @@ class DecoderLanguage(LanguageModel):
         )
         told_K = packed.row_K * hidden_RSD.shape[1] + packed.column_K + tokens
         for rows, part in batch.target_groups(True):  # one
-            yield rows, part, hidden_RSD.flatten(0, 1).index_select(0, told_K)
+            yield Kept(rows, part, hidden_RSD.flatten(0, 1).index_select(0, told_K))
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         logits_KV = super()._logits(hidden_KD)

@@ -139,10 +139,12 @@ class LanguageModel(nn.Module, ABC):
         """Returns logits_TLV, from which each label is told that has a weight; zeros for the
         others. Raises ConfigError as `loss`.
         """
-        ((rows, _, hidden_KD),) = self._kept(image, batch, True)
-        logits_KV = self._logits(hidden_KD)
+        kept = next(self._kept(image, batch, True))
+        logits_KV = self._logits(kept.hidden_KD)
         logits_NV = logits_KV.new_zeros(batch.labels_TL.numel(), logits_KV.shape[1])
-        return logits_NV.index_copy(0, rows.kept_K, logits_KV).unflatten(0, batch.labels_TL.shape)
+        return logits_NV.index_copy(0, kept.rows.kept_K, logits_KV).unflatten(
+            0, batch.labels_TL.shape
+        )
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         return self.base.get_output_embeddings()(hidden_KD)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +16,21 @@ from torch.nn import functional as F  # noqa: N812
 
 from harness.model.batch import Batch, TargetRows
 
-# Targets that were decoded together: which, a batch of them, and hidden_KD of its kept tokens.
-Kept = tuple[TargetRows, Batch, torch.Tensor]
 # of logits at a time: on a CPU so many as its cache holds
 ROWS_ON_CPU = 128
 ROWS = 1024
 # a batch of a million images, as a plan tries it, is not cut into thousands
 MOST_CHUNKS = 16
+
+
+class Kept(NamedTuple):
+    """Targets that were decoded together, a batch of them, and from what their kept tokens are
+    told.
+    """
+
+    rows: TargetRows
+    part: Batch
+    hidden_KD: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class T5Language(LanguageModel):
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state
-            yield rows, part, hidden_TLD.flatten(0, 1).index_select(0, rows.kept_K)
+            yield Kept(rows, part, hidden_TLD.flatten(0, 1).index_select(0, rows.kept_K))
 
     def _logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         if _scales_output(self.t5.config):
