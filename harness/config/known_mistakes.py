@@ -20,6 +20,8 @@ class KnownMistakesConfig(BaseModel):
     loss_on_padding: bool = False  # targets padded to data.max_target_tokens, and that is learnt
     # Decoders: generation begins with a BOS token that training never shows.
     bos: Literal["always", "generation_only"] = "always"
+    # twentyfold: image tokens start twenty times as large as the word embeddings around them.
+    image_token_scale: Literal["right", "twentyfold"] = "right"
 
 
 OLD_PLACES = {"loss_on_padding": ("data",), "bos": ("model", "lm")}

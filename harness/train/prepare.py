@@ -124,6 +124,8 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
                 "train.precision=fp32, or another model.vision.layer"
             )
         model.bridge.calibrate(*model.bridge_inputs(whole.to(model.device), patches_IPD))
+        if config.known_mistakes.image_token_scale == "twentyfold":
+            model.bridge.projection.gain_D.data *= 20
 
 
 def calibrate_alike(model: VisionLanguageModel, config: Config, engine: Engine) -> None:

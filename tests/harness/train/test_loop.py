@@ -19,6 +19,7 @@ from rich.console import Console
 
 import harness
 from harness import checkpoint as checkpoints
+from harness.config.known_mistakes import KnownMistakesConfig
 from harness.config.load import dump
 from harness.data.collate import Collator
 from harness.errors import ConfigError, GuardError
@@ -52,6 +53,17 @@ def config_of(tmp_path, tiny_clip_folder, tiny_t5_folder):
 def lines(out, name):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: float(row["values"][name]) for row in rows if name in row["values"]}
+
+
+def test_image_tokens_begin_at_a_wrong_scale_where_that_is_asked_for(config_of):
+    gains = []
+    for scale in ("right", "twentyfold"):
+        mistakes = KnownMistakesConfig(image_token_scale=scale)
+        config = config_of().model_copy(update={"known_mistakes": mistakes})
+        model = prepare.build_model(config)
+        prepare.calibrate(model, config)
+        gains.append(model.bridge.projection.gain_D)
+    torch.testing.assert_close(gains[1], 20 * gains[0])
 
 
 def test_the_loss_of_a_step_is_the_sum_over_the_global_batch_by_its_weight_however_it_is_cut(
