@@ -2,7 +2,7 @@
 # Flickr8k's official files -> shards -> features -> a trained SmolLM2-135M with a Q-Former -> its scores on the test
 # images, with the verdict: bash launch/flickr8k_smollm2.sh DATA [--toy] [key=value ...]
 #   DATA    Flickr8k.token.txt, Flickr_8k.trainImages.txt, -.devImages.txt, -.testImages.txt, and the pictures in
-#           images/, Flicker8k_Dataset/ or Flicker8k_Dataset.zip, as the official zips hold them
+#           images/, Flicker8k_Dataset/ or Flickr8k_Dataset.zip, as the official zips hold them
 #   --toy   the same whole way with 100 pictures, in a few minutes, in runs/flickr8k_smollm2_toy
 #   key=value   goes to `harness train`, for instance out=runs/mine train.epochs=8
 # No account and no download but packages. Broken off and typed again, it goes on. Everything is made by verbs of
@@ -31,10 +31,10 @@ done
 captions=$official/Flickr8k.token.txt
 splits=$official
 images=""
-for place in images Flicker8k_Dataset Flicker8k_Dataset.zip; do
+for place in images Flicker8k_Dataset Flickr8k_Dataset.zip; do
     [ -e "$official/$place" ] && images=$official/$place && break
 done
-[ -n "$images" ] || stop "$official holds neither images/ nor Flicker8k_Dataset/ nor Flicker8k_Dataset.zip"
+[ -n "$images" ] || stop "$official holds neither images/ nor Flicker8k_Dataset/ nor Flickr8k_Dataset.zip"
 for file in Flickr8k.token.txt Flickr_8k.{train,dev,test}Images.txt; do
     [ -f "$official/$file" ] || stop "$official/$file is not there; it is one of the official files of Flickr8k"
 done
