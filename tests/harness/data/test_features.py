@@ -115,7 +115,9 @@ def test_several_processes_make_the_bytes_that_one_makes(
         return SetEncoding(image_set.folder, out, vision, batch_images=4, share=share)
 
     made = []
-    first = threading.Thread(target=lambda: made.append(encoding(0).write()))
+    # Made here: two threads that load models leave transformers unable to tie weights.
+    leading = encoding(0)
+    first = threading.Thread(target=lambda: made.append(leading.write()))
     first.start()  # it waits for the others
     for rank in (2, 1):
         encoding(rank).make_own()

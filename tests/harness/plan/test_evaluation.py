@@ -1,16 +1,21 @@
 """A plan of an evaluation: shared by so many processes, and what it holds."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from harness.config.load import load
 from harness.machine import devices
 from harness.machine.launch_file import read_launch
 from harness.plan.evaluation import plan_evaluation
+from harness.plan.facts import located
 from harness.plan.planner import Planner
+from harness.plan.report import gb
 from harness.plan.workload import Sizes, Workload
 from toy_runs import make_config
 
+ROOT = Path(__file__).resolve().parents[3]
 WORK = Workload(Sizes(2, 2, 8, 6, 1.0), None, None, "of a test")
 
 
@@ -27,6 +32,13 @@ def test_more_processes_answer_fewer_batches_each_and_hold_as_much(config):
     assert one.parts == eight.parts
     assert "20,000 texts" in eight.table()
     assert eight.to_json()["peak_bytes"] == sum(eight.parts.values())
+
+
+def test_the_pages_table_is_what_is_planned(silent_hub):
+    config = located(load(ROOT / "configs/vqav2_t4.yaml"), with_vision=True).config
+    planned = plan_evaluation(config, 214_354, "a100-40", 8)
+    row = f"| a100-40 | 8 | {planned.seconds / 60:.0f} min | {gb(planned.peak_bytes)} |"
+    assert row in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
 
 def test_twice_the_beams_take_longer_and_larger_batches_hold_more(config):
