@@ -26,6 +26,7 @@ from harness.data.prompts import template
 from harness.doctor.findings import Finding, State, error, ok, warning
 from harness.doctor.machine import Gpu, disk
 from harness.errors import ConfigError
+from harness.machine.hardware import multiplies_bf16
 from harness.machine.launch_file import Launch
 from harness.machine.launcher import undecided
 from harness.machine.precision import choose
@@ -101,6 +102,9 @@ def sets_apart(config: Config) -> Iterator[Finding]:
 
 def precision(config: Config, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Yields the dtype that each kind of GPU gets; without a GPU see checks_before_launch."""
+    if not gpus and config.train.precision == "bf16" and not multiplies_bf16():
+        found = choose("bf16", torch.device("cpu")).reason
+        yield warning("train.precision", found, "train.precision=auto")
     for gpu in dict.fromkeys(gpus):
         chosen = choose(config.train.precision, torch.device("cuda"), gpu.capability)
         yield ok("train.precision", f"{gpu.name}: {chosen.reason}")

@@ -106,11 +106,15 @@ def test_scoring_what_was_trained_on_is_warned_of(base):
     assert states(examine.sets_apart(same)) == {"data.dev": "warning", "data.test": "warning"}
 
 
-def test_bf16_on_a_t4_is_an_error_and_auto_is_not(base):
+def test_bf16_on_a_t4_is_an_error_and_auto_is_not(base, monkeypatch):
     asked = changed(base, train__precision="bf16")
     (found,) = run("train.precision", lambda: examine.precision(asked, [T4]))
     assert (found.state, "has no native bf16" in found.found) == ("error", True)
     assert states(examine.precision(asked, [A100])) == {"train.precision": "OK"}
+    monkeypatch.setattr(examine, "multiplies_bf16", lambda: False)
+    assert states(examine.precision(asked, [])) == {"train.precision": "warning"}
+    monkeypatch.setattr(examine, "multiplies_bf16", lambda: True)
+    assert not list(examine.precision(asked, []))
     (auto,) = examine.precision(changed(base, train__precision="auto"), [T4, T4])
     assert "fp16 autocast" in auto.found
 

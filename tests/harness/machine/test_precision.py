@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harness.errors import ConfigError
+from harness.machine import hardware
 from harness.machine.precision import choose, choose_or_fall_back
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -108,6 +109,21 @@ def test_what_the_device_can_do_is_done_as_asked_whoever_asks(requested, device,
     found = choose_or_fall_back(requested, device, capability)
     assert found == choose(requested, device, capability)
     assert not found.fell_back
+
+
+def test_a_cpu_without_bf16_says_what_it_costs(monkeypatch, tmp_path):
+    facts = tmp_path / "cpuinfo"
+    monkeypatch.setattr(hardware, "CPUINFO", facts)
+    for flags, has_it in (
+        ("flags\t\t: fma avx2", False),
+        ("flags\t\t: avx512_bf16", True),
+        ("Features\t: asimd bf16", True),
+    ):
+        facts.write_text(f"model name\t: X\n{flags}\n")
+        hardware.multiplies_bf16.cache_clear()
+        assert hardware.multiplies_bf16() == has_it
+        assert ("emulates" in choose("bf16", CPU).reason) != has_it
+    hardware.multiplies_bf16.cache_clear()
 
 
 def test_emulated_bf16_does_not_count():
