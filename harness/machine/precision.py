@@ -76,8 +76,8 @@ def choose(
     """Returns the policy for a device. `capability` is a CUDA device's, asked of the device itself
     if not given.
 
-    `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on, on a CPU as
-    its flags say. Raises ConfigError for a request that the device cannot do.
+    `bf16_supported`: natively, not by emulation; None: from compute capability 8.0 on. Raises
+    ConfigError for a request that the device cannot do.
     """
     kind = device.type
     if kind == "cuda" and capability is None:
@@ -101,11 +101,9 @@ def choose(
                 f"train.precision is bf16, but {where} has no native bf16: use "
                 f"train.precision=auto{', fp16' if kind == 'cuda' else ''} or fp32"
             )
-        reason = "this CPU has products in bf16"
-        if kind == "cpu" and not (multiplies_bf16() if bf16_supported is None else bf16_supported):
+        reason = f"{where} has bf16, whose range is fp32's"
+        if kind == "cpu" and not multiplies_bf16():
             reason = "this CPU emulates products in bf16, many times slower than those in fp32"
-        elif kind == "cuda":
-            reason = f"{where} has bf16, whose range is fp32's"
         return _uniform(kind, torch.bfloat16, f"{asked}bf16 autocast for all parts; {reason}")
     if chosen == "fp16":
         if kind != "cuda":
