@@ -17,6 +17,7 @@ import torch
 
 from harness.config.encoder import PACKAGES
 from harness.config.schema import Config, LanguageModelConfig, VisionConfig
+from harness.errors import ConfigError
 from harness.hub.modeling import LM, VISION, write_model
 from harness.hub.processing import VLMProcessor
 from harness.model.language import quantise
@@ -40,6 +41,11 @@ def write_parts(model: VisionLanguageModel, config: Config, folder: Path, *, mer
     its weights are written in full and `model.lm` becomes the one without LoRA.
     """
     own = copy.deepcopy(model.config)
+    if own.model["lm"].get("gguf_file") and not merge:
+        raise ConfigError(
+            "model.lm.gguf_file: peft cannot read a base from a GGUF file; export with --merge, or "
+            "train on the folder that `harness unpack` makes of it"
+        )
     whole = merge or config.model.lm.tuning == "full"
     if whole:
         _make_whole(model, own, folder / LM)
@@ -100,7 +106,8 @@ def _make_whole(model: VisionLanguageModel, own: VLMConfig, folder: Path) -> Non
     base: Any = lm.lm
     if hasattr(base, "merge_and_unload"):
         base = base.merge_and_unload()
-    frozen = lm.config.model_copy(update={"id": LM, "revision": None, "tuning": "frozen"})
+    inside = {"id": LM, "revision": None, "gguf_file": None, "tuning": "frozen"}
+    frozen = lm.config.model_copy(update=inside)
     lm.config = frozen
     lm.lm = quantise.tune(base, frozen)
     model.lm = lm

@@ -15,9 +15,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from harness.config.schema import BridgeConfig
+from harness.config.schema import BridgeConfig, LanguageModelConfig
 from harness.errors import ConfigError
 from harness.model.bridge import QFormer
+from harness.model.language.decoder import DecoderLanguage
+from harness.model.language.quantise import weights_hash
 from harness.model.start import start_from
 from harness.unpack import SOURCE, unpack
 
@@ -232,3 +234,19 @@ def test_the_verb_says_what_it_did_and_refuses_in_one_sentence(packed, tmp_path)
     ran = typed("--out", str(out), "--sha256", "0")
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "qlora"])
+def test_a_run_may_read_the_gguf_itself_as_it_would_read_the_folder(packed, made, tuning):
+    files = {"id": str(packed.parent), "gguf_file": packed.name}, {"id": str(made)}
+    read = [
+        DecoderLanguage(LanguageModelConfig(kind="decoder", tuning=tuning, **place))
+        for place in files
+    ]
+    ids = torch.tensor([[1, 3, 4, 20, 5, 2]])
+    with torch.no_grad():
+        logits = [language.base(ids).logits for language in read]
+    assert torch.equal(*logits)
+    assert [language.tokenizer.eos_token for language in read] == ["<|im_end|>"] * 2
+    hashes = {weights_hash(LanguageModelConfig(kind="decoder", **place)) for place in files}
+    assert len(hashes) == 2

@@ -25,8 +25,13 @@ from toy_runs import make_config
 
 
 def tuned(config: Config, tuning: str) -> Config:
+    """The config with this tuning; `decoder`: in 4 bits, of the decoder beside the T5."""
     parts = config.model_dump(mode="json")
-    parts["model"]["lm"]["tuning"] = tuning
+    lm = parts["model"]["lm"]
+    lm["tuning"] = tuning
+    if tuning == "decoder":
+        place = str(Path(lm["id"]).parent / "decoder")
+        lm |= {"kind": "decoder", "id": place, "tuning": "qlora"}
     return Config(**parts)
 
 

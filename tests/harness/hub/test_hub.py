@@ -25,6 +25,7 @@ from harness.evaluate.ask import one_picture
 from harness.export.parts import write_parts
 from harness.model.vlm import VisionLanguageModel
 from saved_runs import saved_run
+from tiny_models import tiny_decoder
 from toy_runs import picture
 
 QUESTIONS = ["what colour is it?", "is it red, or is it a blue dog in the street?", "", "is it?"]
@@ -35,6 +36,7 @@ KINDS = {
     "gpt2, question-aware, no caption prompt": [
         *("model.lm.kind=gpt2", "model.bridge.question_aware=true", "prompts.caption=none")
     ],
+    "qwen2, as a chat": ["model.lm.kind=decoder"],
     "gpt2, cross-attention": ["model.lm.kind=gpt2", "model.lm.cross_attention=true"],
     "t5 in 4 bits": ["model.lm.tuning=qlora"],
 }
@@ -45,6 +47,8 @@ def kind(request, tmp_path_factory, tiny_clip_folder, tiny_t5_folder, tiny_gpt2_
     """(the run's model, its config, the exported model, its processor, four pictures)."""
     root = tmp_path_factory.mktemp("hub")
     lm = tiny_gpt2_folder if "gpt2" in request.param else tiny_t5_folder
+    if "qwen2" in request.param:
+        lm = tiny_decoder(root / "qwen2", "qwen2")
     run = saved_run(root, "run", *KINDS[request.param], clip=tiny_clip_folder, lm=lm)
     state = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())
     config = Config(**state["config"])

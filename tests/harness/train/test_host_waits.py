@@ -22,12 +22,13 @@ from harness.train.state import Run, TrainState
 from harness.train.step import StepLog, StepTaker
 from plan_cases import changed
 from second_device import moved, second_device
+from tiny_models import tiny_decoder
 from toy_batch import BRIDGES, LANGUAGES
 from toy_runs import make_config
 
 
 @pytest.fixture
-def made(tiny_t5_folder, tiny_gpt2_folder, tiny_clip_folder, monkeypatch):
+def made(tiny_t5_folder, tiny_gpt2_folder, tiny_clip_folder, monkeypatch, tmp_path):
     """A function: kinds of language model and bridge, images or features -> model and batch, in
     groups of like length.
     """
@@ -35,7 +36,9 @@ def made(tiny_t5_folder, tiny_gpt2_folder, tiny_clip_folder, monkeypatch):
 
     def make(language: str, bridge: str, images: bool = False, **settings):
         folder = tiny_t5_folder if language == "t5" else tiny_gpt2_folder
-        lm = LANGUAGES[language] | {"tuning": "lora"}
+        if language == "llama":
+            folder = tiny_decoder(tmp_path, language)
+        lm = LANGUAGES.get(language, {"kind": "decoder"}) | {"tuning": "lora"}
         model = toy_batch.model(folder, bridge=BRIDGES[bridge], **lm, **settings)
         batch = toy_batch.collator(model.tokenizer)(toy_batch.samples())
         if images:
@@ -54,6 +57,7 @@ def made(tiny_t5_folder, tiny_gpt2_folder, tiny_clip_folder, monkeypatch):
         *(("t5", bridge, False) for bridge in BRIDGES),
         ("t5", "qformer", True),
         ("gpt2", "linear", False),
+        ("llama", "qformer", False),
         ("gpt2 with cross-attention", "question-aware", False),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rank_program import NotFinite, SamplesRead
+from tiny_models import tiny_decoder
 from toy_runs import losses, make_config
 from zero_rank_program import tuned
 
@@ -63,6 +64,7 @@ def plan():
     runs += [
         run("lora-2", STAGES["zero-2"], SKIPPED, "lora"),
         run("full-3", STAGES["zero-3"], SKIPPED, "full"),
+        run("decoder-2", STAGES["zero-2"], SKIPPED, "decoder"),
         run("bf16-3", STAGES["zero-3"], IN_BF16, "lora"),
         run("checkpointed-3", STAGES["zero-3"], {**LONG, "activation_checkpointing": True}),
     ]
@@ -93,6 +95,7 @@ def alone(root):
 def ranks(root, alone):
     """Returns what both processes tell of their runs; DDP on two begins one to go on with."""
     (root / "plan.json").write_text(json.dumps(plan()))
+    tiny_decoder(root / "decoder", "qwen2")
     (root / "from-ddp.yaml").write_text(dump(config_of(root, "from-ddp", **HALF)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -143,7 +146,9 @@ def test_a_step_skipped_for_one_rank_is_skipped_by_all_and_leaves_nothing_behind
     assert checkpoints.newest(root / f"skipped-{name}").state["train"]["skipped"] == 2
 
 
-@pytest.mark.parametrize(("name", "tuning"), [("lora-2", "lora"), ("full-3", "full")])
+@pytest.mark.parametrize(
+    ("name", "tuning"), [("lora-2", "lora"), ("full-3", "full"), ("decoder-2", "decoder")]
+)
 def test_the_other_tunings_learn_alike_too(root, ranks, name, tuning):
     train.run(config_of(root, f"alone-{tuning}", tuning, **SKIPPED))
     equal(losses(root / name), losses(root / f"alone-{tuning}"), 1e-4)
