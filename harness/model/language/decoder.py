@@ -45,11 +45,11 @@ class DecoderLanguage(LanguageModel):
             raise ValueError(
                 f"it is of kind {found.model_type}, model.lm.kind is {self.config.kind}{why}"
             )
-        self._begins_untold = None  # without a tokenizer, as GPT-2's would say
+        self._begins: int | None = None
         fields: dict[str, Any] = {}
         if found.model_type == "gpt2":
-            bos = found.bos_token_id
-            self._begins_untold = found.eos_token_id if bos is None else bos
+            # as its tokenizer would say, where there is none
+            self._begins = found.eos_token_id if found.bos_token_id is None else found.bos_token_id
             fields["add_cross_attention"] = self.config.cross_attention
         for name, value in found.to_dict().items():
             if "drop" in name and isinstance(value, int | float):
@@ -59,6 +59,10 @@ class DecoderLanguage(LanguageModel):
     def _prepare(self, base: Any) -> None:
         # What an answer is like is said by our config alone: some files ask for a penalty.
         base.generation_config = GenerationConfig()
+        self._pad = 0
+        if self._tokenizer is not None:
+            self._begins = Wording(self._tokenizer).begins
+            self._pad = padding_id(self._tokenizer)
         if self.config.cross_attention:
             for block in base.transformer.h:
                 # As Flamingo's gates, which are 0 at first: training starts from the text model as
@@ -101,9 +105,7 @@ class DecoderLanguage(LanguageModel):
 
     @property
     def begins(self) -> int | None:
-        if self._tokenizer is None:
-            return self._begins_untold
-        return Wording(self._tokenizer).begins
+        return self._begins
 
     @property
     def _begins_answers(self) -> int | None:
@@ -174,7 +176,8 @@ class DecoderLanguage(LanguageModel):
             # a position that is seen where there is no other
             has_picture_R = torch.zeros_like(has_picture_R)
             lead_RQD = words_RWD.new_zeros(len(words_RWD), 1, words_RWD.shape[2])
-        lead_RQD = lead_RQD.where(has_picture_R[:, None, None], embed(batch.prompt_ids_CL[:1, -1:]))
+        padding_1D = embed(torch.full_like(begin_1, self._pad))
+        lead_RQD = lead_RQD.where(has_picture_R[:, None, None], padding_1D)
         tokens = lead_RQD.shape[1]
         self._check_length(tokens + packed.longest)
         before_RW = has_picture_R[:, None] * tokens

@@ -38,6 +38,7 @@ PARAMETERS = {
     "openai/clip-vit-large-patch14": 303_179_776,
     "openai/clip-vit-large-patch14-336": 303_507_456,
     "openai-community/gpt2": 124_439_808,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 
 
