@@ -84,6 +84,7 @@ def processor(model: VisionLanguageModel, config: Config, own: VLMConfig) -> VLM
         model.lm.begins,
         model.question_aware,
         asdict(preprocessing_of(vision).fit) if vision.kind == "auto" else None,
+        not model.lm.has_encoder,
     )
 
 

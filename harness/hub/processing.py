@@ -53,16 +53,19 @@ class VLMProcessor(ProcessorMixin):
         begins: int | None = None,
         question_aware: bool = False,
         fit: Mapping[str, Any] | None = None,
+        on_the_left: bool = False,
     ):
         """Takes fields of a config's model.vision, prompts and data; `begins`: the token id that
         stands before the answers of a decoder, None where none does; `fit`: how pictures are
-        fitted, where the kind of the encoder does not say it.
+        fitted, where the kind of the encoder does not say it; `on_the_left`: where a decoder's
+        prompts are padded, as those of every one with `begins`.
         """
         super().__init__(tokenizer)
         self.vision = dict(vision or {})
         self.prompts = dict(prompts or {})
         self.data = dict(data or {})
         self.begins = begins
+        self.on_the_left = on_the_left or begins is not None
         self.question_aware = question_aware
         self.fit = dict(fit or {})
         limits = DataConfig(**self.data)
@@ -108,7 +111,7 @@ class VLMProcessor(ProcessorMixin):
         mask_CL = batch.prompt_mask_CL.long()
         own = dict(zip(QFORMER, (ids_CL, mask_CL), strict=True)) if self.question_aware else {}
         pixels = torch.from_numpy(pixels_CHW3).permute(0, 3, 1, 2).contiguous()
-        read = as_read(ids_CL, mask_CL, self.begins, self.tokenizer.padding_side == "left")
+        read = as_read(ids_CL, mask_CL, self.begins, self.on_the_left)
         return BatchFeature({PIXELS: pixels, **read, **own})
 
     def _pixels(self, image: Any) -> np.ndarray:

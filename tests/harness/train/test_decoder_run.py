@@ -18,7 +18,7 @@ def test_a_killed_run_on_a_decoder_goes_on_bit_for_bit(root):
     lm = {"kind": "decoder", "id": str(tiny_decoder(root / "qwen2", "qwen2"))}
     whole, config = (
         changed(
-            make_config(root, root / "clip", root / "t5", name, activation_checkpointing=True),
+            make_config(root, root / "clip", root / "t5", name),
             lm=lm,
         )
         for name in ("whole", "killed")
