@@ -3,7 +3,7 @@
 # images, with the verdict: bash launch/flickr8k_smollm2.sh DATA [--toy] [key=value ...]
 #   DATA    Flickr8k.token.txt, Flickr_8k.trainImages.txt, -.devImages.txt, -.testImages.txt, and the pictures in
 #           images/, Flicker8k_Dataset/ or Flickr8k_Dataset.zip, as the official zips hold them
-#   --toy   the same whole way with 100 pictures, in a few minutes, in runs/flickr8k_smollm2_toy
+#   --toy   the same whole way with 100 pictures, in about ten minutes, in runs/flickr8k_smollm2_toy
 #   key=value   goes to `harness train`, for instance out=runs/mine train.epochs=8
 # No account and no download but packages. Broken off and typed again, it goes on. Everything is made by verbs of
 # harness, into data/ and runs/.
