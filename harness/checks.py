@@ -184,9 +184,12 @@ def check_models(config: Config, with_vision: bool = True) -> None:
     """Raises ConfigError for a model that is in no folder, in no cache and not on the hub."""
     if with_vision:
         check_vision(config)
-    _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
-    if config.model.bridge.init_from:
-        _check_model("model.bridge.init_from", config.model.bridge.init_from, None)
+    start = config.model.bridge.init_from
+    # A first stage reads no more of a language model than its words, and only without a start.
+    if not (config.train.objective and start):
+        _check_model("model.lm.id", config.model.lm.id, config.model.lm.revision)
+    if start and not is_run(Path(start).expanduser()):
+        _check_model("model.bridge.init_from", start, None)
     if config.model.init_from and not Path(config.model.init_from).expanduser().is_dir():
         raise ConfigError(
             f"model.init_from: there is no folder {config.model.init_from} (a run that goes on "

@@ -70,7 +70,8 @@ def load_model(found: checkpoints.Checkpoint, config: Config, **loaded: Any) -> 
 
     In the precision of its training, or in the device's own where it cannot do that: then says so.
     `loaded`: `lm` and `vision`, where its frozen parts are, if they are not found; `with_vision`,
-    false for a model that reads features; `device`.
+    false for a model that reads features; `device`; `kind`, as `model_class` gives it: without it a
+    first stage is refused.
     """
     return _placed(found.model, config.train.precision, **loaded)
 
@@ -86,11 +87,25 @@ def where_found(config: Config, model: VisionLanguageModel) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=parts)})
 
 
+def model_class(config: Config) -> type[VisionLanguageModel]:
+    """Returns the class of the model that a config trains."""
+    if not config.train.objective:
+        return VisionLanguageModel
+    from harness.model.first_stage import FirstStageModel
+
+    return FirstStageModel
+
+
 def _placed(
-    folder: Path, asked: Requested, *, device: torch.device | str | None = None, **parts: Any
+    folder: Path,
+    asked: Requested,
+    *,
+    device: torch.device | str | None = None,
+    kind: type[VisionLanguageModel] = VisionLanguageModel,
+    **parts: Any,
 ) -> VisionLanguageModel:
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = choose_or_fall_back(asked, on)
     if precision.fell_back:
         say(f"precision: {precision.reason}", sys.stderr)
-    return VisionLanguageModel.from_pretrained(folder, precision=precision, device=on, **parts)
+    return kind.from_pretrained(folder, precision=precision, device=on, **parts)

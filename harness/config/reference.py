@@ -32,6 +32,7 @@ TYPES = {  # as schema.py names them -> in words
     "Fraction": "number from 0 to 1",
     "Below1": "number from 0, below 1",
     "Between0And1": "number between 0 and 1",
+    "Objective": "itc, lm",
     "bool": "true or false",
     "int": "whole number",
     "str": "text",

@@ -29,6 +29,7 @@ From0 = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 Below1 = Annotated[Number, Field(ge=0.0, lt=1.0)]
 Lite = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+Objective = Literal["itc", "lm"]
 Between0And1 = Annotated[Number, Field(gt=0, lt=1)]
 
 
@@ -226,6 +227,10 @@ class TrainConfig(Section):
     max_steps: Positive | None = None  # stop earlier; the schedule still ends at `epochs`
     global_batch: Positive = 32  # images a step, over all ranks and micro-batches
     micro_batch: Positive = 32  # images at a time on one rank
+    # BLIP-2's first stage: the Q-Former alone learns from captions, without a language model, by
+    # itc (contrast) and, where it stands beside it, lm (captioning); null: through the language
+    # model, as all answers need it.
+    objective: tuple[Objective, ...] | None = None
     learning_rate: Above0 = 1e-4  # its peak
     bridge_learning_rate: Above0 | None = None  # null: as learning_rate, which LoRA wants higher
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
@@ -343,6 +348,29 @@ class Config(Section):
     def _only_decoders_make_it(self) -> Config:
         if self.model.lm.kind == "t5" and self.known_mistakes.bos != "always":
             raise ValueError("known_mistakes.bos is a mistake of kind decoder, model.lm.kind is t5")
+        return self
+
+    @model_validator(mode="after")
+    def _first_stage_is_a_qformers(self) -> Config:
+        if self.train.objective is None:
+            return self
+        bridge = self.model.bridge
+        wrong = {
+            "train.objective": self.train.objective not in (("itc",), ("itc", "lm")),
+            "model.bridge.kind": bridge.kind != "qformer",
+            "model.bridge.question_aware": bridge.question_aware,
+            "model.bridge.trainable": bridge.trainable is not True,
+            "train.compile": self.train.compile,
+            "train.activation_checkpointing": self.train.activation_checkpointing,
+            "train.stop_if_image_ignored": self.train.stop_if_image_ignored,
+            "tracking.log_model": self.tracking.log_model,
+        }
+        if keys := [key for key, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(
+                f"train.objective is that of a first stage, which does not go with this "
+                f"{', '.join(keys)}: it trains a whole Q-Former that reads no question, by [itc] "
+                "or [itc, lm], and gives no answers"
+            )
         return self
 
     @property

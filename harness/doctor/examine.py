@@ -31,9 +31,9 @@ from harness.machine.launch_file import Launch
 from harness.machine.launcher import undecided
 from harness.machine.precision import choose
 from harness.model.batch import Batch
-from harness.model.language.quantise import load_tokenizer
 from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
+from harness.plan.workload import tokenizer_of
 from harness.redact import clean
 from harness.tracking.store import database, store_uri
 from harness.train.prepare import (
@@ -253,7 +253,7 @@ def tracking(config: Config) -> Finding:
 
 def texts(config: Config) -> Iterator[Finding]:
     """Yields what the limits cut of the first images' real batches, and what has no label."""
-    collate = Collator.of(config, load_tokenizer(config.model.lm, config.prompts.chat))
+    collate = Collator.of(config, tokenizer_of(config))
     loader = make_loader(in_one_lane(config), None)
     batches: list[Batch] = []
     images = 0
@@ -339,7 +339,7 @@ def model(config: Config, device: str) -> Iterator[Finding]:
     with closing(loader.iterate()) as steps:
         batches = micro_batches(next(steps)[1], collate, config.train.micro_batch)
     shown = [batch for batch in batches if batch.images]
-    if shown:
+    if shown and not config.train.objective:
         scales = built.eval().scales(shown[0].to(device))
         rms = scales["image_token_rms"]
         ratio = rms / scales["embedding_rms"]

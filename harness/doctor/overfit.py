@@ -84,6 +84,11 @@ def overfit(
 
     Raises ConfigError where nothing is trainable or nothing is there to learn.
     """
+    if config.train.objective:
+        raise ConfigError(
+            "--overfit asks for answers, and a first stage (train.objective) gives none: its "
+            "recalls on data.dev tell whether it learns"
+        )
     run = _run_without_chance(config, images)
     taker = StepTaker(run, stop_asked=lambda: 0, save_due=lambda: False)
     samples = _samples(run, images)

@@ -17,7 +17,7 @@ from harness.evaluate import vqa
 from harness.evaluate.beside_table import beside_tables
 from harness.evaluate.measures import TASKS, is_right
 from harness.evaluate.predict import results, set_name
-from harness.evaluate.told import further_tables, term_rows, verdict_lines
+from harness.evaluate.told import further_tables, recall_rows, term_rows, verdict_lines
 from harness.redact import masked_document
 from harness.report.pictures import Shown, loss_curves, markdown_table, predictions_picture
 from harness.tracking.journal import every_row
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from harness.evaluate.results import Evaluation
 
 SCORES = "scores.json"
+SUMMARY = "report.md"
 PREDICTIONS = "predictions.jsonl"
 PICTURES = 12  # test images with their answers
 CURVES = {"train/loss": "training images", "dev/loss": "dev images"}
@@ -197,7 +198,9 @@ def floors(figures: Mapping[str, Any]) -> list[list[str]]:
     changed = figures.get("answers_changed_where_truth_differs")
     if changed is not None:
         rows.append(["answers that change where the truth does", f"{changed:.1f}%"])
-    rows.append(["empty answers", f"{figures['empty_rate']:.1%}"])
+    rows += recall_rows(figures)
+    if "empty_rate" in figures:
+        rows.append(["empty answers", f"{figures['empty_rate']:.1%}"])
     if figures.get("without_picture"):
         rows.append(["texts without a picture, not judged", f"{figures['without_picture']:,}"])
     if figures.get("verdict"):

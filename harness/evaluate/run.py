@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,18 @@ def evaluate_model(
 
     `floors`: whether the verdict rests on floors and recall too, and figures stand beside it;
     `dealer`: the ranks that share the work, all of which call this, with the same model: rank 0
-    gets the evaluation, the others None. `asked`: as for `passes_of` and `collect`. Raises
-    ShardError, and StoppedError where a rank was asked to stop, on all ranks.
+    gets the evaluation, the others None; a first stage is scored by rank 0 alone, by retrieval.
+    `asked`: as for `passes_of` and `collect`. Raises ShardError, and StoppedError where a rank was
+    asked to stop, on all ranks.
     """
     limit = asked.pop("limit", None)
     progress = asked.pop("progress", None)
     dealer = dealer or Alone()
+
+    if config.train.objective:
+        quarantine = asked.get("quarantine")
+        retrieved = partial(_retrieved, model, paths, config, limit, progress, quarantine)
+        return dealer.lead(retrieved, dict, (ShardError, UnreachableError))
 
     def scored() -> Evaluation:
         collected = collect(ready(), limit, progress)
@@ -86,6 +93,24 @@ def evaluate_model(
     with ExitStack() as closes:
         errors = (ShardError, UnreachableError, UnmeasuredError)
         return dealer.lead(scored, lambda: ready().work(), errors)
+
+
+def _retrieved(
+    model: Any,
+    paths: Sequence[str],
+    config: Config,
+    limit: int | None,
+    progress: Progress | None,
+    quarantine: Path | None,
+) -> Evaluation:
+    from harness.evaluate.retrieval import retrieval
+
+    decode = reading(config)["decode"]
+    loaders = _loaders(paths, config, quarantine, decode)
+    collate = Collator.of(config, model.tokenizer, training=False)
+    found = retrieval(model, loaders, collate, config.evaluation, limit, progress)
+    found.pixels = _pixels_of([loader.manifests[0] for loader in loaders], decode)
+    return found
 
 
 def passes_of(

@@ -24,6 +24,7 @@ from harness.evaluate.floor import Majority, epochs_trained, training_records
 from harness.evaluate.moved import Move
 from harness.evaluate.report import (
     SCORES,
+    SUMMARY,
     draw_answers,
     draw_curves,
     folder,
@@ -37,7 +38,7 @@ from harness.evaluate.report import (
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import Progress, evaluate_model
 from harness.evaluate.told import described
-from harness.loading import load_model, where_found
+from harness.loading import load_model, model_class, where_found
 from harness.machine.dealing import Alone
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import masked, masked_document, say
@@ -140,6 +141,11 @@ def report_run(
     from harness.look.page import write_report_page
 
     task = _evaluated_task(checkpoints.at(run_dir, which), data)
+    if task.config.train.objective:
+        raise ConfigError(
+            f"{task.home} is a first stage, whose scores are in {task.out / SUMMARY}: a page shows "
+            "answers, and it gives none"
+        )
     report = read_scores(task.out / SCORES)
     if report["step"] != task.found.step:
         raise ConfigError(
@@ -158,7 +164,8 @@ def _model(task: _Task, **places: Path | None) -> VisionLanguageModel:
     """
     shown = [manifest for manifest in task.manifests if manifest.has_pictures]
     with_vision = any(manifest.kind == "images" for manifest in shown)
-    model = load_model(task.found, task.config, with_vision=with_vision, **places)
+    kind = model_class(task.config)
+    model = load_model(task.found, task.config, kind=kind, with_vision=with_vision, **places)
     for manifest in shown:
         if manifest.kind == "features":
             check_encoder(manifest, model.config.encoder)
@@ -210,9 +217,11 @@ def _leave(
     )
     drawn = draw_answers(evaluation, pictures, task.out, task.cache)
     drawn += draw_curves(task.home, task.out)
-    summary = task.out / "report.md"
+    summary = task.out / SUMMARY
     write_whole(summary, page(report, drawn).encode())
-    made = try_report_page(_page_of(task), _evaluated(task, report, model))
+    made = None
+    if not task.config.train.objective:
+        made = try_report_page(_page_of(task), _evaluated(task, report, model))
     if task.is_the_runs_own:
         pages = [made] if made else []
         _track(task.config, task.found, evaluation, [*files, *drawn, summary, *pages])

@@ -58,7 +58,7 @@ def verdict_lines(where: str, figures: Mapping[str, Any]) -> list[str]:
     lines += _wrapped(left_out(figures))
     if figures.get("advice"):
         lines += _wrapped(f"what would change it: {figures['advice']}")
-    elif figures.get("verdict") and figures["verdict"] != NOT_JUDGED:
+    elif figures.get("verdict") and figures["verdict"] != NOT_JUDGED and not recall_rows(figures):
         lines += _wrapped("what would change it: a lower bound that falls to its margin")
     return lines
 
@@ -86,8 +86,24 @@ def described(when: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def recall_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the recalls of a retrieval as rows of a table: each with its interval and chance."""
+    return [
+        [
+            key.removesuffix("_chance").replace("_", " ").replace(" R", ", R@"),
+            f"{points(figures, key.removesuffix('_chance'))}% (chance {chance:.1f}%)",
+        ]
+        for key, chance in figures.items()
+        if key.endswith("_chance")
+    ]
+
+
 def score_line(task: str, figures: Mapping[str, Any]) -> str:
-    """Returns the score beside what it falls to with other images and with none, and the loss."""
+    """Returns the score beside what it falls to with other images and with none, and the loss; of
+    a retrieval its recalls beside chance.
+    """
+    if recalls := recall_rows(figures):
+        return f"{task}: " + "; ".join(" ".join(row) for row in recalls if "R@5" not in row[0])
     measure = TASKS[task].measure
     points = 1 if measure == "accuracy" else 100  # a hundredth of CIDEr is a point
     words = [f"{task}: {measure} {_figure(figures.get(measure), measure)}"]

@@ -34,6 +34,10 @@ INSTEAD = {
     "FSDP": "weights are divided by DeepSpeed alone, take --launch zero2 or zero3_offload",
     "MULTI_CPU": "accelerate starts a single process for it, take --launch cpu --processes 2",
 }
+NO_ZERO_FOR_A_FIRST_STAGE = (
+    "train.objective: a first stage trains a Q-Former alone, whose state every GPU holds: ZeRO is "
+    "not for it, take --launch multi_gpu (DDP)"
+)
 OFF: tuple[Any, ...] = (None, False, "no", "NO", "No", {}, "")
 
 

@@ -91,6 +91,10 @@ class QFormer(nn.Module):
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.dropout,
         }
+        self._make(sizes, config, vocabulary)
+
+    def _make(self, sizes: dict[str, Any], config: BridgeConfig, vocabulary: int) -> None:
+        """Makes the layers."""
         if not config.question_aware:
             # The queries enter as embeddings: transformers' own word embeddings of a Q-Former are
             # not built.
@@ -165,6 +169,27 @@ class Linear(nn.Module):
 KINDS: dict[str, type[nn.Module]] = {"qformer": QFormer, "mean_pool": MeanPool, "linear": Linear}
 
 
+def start_linear_layers(body: nn.Module) -> None:
+    """Draws linear layers with the variance kept from layer to layer: BERT's fixed 0.02 starves a
+    narrow Q-Former of the image.
+    """
+    for module in body.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+@torch.no_grad()
+def calibrate_norm(patch_norm: nn.LayerNorm, patches_NPD: torch.Tensor) -> None:
+    """Gives each patch channel mean 0 and variance 1 over these images."""
+    normed_NPD = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:])
+    normed_ND = normed_NPD.flatten(0, 1)
+    std_D = normed_ND.std(dim=0)
+    # quiet channels, mostly noise, are not blown up
+    std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))
+    patch_norm.weight.copy_(1 / std_D)
+    patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
+
+
 class Projection(nn.Module):
     """A linear map to the width of the language model, about a mean that each token has of its own,
     at the embeddings' scale.
@@ -213,11 +238,8 @@ class Bridge(nn.Module):
         self.question_aware = config.question_aware
         self.patch_norm = nn.LayerNorm(patch_width)
         self.body = KINDS[config.kind](config, patch_width, vocabulary)
-        for module in self.body.modules():
-            if isinstance(module, nn.Linear):
-                # Variance kept from layer to layer: BERT's fixed 0.02 starves a narrow Q-Former of
-                # the image.
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        start_linear_layers(self.body)
+        self.has_learnt_norm = False  # its patch_norm comes from a first stage
         self.projection = Projection(
             self.body.width, self.body.tokens or patches, lm_width, float(embedding_rms)
         )
@@ -244,13 +266,8 @@ class Bridge(nn.Module):
         0, and the tokens' root mean square is that of the LM's embeddings: image tokens far outside
         it are one way to a loss near 10.
         """
-        normed_NPD = nn.functional.layer_norm(patches_NPD.float(), patches_NPD.shape[-1:])
-        normed_ND = normed_NPD.flatten(0, 1)
-        std_D = normed_ND.std(dim=0)
-        # quiet channels, mostly noise, are not blown up
-        std_D = std_D.clamp(min=std_D.median().clamp(min=1e-6))
-        self.patch_norm.weight.copy_(1 / std_D)
-        self.patch_norm.bias.copy_(-normed_ND.mean(dim=0) / std_D)
+        if not self.has_learnt_norm:
+            calibrate_norm(self.patch_norm, patches_NPD)
         tokens_NQD = self.projection.linear(
             self.body(self.patch_norm(patches_NPD.float()), *prompts_NL)
         )

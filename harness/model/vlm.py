@@ -11,7 +11,7 @@ are found (places.py), or from `lm=PATH` and `vision=PATH`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class VLMConfig(PretrainedConfig):
         encoder: Fields | None = None,
         known_mistakes: Fields | None = None,
         lm_hash: str = "",
+        objective: Sequence[str] = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -86,6 +87,7 @@ class VLMConfig(PretrainedConfig):
         self.encoder = dict(encoder or {})
         self.known_mistakes = dict(known_mistakes or {})
         self.lm_hash = lm_hash
+        self.objective = list(objective)  # of a first stage; [] of a model that answers
 
 
 class VisionLanguageModel(PreTrainedModel):
@@ -96,6 +98,7 @@ class VisionLanguageModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "batch"
     supports_gradient_checkpointing = True
+    is_first_stage = False
 
     def __init__(
         self, config: VLMConfig, vision: VisionTower | None, bridge: Bridge, lm: LanguageModel
@@ -135,7 +138,8 @@ class VisionLanguageModel(PreTrainedModel):
             generate=config.generate.model_dump(mode="json"),
             encoder=encoder,
             known_mistakes=config.known_mistakes.model_dump(mode="json"),
-            lm_hash=quantise.weights_hash(config.model.lm),
+            lm_hash=cls._base_hash(config.model),
+            objective=config.train.objective or (),
         )
         model = cls._assemble(own, config.model, vision, precision, device)
         model.label_smoothing = config.train.label_smoothing
@@ -144,7 +148,7 @@ class VisionLanguageModel(PreTrainedModel):
         if config.train.compile and not without_weights():
             model.compilations = compile_forwards(model, (vision, model.bridge))
         if config.model.bridge.init_from and not without_weights():
-            logger.warning("%s", start_from(model.bridge.body.start(), config.model.bridge))
+            logger.warning("%s", start_from(model.bridge, config.model.bridge, encoder))
         return model
 
     @classmethod
@@ -156,6 +160,21 @@ class VisionLanguageModel(PreTrainedModel):
         precision: Precision,
         device: torch.device | str,
     ) -> VisionLanguageModel:
+        model = cls(own, vision, *cls._trained_parts(own, parts, precision))
+        model.precision = precision
+        if vision is not None:
+            vision.store(precision.vision)
+        store_frozen(model.lm, precision.lm)
+        return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper loses self
+
+    @classmethod
+    def _base_hash(cls, parts: settings.ModelConfig) -> str:
+        return quantise.weights_hash(parts.lm)
+
+    @classmethod
+    def _trained_parts(
+        cls, own: VLMConfig, parts: settings.ModelConfig, precision: Precision
+    ) -> tuple[Bridge, LanguageModel]:
         lm = LANGUAGES[parts.lm.kind](
             parts.lm,
             chat=own.prompts.get("chat", "none"),
@@ -163,12 +182,18 @@ class VisionLanguageModel(PreTrainedModel):
             compute_dtype=precision.compute_dtype,
         )
         lm.bos_in_training = own.known_mistakes.get("bos") != "generation_only"
-        model = cls(own, vision, new_bridge(parts.bridge, own, lm), lm)
-        model.precision = precision
-        if vision is not None:
-            vision.store(precision.vision)
-        store_frozen(lm, precision.lm)
-        return model.to(device)  # type: ignore[arg-type]  # transformers' wrapper loses self
+        return new_bridge(parts.bridge, own, lm), lm
+
+    @classmethod
+    def _find_base(cls, saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:
+        config = settings.ModelConfig(**saved.model).lm
+
+        def look(place: str) -> Found:
+            named = config.model_copy(update={"id": place})
+            return Found(place, quantise.weights_hash(named), None)
+
+        part = Part("base language model", "lm", config.id, saved.lm_hash)
+        return find(part, folder, given, look)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -305,6 +330,7 @@ class VisionLanguageModel(PreTrainedModel):
         shapes differ.
         """
         before = _saved_config(folder)
+        _check_objective(folder, before.objective, self.config.objective)
         file = folder / WEIGHTS
         _check_base(folder, before, self.config.model["lm"]["id"], self.config.lm_hash)
         _check_encoder(folder, before, self.config.encoder)
@@ -365,10 +391,11 @@ class VisionLanguageModel(PreTrainedModel):
         on = arguments.device_of(device, options.get("device_map"))
         precision = arguments.precision_of(precision, options, on)
         own = _saved_config(folder, options.get("config"))
+        _check_objective(folder, own.objective, own.objective if cls.is_first_stage else [])
         # Not transformers' own loading: under its meta-device context the frozen parts could not be
         # loaded inside.
         with torch.device("cpu"):
-            own.model["lm"]["id"] = _find_base(own, folder, lm).place
+            own.model["lm"]["id"] = cls._find_base(own, folder, lm).place
             tower = None
             if with_vision:
                 encoder = _find_encoder(own, folder, vision)
@@ -392,6 +419,20 @@ def new_bridge(bridge: settings.BridgeConfig, own: VLMConfig, lm: LanguageModel)
     )
 
 
+def _check_objective(folder: Path, saved: Sequence[str], own: Sequence[str]) -> None:
+    if saved and not own:
+        raise ConfigError(
+            f"{folder} is a first stage (train.objective {', '.join(saved)}), without a language "
+            "model that could answer: `harness evaluate` scores it by retrieval, and a run with "
+            "model.bridge.init_from set to it goes on with a language model"
+        )
+    if saved != own:
+        raise ConfigError(
+            f"{folder}: its train.objective is {', '.join(saved) or 'null'}, this run's "
+            f"{', '.join(own)}"
+        )
+
+
 def _saved_config(folder: Path, given: VLMConfig | None = None) -> VLMConfig:
     """Returns what a folder's config.json says, or the one that an auto class made of it, keys of
     an older version at their new places.
@@ -410,17 +451,6 @@ def _saved_config(folder: Path, given: VLMConfig | None = None) -> VLMConfig:
             f"{folder} is no saved model: its config.json cannot be used: {reason}"
         ) from error
     return saved
-
-
-def _find_base(saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:
-    config = settings.ModelConfig(**saved.model).lm
-
-    def look(place: str) -> Found:
-        named = config.model_copy(update={"id": place})
-        return Found(place, quantise.weights_hash(named), None)
-
-    part = Part("base language model", "lm", config.id, saved.lm_hash)
-    return find(part, folder, given, look)
 
 
 def _find_encoder(saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:

@@ -32,6 +32,9 @@ def evaluation_held(
     """
     if not (config.data.dev or config.data.test):
         return {}
+    if config.train.objective:  # more than its embeddings alone
+        sizes = work.evaluated or replace(work.sizes, targets=TEXTS_UNKNOWN)
+        return dict(skeleton.forward(sizes, batch_images).peak)
     sizes = work.evaluated or replace(work.sizes, contexts=TEXTS_UNKNOWN, targets=TEXTS_UNKNOWN)
     checkpointing = config.train.activation_checkpointing
     # Where the dev sets are not here, questions are assumed.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import Config
 from harness.machine.devices import FREE_SHARE, GIB, Device
-from harness.machine.launch_file import Launch
+from harness.machine.launch_file import NO_ZERO_FOR_A_FIRST_STAGE, Launch
 from harness.plan.report import Plan, gb, tightest
 
 if TYPE_CHECKING:
@@ -252,6 +252,8 @@ class Planner:
     @property
     def refused(self) -> str | None:
         """Why `harness train` would not start it on any number of bytes."""
+        if self.config.train.objective and self.launch.zero_stage is not None:
+            return NO_ZERO_FOR_A_FIRST_STAGE
         if self.stage == 3 and self.config.train.compile:
             return "train.compile and ZeRO-3: set train.compile=false, or take ZeRO-2"
         if self.launch.zero_stage is None or self.skeleton.precision.name != "fp16":
@@ -405,6 +407,11 @@ class Planner:
             f"them not padding ({self.work.source})",
             *skeleton.notes,
         ]
+        if self.config.train.objective:
+            notes.append(
+                "a first stage: the similarities of the whole global batch and its patch tokens "
+                "are not counted, nor the first of its two passes"
+            )
         if "LM 4-bit" in weights:
             packed = weights["LM 4-bit"] + weights["quantisation constants"]
             state = 4 * skeleton.trained_bridge_bytes

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from harness.config.schema import Config
 from harness.errors import ConfigError
+from harness.loading import model_class
 from harness.machine.devices import Device
 from harness.machine.precision import Precision, choose
 from harness.model.batch import MADE_FROM, Batch, TargetIndex, TargetRows
@@ -148,7 +149,7 @@ class Skeleton:
         self.precision, self.on_gpu = precision, precision.device_type == "cuda"
         self.mode = FakeTensorMode()
         with _no_collection(), torch.device("meta"):
-            self.model = VisionLanguageModel.build(
+            self.model = model_class(config).build(
                 config, encoder, precision=replace(precision, device_type="cpu"), device="meta"
             )
         with _no_collection(), self.mode:
@@ -245,7 +246,9 @@ class Skeleton:
         return meter.peak
 
     def _checkpoint(self, checkpointing: bool) -> None:
-        """Switches activation checkpointing on or off."""
+        """Switches activation checkpointing on or off; a first stage has none."""
+        if self.model.config.objective:
+            return
         lm: Any = self.model.lm.base  # the method's name changed in transformers 5
         (
             getattr(lm, "activation_checkpointing_disable", None)
@@ -449,8 +452,8 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.mode = mode
         self.device = torch.device("cpu")
-        base: Any = model.lm.base
-        self.vocabulary = base.config.vocab_size
+        lm: Any = model.lm
+        self.vocabulary = lm.size if model.config.objective else lm.base.config.vocab_size
         self.rounding = rounding
         self.alive: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()

@@ -186,9 +186,18 @@ def _seen(sets: list[Manifest], collate: Collator) -> Batch | None:
     return batch
 
 
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of the model that a config trains. Raises ConfigError."""
+    if not config.train.objective:
+        return load_tokenizer(config.model.lm, config.prompts.chat)
+    from harness.model.first_stage import Vocabulary
+
+    return Vocabulary(config.model).tokenizer
+
+
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     with suppress(ConfigError):  # a plan can do without
-        return load_tokenizer(config.model.lm, config.prompts.chat)
+        return tokenizer_of(config)
     return None
 
 

@@ -80,7 +80,8 @@ class BetweenSteps:
             if due.stops or due.ends:
                 self.saver.save_once()
             return due
-        if train.image_use_every and run.config.data.dev and self._is_due(train.image_use_every):
+        looks = train.image_use_every and run.config.data.dev and not train.objective
+        if looks and self._is_due(train.image_use_every):
             self._look()
         return Due()
 

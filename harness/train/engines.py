@@ -8,7 +8,11 @@ import sys
 from harness.config.schema import TrainConfig
 from harness.errors import ConfigError
 from harness.machine.determinism import ask_for_the_same_bits
-from harness.machine.launch_file import check_accelerates_environment, is_on
+from harness.machine.launch_file import (
+    NO_ZERO_FOR_A_FIRST_STAGE,
+    check_accelerates_environment,
+    is_on,
+)
 from harness.redact import say
 from harness.train.engine import Engine
 
@@ -34,6 +38,8 @@ def make_engine(train: TrainConfig) -> Engine:
         for sentence in said:
             say(sentence, sys.stderr)
     if is_on(os.environ, "DEEPSPEED"):
+        if train.objective:
+            raise ConfigError(NO_ZERO_FOR_A_FIRST_STAGE)
         from harness.train.zero import ZeroEngine
 
         return ZeroEngine(train)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from harness import checkpoint as checkpoints
 from harness.data.images import cache_of, patience_of
 from harness.evaluate import DEV, FOLDER
-from harness.evaluate.report import read_predictions, write_report
+from harness.evaluate.report import SUMMARY, read_predictions, write_report
+from harness.evaluate.report import page as write_summary
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run_on_disk import PAGE, model_facts
 from harness.train.state import Run
-from shards.files import ShardError
+from shards.files import ShardError, write_whole
 from shards.manifest import Manifest
 
 
@@ -38,6 +39,11 @@ def leave_report(run: Run, result: Evaluation) -> None:
         )
     except (OSError, ShardError) as error:
         run.terminal.say(f"no report: {error}")
+        return
+    if config.train.objective:  # a page shows answers
+        write_whole(out / SUMMARY, write_summary(report, []).encode())
+        run.tracker.artifact(out / SUMMARY)
+        run.terminal.say(f"report: {out / SUMMARY}")
         return
     page = try_report_page(config.out_dir / PAGE, evaluated, progress=go_on)
     run.model.train()

@@ -42,7 +42,12 @@ def loop(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
 
 
 def _steps(run: Run, saver: Saver, stop_asked: Callable[[], int]) -> int:
-    taker = StepTaker(run, stop_asked, saver.is_due)
+    kind = StepTaker
+    if run.config.train.objective:
+        from harness.train.first_stage import FirstStageSteps
+
+        kind = FirstStageSteps
+    taker = kind(run, stop_asked, saver.is_due)
     global_batches = taker.batches()
     guard = RunGuard(run)
     log = StepLog(run)

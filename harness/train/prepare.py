@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from harness import checkpoint as checkpoints
+from harness.checks import is_run
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.fast_resize import training_decoder
 from harness.data.features import check_encoder
 from harness.data.images import reading
 from harness.errors import GuardError
+from harness.loading import model_class
 from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.bridge import CALIBRATED_ON
@@ -84,10 +86,20 @@ def build_model(
 
     `encoder`: as `encoder_of` gives it. The model itself knows nothing of runs and checkpoints.
     """
-    model = VisionLanguageModel.build(config, encoder, precision=precision, device=device)
+    if start := config.model.bridge.init_from:
+        bridge = config.model.bridge.model_copy(update={"init_from": _files_of(start)})
+        parts = config.model.model_copy(update={"bridge": bridge})
+        config = config.model_copy(update={"model": parts})
+    model = model_class(config).build(config, encoder, precision=precision, device=device)
     if config.model.init_from:
         model.load_trained(checkpoints.model_folder(Path(config.model.init_from).expanduser()))
     return model
+
+
+def _files_of(start: str) -> str:
+    """Returns the saved model that a run or a checkpoint stands for; any other name as it is."""
+    folder = Path(start).expanduser()
+    return str(checkpoints.model_folder(folder)) if is_run(folder) else start
 
 
 def calibrate(model: VisionLanguageModel, config: Config) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from harness.config.schema import BridgeConfig, LanguageModelConfig
 from harness.errors import ConfigError
-from harness.model.bridge import QFormer
+from harness.model.bridge import Bridge
 from harness.model.language.decoder import DecoderLanguage
 from harness.model.language.quantise import weights_hash
 from harness.model.start import start_from
@@ -210,9 +210,9 @@ def test_a_bert_from_the_zip_of_a_package_starts_a_qformer(tmp_path, monkeypatch
     config = BridgeConfig(
         query_tokens=4, layers=2, width=24, heads=4, cross_attention_frequency=2, init_from=str(out)
     )
-    qformer = QFormer(config, 16, 0)
-    start = qformer.start()
-    told = start_from(start, config)
+    bridge = Bridge(config, patch_width=16, lm_width=24, patches=4, embedding_rms=1.0)
+    qformer = bridge.body
+    told = start_from(bridge, config, {})
     layer = qformer.qformer.encoder.layer[1]
     theirs = bert.encoder.layer[1]
     assert torch.equal(layer.attention.attention.key.weight, theirs.attention.self.key.weight)

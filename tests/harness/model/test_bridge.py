@@ -259,7 +259,7 @@ def blip2(tmp_path_factory) -> Path:
 
 def started(folder: Path, made: Bridge, **settings) -> str:
     small = {"query_tokens": 4, "layers": 2, "width": 32, "heads": 4, "init_from": str(folder)}
-    return start_from(made.body.start(), BridgeConfig(**(small | settings)))
+    return start_from(made, BridgeConfig(**(small | settings)), {})
 
 
 def test_a_qformer_started_from_bert_has_its_attention_and_its_own_look_at_the_image(bert):
