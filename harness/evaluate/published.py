@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from harness.model.batch import Batch
 from harness.model.language.interface import generate_arguments
 from harness.model.language.loss import Generated, LossOutput
 from harness.model.language.quantise import nf4
+from harness.model.language.wording import Wording
 from harness.model.pretrained import loading, quiet_transformers
 from harness.redact import say
 from shards.manifest import Manifest
@@ -83,6 +85,11 @@ class PictureCollator(Collator):
     """Samples of pictures of any size -> PictureBatch; records without one are left out, as
     `asked_with_pictures` says.
     """
+
+    @cached_property
+    def wording(self) -> Wording:
+        """That of plain text: the model's own processor is what writes its prompts."""
+        return Wording(self.tokenizer, chat=False)
 
     def __call__(self, samples: Sequence[Sample]) -> PictureBatch | None:
         readable = [

@@ -32,15 +32,16 @@ class Worded(NamedTuple):
 
 
 class Wording:
-    """What a tokenizer makes of prompts and answers."""
+    """What a tokenizer makes of prompts and answers; `chat`: by its template, where it has one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool = True):
         self.tokenizer = tokenizer
+        self.chat = chat
 
     @cached_property
     def template(self) -> tuple[str, str] | None:
         """What a chat template writes before and behind a prompt; None: there is none."""
-        if not self.tokenizer.chat_template:
+        if not self.chat or not self.tokenizer.chat_template:
             return None
         said = _rendered(self.tokenizer, [("user", ASKED)], add_generation_prompt=True)
         return said[: said.index(ASKED)], said[said.index(ASKED) + len(ASKED) :]

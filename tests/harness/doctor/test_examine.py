@@ -192,6 +192,8 @@ def test_a_cache_too_small_for_its_windows_is_an_error(base):
 def test_a_store_that_does_not_answer_is_warned_of_and_one_that_does_is_not(
     base, tmp_path, monkeypatch
 ):
+    # mlflow itself leaves the store of an earlier test there
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "set, so that the test's end takes it back")
         monkeypatch.delenv(name)
