@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 import toy_batch
 from harness.model import products
 from harness.model.language import lora, loss
-from harness.model.language.loss import weighted_loss
+from harness.model.language.loss import Kept, weighted_loss
 
 CLOSE = 1e-5  # of the largest value
 
@@ -139,8 +139,10 @@ def test_the_loss_in_chunks_is_the_loss_and_logits_are_never_whole(
         hidden = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
         hidden.requires_grad_()
         seen.clear()
+        ((rows_T, part),) = batch.target_groups(True)
+        kept_KD = hidden.flatten(0, 1).index_select(0, rows_T.kept_K)
         out = weighted_loss(
-            lambda part, hidden=hidden: hidden[:, : part.labels_TL.shape[1]],
+            [Kept(rows_T, part, kept_KD)],
             batch,
             head,
             smoothing,

@@ -40,7 +40,7 @@ def without_storage(monkeypatch):
 
     def build(config):
         with monkeypatch.context() as patch:
-            for room in ("vlm", "vision"):
+            for room in ("vlm", "vision.tower"):
                 patch.setattr(f"harness.model.{room}.store_frozen", lambda *_: None)
             return VisionLanguageModel.build(config, precision=BF16)
 
