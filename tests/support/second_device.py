@@ -47,8 +47,9 @@ def place() -> str:
         file = frame.f_code.co_filename
         if file != HERE and not any(name in file for name in LIBRARIES):
             parts = Path(file).parts
-            room = next((r for r in ("harness", "transformers") if r in parts), parts[-2])
-            at = len(parts) - 1 - parts[::-1].index(room)
+            # The last of them: a checkout may be called harness, and hold its own environment.
+            rooms = [n for n, part in enumerate(parts) if part in ("harness", "transformers")]
+            at = max(rooms, default=len(parts) - 2)
             return f"{'/'.join(parts[at:])}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "torch, on its own"  # a backward pass has no frame of ours
