@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from grouped import step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import base_lm
@@ -96,16 +96,6 @@ def batch_of(model: VisionLanguageModel, config: Config, images: int) -> Batch:
     made = Collator(model.tokenizer, config.data, config.prompts)(samples)
     assert made is not None
     return made.indexed()
-
-
-def step(model: VisionLanguageModel, batch: Batch) -> tuple[float, float]:
-    """Returns seconds and loss of one forward and backward pass."""
-    model.zero_grad()
-    started = time.perf_counter()
-    out = model(batch)
-    loss = out.sum / out.weight
-    loss.backward()
-    return time.perf_counter() - started, loss.item()
 
 
 def measured(folder: str, precision: Any, images: int, steps: int, tuning: Any) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def _train(
     """Trains the model in a folder and saves it there."""
     language = LANGUAGES[kind](LanguageModelConfig(kind=kind, id=str(folder), tuning="full"))
     # A sound base, as published ones are: also a config with known mistakes makes none here.
-    collate = Collator(language.tokenizer, config.data, config.prompts)
+    packs = kind != "t5"
+    collate = Collator(language.tokenizer, config.data, config.prompts, packs=packs)
     units = _units(pairs)
     schedule = config.train.model_copy(
         update={"learning_rate": peak, "schedule": "cosine", "warmup": 0.1}

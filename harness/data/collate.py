@@ -80,6 +80,7 @@ class Collator:
     training: bool = True
     loss_on_padding: bool = False  # a known mistake
     bos_in_training: bool = True  # False is another
+    packs: bool = False  # as a batch's
     loss_weights: tuple[float, ...] = ()
     truncated: Counter[str] = field(default_factory=Counter, compare=False)
     prompt_multiple: int = 1  # prompts are padded to a multiple of it
@@ -104,6 +105,7 @@ class Collator:
             training,
             config.known_mistakes.loss_on_padding,
             config.known_mistakes.bos == "always",
+            config.model.lm.kind != "t5",
             prompt_multiple=PROMPT_MULTIPLE if training and config.train.compile else 1,
             on_gpu=on_gpu,
         )
@@ -239,6 +241,7 @@ class Collator:
             features_IPD=None if is_pixels else tensor,
             contexts=tuple(contexts),
             text_ids_T=tuple(contexts[c].text.id for c in context_of_T),
+            packs=self.packs,
             begins=self.bos_in_training and self.wording.begins is not None,
             groups=group_by_length(counts_TL.sum(dim=1).tolist(), self.on_gpu),
         )

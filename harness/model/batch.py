@@ -57,7 +57,8 @@ class TargetIndex(NamedTuple):
 
     made_from: tuple[torch.Tensor, ...]  # those of MADE_FROM
     rows: tuple[TargetRows, ...]
-    # contexts of an image in one row; and each in its own, where that is not the same
+    # contexts of an image in one row; and each in its own, where that is not the same; () where
+    # nothing packs them
     packed: tuple[Packed, ...]
 
 
@@ -84,6 +85,7 @@ class Batch:
     features_IPD: torch.Tensor | None = None  # float16
     contexts: tuple[Context, ...] = ()  # C of them, for evaluation
     text_ids_T: tuple[str, ...] = ()
+    packs: bool = False  # it is for a decoder, whose targets share rows
     begins: bool = False  # in training a token stands between a prompt and its answers
     # rows of T of like length, and the length of their longest; (): T is one group
     groups: tuple[tuple[list[int], int], ...] = ()
@@ -115,14 +117,15 @@ class Batch:
             kept_K = counts_TL[rows_T, :longest].flatten().nonzero()[:, 0]
             target_of_K = rows_T[kept_K.div(max(longest, 1), rounding_mode="floor")]
             made.append(TargetRows(rows_T, longest, kept_K, target_of_K).mapped(moved))
-        packed = [self._packed(self.begins, by_image) for by_image in self._ways()]
+        ways = self._ways() if self.packs else ()
+        packed = [self._packed(self.begins, by_image) for by_image in ways]
         return replace(self, index=TargetIndex(made_from, tuple(made), tuple(packed)))
 
     def packed(self, begins: bool, by_image: bool) -> Packed:
         """Returns where the tokens of packed targets stand. `by_image`: contexts of an image share
-        a row. The host waits where `begins` is not as in training.
+        a row. The host waits where `begins` is not as in training, or the batch does not pack.
         """
-        if begins != self.begins:
+        if begins != self.begins or not self.packs:
             return self._packed(begins, by_image)
         index = self.indexed().index
         assert index is not None  # `indexed` has made it

@@ -68,7 +68,10 @@ def pack(lengths: Lengths, row_of_C: np.ndarray, begins: bool) -> Packed:
     pieces: list[tuple[int, ...]] = []  # row, length, source, place, context, target
     told_T = np.zeros((len(words_T), 3), dtype=np.int64)  # row, columns of first and second label
     context_R: list[int] = []
-    here, behind, used, end = -1, -1, 0, 0
+    here = -1
+    behind = -1
+    used = 0
+    end = 0
     for target in np.lexsort((lengths.context_T, row_of_C[lengths.context_T])).tolist():
         context = int(lengths.context_T[target])
         words = int(words_T[target])

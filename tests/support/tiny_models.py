@@ -72,6 +72,16 @@ SENTENCES = (
 )
 
 
+_TEXT_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 8,
+}
+
+
 def tiny_clip(
     folder: Path,
     *,
@@ -97,12 +107,7 @@ def tiny_clip(
         "projection_dim": 16,
     }
     text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 8,
+        **_TEXT_TOWER,
         "projection_dim": 16,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -145,15 +150,7 @@ def _siglip(full: bool) -> tuple[PreTrainedModel, PilBackend]:
     processor = SiglipImageProcessorPil(**_SQUARE, resample=2)
     if not full:
         return SiglipVisionModel(SiglipVisionConfig(**vision)), processor
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 8,
-        "projection_size": 32,
-    }
+    text = {**_TEXT_TOWER, "projection_size": 32}
     return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), processor
 
 

@@ -79,7 +79,9 @@ def collator(
     tokenizer, *, prompts: PromptsConfig | None = None, loss_on_padding: bool = False, **data
 ) -> Collator:
     prompts = prompts or PromptsConfig()
-    return Collator(tokenizer, DataConfig(**data), prompts, loss_on_padding=loss_on_padding)
+    return Collator(
+        tokenizer, DataConfig(**data), prompts, loss_on_padding=loss_on_padding, packs=True
+    )
 
 
 def unrolled(batch: Batch) -> Batch:

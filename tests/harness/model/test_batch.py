@@ -34,6 +34,17 @@ def test_the_lists_name_the_tokens_with_a_weight_each_once_with_its_target(batch
     assert torch.equal(seen_TL, batch.weight_TL)
 
 
+def test_rows_of_packed_targets_are_laid_out_beforehand_for_a_decoder_alone(batch):
+    plain = replace(batch, packs=False, index=None).indexed()
+    assert plain.index.packed == ()
+    assert batch.index.packed
+    for by_image in (True, False):
+        laid_out = batch.packed(False, by_image)
+        asked = plain.packed(False, by_image)
+        assert torch.equal(laid_out.source_RW, asked.source_RW)
+        assert torch.equal(laid_out.place_RW, asked.place_RW)
+
+
 def test_weights_put_in_place_of_others_are_those_that_count(model, batch):
     half_TL = batch.weight_TL.clone()
     half_TL[:4] = 0
