@@ -136,7 +136,9 @@ def _from_gguf(place: Path, folder: Path, dtype: torch.dtype) -> None:
 
     Its `save_pretrained` refuses models that came quantised; the tensors it holds are not.
     """
-    if place.read_bytes()[:4] != b"GGUF":
+    with place.open("rb") as stream:
+        begins = stream.read(4)
+    if begins != b"GGUF":
         raise ConfigError(f"{place} is neither a GGUF file nor a zip of a saved model")
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"a GGUF file is read by the package gguf: {install_command('smollm')}")

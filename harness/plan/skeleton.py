@@ -265,7 +265,7 @@ class Skeleton:
         batch = make_batch(sizes, images, self.encoder, features, self.on_gpu)
         lm = self.model.lm
         begins = lm.begins is not None and lm.bos_in_training
-        return replace(batch, begins=begins, index=_index(sizes, images, batch))
+        return replace(batch, packs=True, begins=begins, index=_index(sizes, images, batch))
 
     def _meter(self, batch: Batch) -> _Meter:
         """Returns a meter that has counted the batch already."""

@@ -152,7 +152,8 @@ def workload(config: Config) -> Workload:
     lengths = "" if tokenizer else ASSUMED.format(config.model.lm.id)
     found = f"the texts of {{}} images of the shards{lengths}"
     tokenizer = tokenizer or _stand_in()
-    seen = _seen(sets, Collator(tokenizer, data, config.prompts, config.seed))
+    packs = config.model.lm.kind != "t5"
+    seen = _seen(sets, Collator(tokenizer, data, config.prompts, config.seed, packs=packs))
     if seen is None:
         return Workload(
             sizes, loader.samples, encoder, f"{assumed}: the shards' first texts teach nothing"

@@ -81,9 +81,15 @@ def collated(config: Config, model: VisionLanguageModel, images: int) -> Batch:
         for i in range(images)
     ]
     on_gpu = model.device.type == "cuda"
-    return Collator(model.tokenizer, config.data, config.prompts, config.seed, on_gpu=on_gpu)(
-        samples
+    collate = Collator(
+        model.tokenizer,
+        config.data,
+        config.prompts,
+        config.seed,
+        packs=config.model.lm.kind != "t5",
+        on_gpu=on_gpu,
     )
+    return collate(samples)
 
 
 def measured_saved(model: VisionLanguageModel, batch: Batch) -> int:
