@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from harness import checkpoint as checkpoints
 from harness.config.schema import Config
 from harness.errors import ConfigError
 from harness.machine.precision import Requested, choose_or_fall_back
 from harness.model.arguments import model_folder
+from harness.model.language.quantise import load_tokenizer
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import say
 
@@ -94,6 +96,15 @@ def model_class(config: Config) -> type[VisionLanguageModel]:
     from harness.model.first_stage import FirstStageModel
 
     return FirstStageModel
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of the model that a config trains. Raises ConfigError."""
+    if not config.train.objective:
+        return load_tokenizer(config.model.lm, config.prompts.chat)
+    from harness.model.first_stage import Vocabulary
+
+    return Vocabulary(config.model).tokenizer
 
 
 def _placed(

@@ -170,10 +170,14 @@ class LanguageModelConfig(Section):
     # GPT-2: new layers look at the image tokens, which else stand before the prompt.
     cross_attention: bool = False
 
+    @property
+    def has_encoder(self) -> bool:
+        return self.kind == "t5"
+
     @model_validator(mode="after")
     def _only_decoders_have_it(self) -> LanguageModelConfig:
         for key in ("cross_attention", "gguf_file"):
-            if self.kind == "t5" and getattr(self, key):
+            if self.has_encoder and getattr(self, key):
                 raise ValueError(f"{key} is a key of kind decoder, this is {self.kind}")
         return self
 
@@ -346,7 +350,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _only_decoders_make_it(self) -> Config:
-        if self.model.lm.kind == "t5" and self.known_mistakes.bos != "always":
+        if self.model.lm.has_encoder and self.known_mistakes.bos != "always":
             raise ValueError("known_mistakes.bos is a mistake of kind decoder, model.lm.kind is t5")
         return self
 

@@ -105,7 +105,7 @@ class Collator:
             training,
             config.known_mistakes.loss_on_padding,
             config.known_mistakes.bos == "always",
-            config.model.lm.kind != "t5",
+            not config.model.lm.has_encoder,
             prompt_multiple=PROMPT_MULTIPLE if training and config.train.compile else 1,
             on_gpu=on_gpu,
         )

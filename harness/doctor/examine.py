@@ -26,6 +26,7 @@ from harness.data.prompts import template
 from harness.doctor.findings import Finding, State, error, ok, warning
 from harness.doctor.machine import Gpu, disk
 from harness.errors import ConfigError
+from harness.loading import tokenizer_of
 from harness.machine.hardware import multiplies_bf16
 from harness.machine.launch_file import Launch
 from harness.machine.launcher import undecided
@@ -33,7 +34,6 @@ from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.plan.plan import check
 from harness.plan.planner import checkpoint_bytes
-from harness.plan.workload import tokenizer_of
 from harness.redact import clean
 from harness.tracking.store import database, store_uri
 from harness.train.prepare import (

@@ -176,7 +176,7 @@ def _write_asked(
         "base": (str(out / lm["id"]) if in_out else lm["id"]) if has_adapter else None,
         "revision": None if in_out else lm["revision"],
         "four_bits": four_bits,
-        "encoder_decoder": config.model.lm.kind == "t5",
+        "encoder_decoder": config.model.lm.has_encoder,
         "pictures": [names[image] if names else None for image in image_of_C],
         "questions": [context.text.prompt or "" for context in batch.contexts],
     }
@@ -191,7 +191,7 @@ def _write_asked(
             batch.prompt_ids_CL,
             batch.prompt_mask_CL.long(),
             own.begins,
-            config.model.lm.kind != "t5",
+            not config.model.lm.has_encoder,
         ),
     }
     if not names:

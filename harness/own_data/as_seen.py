@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.images import ImageDecoder
-from harness.model.language.quantise import load_tokenizer
+from harness.loading import tokenizer_of
 from shards.manifest import Manifest
 from shards.read import Sample
 
@@ -64,9 +64,7 @@ class AsSeen:
         is_scored = any(_same(path, manifest.folder) for path in scored)
         self.is_training = bool(trained) or not is_scored
         self.collate = replace(
-            Collator.of(
-                config, load_tokenizer(config.model.lm, config.prompts.chat), self.is_training
-            ),
+            Collator.of(config, tokenizer_of(config), self.is_training),
             loss_weights=tuple(one.loss_weight for one in trained[:1]),
         )
         self.decode = ImageDecoder.of(config.model.vision, config.data.max_image_pixels)

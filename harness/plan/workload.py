@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from harness.config.schema import Config
 from harness.data.collate import Collator, group_by_length
 from harness.errors import ConfigError
+from harness.loading import tokenizer_of
 from harness.model.batch import Batch
-from harness.model.language.quantise import load_tokenizer
 from harness.model.packing import MOST_POSITIONS
 from shards.files import ShardError, is_remote
 from shards.loader import Loader
@@ -152,7 +152,7 @@ def workload(config: Config) -> Workload:
     lengths = "" if tokenizer else ASSUMED.format(config.model.lm.id)
     found = f"the texts of {{}} images of the shards{lengths}"
     tokenizer = tokenizer or _stand_in()
-    packs = config.model.lm.kind != "t5"
+    packs = not config.model.lm.has_encoder
     seen = _seen(sets, Collator(tokenizer, data, config.prompts, config.seed, packs=packs))
     if seen is None:
         return Workload(
@@ -185,15 +185,6 @@ def _seen(sets: list[Manifest], collate: Collator) -> Batch | None:
     batch = collate(samples)
     quiet.setLevel(level)
     return batch
-
-
-def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of the model that a config trains. Raises ConfigError."""
-    if not config.train.objective:
-        return load_tokenizer(config.model.lm, config.prompts.chat)
-    from harness.model.first_stage import Vocabulary
-
-    return Vocabulary(config.model).tokenizer
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:

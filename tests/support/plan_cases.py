@@ -86,7 +86,7 @@ def collated(config: Config, model: VisionLanguageModel, images: int) -> Batch:
         config.data,
         config.prompts,
         config.seed,
-        packs=config.model.lm.kind != "t5",
+        packs=not config.model.lm.has_encoder,
         on_gpu=on_gpu,
     )
     return collate(samples)

@@ -126,7 +126,7 @@ def load_tokenizer(config: LanguageModelConfig, chat: str = "auto") -> PreTraine
         raise ConfigError(
             f"{KEY}: the tokenizer of {config.id!r} knows {len(tokenizer)} tokens; it is broken"
         )
-    end_turns(tokenizer, "none" if config.kind == "t5" else chat, config.id)
+    end_turns(tokenizer, "none" if config.has_encoder else chat, config.id)
     return tokenizer
 
 
