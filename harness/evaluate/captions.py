@@ -257,10 +257,13 @@ def _cider_d(said_I: Sequence[Ngrams], refs_I: Sequence[Sequence[Ngrams]]) -> li
         total = 0.0
         for ref_weights, ref_norms_N, ref_length in map(vector, refs):
             products_N = [0.0] * _N
-            for ngram in weights.keys() & ref_weights.keys():
-                products_N[len(ngram) - 1] += (
-                    min(weights[ngram], ref_weights[ngram]) * ref_weights[ngram]
-                )
+            # In the caption's own order: a set's differs from process to process, and with it the
+            # last digit of the sum.
+            for ngram, weight in weights.items():
+                if ngram in ref_weights:
+                    products_N[len(ngram) - 1] += (
+                        min(weight, ref_weights[ngram]) * ref_weights[ngram]
+                    )
             scales_N = [
                 own_norm * norm for own_norm, norm in zip(norms_N, ref_norms_N, strict=True)
             ]

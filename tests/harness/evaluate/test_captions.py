@@ -4,6 +4,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,32 @@ def test_every_figure_is_that_of_pycocoevalcap(case):
     assert list(
         captions.cider_d_per_image(case["hypotheses"], case["references"]).values()
     ) == pytest.approx(case["CIDEr"], abs=1e-9)
+
+
+HASHED = """
+import random
+from harness.evaluate.captions import cider_d_per_image
+
+draw = random.Random(0)
+words = "a dog man runs on the grass red ball in water with two jumps white".split()
+said = {str(image): " ".join(draw.choices(words, k=12)) for image in range(20)}
+truth = {image: [" ".join(draw.choices(words, k=12)) for _ in range(5)] for image in said}
+print(list(cider_d_per_image(said, truth).values()))
+"""
+
+
+def test_cider_has_the_same_last_digit_whatever_order_the_hashes_of_a_process_make():
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", HASHED],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(said) == 1
 
 
 def test_bleu_of_a_resample_is_that_of_its_images_together_and_not_a_mean_over_them():
