@@ -155,7 +155,10 @@ def check_resume(config: Config, resume: str | None) -> None:
 
 
 # Parts may have been moved: loading compares their hashes.
-BY_HASH = ("model.lm.id", "model.lm.revision", "model.vision.id", "model.vision.revision")
+BY_HASH = (
+    *("model.lm.id", "model.lm.revision"),
+    *("model.vision.id", "model.vision.revision", "model.vision.weights"),
+)
 # Where training began may be gone: the checkpoint holds what became of it.
 STARTS = ("model.init_from", "model.bridge.init_from")
 
@@ -208,10 +211,20 @@ def check_vision(config: Config) -> None:
                 raise ConfigError(
                     f"model.vision.kind: {vision.kind} needs a package: {install_command(extra)}"
                 )
+        if vision.weights:
+            _check_own_weights(vision.weights)
         return
     _check_model("model.vision.id", vision.id, vision.revision)
     if vision.kind == "auto":
         preprocessing_of(vision)
+
+
+def _check_own_weights(folder: str) -> None:
+    if not (Path(folder).expanduser() / "model.safetensors").is_file():
+        raise ConfigError(
+            f"model.vision.weights: the folder {folder} holds no model.safetensors: expected what "
+            "benchmarks/encoder_of_words.py writes, or null for the package's own weights"
+        )
 
 
 def _check_some(config: Config, part: str) -> None:

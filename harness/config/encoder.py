@@ -14,6 +14,16 @@ PACKAGES = {
 NAMED_BY = ("kind", "id", "revision", "layer", "image_size", "stages", "flips")
 
 
+def place_of_weights(config: VisionConfig) -> str:
+    """Returns where an encoder's weights come from: a folder, a package or a hub id."""
+    return config.weights or PACKAGES.get(config.kind) or config.id
+
+
+def with_weights_at(config: VisionConfig, place: str) -> VisionConfig:
+    """Returns the same encoder with its folder or hub id at another place."""
+    return config.model_copy(update={"weights" if config.weights else "id": place})
+
+
 def encoder_name(config: VisionConfig) -> dict[str, Any]:
     """Returns the part of an encoder's identity that a config alone tells, without loading the
     encoder.
@@ -27,7 +37,7 @@ def encoder_name(config: VisionConfig) -> dict[str, Any]:
         more["flips"] = True
     return {
         "kind": config.kind,
-        "id": package or config.id,
+        "id": place_of_weights(config),
         "revision": None if package else config.revision,
         "layer": None if package else config.layer,
         "image_size": config.image_size,

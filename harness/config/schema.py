@@ -110,12 +110,16 @@ class VisionConfig(Section):
     # EfficientNet alone. last: its last grid, of 1/32 of the picture; both: beside each cell of
     # that, channel by channel, the four cells of the grid of 1/16: as many tokens, a third wider.
     stages: Literal["last", "both"] = "last"
+    # EfficientNet alone: a folder whose model.safetensors takes the place of the package's weights
+    # (benchmarks/encoder_of_words.py makes one).
+    weights: str | None = None
     flips: bool = False  # the tokens of the mirrored picture follow: twice as many
 
     @model_validator(mode="after")
     def _only_efficientnet_has_it(self) -> VisionConfig:
-        if self.stages != "last" and not self.kind.startswith("efficientnet"):
-            raise ValueError(f"stages is a key of the kinds efficientnet, this is {self.kind}")
+        for key, chosen in (("stages", self.stages != "last"), ("weights", self.weights)):
+            if chosen and not self.kind.startswith("efficientnet"):
+                raise ValueError(f"{key} is a key of the kinds efficientnet, this is {self.kind}")
         return self
 
 

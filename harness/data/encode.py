@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+from harness.config.encoder import place_of_weights
 from harness.config.schema import VisionConfig
 from harness.data.features import CONTROLS, control_pixels
 from harness.data.images import ImageDecoder
@@ -214,7 +215,7 @@ class SetEncoding:
         readable = [each for each in batch if each.error is None and each.known.has_picture]
         features_IPD = self.encode(np.stack([s.payload for s in readable])) if readable else ()
         fit = [bool(np.isfinite(features_PD).all()) for features_PD in features_IPD]
-        why = f"the features of {self.vision.id} do not fit into float16"
+        why = f"the features of {place_of_weights(self.vision)} do not fit into float16"
         if readable and not any(fit) and (len(fit) > 1 or not done):
             raise ConfigError(
                 f"{self.source.folder}, key {readable[0].known.key}: {why}; choose another "

@@ -168,7 +168,8 @@ def check_tells_nothing(folder: Path, config: Config, run: Path) -> None:
     would be published.
     """
     uris = [config.tracking.uri, config.train.copy_to, os.environ.get("MLFLOW_TRACKING_URI")]
-    parts = [config.model.lm.id, config.model.vision.id, str(run), str(Path.home())]
+    vision = config.model.vision
+    parts = [config.model.lm.id, vision.id, vision.weights or "", str(run), str(Path.home())]
     parts.append(str(config.out_dir))
     sets = list(data_sets(config).values())
     places = [str(Path(place).absolute()) for place in (*parts, *sets) if "://" not in place]

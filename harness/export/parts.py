@@ -53,7 +53,11 @@ def write_parts(model: VisionLanguageModel, config: Config, folder: Path, *, mer
         copy_model(Path(own.model["lm"]["id"]), folder / LM)
         own.model["lm"] |= {"id": LM, "revision": None}
     vision = own.model["vision"]
-    if vision["kind"] in PACKAGES:  # it comes with a package; an id says nothing of it
+    if vision.get("weights"):
+        copy_model(Path(vision["weights"]), folder / VISION)
+        vision |= {"id": PACKAGES[vision["kind"]], "revision": None, "weights": VISION}
+        own.encoder |= {"id": VISION}
+    elif vision["kind"] in PACKAGES:  # it comes with a package; an id says nothing of it
         vision |= {"id": own.encoder["id"], "revision": None}
     elif Path(vision["id"]).is_dir():
         copy_model(Path(vision["id"]), folder / VISION)

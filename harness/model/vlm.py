@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from harness.config import schema as settings
-from harness.config.encoder import PACKAGES
+from harness.config.encoder import PACKAGES, place_of_weights, with_weights_at
 from harness.config.known_mistakes import at_their_new_place
 from harness.errors import ConfigError
 from harness.machine.precision import Precision, choose
@@ -399,7 +399,8 @@ class VisionLanguageModel(PreTrainedModel):
             tower = None
             if with_vision:
                 encoder = _find_encoder(own, folder, vision)
-                own.model["vision"]["id"] = encoder.place
+                saved = settings.ModelConfig(**own.model).vision
+                own.model["vision"] = with_weights_at(saved, encoder.place).model_dump()
                 tower = encoder.loaded
             parts = settings.ModelConfig(**own.model)
             model = cls._assemble(own, parts, tower, precision, on)
@@ -457,18 +458,18 @@ def _find_encoder(saved: VLMConfig, folder: Path, given: str | Path | None) -> F
     config = settings.ModelConfig(**saved.model).vision
 
     def look(place: str) -> Found:
-        tower = load_vision(config.model_copy(update={"id": place}))
+        tower = load_vision(with_weights_at(config, place))
         return Found(place, tower.identity()["hash"], tower)
 
-    if package := PACKAGES.get(config.kind):
+    package = PACKAGES.get(config.kind)
+    if package and not config.weights:
         if given is not None:
             raise ConfigError(f"--vision {given}: {config.kind} comes with the package {package}")
         found = look(config.id)
         _check_encoder(folder, saved, found.loaded.identity())
         return found
-    return find(
-        Part("vision encoder", "vision", config.id, saved.encoder["hash"]), folder, given, look
-    )
+    part = Part("vision encoder", "vision", place_of_weights(config), saved.encoder["hash"])
+    return find(part, folder, given, look)
 
 
 def _check_base(folder: Path, saved: VLMConfig, name: str, found: str) -> None:

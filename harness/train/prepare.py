@@ -12,6 +12,7 @@ import torch
 
 from harness import checkpoint as checkpoints
 from harness.checks import is_run
+from harness.config.encoder import place_of_weights
 from harness.config.schema import Config
 from harness.data.collate import Collator
 from harness.data.fast_resize import training_decoder
@@ -132,8 +133,8 @@ def calibrate(model: VisionLanguageModel, config: Config) -> None:
         patches_IPD = torch.cat([model.patch_tokens(batch.to(model.device)) for batch in batches])
         if not patches_IPD.isfinite().all():
             raise GuardError(
-                f"what {config.model.vision.id} makes of the first images is not finite: ask for "
-                "train.precision=fp32, or another model.vision.layer"
+                f"what {place_of_weights(config.model.vision)} makes of the first images is not "
+                "finite: ask for train.precision=fp32, or another model.vision.layer"
             )
         model.bridge.calibrate(*model.bridge_inputs(whole.to(model.device), patches_IPD))
         if config.known_mistakes.image_token_scale == "twentyfold":

@@ -6,15 +6,18 @@ Legend: I images, P patch tokens, D width of the encoder, G cells of a side, C c
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
 from harness.config.encoder import PACKAGES
 from harness.config.schema import VisionConfig
-from harness.errors import EXTRA_OF, ConfigError, install_command
+from harness.errors import EXTRA_OF, ConfigError, install_command, reason_of
 from harness.model.preprocessing import Fit
 from harness.model.pretrained import without_weights
 from harness.model.vision.tower import VisionTower
@@ -83,10 +86,12 @@ def load_efficientnet(config: VisionConfig) -> VisionTower:
             f"{install_command(EXTRA_OF[package])}"
         ) from error
     network = EfficientNet.from_name(config.kind.replace("_", "-"), image_size=config.image_size)
-    if not without_weights():
+    if not without_weights() and not config.weights:
         path = weights.get_model_file_path()
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     network._fc = nn.Identity()  # the classifier over ImageNet is not used
+    if not without_weights() and config.weights:
+        load_own(network, config.weights)
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU6):
@@ -102,6 +107,19 @@ def load_efficientnet(config: VisionConfig) -> VisionTower:
         std=(128.0,) * 3,
         steps=Fit(config.image_size, "squash").words,
     )
+
+
+def load_own(network: nn.Module, folder: str) -> None:
+    """Loads the weights of a network without its classifier from a folder. Raises ConfigError."""
+    file = Path(folder).expanduser() / "model.safetensors"
+    try:
+        network.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.vision.weights: {file} cannot be loaded ({reason_of(error)}): expected the "
+            "weights of this EfficientNet without its classifier, as "
+            "benchmarks/encoder_of_words.py writes them"
+        ) from error
 
 
 def _class_name(kind: str) -> str:

