@@ -34,7 +34,7 @@ from shards.loader import Loader
 from shards.manifest import Manifest
 
 _CONDITIONS = ("true", "shuffled")
-_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first")
+_METRICS = ("loss_gap_nats", "loss_gap_nats_low", "empty_rate", "p_eos_first", "image_share")
 
 
 class SmallSet(NamedTuple):

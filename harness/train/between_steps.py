@@ -10,6 +10,7 @@ from harness.config.schema import Config
 from harness.data.images import cache_of, patience_of
 from harness.errors import GuardError
 from harness.evaluate.image_use.evidence import IMAGE_IGNORED
+from harness.evaluate.image_use.verdict import SAME_TOKENS_ADVICE, told_same_tokens
 from harness.evaluate.results import Evaluation
 from harness.evaluate.run import evaluate_model
 from harness.evaluate.small_gate import Look, SmallSet, small_gate_metrics, small_set
@@ -141,6 +142,9 @@ class BetweenSteps:
                 run.terminal.say(f"no look at dev images: {error}")
             else:
                 run.track("gate", small_gate_metrics(uses or {}))
+                shares = [use.image_share for use in (uses or {}).values()]
+                if same := next(filter(None, map(told_same_tokens, shares)), ""):
+                    run.terminal.say(f"step {run.state.step}: {same}; {SAME_TOKENS_ADVICE}")
         run.model.train()
 
 

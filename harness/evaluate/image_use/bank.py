@@ -17,6 +17,8 @@ import torch
 from harness.evaluate.predict import ImageTokens
 from harness.model.batch import Batch
 
+_SHARE_OF = 300  # pictures, which are plenty for a mean square
+
 
 @dataclass
 class Bank:
@@ -60,6 +62,23 @@ class Bank:
             return self._made(shown, place)
         seen = replace(batch, pixels_IHW3=None, features_IPD=shown, image_of_C=place)
         return self.model.bridge_tokens(seen)
+
+    def image_share(self) -> float | None:
+        """Returns the share of the image tokens' mean square that differs from picture to picture,
+        about what each token is on average: 0 where every picture's are the same.
+
+        None for a single picture, for a bridge that reads the question, and for tokens of a
+        published model, which may be several tensors or of other numbers for each picture.
+        """
+        rows = self._rows[:_SHARE_OF]
+        alike = rows and all(
+            isinstance(row, torch.Tensor) and row.shape == rows[0].shape for row in rows
+        )
+        if self._reads_questions or not alike or len(rows) < 2:
+            return None
+        tokens_IQD = torch.stack(rows).float()
+        apart_IQD = tokens_IQD - tokens_IQD.mean(dim=0)
+        return float(apart_IQD.pow(2).mean() / tokens_IQD.pow(2).mean().clamp(min=1e-30))
 
 
 def without_images(batch: Batch) -> Batch:

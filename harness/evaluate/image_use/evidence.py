@@ -130,6 +130,8 @@ class ImageUse:
     p_eos_first: float
     terms: tuple[Term, ...] = ()
     advice: str = ""  # what would change the verdict
+    # of the image tokens' mean square, that differs from picture to picture; None: not known
+    image_share: float | None = None
     gap_by_type: Mapping[str, Interval] = field(default_factory=dict)  # of questions, in points
 
     @property

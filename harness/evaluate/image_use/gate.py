@@ -473,6 +473,7 @@ class Gate:
             p_eos_first=float(np.mean([p.p_eos_first for p in self.predictions])),
             not_finite=self._not_finite(),
             highest=100 * float(np.mean(best)) if TASKS[self.task].has_right else None,
+            image_share=self.bank.image_share() if self.bank else None,
         )
 
     def _endless(self) -> float:
@@ -534,6 +535,7 @@ class Gate:
             p_eos_first=e.p_eos_first,
             terms=terms,
             gap_by_type=self._gap_by_type(),
+            image_share=e.image_share,
         )
 
     def _gap_by_type(self) -> dict[str, Interval]:

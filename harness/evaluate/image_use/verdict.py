@@ -34,6 +34,9 @@ from harness.evaluate.image_use.evidence import (
 
 # nats per target token: a mean change in either direction that shows that images are told apart
 LOSS_MOVED = 0.2
+# share of the image tokens that differs from picture to picture; a bridge that learns has 0.1 to 1,
+# one that has collapsed 0.00003 to 0.01 (docs/log.md, 2026-11-28)
+SAME_TOKENS = 0.02
 _NEAR_THE_TOP = 2.0  # points below the highest possible score: such a floor leaves no room
 
 ADVICE = {
@@ -55,6 +58,10 @@ ADVICE = {
     EXCHANGE_NOTICED: "an evaluation measures the floors too (harness evaluate RUN)",
     IMAGE_USED: "",
 }
+SAME_TOKENS_ADVICE = (
+    "begin anew with a lower train.bridge_learning_rate or a longer train.warmup: what "
+    "has collapsed seldom comes back"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Evidence:
     p_eos_first: float = 0.0
     not_finite: str = ""  # what of it is NaN or infinite
     highest: float | None = None  # the score of the best possible answers
+    image_share: float | None = None  # of the image tokens, that differs from picture to picture
 
 
 class Judgement(NamedTuple):
@@ -90,7 +98,21 @@ def judge(evidence: Evidence) -> Judgement:
     never ends, has shown nothing of its images.
     """
     named = _named(evidence)
+    if named.verdict == IMAGE_IGNORED and (same := told_same_tokens(evidence.image_share)):
+        return Judgement(named.verdict, f"{named.reason}; {same}", SAME_TOKENS_ADVICE)
     return named._replace(advice=ADVICE.get(named.verdict, ""))
+
+
+def told_same_tokens(image_share: float | None) -> str:
+    """Says that a bridge has collapsed, so that nothing behind it can use the image; "" where it
+    has not, or where that is not known.
+    """
+    if image_share is None or image_share > SAME_TOKENS:
+        return ""
+    return (
+        f"the bridge has collapsed: of the size of its image tokens a share of {image_share:.2g} "
+        "differs from picture to picture"
+    )
 
 
 def judge_exchange(evidence: Evidence) -> Judgement:

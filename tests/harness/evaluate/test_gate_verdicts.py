@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -389,3 +390,26 @@ def test_the_last_lines_tell_verdict_terms_and_what_would_change_it():
     assert any("what would change it: train further" in line for line in lines)
     assert len(lines) <= 10
     assert all(len(line) <= 80 for line in lines)
+
+
+IGNORED = {"exchange": term(EXCHANGE, NONE, nats=Interval(0.0, -0.001, 0.001))}
+
+
+@pytest.mark.parametrize(("share", "collapsed"), [(0.0001, True), (0.2, False), (None, False)])
+def test_an_ignored_image_is_the_bridges_fault_where_its_tokens_are_the_same(share, collapsed):
+    found = judge(evidence(**IGNORED, image_share=share))
+    assert found.verdict == "image ignored"
+    assert ("the bridge has collapsed" in found.reason) == collapsed
+    assert ("lower train.bridge_learning_rate" in found.advice) == collapsed
+    assert judge(evidence(image_share=share)).advice == ""
+
+
+def test_the_share_of_the_image_tokens_that_is_the_pictures_own():
+    bank = Bank(SimpleNamespace(question_aware=False))
+    assert bank.image_share() is None
+    own_IQD = torch.randn(200, 4, 8)
+    for same, expected in ((0.0, 1.0), (3.0, 0.1), (1000.0, 0.0)):
+        bank._rows = list(own_IQD + same)
+        assert bank.image_share() == pytest.approx(expected, abs=0.02)
+    bank._rows[0] = torch.randn(5, 8)  # a published model's picture of another size
+    assert bank.image_share() is None
