@@ -5,6 +5,7 @@ bit for bit.
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -19,6 +20,7 @@ from harness.machine.signals import stop_requests
 from harness.tracking import mlflow as mlflow_tracker
 from harness.train import between_steps
 from harness.train import run as train
+from harness.train.state import Observer
 from rank_program import NotFinite, SamplesRead, with_scaler
 from same_runs import AtStep, final, forked, same_bits, same_run
 from toy_runs import losses, make_config, make_shards
@@ -79,6 +81,23 @@ def test_looks_at_a_few_images_between_evaluations_are_logged_and_do_not_disturb
         7,
     ]  # evaluations come after steps 3 and 6 and at the ends of the epochs
     assert looks[1]["gate/vqa/loss_gap_nats"] != looks[7]["gate/vqa/loss_gap_nats"]
+    assert all(0.02 < look["gate/vqa/image_share"] <= 1 for look in looks.values())
+
+
+class Collapse(Observer):
+    """Makes the bridge say the same of every picture, as one does that learns too fast."""
+
+    def step_taken(self, run, step):
+        if run.state.step == 2:
+            run.model.bridge.projection.linear.weight.data.zero_()
+
+
+def test_a_bridge_that_collapses_is_told_at_the_next_look(root, capsys):
+    train.run(config_of(root, "collapses", image_use_every=1), observers=[Collapse()])
+    said = " ".join("".join(capsys.readouterr()).split())
+    told = re.findall(r"step (\d+): the bridge has collapsed: .* lower train.bridge_learn", said)
+    assert "1" not in told
+    assert told[:1] == ["2"], said
 
 
 def test_dropout_is_drawn_by_the_step_whatever_happened_before_it(root):
