@@ -8,7 +8,7 @@ First the head alone, on the features as they are; then all of the network but t
 batch norms (as Kumar et al. 2022 advise: a head that starts at random distorts what lies below it).
 The target of a word is the share of the picture's captions that say it; the loss its cross-entropy,
 summed over words. No picture outside --train teaches; those of --dev are counted after each epoch
-only. Broken off and typed again, it goes on after the last whole epoch.
+only. Broken off and typed again, it goes on after the last whole epoch, with an optimizer anew.
 
 Legend: B pictures of a batch, S pixels, W words, D width of the features, I pictures.
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.nn import functional
 
@@ -53,10 +54,12 @@ def main() -> None:
     torch.manual_seed(given.seed)
     config = VisionConfig(kind=given.kind, image_size=given.image_size)
     tower = load_vision(config)
-    words = common_words(given.train, given.pictures_a_word)
+    train_pixels, train_said = read(given.train, config)
+    dev_pixels, dev_said = read(given.dev, config)
+    words = common_words(train_said, given.pictures_a_word)
     print(f"{len(words):,} words in at least {given.pictures_a_word} training pictures", flush=True)
-    train = pictures(given.train, config, words)
-    dev = pictures(given.dev, config, words)
+    train = Pictures(train_pixels, shares(train_said, words))
+    dev = Pictures(dev_pixels, shares(dev_said, words))
     head = nn.Linear(tower.width, len(words))
     folder = Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +67,8 @@ def main() -> None:
     if not done:
         train_head(head, pooled(tower, train), train.shares_IW)
         print(f"head alone: {told(tower, head, dev)}", flush=True)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": trainable(tower), "lr": given.learning_rate},
-            {"params": list(head.parameters()), "lr": given.learning_rate},
-        ],
-        weight_decay=given.weight_decay,
-    )
+    learning = [*trainable(tower), *head.parameters()]
+    optimizer = torch.optim.AdamW(learning, given.learning_rate, weight_decay=given.weight_decay)
     for epoch in range(done, given.epochs):
         started = time.perf_counter()
         train_epoch(tower, head, optimizer, train, given, epoch)
@@ -98,34 +96,38 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def said_of(reader: Reader) -> list[list[set[str]]]:
-    """Returns for each picture the words of each of its captions, as the scorers cut them."""
+def read(folder: str, config: VisionConfig) -> tuple[torch.Tensor, list[list[set[str]]]]:
+    """Returns uint8 pixels_ISS3, and for each picture the words of each of its captions, as the
+    scorers cut them.
+    """
+    reader = Reader(Manifest.open(folder))
+    decode = ImageDecoder.of(config, MAX_PIXELS)
+    pixels = []
     said = []
     for index in range(reader.manifest.samples):
-        targets = reader.read(index).known.texts[0].targets
-        said.append([set(caption.split()) for caption in tokenise(targets)])
-    return said
+        sample = reader.read(index)
+        pixels.append(decode(sample))
+        said.append([set(text.split()) for text in tokenise(sample.known.texts[0].targets)])
+    return torch.from_numpy(np.stack(pixels)), said
 
 
-def common_words(folder: str, pictures_a_word: int) -> list[str]:
+def common_words(said: list[list[set[str]]], pictures_a_word: int) -> list[str]:
     """Returns the W words that captions of so many pictures hold, most common first."""
     counts: Counter[str] = Counter()
-    for captions in said_of(Reader(Manifest.open(folder))):
-        counts.update(set.union(*captions))
+    for captions in said:
+        counts.update(sorted(set.union(*captions)))
     return [word for word, count in counts.most_common() if count >= pictures_a_word]
 
 
-def pictures(folder: str, config: VisionConfig, words: list[str]) -> Pictures:
-    reader = Reader(Manifest.open(folder))
-    decode = ImageDecoder.of(config, MAX_PIXELS)
+def shares(said: list[list[set[str]]], words: list[str]) -> torch.Tensor:
+    """Returns shares_IW of each picture's captions that say a word."""
     place = {word: index for index, word in enumerate(words)}
-    shares_IW = torch.zeros(reader.manifest.samples, len(words))
-    for index, captions in enumerate(said_of(reader)):
+    shares_IW = torch.zeros(len(said), len(words))
+    for index, captions in enumerate(said):
         for caption in captions:
             for word in caption & place.keys():
                 shares_IW[index, place[word]] += 1 / len(captions)
-    pixels = [decode(reader.read(index)) for index in range(reader.manifest.samples)]
-    return Pictures(torch.from_numpy(np.stack(pixels)), shares_IW)
+    return shares_IW
 
 
 def trainable(tower: VisionTower) -> list[nn.Parameter]:
@@ -184,14 +186,14 @@ def train_epoch(
     batches = torch.randperm(len(train.pixels_ISS3), generator=draw).split(given.batch)
     for number, rows in enumerate(batches):
         share = (epoch + number / len(batches)) / given.epochs
-        for group in optimizer.param_groups:
-            group["lr"] = given.learning_rate * (1 + math.cos(math.pi * share)) / 2
+        (group,) = optimizer.param_groups
+        group["lr"] = given.learning_rate * (1 + math.cos(math.pi * share)) / 2
         optimizer.zero_grad()
         pixels_BSS3 = changed(train.pixels_ISS3[rows], draw)
         features_BD = functional.dropout(features(tower, pixels_BSS3), 0.2)
         loss = loss_of(head(features_BD), train.shares_IW[rows])
         loss.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 10.0)
+        nn.utils.clip_grad_norm_(group["params"], 10.0)
         optimizer.step()
         if number % 20 == 0:
             print(f"  {number}/{len(batches)} loss {loss.item():.2f}", flush=True)
@@ -219,24 +221,13 @@ def told(tower: VisionTower, head: nn.Linear, dev: Pictures) -> str:
     """
     logits_IW = head(pooled(tower, dev))
     blind = torch.logit(dev.shares_IW.mean(dim=0), eps=1e-6).expand_as(logits_IW)
-    precision = average_precision(logits_IW, dev.shares_IW > 0)
+    said_IW = dev.shares_IW > 0
+    said_W = said_IW.any(dim=0)  # a word that dev never says has no precision
+    precision = average_precision_score(said_IW[:, said_W], logits_IW[:, said_W])
     return (
         f"dev loss {loss_of(logits_IW, dev.shares_IW):.3f} (blind "
         f"{loss_of(blind, dev.shares_IW):.3f}), mean average precision {precision:.4f}"
     )
-
-
-def average_precision(logits_IW: torch.Tensor, said_IW: torch.Tensor) -> float:
-    """Returns the mean over the words that dev says at all: the mean, over the pictures that say
-    one, of the share of those among the pictures ranked no lower.
-    """
-    words_W = said_IW.any(dim=0)
-    said_IW = said_IW[:, words_W]
-    order_IW = logits_IW[:, words_W].argsort(dim=0, descending=True)
-    found_IW = said_IW.gather(0, order_IW).float()
-    ranks_I1 = torch.arange(1, len(found_IW) + 1)[:, None]
-    precision_IW = found_IW.cumsum(dim=0) / ranks_I1
-    return float(((precision_IW * found_IW).sum(dim=0) / found_IW.sum(dim=0)).mean())
 
 
 def goes_on(folder: Path, tower: VisionTower, head: nn.Linear) -> int:
@@ -261,8 +252,8 @@ def save(
         folder / "model.safetensors",
     )
     save_file(head.state_dict(), folder / "head.safetensors")
-    told = {"epochs_done": done, "words": words, "given": vars(given)}
-    (folder / "made.json").write_text(json.dumps(told, indent=2))
+    made = {"epochs_done": done, "words": words, "given": vars(given)}
+    (folder / "made.json").write_text(json.dumps(made, indent=2))
 
 
 if __name__ == "__main__":

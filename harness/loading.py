@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from harness import checkpoint as checkpoints
-from harness.config.encoder import place_of_weights, with_weights_at
 from harness.config.schema import Config, VisionConfig
 from harness.errors import ConfigError
 from harness.machine.precision import Requested, choose_or_fall_back
@@ -86,7 +85,8 @@ def where_found(config: Config, model: VisionLanguageModel) -> Config:
     if model.vision is None:
         return config
     found = VisionConfig(**model.config.model["vision"])
-    parts = {"vision": with_weights_at(config.model.vision, place_of_weights(found))}
+    place = {"id": found.id, "weights": found.weights}
+    parts = {"vision": config.model.vision.model_copy(update=place)}
     return config.model_copy(update={"model": config.model.model_copy(update=parts)})
 
 

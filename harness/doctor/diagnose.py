@@ -95,7 +95,9 @@ def _passed(key: str, check: Callable[[], object], config: Config) -> Finding | 
         return None
     value = flatten(config)[key]
     if key == "model.vision.id" and config.model.vision.kind in PACKAGES:
-        return ok(key, f"{config.model.vision.kind}, a package")
+        vision = config.model.vision
+        own = f", weights of {vision.weights}" if vision.weights else ""
+        return ok(key, f"{vision.kind}, a package{own}")
     if key.startswith("prompts."):
         return ok(key, value)
     return ok(

@@ -149,8 +149,11 @@ def _scores(story: Story) -> str:
 
 
 def _needed(own: VLMConfig) -> str:
-    package = PACKAGES.get(own.model["vision"]["kind"])
-    more = f", and `{package}` with the encoder's weights" if package else ""
+    vision = own.model["vision"]
+    package = PACKAGES.get(vision["kind"])
+    more = f", and `{package}`" if package else ""
+    if package and not vision.get("weights"):
+        more += " with the encoder's weights"
     return (
         f"The Python package of harness ({__version__} or later; its distribution is called "
         f"vl-harness){more}. With `trust_remote_code=True` transformers runs `vl_harness.py`, "

@@ -58,10 +58,7 @@ ADVICE = {
     EXCHANGE_NOTICED: "an evaluation measures the floors too (harness evaluate RUN)",
     IMAGE_USED: "",
 }
-SAME_TOKENS_ADVICE = (
-    "begin anew with a lower train.bridge_learning_rate or a longer train.warmup: what "
-    "has collapsed seldom comes back"
-)
+SAME_TOKENS_ADVICE = "begin anew with a lower train.bridge_learning_rate or a longer train.warmup"
 
 
 @dataclass(frozen=True)
