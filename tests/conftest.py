@@ -58,6 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in first)
 
 
+@pytest.fixture(autouse=True)
+def _no_store_is_left_to_the_next_run():
+    """mlflow's setters write their store into the environment, from where a later run takes it."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    after = os.environ.get("MLFLOW_TRACKING_URI")
+    if after != before:
+        del os.environ["MLFLOW_TRACKING_URI"]  # not the fault of the tests that follow
+    assert after == before
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with Flickr8k and the VQAv2 subset; a test that asks for it is skipped where it is

@@ -7,7 +7,10 @@ bytes and a prompt in, answers out. Who loads it needs this package.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +27,41 @@ def log_export(folder: Path, name: str, uri: str, run_id: str) -> None:
     from mlflow.types.schema import ColSpec, Schema
 
     given = Schema([ColSpec("binary", "image"), ColSpec("string", "prompt", required=False)])
+    with _store_at(uri):
+        client = mlflow.MlflowClient(uri)
+        place = client.get_run(run_id).info.experiment_id  # else mlflow takes its default one
+        made = client.create_logged_model(place, "model", source_run_id=run_id)
+        Model.log(
+            artifact_path=None,
+            name="model",
+            model_id=made.model_id,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            registered_model_name=re.sub("[/:]", "_", name),
+            loader_module=__name__,
+            data_path=str(folder),
+            signature=ModelSignature(given, Schema([ColSpec("string")])),
+            pip_requirements=[f"{each}=={importlib.metadata.version(each)}" for each in NEEDS],
+        )
+
+
+@contextmanager
+def _store_at(uri: str) -> Iterator[None]:
+    """Has mlflow's own functions work on a store. They keep it, with its password, in
+    MLFLOW_TRACKING_URI, which would send the next run of this process there: both are put back.
+    """
+    import mlflow
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    before: Any = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient(uri)
-    place = client.get_run(run_id).info.experiment_id  # else mlflow takes its default experiment
-    made = client.create_logged_model(place, "model", source_run_id=run_id)
-    Model.log(
-        artifact_path=None,
-        name="model",
-        model_id=made.model_id,
-        flavor=mlflow.pyfunc,
-        run_id=run_id,
-        registered_model_name=re.sub("[/:]", "_", name),
-        loader_module=__name__,
-        data_path=str(folder),
-        signature=ModelSignature(given, Schema([ColSpec("string")])),
-        pip_requirements=[f"{each}=={importlib.metadata.version(each)}" for each in NEEDS],
-    )
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if given is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = given
 
 
 class Answers:

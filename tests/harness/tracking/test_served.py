@@ -3,6 +3,7 @@ own, and no pickle lies in it.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -38,6 +39,7 @@ def test_a_run_registers_a_model_that_answers_a_picture_and_a_prompt(
     file = tmp_path / "toy.yaml"
     file.write_text(dump(config))
     assert main([str(file)]) == 0
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "the next run would be sent to this store"
 
     image = tmp_path / "picture.png"
     image.write_bytes(picture(1))
