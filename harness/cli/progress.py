@@ -44,16 +44,23 @@ def bar() -> Iterator[Progress]:
 
 @contextmanager
 def told(title: str) -> Iterator[Callable[..., None]]:
-    """Shows a bar that is told (done, of how many); without a terminal, a line now and then."""
+    """Shows a bar that is told (done, of how many) and, where several follow each other, `about`
+    what; without a terminal, a line now and then.
+    """
     from harness.report.progress import Lines
 
     with bar() as progress:
         if progress.disable:
             lines = Lines(title, partial(say, file=sys.stderr))
-            yield lambda done, total, *_: lines.update(done, total)
+            yield lambda done, total, *_, about="": lines.update(done, total, about)
             return
         task = progress.add_task(clean(title), total=None)
-        yield lambda done, total, *_: progress.update(task, completed=done, total=total)
+
+        def update(done: int, total: int, *_: Any, about: str = "") -> None:
+            said = clean(f"{title}{about and ', '}{about}")
+            progress.update(task, completed=done, total=total, description=said)
+
+        yield update
 
 
 @contextmanager

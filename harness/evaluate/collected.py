@@ -22,7 +22,7 @@ from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import Prediction, Stratum, answers, by_stratum, select
 from harness.evaluate.results import Evaluation, TaskResult
 from harness.evaluate.training_pictures import TrainingPictures, training_pictures
-from harness.machine.dealing import Alone
+from harness.machine.dealing import Alone, Progress
 from harness.model.batch import Batch
 from shards.manifest import Manifest
 from shards.read import Sample
@@ -61,6 +61,7 @@ class Collected:
     pools: bool = True  # the mean patch of each image
     pooled: dict[Picture, np.ndarray] = field(default_factory=dict)
     dealer: Alone = field(default_factory=Alone)
+    progress: Progress | None = None  # of the gates
     bank: Bank = field(init=False)
     _encoded: _Encoding | None = None
 
@@ -184,6 +185,7 @@ class Collected:
                 trained_on=self.trained_on,
                 epochs=self.epochs,
                 dealer=self.dealer,
+                progress=self.progress,
             )
         return self.gates[stratum]
 

@@ -34,8 +34,9 @@ from harness.evaluate.official import ScoreError, entries, identifier, read_json
 from harness.evaluate.predict import set_name
 from harness.evaluate.published import PictureBatch, Pictures, asked_with_pictures
 from harness.evaluate.report import report_of, write_report
-from harness.evaluate.run import Progress, collect, passes_of
+from harness.evaluate.run import collect, passes_of
 from harness.evaluate.scores import add_scores
+from harness.machine.dealing import Progress
 from harness.model.batch import Batch, Context
 from harness.model.language.loss import Generated, LossOutput
 from harness.redact import say

@@ -34,9 +34,9 @@ from harness.data.images import ImageDecoder
 from harness.errors import ConfigError
 from harness.evaluate.encoded_once import encode_once
 from harness.evaluate.report import folder, names, variant, write_report
-from harness.evaluate.run import Progress, evaluate_model
+from harness.evaluate.run import evaluate_model
 from harness.hub import VLMConfig  # and registers what our own exports are loaded by
-from harness.machine.dealing import Alone
+from harness.machine.dealing import Alone, Progress
 from harness.machine.precision import choose
 from harness.model.batch import Batch
 from harness.model.language.interface import generate_arguments

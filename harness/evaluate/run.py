@@ -33,7 +33,7 @@ from harness.evaluate.predict import Prediction
 from harness.evaluate.results import Evaluation
 from harness.evaluate.scores import add_scores
 from harness.evaluate.space import UnmeasuredError
-from harness.machine.dealing import Alone, Item
+from harness.machine.dealing import Alone, Item, Progress
 from harness.model.batch import Batch
 from harness.report.pictures import Shown
 from shards.files import ShardError, UnreachableError
@@ -43,9 +43,6 @@ from shards.origin import pictures_of
 from shards.read import Sample
 
 _ORDER = {"seed": 0, "window_shards": 8}  # not the run's own: all are judged on the same subset
-
-
-Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @torch.no_grad()
@@ -176,6 +173,7 @@ def collect(passes: Passes, limit: int | None, progress: Progress | None) -> Col
     ShardError.
     """
     collected = passes.collected
+    collected.progress = progress
     loaders = passes.loaders
     evaluation = collected.evaluation
     images = sum(min(loader.samples, limit or loader.samples) for loader in loaders)

@@ -36,10 +36,10 @@ from harness.evaluate.report import (
     write_report,
 )
 from harness.evaluate.results import Evaluation
-from harness.evaluate.run import Progress, evaluate_model
+from harness.evaluate.run import evaluate_model
 from harness.evaluate.told import described
 from harness.loading import load_model, model_class, where_found
-from harness.machine.dealing import Alone
+from harness.machine.dealing import Alone, Progress
 from harness.model.vlm import VisionLanguageModel
 from harness.redact import masked, masked_document, say
 from harness.report.terminal import part_rows

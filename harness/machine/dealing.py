@@ -22,6 +22,7 @@ LONGEST_NAP = 0.05  # seconds between two looks for what another rank is to writ
 
 Item = Sequence[Any]  # the arguments of a piece of work: JSON
 Work = Mapping[str, Callable[..., Any]]  # by name
+Progress = Callable[..., None]  # (done, of how many, about=which of several parts)
 
 
 class StoppedError(Exception):

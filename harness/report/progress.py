@@ -45,8 +45,8 @@ class Lines:
         self._pace: Pace | None = None
         self._done = 0
 
-    def update(self, done: int, total: int | None) -> None:
-        """`total`: None where it is not known."""
+    def update(self, done: int, total: int | None, about: str = "") -> None:
+        """`total`: None where it is not known; `about`: which of several this is."""
         if self._pace is None or done < self._done:  # the next of several begins
             self._pace = Pace(done)
         self._done = done
@@ -56,7 +56,7 @@ class Lines:
         self._said = now
         where = f"{done}/{total}" if total else str(done)
         left = f"  {self._pace.left(done, total)}" if total and done < total else ""
-        self._say(clocked(f"{self._title} {where}{left}"))
+        self._say(clocked(f"{self._title}{about and ', '}{about} {where}{left}"))
 
 
 class Pace:

@@ -183,9 +183,10 @@ def _scored(run: Run, dealer: Alone) -> Evaluation | None:
     config = run.config
     with run.terminal.evaluation(_dev_sets(config)) as show:
 
-        def go_on(done: int, images: int) -> None:
-            run.engine.heart.doing(f"evaluates, {done} of {images} images done")
-            show(done, images)
+        def go_on(done: int, total: int, about: str = "images") -> None:
+            run.engine.heart.doing(f"evaluates, {done} of {total} {about} done")
+            if about == "images":
+                show(done, total)
 
         return evaluate_model(
             run.model,

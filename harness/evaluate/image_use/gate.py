@@ -39,7 +39,7 @@ from harness.evaluate.image_use.exchange import (
 from harness.evaluate.image_use.verdict import Evidence, Judgement, judge, judge_exchange
 from harness.evaluate.measures import TASKS
 from harness.evaluate.predict import ImageTokens, Prediction, select
-from harness.machine.dealing import Alone, Item
+from harness.machine.dealing import Alone, Item, Progress
 from harness.model.batch import Batch
 
 _SEED = 0  # of donors: the same for every run, so that runs compare
@@ -94,6 +94,14 @@ def _control_image(batch: Batch, number: int, images: int) -> torch.Tensor:
     return (batch.image_of_C + number + 1) % images
 
 
+_ABOUT = {  # what is asked again, by the name of the work
+    "asked": "with other images",
+    "controlled": "without their image",
+    "likely": "captions of alike images",
+    "seen_otherwise": "with parts of images",
+}
+
+
 @dataclass
 class Gate:
     """Collects the evidence of one set and task batch by batch; `measure` exchanges the images,
@@ -118,6 +126,7 @@ class Gate:
     epochs: float | None = None
     training_batch: Callable[[], Batch | None] | None = None
     dealer: Alone = field(default_factory=Alone)
+    progress: Progress | None = None  # told by `about` which question is asked again
     pictures: list[tuple[str, str, str]] = field(default_factory=list)  # of the contexts
     predictions: list[Prediction] = field(default_factory=list)
     # By condition; NaN or None for a context that was not asked under it.
@@ -169,7 +178,11 @@ class Gate:
         def own(_set: str, _task: str, *item: Any) -> Any:
             return do(self, *item)
 
-        return self.dealer.dealt(name, [(self.set, self.task, *item) for item in items], own)
+        told = self.dealer.dealt(name, [(self.set, self.task, *item) for item in items], own)
+        for done, found in enumerate(told, 1):
+            if self.progress:
+                self.progress(done, len(items), about=_ABOUT[name])
+            yield found
 
     @property
     def texts(self) -> int:

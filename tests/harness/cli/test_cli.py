@@ -292,6 +292,8 @@ def test_a_long_verb_says_in_a_log_how_far_it_is_now_and_then(capfd, monkeypatch
         progress(2, 10)  # of the next model
         now[0] += 10
         progress(6, 10)
+        now[0] += 10
+        progress(1, 3, about="with other images")
     with told("answering") as progress:  # of pictures that nobody has counted
         now[0] += 10
         progress(3, None)
@@ -300,6 +302,7 @@ def test_a_long_verb_says_in_a_log_how_far_it_is_now_and_then(capfd, monkeypatch
         ["evaluating 24/40", "0:00:12 left"],
         ["evaluating 40/40"],
         ["evaluating 6/10", "0:00:10 left"],
+        ["evaluating, with other images 1/3", "-:--:-- left"],
         ["answering 3"],
     ]
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d", line[0]) for line in lines)

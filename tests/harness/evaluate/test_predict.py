@@ -199,11 +199,16 @@ def test_selected_contexts_lose_the_same_nats_as_in_the_whole_batch(
 def test_a_run_is_scored_and_its_files_have_the_official_form(setting, tmp_path):
     config, _, _ = setting
     seen = []
-    report = evaluate_run(
-        config.out_dir, out=tmp_path, text_only_accuracy=40.0, progress=lambda *p: seen.append(p)
-    )
+    told = {}  # about which part of the gate -> how far
+
+    def progress(done, total, about=None):
+        seen.append((done, total)) if about is None else told.update({about: (done, total)})
+
+    report = evaluate_run(config.out_dir, out=tmp_path, text_only_accuracy=40.0, progress=progress)
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(report))
     assert seen[-1] == (12, 12)
+    assert {"with other images", "without their image"} <= told.keys()
+    assert all(done == total for done, total in told.values())
     assert (report["step"], report["images"], report["unreadable"]) == (7, 12, 0)
     known = report["tasks"]["vqa"]
     assert (known["texts"], known["text_only_accuracy"]) == (24, 40.0)
