@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from harness.config.load import load
 from harness.config.schema import Config, LanguageModelConfig
@@ -25,8 +25,12 @@ from harness.plan.workload import Sizes, workload
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = sorted(str(file.parent.relative_to(FOLDER)) for file in FOLDER.rglob("config.json"))
-NAMED = r"google/flan-t5-[a-z]+|openai/clip-vit-[a-z]+-patch[0-9]+(?:-[0-9]+)?|openai-community/\w+"
-# Of the weights on the hub; of a CLIP those of its vision tower, without the final projection.
+NAMED = (
+    r"google/flan-t5-[a-z]+|openai/clip-vit-[a-z]+-patch[0-9]+(?:-[0-9]+)?|openai-community/\w+"
+    r"|google/siglip2?-[a-z0-9]+-patch[0-9]+-[0-9]+|HuggingFaceTB/SmolLM2-\w+-Instruct"
+)
+# Of the weights on the hub; of a CLIP and a SigLIP those of its vision tower, without CLIP's final
+# projection.
 PARAMETERS = {
     "google/flan-t5-small": 76_961_152,
     "google/flan-t5-base": 247_577_856,
@@ -39,6 +43,20 @@ PARAMETERS = {
     "openai/clip-vit-large-patch14-336": 303_507_456,
     "openai-community/gpt2": 124_439_808,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "facebook/opt-125m": 125_239_296,
+    "facebook/dinov2-small": 22_056_576,
+    "facebook/dinov2-base": 86_580_480,
+    "facebook/dinov2-large": 304_368_640,
+    "google/siglip-base-patch16-224": 92_884_224,
+    "google/siglip-so400m-patch14-384": 428_225_600,
+    "google/siglip2-base-patch16-224": 92_884_224,
+    "google/siglip2-base-patch16-256": 92_930_304,
 }
 
 
@@ -50,8 +68,10 @@ def t4(config: Config) -> Skeleton:
 def test_a_model_of_these_facts_has_as_many_weights_as_the_published_one(name):
     found = AutoConfig.from_pretrained(FOLDER / name)
     with torch.device("meta"):
-        if found.model_type == "clip":
-            model = CLIPVisionModel(found.vision_config)
+        if found.model_type in ("clip", "siglip"):
+            model = AutoModel.from_config(found.vision_config)
+        elif found.model_type == "dinov2":
+            model = AutoModel.from_config(found)
         elif found.model_type == "t5":  # ours: transformers would tie its two matrices
             model = T5Language(LanguageModelConfig(id=str(FOLDER / name), tuning="frozen"))
         else:
@@ -79,6 +99,25 @@ def test_a_plan_without_a_network_asks_once_and_says_whose_facts_it_took(silent_
         "google/flan-t5-base",
     ]
     assert "ship with harness" in skeleton.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("vision", "size", "lm"),
+    [
+        ("google/siglip-so400m-patch14-384", 384, "HuggingFaceTB/SmolLM2-360M-Instruct"),
+        ("facebook/dinov2-small", 224, "Qwen/Qwen3-0.6B"),
+    ],
+)
+def test_a_plan_of_a_newer_encoder_and_decoder_needs_no_network_either(
+    silent_hub, vision, size, lm
+):
+    encoder = f"{{kind: auto, id: {vision}, image_size: {size}}}"
+    named = [f"model.vision={encoder}", f"model.lm={{kind: decoder, id: {lm}}}"]
+    skeleton = t4(load(ROOT / "configs/vqav2_t4.yaml", named))
+    # The encoder's last layers and pooling head are left out, the projection is the bridge's.
+    assert 0.8 < skeleton.parameters["vision encoder"] / PARAMETERS[vision] < 1
+    assert skeleton.parameters["language model"] >= PARAMETERS[lm]
+    assert [note.partition(":")[0] for note in skeleton.notes] == [vision, lm]
 
 
 def test_an_unknown_model_without_a_network_is_one_sentence_at_once(silent_hub):
