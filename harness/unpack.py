@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 import zipfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -174,7 +175,7 @@ def _no_bars_in_logs() -> Any:
 def _save(model: PreTrainedModel, folder: Path) -> None:
     """Writes config.json and model.safetensors, of tied weights the first alone."""
     config = model.config
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # of some kinds transformers has taken it away
     config.architectures = [type(model).__name__]
     config.name_or_path = ""
     config.save_pretrained(folder)
@@ -192,16 +193,36 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 # ---- zip -----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _readable(place: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(place) as packed:
+            yield packed
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted
+        raise ConfigError(f"{place} cannot be unpacked ({reason_of(error)})") from error
+
+
+def _uppermost(place: Path, homes: Collection[PurePosixPath]) -> PurePosixPath | None:
+    """Returns the folder of the model that lies highest. Raises ConfigError for two of them."""
+    least = min((len(path.parts) for path in homes), default=0)
+    highest = sorted(str(path) for path in homes if len(path.parts) == least)
+    if len(highest) > 1:
+        raise ConfigError(
+            f"{place} holds several models ({', '.join(highest)}): unpack the one you want by hand"
+        )
+    return PurePosixPath(highest[0]) if highest else None
+
+
 def _from_zip(place: Path, folder: Path) -> tuple[str, ...]:
     """Copies the files of the saved model of a zip, those beside its config.json, and returns the
     names of all others.
     """
     left_out = []
-    with zipfile.ZipFile(place) as packed:
+    with _readable(place) as packed:
         files = [member for member in packed.infolist() if not member.is_dir()]
         configs = [PurePosixPath(m.filename) for m in files if m.filename.endswith("config.json")]
         homes = {path.parent for path in configs if path.name == "config.json"}
-        home = min(homes, key=lambda path: len(path.parts), default=None)
+        home = _uppermost(place, homes)
         for member in files:
             path = PurePosixPath(member.filename)
             if path.parent != home or path.suffix not in TAKEN:

@@ -20,7 +20,7 @@ from harness.config.schema import EvaluationConfig
 from harness.data.collate import Collator
 from harness.evaluate.bootstrap import per_text
 from harness.evaluate.results import Evaluation
-from harness.model.first_stage import similarity
+from harness.model.first_stage import refuse_no_captions, similarity
 from shards.loader import Loader
 
 TASK = "retrieval"
@@ -73,6 +73,7 @@ def retrieval(
                 samples = [s for s in read if s.weight and s.record is not None][:left]
                 left -= len(samples)
                 if batch := collate(samples):
+                    refuse_no_captions(batch)
                     made = model.embedded(batch.to(model.device))
                     images.append(made.image_IQE.cpu())
                     texts.append(made.text_TE.cpu())
@@ -96,6 +97,7 @@ def recalls(
     """Returns recall at each of RANKS both ways, its interval and what chance gives, in percent;
     `picture_T`: the picture of each caption.
     """
+    sim_NT = np.nan_to_num(sim_NT, nan=-np.inf)  # found by nobody, not by everybody
     pictures, texts = sim_NT.shape
     rows_N = np.arange(pictures)
     own_NT = picture_T == rows_N[:, None]

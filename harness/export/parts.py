@@ -107,7 +107,7 @@ def _make_whole(model: VisionLanguageModel, own: VLMConfig, folder: Path) -> Non
     lm = model.lm
     stored = {p.dtype for p in lm.parameters() if p.is_floating_point()}
     if quantise.quantised_layers(lm) or stored != {torch.float32}:
-        lm = _in_full_precision(lm).to(model.device)
+        lm = _in_full_precision(lm, own.prompts.get("chat", "none")).to(model.device)
     base: Any = lm.lm
     if hasattr(base, "merge_and_unload"):
         base = base.merge_and_unload()
@@ -123,10 +123,12 @@ def _make_whole(model: VisionLanguageModel, own: VLMConfig, folder: Path) -> Non
     own.lm_hash = quantise.weights_hash(LanguageModelConfig(id=str(folder)))
 
 
-def _in_full_precision(lm: LanguageModel) -> LanguageModel:
-    """Returns the same language model on its base in 32 bits, its trained weights copied."""
+def _in_full_precision(lm: LanguageModel, chat: str) -> LanguageModel:
+    """Returns the same language model on its base in 32 bits, its trained weights copied; `chat`:
+    the run's prompts.chat, on which tokenizer and template depend.
+    """
     tuning = "lora" if lm.config.tuning == "qlora" else lm.config.tuning
-    whole = type(lm)(lm.config.model_copy(update={"tuning": tuning}))
+    whole = type(lm)(lm.config.model_copy(update={"tuning": tuning}), chat=chat)
     trained = {name: value for name, value in lm.named_parameters() if value.requires_grad}
     for name, value in whole.named_parameters():
         if name in trained:

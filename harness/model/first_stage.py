@@ -27,11 +27,13 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, Blip2QFormerConfig, Blip2QFormerModel
 
 from harness.config import schema as settings
+from harness.errors import ConfigError
 from harness.machine.precision import Precision
 from harness.model.batch import Batch
 from harness.model.bridge import MAX_PROMPT, QFormer, calibrate_norm, start_linear_layers
 from harness.model.language.loss import Kept, LossOutput, weighted_loss
 from harness.model.language.quantise import load_tokenizer
+from harness.model.language.wording import refuse_endless
 from harness.model.places import Found
 from harness.model.pretrained import loading, quiet_transformers
 from harness.model.products import use_products
@@ -167,6 +169,7 @@ class Vocabulary(nn.Module):
                 given = AutoTokenizer.from_pretrained(start)
         if given.eos_token_id is None:  # BERT's ends a text by [SEP]
             given.eos_token = given.sep_token
+        refuse_endless(given, start or parts.lm.id, KEY if start else "model.lm.id")
         self.tokenizer: Any = given
         self.size = len(given)
         self.cls = self.size if given.cls_token_id is None else given.cls_token_id
@@ -176,6 +179,18 @@ class Vocabulary(nn.Module):
         """Returns the sha256 of its tokens."""
         tokens = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(str(tokens).encode()).hexdigest()
+
+
+def refuse_no_captions(batch: Batch) -> None:
+    """Raises ConfigError for a question, or for a text without a picture."""
+    for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True):
+        record = context.record
+        if context.text.task != "caption" or image < 0:
+            raise ConfigError(
+                f"train.objective: a first stage knows captions of pictures alone, and {record.key}"
+                f" of {record.dataset} {record.split} holds a question or no picture: take another "
+                "set"
+            )
 
 
 class Embedded(NamedTuple):
@@ -214,6 +229,7 @@ class FirstStageModel(VisionLanguageModel):
     def _find_base(cls, saved: VLMConfig, folder: Path, given: str | Path | None) -> Found:
         """The tokenizer is saved with the model."""
         saved.model["bridge"]["init_from"] = None
+        saved.model["lm"]["gguf_file"] = None
         return Found(str(folder), saved.lm_hash, None)
 
     @classmethod

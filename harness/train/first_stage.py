@@ -15,8 +15,8 @@ from torch import distributed
 
 from harness.data.collate import drawn
 from harness.data.share import Share
-from harness.errors import ConfigError
 from harness.model.batch import Batch
+from harness.model.first_stage import refuse_no_captions
 from harness.train.engine import Engine
 from harness.train.state import StepResult
 from harness.train.step import StepTaker
@@ -74,15 +74,10 @@ def pictures_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     there twice and on any rank; none of a filler. Raises ConfigError for what is no caption of a
     picture.
     """
+    refuse_no_captions(batch)
     number_I = torch.zeros(batch.images, dtype=torch.long)
     for context, image in zip(batch.contexts, batch.image_of_C.tolist(), strict=True):
         record = context.record
-        if context.text.task != "caption" or image < 0:
-            raise ConfigError(
-                f"train.objective: a first stage learns from captions of pictures, and {record.key}"
-                f" of {record.dataset} {record.split} holds a question or no picture: take another "
-                "set"
-            )
         number_I[image] = drawn(0, 0, record.dataset, record.split, record.key) >> 1
     if batch.weight == 0:
         return number_I[:0], number_I[:0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from saved_runs import saved_run
 from tiny_models import tiny_decoder
@@ -91,3 +92,17 @@ def test_its_export_answers_as_it_does_in_a_process_of_plain_transformers(run, h
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == asked.strip()
+
+
+def test_a_merged_export_of_a_run_without_its_template_has_none(
+    harness, tmp_path, tiny_clip_folder
+):
+    pytest.importorskip("bitsandbytes", reason="4-bit layers need bitsandbytes")
+    lm = tiny_decoder(tmp_path / "llama", "llama")
+    settings = ("model.lm.kind=decoder", "model.lm.tuning=qlora", "prompts.chat=none")
+    run = saved_run(tmp_path, "run", *settings, clip=tiny_clip_folder, lm=lm)
+    code, said, errors = harness("export", run, tmp_path / "out", "--merge")
+    assert code == 0, said + errors
+    for folder in (tmp_path / "out", tmp_path / "out" / "lm"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (None, "</s>"), folder

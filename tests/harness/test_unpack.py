@@ -26,7 +26,7 @@ from harness.unpack import SOURCE, unpack
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def tiny_gguf(file):
+def tiny_gguf(file, missing=None):
     """Writes a GGUF as llama.cpp's of SmolLM2, with tied embeddings, at toy size."""
     gguf = pytest.importorskip("gguf", reason="the extra `smollm` is not installed")
     width, layers, heads, groups, inner = 32, 2, 4, 2, 64
@@ -56,6 +56,8 @@ def tiny_gguf(file):
     draws = np.random.default_rng(0)
 
     def add(name, *shape):
+        if name == missing:
+            return None
         data = draws.normal(size=shape, scale=0.3).astype(np.float32)
         if len(shape) == 1:
             return writer.add_tensor(name, 1 + data)
@@ -218,6 +220,32 @@ def test_a_bert_from_the_zip_of_a_package_starts_a_qformer(tmp_path, monkeypatch
     assert torch.equal(layer.attention.attention.key.weight, theirs.attention.self.key.weight)
     assert torch.equal(layer.output_query.dense.weight, theirs.output.dense.weight)
     assert told.startswith("bridge: 34 of 45 weights come from ")
+
+
+def test_a_zip_of_two_models_or_a_damaged_one_is_one_sentence(tmp_path):
+    two = tmp_path / "two.zip"
+    with zipfile.ZipFile(two, "w") as zipped:
+        for name in ("b/config.json", "a/config.json", "a/model.safetensors"):
+            zipped.writestr(name, "{}")
+    with pytest.raises(ConfigError, match=r"two\.zip holds several models \(a, b\)"):
+        unpack(str(two), tmp_path / "out")
+    damaged = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(damaged, "w") as zipped:
+        zipped.writestr("config.json", "0123456789")
+    damaged.write_bytes(damaged.read_bytes().replace(b"0123456789", b"0123x56789"))
+    with pytest.raises(ConfigError, match=r"damaged\.zip cannot be unpacked .*CRC"):
+        unpack(str(damaged), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_that_lacks_a_layer_is_refused(packed, tmp_path):
+    """As the first part of one that was split does."""
+    file = tiny_gguf(tmp_path / "part.gguf", missing="blk.1.ffn_up.weight")
+    config = LanguageModelConfig(
+        kind="decoder", tuning="frozen", id=str(tmp_path), gguf_file=file.name
+    )
+    with pytest.raises(ConfigError, match="lacks 1 weights of a LlamaForCausalLM"):
+        DecoderLanguage(config)
 
 
 def test_the_verb_says_what_it_did_and_refuses_in_one_sentence(packed, tmp_path):

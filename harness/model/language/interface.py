@@ -31,6 +31,7 @@ from harness.model.language.loss import (
     partitioned,
     weighted_loss,
 )
+from harness.model.language.wording import refuse_endless, refuse_unknown
 from harness.model.products import use_products
 
 
@@ -54,6 +55,10 @@ class LanguageModel(nn.Module, ABC):
         base, self._tokenizer = quantise.load(
             config, self._described, chat=chat, dtype=dtype, compute_dtype=compute_dtype
         )
+        if self._tokenizer is not None:
+            refuse_endless(self._tokenizer, config.id, quantise.KEY)
+            known: Any = base.get_input_embeddings().num_embeddings
+            refuse_unknown(self._tokenizer, known, config.id, quantise.KEY)
         self._prepare(base)
         self.lm = quantise.tune(base, config)
         fuse_lora(self.lm)

@@ -109,9 +109,11 @@ def _where(config: LanguageModelConfig) -> dict[str, Any]:
 
 def _from_gguf(config: LanguageModelConfig, architecture: Any, found: Any) -> dict[str, Any]:
     """Returns the base's weights in fp32 and its config: a GGUF file's own numbers of few bits are
-    neither trained on nor saved by transformers.
+    neither trained on nor saved by transformers. Raises ConfigError where some are missing.
     """
-    read = architecture.from_pretrained(config.id, **_where(config), dtype=torch.float32)
+    new = NEW if config.cross_attention else ""
+    where = {"name": config.id, **_where(config)}
+    read = load_complete(architecture, KEY, **where, new=new, dtype=torch.float32)
     return {"name": None, "revision": None, "config": found, "state_dict": read.state_dict()}
 
 

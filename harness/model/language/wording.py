@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from harness.errors import ConfigError, reason_of
+from harness.model.batch import padding_id
 
 # In the place of what is said: no template changes it, no tokenizer's special token is in it.
 ASKED = "PROMPTSTANDSHERE"
 ANSWERED = "ANSWERSTANDSHERE"
 # Some templates tell the day: the same prompt must be the same tomorrow. The day is Llama 3's own.
 DAY = "26 Jul 2024"
+# Before a template: transformers hands it no function of ours in the place of its own.
+_SAME_DAY = f"{{%- macro strftime_now(form) -%}}{DAY}{{%- endmacro -%}}"
 
 
 class Worded(NamedTuple):
@@ -133,12 +136,38 @@ def end_turns(tokenizer: PreTrainedTokenizerBase, chat: str, name: str) -> None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
 
+def refuse_endless(tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> None:
+    """Raises ConfigError for a tokenizer without a token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{key}: the tokenizer of {name!r} names no token that ends a text: give it an "
+            "eos_token in its tokenizer_config.json"
+        )
+
+
+def refuse_unknown(tokenizer: PreTrainedTokenizerBase, known: int, name: str, key: str) -> None:
+    """Raises ConfigError for a token that stands around every text, or in the place of none, and
+    is not among the `known` ones of the model.
+    """
+    wording = Wording(tokenizer)
+    said = [*wording.prompts(["a"], 99).ids[0], *wording.answers(["a"], [True], 99).ids[0]]
+    unknown = [token for token in (*said, padding_id(tokenizer)) if token >= known]
+    if unknown:
+        token = tokenizer.convert_ids_to_tokens(unknown[0])
+        raise ConfigError(
+            f"{key}: the tokenizer of {name!r} uses {token!r}, its token {unknown[0]}, and the "
+            f"model has {known}: take the model's own tokenizer"
+        )
+
+
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], **asked: Any
 ) -> str:
     chat = [{"role": role, "content": words} for role, words in turns]
-    fixed: dict[str, Any] = {"date_string": DAY, "strftime_now": lambda _: DAY}
-    said = tokenizer.apply_chat_template(
-        chat, tokenize=False, enable_thinking=False, **fixed, **asked
-    )
-    return str(said)
+    template = _SAME_DAY + tokenizer.get_chat_template()
+    fixed: dict[str, Any] = {
+        "chat_template": template,
+        "date_string": DAY,
+        "enable_thinking": False,
+    }
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, **fixed, **asked))

@@ -44,3 +44,13 @@ def test_recalls_are_those_of_a_loop_with_chance_and_intervals_beside_them():
 def test_a_model_that_says_the_same_of_all_has_no_hit():
     figures = recalls(np.zeros((10, 20)), np.repeat(np.arange(10), 2), EvaluationConfig())
     assert figures["image_to_text_R10"] == figures["text_to_image_R5"] == 0.0
+
+
+def test_what_is_no_number_is_found_by_nobody():
+    picture_T = np.repeat(np.arange(10), 2)
+    sim_NT = 1.0 * (picture_T == np.arange(10)[:, None])
+    sim_NT[3] = np.nan
+    figures = recalls(sim_NT, picture_T, EvaluationConfig())
+    assert figures["image_to_text_R1"] == figures["text_to_image_R1"] == 90.0
+    figures = recalls(np.full((20, 40), np.nan), np.repeat(np.arange(20), 2), EvaluationConfig())
+    assert figures["image_to_text_R10"] == figures["text_to_image_R10"] == 0.0

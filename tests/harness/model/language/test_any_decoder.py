@@ -2,11 +2,13 @@
 pass gives to each row alone, and answers are the same whatever stands beside them.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from transformers import AutoTokenizer
 
 import toy_batch
 from harness.config.schema import Config, DecodingConfig, LanguageModelConfig, PromptsConfig
@@ -226,6 +228,33 @@ def test_a_template_that_cannot_be_used_is_told_by_its_key(folders, tmp_path):
     assert DecoderLanguage(config, chat="none").begins is not None
 
 
+def test_a_template_that_tells_the_day_says_the_same_every_day(tmp_path):
+    folder = tiny_decoder(tmp_path, "qwen2")
+    file = folder / "chat_template.jinja"
+    file.write_text("<|im_start|>{{ strftime_now('%d %b %Y') }}<|im_end|>" + file.read_text())
+    config = LanguageModelConfig(kind="decoder", id=str(folder), tuning="frozen")
+    before, _ = Wording(DecoderLanguage(config).tokenizer).template
+    assert before.startswith("<|im_start|>26 Jul 2024<|im_end|>")
+
+
+def test_a_tokenizer_without_an_end_or_with_a_token_of_its_own_is_refused(folders, tmp_path):
+    folder = tiny_decoder(tmp_path / "pads", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[OWN]"})
+    tokenizer.save_pretrained(folder)
+    config = LanguageModelConfig(kind="decoder", id=str(folder), tuning="frozen")
+    described = json.loads((folder / "config.json").read_text())
+    assert described["vocab_size"] == known, "else the toy shows nothing"
+    with pytest.raises(ConfigError, match=rf"uses '\[OWN\]', its token {known}, .* has {known}:"):
+        DecoderLanguage(config)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="names no token that ends a text"):
+        DecoderLanguage(config, chat="none")
+
+
 @pytest.mark.parametrize("where", ["qwen2", "llama"])
 def test_the_known_mistake_begins_answers_with_a_token_that_training_never_shows(folders, where):
     model = built(folders(where)).eval()
@@ -304,7 +333,11 @@ def test_other_kinds_are_refused_by_name(folders, tiny_t5_folder, other, setting
 
 
 def test_a_model_whose_layers_see_all_of_a_row_is_refused(tmp_path):
-    """A recurrent one: no mask keeps its targets apart."""
-    folder = tiny_decoder(tmp_path, "mamba", state_size=4, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match=r"is a mamba, whose layers do not keep the targets"):
-        DecoderLanguage(LanguageModelConfig(kind="decoder", id=str(folder), tuning="frozen"))
+    """A recurrent one, whose targets no mask keeps apart, and one whose window counts columns."""
+    for kind, fields in (
+        ("mamba", {"state_size": 4, "num_hidden_layers": 1}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 2, "attention_types": [[["local"], 2]]}),
+    ):
+        folder = tiny_decoder(tmp_path / kind, kind, **fields)
+        with pytest.raises(ConfigError, match=f"is a {kind}, whose layers do not keep the targets"):
+            DecoderLanguage(LanguageModelConfig(kind="decoder", id=str(folder), tuning="frozen"))
