@@ -85,7 +85,7 @@ for override in ${overrides[@]+"${overrides[@]}"}; do
     [[ $override = out=* ]] && out=${override#out=}
 done
 table=$out/table.txt
-if [ ! -f "$out/evaluation/scores.json" ] || [ ! -f "$table" ]; then
+if [ ! -f "$table" ]; then
     "${harness[@]}" train flickr8k_smollm2 data.folder=${shards}_lite2 "out=$out" ${overrides[@]+"${overrides[@]}"} \
         ${processes[@]+"${processes[@]}"} --resume auto
     mkdir -p "$out"

@@ -82,7 +82,8 @@ def test_the_lines_of_python_run(tmp_path):
 def test_nothing_waits_to_be_filled_in():
     pages = [*PAGES, *(ROOT / "configs").glob("*.yaml")]
     waiting = re.compile(
-        r"\b[A-Z]{3,}_(?:VERIFIED|OUTPUT|TABLE|LINES)\b|^FLICKR$|^SPEED$|\b(?:MINUTES|SECONDS) ",
+        r"\b[A-Z]{3,}_(?:VERIFIED|OUTPUT|TABLE|LINES)\b|^FLICKR$|^SPEED$|\b(?:MINUTES|SECONDS) "
+        r"|: VERIFIED$",
         re.M,
     )
     found = {page.name: waiting.findall(page.read_text(encoding="utf-8")) for page in pages}
