@@ -1,7 +1,7 @@
 """Ten captions of a run as they are: five at random of the quarter that scores best, and five of
 the quarter that scores worst, by CIDEr-D of each picture.
 
-    python benchmarks/ten_captions.py RUN/evaluation/SET_captions.json DATA [--seed 0]
+    python benchmarks/ten_captions.py RUN/evaluation/SET_captions.json DATA [--seed 0] [--json FILE]
 
 DATA: the shards or features that were scored. Which ten depends on the seed alone.
 """
@@ -9,6 +9,7 @@ DATA: the shards or features that were scored. Which ten depends on the seed alo
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,14 +28,22 @@ def main() -> None:
     parser.add_argument("captions", type=Path, metavar="FILE", help="COCO's form of results")
     parser.add_argument("data", metavar="DATA", help="the shards or features that were scored")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the same is written")
     given = parser.parse_args()
     said = captions.read_caption_results(given.captions)
     references = references_of(given.data)
-    rows = []
-    for image, points in chosen(said, references, given.seed):
-        written = references[image][0]
-        rows.append([f"{100 * points:.0f}", said[image], written, image])
-    print(markdown_table(rows, ["CIDEr x 100", "the model says", "a person has written", "image"]))
+    rows = [
+        {
+            "CIDEr x 100": round(100 * points),
+            "the model says": said[image],
+            "a person has written": references[image][0],
+            "image": image,
+        }
+        for image, points in chosen(said, references, given.seed)
+    ]
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    print(markdown_table([list(row.values()) for row in rows], list(rows[0])))
 
 
 def references_of(folder: str) -> dict[str, Sequence[str]]:
