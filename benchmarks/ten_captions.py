@@ -19,7 +19,6 @@ from harness.report.pictures import markdown_table
 from shards.manifest import Manifest
 from shards.read import Reader
 
-CIDER = 8 + 2 + 1  # among the sums of an image, behind counts, lengths and ROUGE-L
 OF_EACH = 5
 
 
@@ -58,7 +57,8 @@ def chosen(
 ) -> list[tuple[str, float]]:
     """Returns ten images with their CIDEr-D, each five in falling order."""
     scores = captions.score(said, references)
-    points = dict(zip(scores.image_ids, scores.sums_IK[:, CIDER].tolist(), strict=True))
+    of_each = captions.figures(scores.sums_IK)["CIDEr"]
+    points = dict(zip(scores.image_ids, of_each.tolist(), strict=True))
     ordered = sorted(points, key=lambda image: (-points[image], image))
     quarter = max(OF_EACH, len(ordered) // 4)
     drawn = random.Random(seed)

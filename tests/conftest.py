@@ -64,8 +64,10 @@ def _no_store_is_left_to_the_next_run():
     before = os.environ.get("MLFLOW_TRACKING_URI")
     yield
     after = os.environ.get("MLFLOW_TRACKING_URI")
-    if after != before:
-        del os.environ["MLFLOW_TRACKING_URI"]  # not the fault of the tests that follow
+    if after != before:  # not the fault of the tests that follow
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
     assert after == before
 
 
