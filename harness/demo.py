@@ -236,8 +236,8 @@ def build_shards(out: Path, config: Config, bar: Progress) -> None:
         )
 
 
-def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
+def _advance(bar: Progress, task: TaskID, done: int, total: int, about: str = "") -> None:
+    bar.update(task, completed=done, total=total, description=about or None)
 
 
 def make_base(out: Path, config: Config, bar: Progress) -> float:
@@ -298,7 +298,7 @@ def evaluate(out: Path, text_only: float, bar: Progress) -> dict[str, Any]:
     return evaluate_run(
         out,
         text_only_accuracy=text_only,
-        progress=lambda done, images: bar.update(task, completed=done, total=images),
+        progress=partial(_advance, bar, task),
     )
 
 

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +22,12 @@ LONGEST_NAP = 0.05  # seconds between two looks for what another rank is to writ
 
 Item = Sequence[Any]  # the arguments of a piece of work: JSON
 Work = Mapping[str, Callable[..., Any]]  # by name
-Progress = Callable[..., None]  # (done, of how many, about=which of several parts)
+
+
+class Progress(Protocol):
+    """Told what is done of how many, and `about` which of several parts that follow each other."""
+
+    def __call__(self, done: int, total: int, /, about: str = ...) -> None: ...
 
 
 class StoppedError(Exception):
