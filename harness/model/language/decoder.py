@@ -239,11 +239,15 @@ class DecoderLanguage(LanguageModel):
         seen = {name: inputs[name] for name in inputs if not name.endswith("_token_id")}
         # how many positions before it are seen
         places_CS = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        first = self.base.base_model(**seen, position_ids=places_CS, use_cache=False)
+        first = self.base.base_model(**seen, position_ids=places_CS, use_cache=True)
+        cache = first.past_key_values
+        cache.crop(-1)  # `generate` reads on from the last position, and reads the others no more
+        cache.batch_repeat_interleave(decoding.beams)
         return self._answers(
             self._logits(first.last_hidden_state[:, -1]).float().softmax(dim=-1)[:, eos],
             decoding,
             (eos, inputs["pad_token_id"]),
+            past_key_values=cache,
             **inputs,
         )
 

@@ -168,6 +168,18 @@ def test_answers_are_the_same_alone_and_beside_others_and_those_of_transformers(
         assert said.p_eos_first_C[row].item() == pytest.approx(first[eos].item(), rel=1e-3)
 
 
+def test_what_stands_before_the_answers_is_read_once_however_many_beams(folders, kind):
+    model = built(folders(kind)).eval()
+    read: list[tuple[int, ...]] = []
+
+    def note(_base, _given, named):
+        read.append(named["inputs_embeds"].shape[:2])
+
+    model.lm.base.register_forward_pre_hook(note, with_kwargs=True)
+    model.generate(batch_of(model), DecodingConfig(max_new_tokens=1, beams=4))
+    assert read == [(5 * 4, 1)], "each beam goes on from the last position of what was read before"
+
+
 def test_a_penalty_that_a_model_brings_along_is_not_obeyed(folders, tmp_path):
     folder = tiny_decoder(tmp_path, "qwen2")
     (folder / "generation_config.json").write_text('{"repetition_penalty": 9.0, "do_sample": true}')
