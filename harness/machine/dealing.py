@@ -88,17 +88,13 @@ class Among(Alone):
         world_size: int,
         stop_asked: Callable[[], Any] = bool,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
-        doing: Callable[[str], Any] = bool,
     ) -> None:
-        """`store`: torch's, of this dealing alone; `waiting`: surrounds a wait for another rank;
-        `doing`: told what this one is at.
-        """
+        """`store`: torch's, of this dealing alone; `waiting`: surrounds a wait for another rank."""
         super().__init__(stop_asked)
         self.rank = rank
         self.world_size = world_size
         self._store = store
         self._waiting = waiting
-        self._doing = doing
         self._orders = 0  # so far, the same number on every rank
         self._errors: dict[str, type] = {}
 
@@ -127,7 +123,6 @@ class Among(Alone):
     def _round(self, name: str, items: Sequence[Item], do: Callable[..., Any]) -> list[Any]:
         """Has rank i do item i, and returns what came of them, once every rank has answered."""
         number = self._order({"do": name, "items": items})
-        self._doing(f"evaluates ({name})")
         told = [self._done(do, items[0])]
         told += [self._take(f"{number}/{rank}") for rank in range(1, self.world_size)]
         self._store.delete_key(f"{number}/order")
@@ -165,7 +160,6 @@ class Among(Alone):
             if "error" not in ready:
                 came = {"value": None, "stop": False}
                 if self.rank < len(order["items"]):
-                    self._doing(f"evaluates ({order['do']})")
                     came = self._done(ready["value"][order["do"]], order["items"][self.rank])
             told = {key: value for key, value in came.items() if key != "cause"}
             self._put(f"{self._orders}/{self.rank}", told)

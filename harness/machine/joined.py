@@ -40,8 +40,8 @@ def joined(tell_after: float, end_after: float) -> Iterator[Alone]:
         met = next(rendezvous("env://", timeout=FIRST_MEETING))
     store, rank, size = met
     heart = Heartbeat(rank, size, tell_after, end_after, again="evaluate again")
-    dealt = distributed.PrefixStore("dealt", store)
-    dealer = Among(dealt, rank, size, waiting=heart.waiting, doing=heart.doing)
+    heart.doing("evaluates")
+    dealer = Among(distributed.PrefixStore("dealt", store), rank, size, waiting=heart.waiting)
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if rank else nullcontext():
         yield dealer
     dealer.close()

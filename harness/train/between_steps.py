@@ -181,6 +181,7 @@ def _scored(run: Run, dealer: Alone) -> Evaluation | None:
     all ranks.
     """
     config = run.config
+    run.engine.heart.doing("evaluates")
     with run.terminal.evaluation(_dev_sets(config)) as show:
 
         def go_on(done: int, total: int, about: str = "images") -> None:

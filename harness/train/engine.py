@@ -222,8 +222,7 @@ class Engine:
         if self.world_size == 1:
             return Alone(stop_asked)
         store = self.heart.store("dealt")
-        heart = self.heart
-        return Among(store, self.rank, self.world_size, stop_asked, heart.waiting, heart.doing)
+        return Among(store, self.rank, self.world_size, stop_asked, self.heart.waiting)
 
     def gathered_weights(self) -> AbstractContextManager:
         """Makes all weights whole inside, on every rank, each of which may run the model alone."""

@@ -181,16 +181,3 @@ def test_no_rank_leaves_before_the_first_is_done():
     on_ranks(3, closing)
     assert left[0] == 0
     assert sorted(left) == [0, 0, 1, 2]
-
-
-def test_every_rank_notes_what_it_is_at():
-    noted: list[str] = []
-
-    def work(among):
-        def main():
-            return list(among.dealt("doubled", [(1,), (2,), (3,)], lambda n: 2 * n))
-
-        return among.lead(main, lambda: {"doubled": lambda n: 2 * n})
-
-    assert on_ranks(2, work, doing=noted.append) == [[2, 4, 6], None]
-    assert noted == 3 * ["evaluates (doubled)"]
