@@ -116,19 +116,23 @@ class Evaluated:
 
     def answers(self) -> dict[str, int]:
         """When the last token is chosen: transformers repeats everything by beam, and keeps keys
-        and values of all layers. A decoder alone reads what stands before the answer so, too.
+        and values of all layers. Or when a decoder reads what stands before, once per context.
         """
         beams = self.decoding.beams
         rows = self._contexts * beams
-        logits = LOGITS_OF_ANSWERS[beams > 1] * rows * self._vocabulary * FP32
         length = self._before + self.decoding.max_new_tokens
-        return {
+        last = {
             "KV cache": rows * length * self._position,
-            "logits": logits,
-            "temporaries": self._layer(
-                rows, 1 if self._has_encoder else self._before, self._before
-            ),
+            "logits": LOGITS_OF_ANSWERS[beams > 1] * rows * self._vocabulary * FP32,
+            "temporaries": self._layer(rows, 1, self._before),
         }
+        if self._has_encoder:
+            return last
+        reading = {
+            "KV cache": self._contexts * self._before * self._position,
+            "temporaries": self._layer(self._contexts, self._before, self._before),
+        }
+        return max(last, reading, key=lambda kinds: sum(kinds.values()))
 
     def held(self) -> int:
         """Returns the bytes that are there from the first loss to the last answer."""
